@@ -1,0 +1,86 @@
+"""The words every other module speaks: aliases, protocols, and the small records that travel between rooms.
+
+Shapes use one letter each: ``n`` examples in the data set, ``b`` examples in a batch, ``m`` draws in a step.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
+
+Params: TypeAlias = PyTree
+"""The parameters of a model: any pytree of arrays."""
+
+Example: TypeAlias = PyTree
+"""One item of the data set: a pytree without a batch axis."""
+
+Batch: TypeAlias = PyTree
+"""Examples stacked: the pytree of an example, every leaf with a leading axis ``b``."""
+
+Scores: TypeAlias = Float[Array, " b"]
+"""One non-negative number an example: what is known of the norm of its gradient."""
+
+Key: TypeAlias = PRNGKeyArray
+
+
+class LossFn(Protocol):
+    """The loss of ONE example: a scalar. Everything in this library starts from it."""
+
+    def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]: ...
+
+
+class Scorer(Protocol):
+    """A pure function that scores a batch; the larger the score, the more often the example is drawn."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> Scores: ...
+
+
+class Draw(NamedTuple):
+    """Indices and the probabilities they were drawn with; the two always travel together.
+
+    ``probs`` is the expected count of the index in the draw divided by the number of draws, so that the weight
+    ``1 / (N * probs)`` is right for every sampler. ``mask`` is false on the padding of designs of random size.
+    """
+
+    indices: Int[Array, " m"]
+    probs: Float[Array, " m"]
+    mask: Bool[Array, " m"]
+
+
+class Sampler(Protocol):
+    """A pure function of a key and a law, jittable with ``num_draws`` static."""
+
+    def __call__(self, key: Key, law: Any, /, *, num_draws: int) -> Draw: ...
+
+
+class Source(Protocol):
+    """A data set as its users may bring it: random access by lists of indices, as `tfds.data_source` has it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int], /) -> list[Example]: ...
+
+
+class ScoredChunk(NamedTuple):
+    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``."""
+
+    ids: np.ndarray
+    scores: np.ndarray
+    version: int
+
+
+class Engine(Protocol):
+    """All that training knows of scoring: who scores, where and when is the engine's own business."""
+
+    def publish(self, params: Params, version: int) -> None:
+        """Hand the scorers newer parameters. The engine keeps a copy; the caller may donate its own."""
+        ...
+
+    def collect(self) -> list[ScoredChunk]:
+        """The chunks scored since the last call. Never blocks in relaxed mode; waits for the version in exact mode."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds. Calling it twice is harmless."""
+        ...

@@ -5,6 +5,7 @@ from . import scorers as scorers
 from . import table as table
 from . import variance as variance
 from .factored import gram as gram
+from .factored import inner as inner
 from .factored import norms as norms
 from .factored import stack as stack
 from .factored import weighted_mean as weighted_mean

@@ -3,7 +3,7 @@
 Shapes use one letter each: ``n`` examples in the data set, ``b`` examples in a batch, ``m`` draws in a step.
 """
 
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jax import Array
@@ -24,12 +24,14 @@ Scores: TypeAlias = Float[Array, " b"]
 Key: TypeAlias = PRNGKeyArray
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """The loss of ONE example: a scalar. Everything in this library starts from it."""
 
     def __call__(self, params: Params, example: Example, /) -> Float[Array, ""]: ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A pure function that scores a batch; the larger the score, the more often the example is drawn."""
 
@@ -48,12 +50,14 @@ class Draw(NamedTuple):
     mask: Bool[Array, " m"]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A pure function of a key and a law, jittable with ``num_draws`` static."""
 
     def __call__(self, key: Key, law: Any, /, *, num_draws: int) -> Draw: ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set as its users may bring it: random access by lists of indices, as `tfds.data_source` has it."""
 
@@ -70,6 +74,7 @@ class ScoredChunk(NamedTuple):
     version: int
 
 
+@runtime_checkable
 class Engine(Protocol):
     """All that training knows of scoring: who scores, where and when is the engine's own business."""
 

@@ -1,0 +1,53 @@
+"""The definition that lazy gradients are held to: `vmap(jax.grad)`, and sums over the arrays it forms."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import isgd_jax as isgd
+
+
+def flat(stacked: Any) -> np.ndarray:
+    """All gradients of a batch as one matrix [b, parameters], in float64."""
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(stacked)]
+    return np.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)
+
+
+def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
+    """Everything that can be asked of lazy gradients, against the definition; returns them for more questions."""
+    size = jax.tree.leaves(batch)[0].shape[0]
+    weights = jnp.linspace(0.5, 2.0, size)
+    lazy, asked = jax.jit(lambda p, x: _ask(loss_fn, p, x, weights))(params, batch)
+    stacked = jax.jit(isgd.stacked_per_example_grads(loss_fn))(params, batch)
+    g = flat(stacked)
+    norms = np.linalg.norm(g, axis=1)
+    np.testing.assert_allclose(asked["norms"], norms, rtol=rtol, atol=1e-6 * norms.max())
+    np.testing.assert_allclose(asked["gram"], g @ g.T, rtol=rtol, atol=rtol * norms.max() ** 2)
+    np.testing.assert_allclose(asked["inner"], g @ _flat_tree(params), rtol=rtol, atol=rtol * _scale(norms, params))
+    chex.assert_trees_all_close(asked["stack"], stacked, rtol=rtol, atol=rtol * norms.max())
+    mean = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1) / size, stacked)
+    chex.assert_trees_all_close(asked["mean"], mean, rtol=rtol, atol=rtol * norms.max())
+    return lazy
+
+
+def _ask(loss_fn: Any, params: Any, batch: Any, weights: Any) -> Any:
+    losses, grads = isgd.per_example_value_and_grad(loss_fn)(params, batch)
+    return grads, {
+        "losses": losses,
+        "norms": isgd.norms(grads),
+        "gram": isgd.gram(grads),
+        "inner": isgd.inner(grads, params),
+        "stack": isgd.stack(grads),
+        "mean": isgd.weighted_mean(grads, weights),
+    }
+
+
+def _flat_tree(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(tree)] or [np.zeros(0)])
+
+
+def _scale(norms: np.ndarray, params: Any) -> float:
+    return float(norms.max() * np.linalg.norm(_flat_tree(params)))

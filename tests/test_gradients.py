@@ -1,0 +1,86 @@
+"""Lazy per-example gradients against the definition and against answers worked by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import check
+
+import isgd_jax as isgd
+from isgd_jax.factored import Factored
+
+
+def linear_loss(params, example):
+    """Half the squared residual of a linear model: the gradient is r·(x, 1), its norm |r|·sqrt(‖x‖² + 1)."""
+    residual = jnp.dot(example["x"], params["w"]) + params["b"] - example["y"]
+    return 0.5 * jnp.square(residual)
+
+
+def mlp_loss(params, example):
+    """A dense net on a vector, or on each vector of a sequence, the logits averaged."""
+    hidden = example["x"].reshape(-1, example["x"].shape[-1])
+    for layer in params[:-1]:
+        hidden = jax.nn.relu(hidden @ layer["w"] + layer["b"][None])
+    logits = jnp.mean(hidden @ params[-1]["w"] + params[-1]["b"][None], axis=0)
+    return -jax.nn.log_softmax(logits)[example["y"]]
+
+
+def mlp(key, sizes):
+    keys = jax.random.split(key, len(sizes))
+    shapes = zip(keys, sizes[:-1], sizes[1:], strict=False)
+    return [{"w": jax.random.normal(k, (i, o)) / np.sqrt(i), "b": jnp.zeros(o)} for k, i, o in shapes]
+
+
+def images(key, *shape, num_classes=5):
+    return {"x": jax.random.normal(key, shape), "y": jnp.arange(shape[0]) % num_classes}
+
+
+def test_linear_model_has_the_norms_of_the_closed_form(key):
+    x = jax.random.normal(key, (9, 4))
+    params, batch = {"w": jnp.arange(4.0), "b": jnp.float32(0.5)}, {"x": x, "y": jnp.arange(9.0)}
+    residual = x @ params["w"] + params["b"] - batch["y"]
+    expected = jnp.abs(residual) * jnp.sqrt(jnp.sum(jnp.square(x), axis=1) + 1)
+    np.testing.assert_allclose(isgd.norms(isgd.per_example_grads(linear_loss)(params, batch)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
+def test_dense_layers_agree_with_the_definition(key, shape):
+    grads = check(mlp_loss, mlp(key, [12, 16, 16, 5]), images(key, *shape))
+    assert all(isinstance(layer["w"], Factored) for layer in grads)
+
+
+def test_losses_are_those_of_the_loss_function(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    losses, _ = isgd.per_example_value_and_grad(mlp_loss)(params, batch)
+    np.testing.assert_allclose(losses, jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch), rtol=1e-6)
+
+
+def test_weights_of_one_give_the_gradient_of_the_mean_loss(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch))
+
+    mean = isgd.weighted_mean(isgd.per_example_grads(mlp_loss)(params, batch), jnp.ones(6))
+    chex.assert_trees_all_close(mean, jax.grad(mean_loss)(params), atol=1e-6)
+
+
+def test_the_tree_has_the_structure_of_the_parameters_and_passes_through_jit_and_optax(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    grads = jax.jit(isgd.per_example_grads(mlp_loss))(params, batch)
+    assert jax.tree.structure(grads, is_leaf=lambda x: isinstance(x, Factored)) == jax.tree.structure(params)
+    assert all(x.shape[0] == 6 for x in jax.tree.leaves(grads))
+    seen = []
+    mask = [{"w": True, "b": False}, {"w": False, "b": True}]
+    tx = optax.masked(optax.stateless(lambda g, _: seen.append(g) or g), mask)
+    tx.update(grads, tx.init(params), params)
+    assert isinstance(seen[0][0]["w"], Factored)
+    assert isinstance(seen[0][1]["w"], optax.MaskedNode)
+
+
+def test_no_gradient_is_formed_for_the_norms_of_a_dense_net(key):
+    params, batch = mlp(key, [64, 256, 256, 10]), images(key, 4, 64)
+    jaxpr = jax.make_jaxpr(lambda p, x: isgd.norms(isgd.per_example_grads(mlp_loss)(p, x)))(params, batch)
+    assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) <= 256 * 256

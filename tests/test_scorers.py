@@ -1,0 +1,42 @@
+"""Scorers against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_gradients import images, mlp, mlp_loss
+
+import isgd_jax as isgd
+from isgd_jax import scorers
+
+
+def test_grad_norm_is_the_norm_of_the_definition(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
+    np.testing.assert_allclose(scorers.grad_norm(mlp_loss)(params, batch), expected, rtol=1e-6)
+
+
+def test_grad_norm_without_parameters_is_zero():
+    score = scorers.grad_norm(lambda params, example: jnp.sum(example))
+    np.testing.assert_array_equal(score({}, jnp.ones((3, 2))), np.zeros(3))
+
+
+def test_loss_is_the_loss(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    expected = [mlp_loss(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(6)]
+    np.testing.assert_allclose(scorers.loss(mlp_loss)(params, batch), jnp.stack(expected), rtol=1e-6)
+
+
+def test_logit_bound_is_the_distance_from_the_prediction_to_the_label(key):
+    weights = jax.random.normal(key, (12, 5))
+    batch = {"image": jax.random.normal(key, (6, 12)), "label": jnp.arange(6) % 5}
+    score = scorers.logit_bound(lambda params, example: example["image"] @ params)
+    errors = jax.nn.softmax(batch["image"] @ weights) - jax.nn.one_hot(batch["label"], 5)
+    np.testing.assert_allclose(score(weights, batch), jnp.linalg.norm(errors, axis=1), rtol=1e-5)
+
+
+def test_logit_bound_takes_any_loss_of_the_logits():
+    score = scorers.logit_bound(
+        lambda params, example: params * example["x"], lambda out, example: jnp.sum(jnp.square(out - example["y"]))
+    )
+    batch = {"x": jnp.ones((2, 3)), "y": jnp.array([[0.0, 0, 0], [1, 1, 1]])}
+    np.testing.assert_allclose(score(jnp.float32(1), batch), [2 * np.sqrt(3), 0], rtol=1e-6)

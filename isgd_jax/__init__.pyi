@@ -1,4 +1,6 @@
 # The public names, once: lazy_loader reads this file at run time, type checkers read it as it is.
+from . import data as data
+from . import models as models
 from . import proposal as proposal
 from . import samplers as samplers
 from . import scorers as scorers

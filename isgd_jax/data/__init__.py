@@ -1,0 +1,18 @@
+"""Data sets as arrays in memory: by name through TensorFlow Datasets, or the user's own.
+
+TensorFlow Datasets (TFDS) is the door and memory is the room. A named data set is written once as ArrayRecord into
+TFDS's folder, without TensorFlow; a run brings the splits into memory and gathers its draws there, which is some
+hundred times faster than reading them from disk.
+
+    >>> from isgd_jax import data
+    >>> digits = data.load("digits")  # doctest: +SKIP
+    >>> digits.train["image"].shape, digits.train["image"].dtype  # doctest: +SKIP
+    ((1437, 8, 8, 1), dtype('uint8'))
+
+Importing this package imports neither TFDS nor scikit-learn; loading a named data set does.
+"""
+
+from isgd_jax.data.catalog import load, names
+from isgd_jax.data.dataset import Arrays, Dataset, from_arrays, from_source
+
+__all__ = ["Arrays", "Dataset", "from_arrays", "from_source", "load", "names"]

@@ -1,0 +1,83 @@
+"""MNIST and Fashion-MNIST, from the four ``idx`` files that both come in."""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from isgd_jax.data.recipe import RawFile, Recipe, Splits
+
+_UINT8 = 0x08
+_PARTS = {"train": "train", "test": "t10k"}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of uint8 from a gzipped idx file: two zero bytes, type, rank, sizes (big-endian), data."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+    if len(content) < 4 or content[:3] != bytes([0, 0, _UINT8]):
+        raise ValueError(f"{path} is not an idx file of bytes: expected it to begin with 0, 0, 8, got {content[:4]!r}")
+    rank = content[3]
+    header = 4 + 4 * rank
+    shape = struct.unpack(f">{rank}I", content[4:header].ljust(4 * rank, b"\0"))
+    if len(content) - header != np.prod(shape, dtype=np.int64):
+        raise ValueError(f"{path} is damaged: expected {shape} bytes after its header, got {len(content) - header}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _read(files: Mapping[str, Path]) -> Splits:
+    return {split: _read_split(files, part) for split, part in _PARTS.items()}
+
+
+def _read_split(files: Mapping[str, Path], part: str) -> dict[str, np.ndarray]:
+    images, labels = (files[f"{part}-{name}-ubyte.gz"] for name in ("images-idx3", "labels-idx1"))
+    return {"image": read_idx(images)[..., None], "label": read_idx(labels).astype(np.int32)}
+
+
+def _files(base: str, **sha256: str) -> tuple[RawFile, ...]:
+    """Checksums as the TFDS catalog lists them."""
+    names = {
+        key: f"{key.replace('_images', '-images-idx3').replace('_labels', '-labels-idx1')}-ubyte.gz" for key in sha256
+    }
+    return tuple(RawFile(name, base + name, sha256[key]) for key, name in names.items())
+
+
+MNIST = Recipe(
+    name="mnist",
+    version="1.0.0",
+    about="Handwritten digits of 28x28 pixels (LeCun, Cortes, Burges).",
+    homepage="http://yann.lecun.com/exdb/mnist/",
+    num_classes=10,
+    counts={"train": 60_000, "test": 10_000},
+    read=_read,
+    files=_files(
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        train_images="440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        train_labels="3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        t10k_images="8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        t10k_labels="f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ),
+)
+
+FASHION_MNIST = Recipe(
+    name="fashion_mnist",
+    version="1.0.0",
+    about="Photographs of clothes, 28x28 pixels (Xiao, Rasul, Vollgraf 2017).",
+    homepage="https://github.com/zalandoresearch/fashion-mnist",
+    num_classes=10,
+    counts={"train": 60_000, "test": 10_000},
+    read=_read,
+    files=_files(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        train_images="3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        train_labels="a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        t10k_images="346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        t10k_labels="67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+    folders=(Path("/usr/share/datasets/fashion-mnist"),),  # Debian's dataset-fashion-mnist
+)

@@ -1,0 +1,121 @@
+"""The door: a recipe written once as a TFDS data set (ArrayRecord, no TensorFlow), and read back through TFDS.
+
+Guarantees:
+  - what is read is whole: TFDS writes into a folder of another name and renames it at the end;
+  - processes that prepare the same data set at once do so separately, and the first to end wins;
+  - examples keep the order of the original files.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from isgd_jax.data.dataset import read
+from isgd_jax.data.files import locate
+from isgd_jax.data.recipe import Recipe, Splits
+
+# Importing this module is the library's business alone: the bars would write over its own progress.
+tfds.disable_progress_bar()
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """Writes the splits of a recipe."""
+
+    name = "isgd_recipe"  # in TFDS's registry, where the catalog has the recipes' names
+
+    def __init__(self, recipe: Recipe, splits: Splits, data_dir: Path) -> None:
+        # Its own name on disk: a catalog data set of the same name may lie beside it, in another form.
+        self.name = f"isgd_{recipe.name}"
+        self.VERSION = tfds.core.Version(recipe.version)
+        self.recipe = recipe
+        self.splits = splits
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.recipe.about,
+            homepage=self.recipe.homepage,
+            features=tfds.features.FeaturesDict(self._features()),
+            disable_shuffling=True,
+        )
+
+    def _features(self) -> dict[str, tfds.features.FeatureConnector]:
+        """Raw bytes: four times faster to write than TFDS's default, which makes every pixel a 64-bit integer."""
+        raw = tfds.features.Encoding.BYTES
+        return {
+            key: tfds.features.ClassLabel(num_classes=self.recipe.num_classes)
+            if key == "label"
+            else tfds.features.Tensor(shape=array.shape[1:], dtype=array.dtype, encoding=raw)
+            for key, array in self.splits["train"].items()
+        }
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in self.splits}
+
+    def _generate_examples(self, split: str) -> Iterator:
+        arrays = self.splits[split]
+        for row in range(len(arrays["label"])):
+            yield row, {key: array[row] for key, array in arrays.items()}
+
+
+def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None) -> Splits:
+    """The recipe's splits from ``data_dir``, prepared there first if they are not yet."""
+    folder = data_dir / f"isgd_{recipe.name}" / recipe.version
+    if not is_prepared(folder):
+        _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
+    splits = read_folder(folder)
+    _check_counts(recipe, splits, where=folder)
+    return splits
+
+
+def is_prepared(folder: Path) -> bool:
+    """TFDS writes this file last, before it renames the folder."""
+    return (folder / "dataset_info.json").is_file()
+
+
+def read_folder(folder: Path) -> Splits:
+    """Every split of a data set that TFDS prepared as ArrayRecord in ``folder``, ours or the catalog's."""
+    try:
+        sources = tfds.builder_from_directory(folder).as_data_source()
+        return {split: read(source) for split, source in sources.items()}
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the data set prepared in {folder} cannot be read ({reason}); delete that folder and try again"
+        ) from error
+
+
+def _prepare(recipe: Recipe, folder: Path, *, data_dir: Path, raw_dir: Path | None) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        splits = recipe.read(locate(recipe, raw_dir=raw_dir, downloads=data_dir / "downloads" / f"isgd_{recipe.name}"))
+        _check_counts(recipe, splits, where="its original files")
+        with contextlib.redirect_stdout(io.StringIO()):  # two announcements, printed by TFDS on every preparation
+            _Builder(recipe, splits, data_dir).download_and_prepare(file_format="array_record")
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except OSError as error:
+        if is_prepared(folder):  # another process was first; its folder stays, ours is gone
+            return
+        raise OSError(
+            f"cannot write {recipe.name} into data_dir {data_dir} ({error}); "
+            "make room there or name another data_dir (or set TFDS_DATA_DIR)"
+        ) from error
+
+
+def _check_counts(recipe: Recipe, splits: Splits, *, where: Path | str) -> None:
+    got = {f"{split} {key}s": len(array) for split, arrays in splits.items() for key, array in arrays.items()}
+    expected = {f"{split} {key}s": recipe.counts.get(split) for split in splits for key in splits[split]}
+    if got != expected or set(splits) != set(recipe.counts):
+        raise ValueError(f"{recipe.name}: expected {dict(recipe.counts)} examples in {where}, got {got}")
+    labels = np.concatenate([arrays["label"] for arrays in splits.values()])
+    if labels.min() < 0 or labels.max() >= recipe.num_classes:
+        raise ValueError(
+            f"{recipe.name}: expected labels from 0 to {recipe.num_classes - 1} in {where}, "
+            f"got {labels.min()} to {labels.max()}"
+        )

@@ -1,0 +1,52 @@
+"""How a data set is made from its original files: what they are, where they are found, how they are read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+Splits: TypeAlias = dict[str, dict[str, np.ndarray]]
+"""Split by name, each a dict of arrays: the one input, and ``label``."""
+
+Reader: TypeAlias = Callable[[Mapping[str, Path]], Splits]
+"""From the original files, by name, to arrays."""
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """An original file. ``sha256`` is that of the file at ``url``; copies elsewhere may be compressed differently."""
+
+    name: str
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One named data set. ``version`` changes whenever what is written changes; ``counts`` are examples a split."""
+
+    name: str
+    version: str
+    about: str
+    homepage: str
+    num_classes: int
+    counts: Mapping[str, int]
+    read: Reader
+    files: tuple[RawFile, ...] = ()
+    folders: tuple[Path, ...] = field(default=())
+    """Where a package of the operating system puts the files."""
+    per_coordinate: bool = False
+    """Standardise each coordinate by itself."""
+
+
+def hold_out(arrays: Mapping[str, np.ndarray], count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Splits off ``count`` examples, the same ones for ever: (kept, held out), both in their old order.
+
+    The raw stream of a bit generator is the one thing that NumPy promises to keep from version to version.
+    """
+    size = len(arrays["label"])
+    held = np.zeros(size, bool)
+    held[np.argsort(np.random.Philox(key=0).random_raw(size), kind="stable")[:count]] = True
+    return {k: a[~held] for k, a in arrays.items()}, {k: a[held] for k, a in arrays.items()}

@@ -1,0 +1,69 @@
+"""The score table: what is known of each example's gradient norm, and how old that knowledge is.
+
+Guarantees:
+
+* a score that is not finite, or negative, is quarantined: counted, and the old entry kept;
+* an entry is never overwritten by one measured at an older version;
+* rows whose index is n (or outside 0..n-1) are padding: neither written nor counted;
+* score, version and clock of a row are written together.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+NEVER = -1
+"""The version of an example that was never scored."""
+
+
+class ScoreTable(NamedTuple):
+    """One row an example: its score, the parameter version it was measured at, and the clock of the measurement.
+
+    ``seconds`` counts from the start of the run, so that float32 keeps it to milliseconds for hours.
+    """
+
+    scores: Float[Array, " n"]
+    versions: Int[Array, " n"]
+    seconds: Float[Array, " n"]
+
+
+def create(num_examples: int) -> ScoreTable:
+    """A table in which nothing was ever scored."""
+    if num_examples < 1:
+        raise ValueError(f"a score table needs at least one example, got num_examples={num_examples}")
+    return ScoreTable(
+        jnp.zeros((num_examples,), jnp.float32),
+        jnp.full((num_examples,), NEVER, jnp.int32),
+        jnp.zeros((num_examples,), jnp.float32),
+    )
+
+
+def record(
+    table: ScoreTable,
+    indices: Int[Array, " c"],
+    scores: Float[Array, " c"],
+    *,
+    version: int | Int[Array, ""],
+    seconds: float | Float[Array, ""] = 0.0,
+) -> tuple[ScoreTable, Int[Array, ""]]:
+    """Write ``scores`` [c] of the examples ``indices`` [c], measured at ``version``; also the number quarantined."""
+    size = table.scores.shape[0]
+    version = jnp.asarray(version, jnp.int32)
+    indices, scores = indices.astype(jnp.int32), scores.astype(jnp.float32)
+    present = (indices >= 0) & (indices < size)
+    sound = jnp.isfinite(scores) & (scores >= 0.0)
+    newer = version >= table.versions.at[indices].get(mode="fill", fill_value=NEVER)
+    at = jnp.where(present & sound & newer, indices, size)
+    written = ScoreTable(
+        table.scores.at[at].set(scores, mode="drop"),
+        table.versions.at[at].set(version, mode="drop"),
+        table.seconds.at[at].set(jnp.asarray(seconds, jnp.float32), mode="drop"),
+    )
+    return written, jnp.sum(present & ~sound, dtype=jnp.int32)
+
+
+def ages(table: ScoreTable, version: int | Int[Array, ""]) -> Int[Array, " n"]:
+    """Updates made since each example was scored; for one never scored ``version + 1``, older than any score."""
+    return jnp.asarray(version, jnp.int32) - table.versions

@@ -1,0 +1,86 @@
+"""What a proposal costs and gains: Tr Cov of one draw, for UNIFORM, STALE and IDEAL draws.
+
+    UNIFORM  mean(norms²)                      - ‖mean gradient‖²
+    STALE    mean(scores) mean(norms²/scores)  - ‖mean gradient‖²
+    IDEAL    mean(norms)²                      - ‖mean gradient‖²    the least that independent draws can reach
+
+Divide by the batch size for a batch of independent draws. `moments` looks at every example; `from_draws` estimates the
+same second moments from a batch that was drawn for training anyway.
+
+Guarantees:
+
+* ``moments(norms, norms)`` has STALE equal to IDEAL, and IDEAL is at most UNIFORM and at most STALE;
+* scores may have any scale: only their ratios count;
+* ``from_draws`` is unbiased for UNIFORM and STALE under every sampler, and for IDEAL under independent draws.
+
+Source: the paper, section 3 and its theorem 1; the estimates from draws follow Kutsuna (2025).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+
+class Moments(NamedTuple):
+    """Second moments of one weighted draw s·g; less ‖mean gradient‖² they are traces of covariances."""
+
+    uniform: Float[Array, ""]
+    stale: Float[Array, ""]
+    ideal: Float[Array, ""]
+
+
+def moments(norms: Float[Array, " n"], scores: Float[Array, " n"]) -> Moments:
+    """The second moments over all examples: of ``scores`` (or probabilities) drawn from, given the true ``norms``."""
+    square = jnp.square(norms)
+    per_score = jnp.where(norms > 0.0, square / scores, 0.0)  # a norm of zero costs nothing, however rarely drawn
+    return Moments(jnp.mean(square), jnp.mean(scores) * jnp.mean(per_score), jnp.square(jnp.mean(norms)))
+
+
+def trace_covariance(moments: Moments, mean_grad_norm_sq: Float[Array, ""] | float) -> Moments:
+    """UNIFORM, STALE and IDEAL: the second moments less ``mean_grad_norm_sq`` = ‖mean gradient‖²."""
+    return Moments(*(moment - mean_grad_norm_sq for moment in moments))
+
+
+def gain(moments: Moments) -> Float[Array, ""]:
+    """UNIFORM over STALE: above 1 the scores help, below 1 they hurt. Not the effective sample size, which misleads."""
+    return moments.uniform / moments.stale
+
+
+def from_draws(
+    weights: Float[Array, " m"], norms: Float[Array, " m"], mask: Bool[Array, " m"] | None = None
+) -> Moments:
+    """Estimates from one batch: ``weights`` 1/(N probs) and fresh ``norms`` of the drawn examples [m].
+
+    IDEAL is the square of a mean, so it is estimated over pairs of different draws (a U-statistic); it needs m >= 2.
+    Draws that depend on each other, stratified ones say, make it too small by at most STALE / (m - 1).
+    """
+    size = _at_least_two(norms.shape[0])
+    weighted = weights * norms if mask is None else jnp.where(mask, weights * norms, 0.0)
+    norms = norms if mask is None else jnp.where(mask, norms, 0.0)
+    total, own = jnp.sum(weighted), jnp.sum(jnp.square(weighted))
+    return Moments(
+        uniform=jnp.sum(weighted * norms) / size,
+        stale=own / size,
+        ideal=(jnp.square(total) - own) / (size * (size - 1)),
+    )
+
+
+def mean_grad_norm_sq(
+    batch_grad_norm_sq: Float[Array, ""], stale: Float[Array, ""], num_draws: int
+) -> Float[Array, ""]:
+    """‖mean gradient‖² without bias, from the norm of one weighted batch mean of *independent* draws.
+
+    E‖batch mean‖² = ‖mean gradient‖² + (STALE moment - ‖mean gradient‖²) / m, solved for what is wanted; ``stale`` is
+    the moment of the same batch (`from_draws`), which makes this the mean inner product over pairs of draws. For
+    dependent draws take the inner product of two half-batches drawn apart.
+    """
+    size = _at_least_two(num_draws)
+    return (size * batch_grad_norm_sq - stale) / (size - 1)
+
+
+def _at_least_two(num_draws: int) -> int:
+    if num_draws < 2:
+        raise ValueError(f"an estimate over pairs needs at least 2 draws, got {num_draws}")
+    return num_draws

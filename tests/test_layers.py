@@ -1,0 +1,101 @@
+"""The import rule: a module imports from lower levels only, and neighbours on a level do not know each other.
+
+This list is where the levels live; a new module must be entered here.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "isgd_jax"
+
+LEVELS = [
+    {"typing", "config", "sums", "_jaxpr"},
+    {"factored", "table", "samplers", "variance", "models", "checkpoint", "rundir", "cuts"},
+    {"gradients", "proposal", "reweight"},
+    {"scorers", "sharded", "optimizers"},
+    {"step", "engines", "data", "clock", "signals", "console"},
+    {"laws", "task"},
+    {"evaluate", "report"},
+    {"train"},
+    {"cli"},
+]
+LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+CORE_LEVELS = 4
+"""Levels 0 to 3 know trees and functions only."""
+NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
+CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
+
+
+def module_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    """The name under isgd_jax/ that a file belongs to; a package such as engines/ is one room."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(source: str, parts: tuple[str, ...]) -> Iterator[str]:
+    """The full names that a module of the package, at ``parts`` below it, imports: also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*("isgd_jax", *parts)[: -node.level]] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def violations(source: str, parts: tuple[str, ...]) -> list[str]:
+    own, found = LEVEL_OF[parts[0]], []
+    for name in imported(source, parts):
+        top, *rest = name.split(".")
+        if top == "isgd_jax" and rest and rest[0] in LEVEL_OF and rest[0] != parts[0] and LEVEL_OF[rest[0]] >= own:
+            found.append(f"{'.'.join(parts)} (level {own}) imports {rest[0]} (level {LEVEL_OF[rest[0]]})")
+        if own < CORE_LEVELS and top in NOT_IN_CORE - CORE_EXCEPTIONS.get(parts[0], set()):
+            found.append(f"{'.'.join(parts)} (level {own}) imports {top}, which the core does without")
+    return found
+
+
+def test_every_module_has_a_level() -> None:
+    assert {room(path) for path in module_files()} - set(LEVEL_OF) == set()
+
+
+@pytest.mark.parametrize("path", module_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    if room(path) in LEVEL_OF:
+        assert violations(path.read_text(), path.relative_to(PACKAGE).with_suffix("").parts) == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "source"),
+    [
+        (("table",), "from isgd_jax import proposal"),
+        (("table",), "from isgd_jax.proposal import propose"),
+        (("table",), "import isgd_jax.samplers"),
+        (("table",), "from . import variance"),
+        (("table",), "from .cli import main"),
+        (("engines", "local"), "from ..train import fit"),
+        (("typing",), "def f():\n    from isgd_jax.config import Config"),
+        (("samplers",), "import orbax.checkpoint as ocp"),
+        (("gradients",), "from flax import linen"),
+    ],
+)
+def test_a_violation_is_found(parts: tuple[str, ...], source: str) -> None:
+    assert len(violations(source, parts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "source"),
+    [
+        (("proposal",), "from isgd_jax.table import ScoreTable"),
+        (("engines", "local"), "from isgd_jax.engines.inline import Inline"),
+        (("models",), "from flax import linen"),
+        (("train",), "import orbax.checkpoint"),
+    ],
+)
+def test_what_is_allowed_passes(parts: tuple[str, ...], source: str) -> None:
+    assert violations(source, parts) == []

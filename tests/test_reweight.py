@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from isgd_jax import gradients, reweight
+
+PARAMS = {"w": jnp.asarray([1.0, -2.0, 0.5]), "b": jnp.asarray(0.25)}
+
+
+def loss_fn(params: dict, example: tuple) -> jax.Array:
+    x, y = example
+    return 0.5 * (jnp.dot(params["w"], x, precision="highest") + params["b"] - y) ** 2
+
+
+@pytest.fixture
+def batch() -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(6, 3)), jnp.float32), jnp.asarray(rng.normal(size=6), jnp.float32)
+
+
+def stacked(batch: tuple) -> dict:
+    return gradients.stacked_per_example_grads(loss_fn)(PARAMS, batch)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_update_is_the_weighted_mean(batch: tuple, lazy: bool) -> None:
+    grads = (gradients.per_example_grads if lazy else gradients.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
+    probs = jnp.asarray([0.1, 0.2, 0.05, 0.3, 0.25, 0.1])
+    tx = reweight.importance_weighting(10)
+    mean, _ = jax.jit(lambda g: tx.update(g, tx.init(PARAMS), PARAMS, probs=probs))(grads)
+    for name, leaf in stacked(batch).items():
+        weights = (1.0 / (10 * probs)).reshape(6, *[1] * (leaf.ndim - 1))
+        np.testing.assert_allclose(mean[name], jnp.mean(weights * leaf, axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_probabilities_recover_sgd_step_for_step(batch: tuple) -> None:
+    ours = optax.chain(reweight.importance_weighting(6), optax.sgd(0.05, momentum=0.9, nesterov=True))
+    theirs = optax.sgd(0.05, momentum=0.9, nesterov=True)
+    a = b = PARAMS
+    state_a, state_b = ours.init(a), theirs.init(b)
+    for _ in range(10):
+        grads = gradients.stacked_per_example_grads(loss_fn)(a, batch)
+        updates, state_a = ours.update(grads, state_a, a, probs=jnp.full(6, 1 / 6))
+        a = optax.apply_updates(a, updates)
+        plain = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0))(p, batch)))(b)
+        updates, state_b = theirs.update(plain, state_b, b)
+        b = optax.apply_updates(b, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5), a, b)
+
+
+def test_masked_draws_count_as_zero(batch: tuple) -> None:
+    tx = reweight.importance_weighting(6)
+    probs = jnp.asarray([0.1, 0.2, 0.3, 0.0, jnp.nan, 0.0])
+    mask = jnp.asarray([True, True, True, False, False, False])
+    found, _ = tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs, mask=mask)
+    kept = jax.tree.map(lambda g: g[:3], stacked(batch))
+    wanted, _ = tx.update(kept, tx.init(PARAMS), PARAMS, probs=probs[:3])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(2 * x, y, rtol=1e-6), found, wanted)
+
+
+def test_example_weights_aim_at_the_weighted_sum(batch: tuple) -> None:
+    # By enumeration: each example drawn alone, averaged with its probability.
+    target, probs = jnp.asarray([1.0, 0.0, 2.0, -1.0, 0.5, 3.0]), jnp.asarray([0.1, 0.1, 0.2, 0.3, 0.1, 0.2])
+    tx = reweight.importance_weighting(6, target)
+    state = tx.init(PARAMS)
+
+    def alone(index: jax.Array) -> dict:
+        grads = jax.tree.map(lambda g: g[index][None], stacked(batch))
+        updates, _ = tx.update(grads, state, PARAMS, probs=probs[index][None], indices=index[None])
+        return updates
+
+    each = jax.vmap(alone)(jnp.arange(6))
+    for name, leaf in stacked(batch).items():
+        shape = (6, *[1] * (leaf.ndim - 1))
+        np.testing.assert_allclose(
+            jnp.sum(probs.reshape(shape) * each[name], axis=0), jnp.sum(target.reshape(shape) * leaf, axis=0), rtol=1e-5
+        )
+    with pytest.raises(TypeError, match=r"indices=draw\.indices"):
+        tx.update(stacked(batch), state, PARAMS, probs=probs)
+
+
+def test_forgetting_probs_is_a_type_error(batch: tuple) -> None:
+    tx = optax.chain(reweight.importance_weighting(6), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"probs=draw\.probs"):
+        tx.update(stacked(batch), tx.init(PARAMS), PARAMS)
+
+
+def test_a_plain_gradient_is_a_value_error(batch: tuple) -> None:
+    plain = jax.tree.map(lambda g: g[0], stacked(batch))
+    tx = reweight.importance_weighting(6)
+    with pytest.raises(ValueError, match="got a plain gradient"):
+        tx.update(plain, tx.init(PARAMS), PARAMS, probs=jnp.full(6, 1 / 6))
+
+
+@pytest.mark.parametrize("params", [PARAMS, None])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_gradients_of_another_draw_are_a_value_error(batch: tuple, params: dict | None, lazy: bool) -> None:
+    grads = (gradients.per_example_grads if lazy else gradients.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
+    tx = reweight.importance_weighting(6)
+    with pytest.raises(ValueError, match="come from the same draw"):
+        tx.update(grads, tx.init(PARAMS), params, probs=jnp.full(5, 1 / 6))
+
+
+def test_another_tree_is_a_value_error(batch: tuple) -> None:
+    tx = reweight.importance_weighting(6)
+    with pytest.raises(ValueError, match="tree like the parameters"):
+        tx.update({"w": stacked(batch)["w"]}, tx.init(PARAMS), PARAMS, probs=jnp.full(6, 1 / 6))
+
+
+@pytest.mark.parametrize("wrong", [0, -3])
+def test_a_data_set_has_a_size(wrong: int) -> None:
+    with pytest.raises(ValueError, match="size of the data set"):
+        reweight.importance_weighting(wrong)
+
+
+def test_example_weights_have_one_entry_an_example() -> None:
+    with pytest.raises(ValueError, match="must have shape"):
+        reweight.importance_weighting(6, jnp.ones(5))
+
+
+def test_multi_steps_stands_outside(batch: tuple) -> None:
+    tx = optax.chain(reweight.importance_weighting(6), optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    state = tx.init(PARAMS)
+    probs = jnp.full(6, 1 / 6)
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides a float by an int
+        first, state = tx.update(stacked(batch), state, PARAMS, probs=probs)
+        second, state = tx.update(stacked(batch), state, PARAMS, probs=probs)
+    np.testing.assert_array_equal(first["w"], np.zeros(3))
+    np.testing.assert_allclose(second["w"], -0.1 * jnp.mean(stacked(batch)["w"], axis=0), rtol=1e-5)

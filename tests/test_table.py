@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isgd_jax import table
+
+
+def rows(*numbers: float) -> jax.Array:
+    return jnp.asarray(numbers, jnp.float32)
+
+
+def ids(*numbers: int) -> jax.Array:
+    return jnp.asarray(numbers, jnp.int32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1.0])
+def test_unsound_scores_are_quarantined_and_the_old_entry_kept(bad: float) -> None:
+    known, _ = table.record(table.create(4), ids(0, 1), rows(5.0, 6.0), version=3)
+    after, rejected = jax.jit(table.record)(known, ids(0, 1, 2), rows(bad, 7.0, bad), version=4)
+    assert int(rejected) == 2
+    assert after.scores.tolist() == [5.0, 7.0, 0.0, 0.0]
+    assert after.versions.tolist() == [3, 4, -1, -1]
+
+
+def test_an_older_measurement_never_overwrites_a_newer_one() -> None:
+    known, _ = table.record(table.create(3), ids(0), rows(5.0), version=10)
+    after, rejected = table.record(known, ids(0, 1), rows(1.0, 2.0), version=9)
+    assert int(rejected) == 0
+    assert after.scores.tolist() == [5.0, 2.0, 0.0]
+    assert after.versions.tolist() == [10, 9, -1]
+
+
+def test_padding_is_neither_written_nor_counted() -> None:
+    padded = ids(3, 1, 4, -1)
+    after, rejected = table.record(table.create(3), padded, rows(float("nan"), 2.0, 9.0, 9.0), version=0)
+    assert int(rejected) == 0
+    assert after.scores.tolist() == [0.0, 2.0, 0.0]
+
+
+def test_score_version_and_clock_are_written_together() -> None:
+    after, _ = table.record(table.create(3), ids(2), rows(4.0), version=jnp.int32(7), seconds=jnp.float32(1.5))
+    assert [float(part[2]) for part in after] == [4.0, 7.0, 1.5]
+
+
+def test_duplicates_write_one_of_them() -> None:
+    after, rejected = table.record(table.create(2), ids(1, 1, 1), rows(2.0, 2.0, 2.0), version=0)
+    assert after.scores.tolist() == [0.0, 2.0]
+    assert int(rejected) == 0
+
+
+def test_ages_count_versions_and_never_scored_is_oldest() -> None:
+    known, _ = table.record(table.create(3), ids(0), rows(1.0), version=8)
+    known, _ = table.record(known, ids(1), rows(1.0), version=0)
+    assert table.ages(known, 10).tolist() == [2, 10, 11]
+
+
+def test_an_empty_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        table.create(0)
+
+
+def test_recording_is_jittable_with_a_traced_version_and_compiles_once() -> None:
+    traces = []
+
+    def record(scores: table.ScoreTable, version: jax.Array) -> table.ScoreTable:
+        traces.append(version)
+        return table.record(scores, ids(0), rows(1.0), version=version)[0]
+
+    compiled, scores = jax.jit(record), table.create(2)
+    for version in range(3):
+        scores = compiled(scores, jnp.int32(version))
+    assert len(traces) == 1
+    np.testing.assert_array_equal(scores.versions, [2, -1])

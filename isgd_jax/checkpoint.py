@@ -1,0 +1,96 @@
+"""One Orbax checkpoint of everything that decides the next step, and the proof that it belongs to this run."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder, the newest two kept.
+
+    Guarantees:
+        * A checkpoint is seen whole or not at all: Orbax writes to a temporary folder and renames it. What a killed
+          process left half-written is removed at the next start.
+        * Saving is asynchronous and works on a copy: the caller may donate its arrays at once.
+        * A checkpoint of another model, optimiser or data set is refused before anything is touched.
+
+    Args:
+        folder: where the checkpoints are.
+        identity: what must be equal for a checkpoint to belong here, such as the fingerprint of the data set.
+    """
+
+    def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
+        self._identity = identity
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Tree, notes: dict[str, Any]) -> None:
+        """Save a pytree of arrays, and notes that JSON can hold. Saving a step that is there already does nothing.
+
+        Raises:
+            OSError: the disk is full or not writable; earlier checkpoints stay as they are.
+        """
+        if self._manager.latest_step() == step:
+            return
+        record = {"identity": self._identity, "arrays": _describe(tree), "notes": notes}
+        copy = jax.tree.map(jnp.copy, tree)
+        self._manager.save(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(copy), record=ocp.args.JsonSave(record))
+        )
+
+    def restore(self, template: Tree) -> tuple[Tree, dict[str, Any]]:
+        """The newest checkpoint, placed and shaped like ``template``.
+
+        Returns:
+            The saved pytree and the notes.
+
+        Raises:
+            FileNotFoundError: there is no whole checkpoint.
+            ValueError: the checkpoint is of another model, optimiser or data set.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self._manager.directory}: the run saved none; start it anew")
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        for what, ours in self._identity.items():
+            theirs = record["identity"].get(what)
+            if theirs != ours:
+                raise ValueError(f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}")
+        _check_same_arrays(record["arrays"], _describe(template))
+        restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template)))
+        return restored.arrays, record["notes"]
+
+    def wait(self) -> None:
+        """Return when the last save is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the last save and release the folder."""
+        self._manager.close()
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_same_arrays(theirs: dict[str, str], ours: dict[str, str]) -> None:
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"the checkpoint is of another model or optimiser: {name} is {theirs.get(name, 'absent')} there "
+                f"and {ours.get(name, 'absent')} here; resume with the configuration the run was started with"
+            )

@@ -1,0 +1,105 @@
+"""The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from isgd_jax.config import Config
+from isgd_jax.rundir import RunDir
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, FloatingPointError)
+"""Mistakes of the user or of the machine: one sentence. Set ISGD_TRACEBACK=1 to see where they come from."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model by importance-sampling SGD (or, with --mode uniform, by plain SGD).
+
+    The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints. Ctrl-C and SIGTERM save and stop.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+    resume: str | None = None
+    """Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the figures of finished or running runs anew, from their metrics.jsonl."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = _parse(arguments)
+        sys.exit(train(command) if isinstance(command, Train) else report(command))
+    except EXPECTED_ERRORS as error:
+        if os.environ.get("ISGD_TRACEBACK"):
+            raise
+        sys.exit(f"isgd: {_one_sentence(error)}")
+
+
+def train(command: Train) -> int:
+    """Run `isgd train`; returns the exit code, 128 + the signal if one stopped the run."""
+    from rich.console import Console
+
+    from isgd_jax.console import RunConsole
+    from isgd_jax.train import fit
+
+    console = Console()
+    with RunConsole(console) as observe:
+        result = fit(command.config, resume=command.resume is not None, observe=observe)
+    if result.stopped_by is None:
+        return 0
+    console.print(f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {result.run_dir}")
+    return 128 + result.stopped_by
+
+
+def report(command: Report) -> int:
+    """Run `isgd report`."""
+    from isgd_jax.report import draw
+
+    for folder in command.runs:
+        run = RunDir(Path(folder))
+        run.read_config()
+        for path in draw(run):
+            print(path)
+    return 0
+
+
+def _parse(arguments: list[str]) -> Train | Report:
+    """The command in typed form. With --resume the defaults are the configuration that the run was started with."""
+    resume = _value_of("--resume", arguments)
+    default = Train()
+    if resume is not None:
+        config = RunDir(Path(resume)).read_config()
+        default = Train(dataclasses.replace(config, run_dir=resume), resume)
+    commands = (
+        Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+    )
+    return tyro.cli(commands, prog="isgd", description="Importance-sampling SGD for JAX.", args=arguments)
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for here, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if here == flag:
+            return following
+        if here.startswith(f"{flag}="):
+            return here.removeprefix(f"{flag}=")
+    return None
+
+
+def _one_sentence(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines())

@@ -1,0 +1,31 @@
+"""The clock of a run, and what its time was spent on."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds since the run began, the time before a resume included; it also keeps account of named tasks."""
+
+    def __init__(self, elapsed: float = 0.0, spent: dict[str, float] | None = None) -> None:
+        self._began = time.monotonic() - elapsed
+        self.spent = Counter(spent or {})
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Count the time inside as spent on this. The caller sees to it that the device has finished by the end."""
+        start = self()
+        try:
+            yield
+        finally:
+            self.spent[on] += self() - start
+
+    def shares(self, *tasks: str) -> dict[str, float]:
+        """The share of each task in the time spent on all of them so far, as ``share_<task>``."""
+        total = sum(self.spent[task] for task in tasks)
+        return {f"share_{task}": self.spent[task] / total if total else 0.0 for task in tasks}

@@ -1,0 +1,177 @@
+"""What a run is asked to do: one frozen dataclass, checked when made. Free of jax, so that `--help` is instant."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Mode = Literal["uniform", "exact", "relaxed"]
+SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified"]
+OrderName = Literal["index", "label", "score", "label-score"]
+ScorerName = Literal["grad_norm", "loss", "logit_bound"]
+OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
+ScheduleName = Literal["constant", "cosine"]
+
+MAY_CHANGE_ON_RESUME = frozenset({"steps", "epochs", "log_every", "checkpoint_every", "data_dir", "raw_dir", "run_dir"})
+"""Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or two fields contradict each other.
+    """
+
+    dataset: str = "digits"
+    """Name of the data set: digits (embedded), fashion_mnist, or another that `isgd_jax.data.load` knows."""
+    data_dir: str | None = None
+    """Where prepared data sets are kept. Default: TFDS's own folder, or $TFDS_DATA_DIR."""
+    raw_dir: str | None = None
+    """Where the original files of the data set already lie, when they need not be downloaded."""
+
+    model: str = "mlp"
+    """mlp, cnn, or pkg.module:factory of your own; factory(num_classes) returns a model with Linen's init and apply."""
+    hidden: tuple[int, ...] = (512, 512, 512, 512)
+    """Widths of the hidden layers (mlp only)."""
+    initializer: Literal["he", "paper"] = "he"
+    """he: scaled to the fan-in; paper: normal with standard deviation 0.01 (mlp only)."""
+    loss: str | None = None
+    """pkg.module:fn of your own, fn(outputs, example) -> scalar. Default: softmax cross-entropy with the label."""
+
+    mode: Mode = "exact"
+    """uniform: plain SGD; exact: all scores at the current parameters, every refresh; relaxed: a share of them."""
+    sampler: SamplerName = "auto"
+    """How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
+    exact and relaxed mode: stratified (the default) or independent."""
+    order: OrderName = "label-score"
+    """The line along which stratified draws cut: neighbours should have similar gradients."""
+    scorer: ScorerName = "grad_norm"
+    """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
+    refresh_every: int = 100
+    """Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen."""
+    refresh_share: float = 0.25
+    """Share of the data set scored anew at each refresh, in turn (relaxed mode; exact scores all of it)."""
+    chunk_size: int = 2048
+    """Examples scored in one call."""
+    mixture: float = 0.1
+    """Share of the uniform law in the proposal: the largest weight is 1/mixture."""
+    additive: float = 0.0
+    """Constant added to every score, as in the paper (it used 1 and 10)."""
+    max_age: int | None = None
+    """Scores older than this many steps are not trusted: their examples get the mean trusted score."""
+    max_age_seconds: float | None = None
+    """The same by the clock. It makes a run depend on the speed of the machine; each refresh is recorded."""
+    min_trusted: float = 0.1
+    """Below this share of trusted scores the proposal is uniform."""
+
+    optimizer: OptimizerName = "nesterov"
+    """The Optax optimiser behind the reweighting."""
+    learning_rate: float = 0.01
+    schedule: ScheduleName = "constant"
+    """constant, or cosine decay to 0 over the run."""
+    momentum: float = 0.95
+    """Of nesterov."""
+    weight_decay: float = 0.0
+    """Of adamw: decoupled, so outside the weighted part of the gradient."""
+    batch_size: int = 64
+    """Draws in a step (M)."""
+    steps: int = 3000
+    """Updates to make."""
+    epochs: float | None = None
+    """If given, make as many updates as this many passes over the data set have batches, instead of --steps."""
+
+    seed: int = 0
+    run_dir: str | None = None
+    """Folder of the run. Default: runs/<dataset>-<mode>-<time>."""
+    log_every: int = 100
+    """Steps between two lines of progress: loss, variance, ages, held-out loss and error."""
+    full_train_loss: bool = False
+    """Also measure loss and error on the whole training set at each of these lines."""
+    probe_size: int = 1024
+    """Examples drawn at each line to estimate the variance of uniform, present and ideal proposals."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            _check_type(name, getattr(self, name), hint)
+        for name in ("refresh_every", "chunk_size", "batch_size", "steps", "log_every", "checkpoint_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
+        _check("epochs", self.epochs, self.epochs is None or 0 < self.epochs < math.inf, "above 0")
+        _check("mixture", self.mixture, 0 < self.mixture <= 1, "above 0 and at most 1: at 0 an example could starve")
+        _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
+        _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
+        _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
+        _check("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
+        _check("max_age", self.max_age, self.max_age is None or self.max_age >= 0, "0 or more")
+        _check("max_age_seconds", self.max_age_seconds, self.max_age_seconds is None or self.max_age_seconds > 0,
+               "above 0")  # fmt: skip
+        _check("probe_size", self.probe_size, self.probe_size >= 4 and self.probe_size % 2 == 0, "even and at least 4")
+        _check("hidden", self.hidden, all(width >= 1 for width in self.hidden), "widths of at least 1")
+        _check("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
+        _check("weight_decay", self.weight_decay, self.weight_decay == 0 or self.optimizer == "adamw",
+               "0 unless --optimizer adamw, whose decay is decoupled")  # fmt: skip
+        fitting = ("auto", "shuffled", "uniform") if self.mode == "uniform" else ("auto", "independent", "stratified")
+        _check("sampler", self.sampler, self.sampler in fitting, f"one of {', '.join(fitting)} in {self.mode} mode")
+
+    @property
+    def sampler_in_use(self) -> str:
+        """The sampler, with `auto` resolved."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "shuffled" if self.mode == "uniform" else "stratified"
+
+    def num_steps(self, num_examples: int) -> int:
+        """Updates to make on a data set of ``num_examples``."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, round(self.epochs * num_examples / self.batch_size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON has it."""
+        return dataclasses.asdict(self) | {"hidden": list(self.hidden)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`. An unknown key is an error, never ignored."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown configuration key {key!r}{hint}")
+        if isinstance(values.get("hidden"), list):
+            values = values | {"hidden": tuple(values["hidden"])}
+        return cls(**values)
+
+
+def _check(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}; got {value!r}")
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if not _matches(value, hint):
+        readable = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint).replace("typing.", "")
+        raise TypeError(f"--{name.replace('_', '-')} must be {readable}; got {value!r} of type {type(value).__name__}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field: the few forms of hint used above, and int where float is asked."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_matches(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):  # X | None
+        return any(_matches(value, part) for part in get_args(hint))
+    if hint is bool or isinstance(value, bool):
+        return isinstance(value, bool) and hint is bool
+    if hint is float:
+        return isinstance(value, (int, float)) and not math.isnan(value)
+    return isinstance(value, hint)

@@ -1,0 +1,299 @@
+"""The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isgd_jax import data, evaluate, laws, models, optimizers, report, samplers, scorers, step, table, task
+from isgd_jax.checkpoint import Checkpoints
+from isgd_jax.clock import Clock
+from isgd_jax.config import Config
+from isgd_jax.engines.inline import Inline
+from isgd_jax.rundir import Record, RunDir
+from isgd_jax.sharded import sharded
+from isgd_jax.signals import Stop, stop_on_signals
+from isgd_jax.typing import Params, Scorer
+
+STEPS_IN_FLIGHT = 8
+"""Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
+
+SAMPLERS = {
+    "shuffled": laws.shuffled,
+    "uniform": samplers.uniform,
+    "independent": samplers.independent,
+    "stratified": samplers.stratified,
+}
+
+Observer = Callable[[Record], None]
+
+
+class Result(NamedTuple):
+    """What a run leaves."""
+
+    params: Params
+    run_dir: Path
+    step: int
+    stopped_by: int | None
+    """The number of the signal that ended the run early, if one did."""
+
+
+def fit(
+    config: Config,
+    *,
+    dataset: data.Dataset | None = None,
+    model: models.Model | None = None,
+    loss: task.OutputLoss | None = None,
+    resume: bool = False,
+    observe: Observer = lambda record: None,
+    until: Callable[[Record], bool] = lambda record: False,
+) -> Result:
+    """Train, and leave a folder with the configuration, metrics, figures and checkpoints of the run.
+
+    Args:
+        config: what to do. With ``resume``, ``config.run_dir`` is the folder of the run to go on with.
+        dataset: takes the place of ``config.dataset``.
+        model: takes the place of ``config.model``; anything with Linen's ``init`` and ``apply``.
+        loss: takes the place of ``config.loss``; ``(outputs, example) -> scalar``.
+        resume: go on from the newest checkpoint. The parameters are bit for bit those of a run without a break, unless
+            scores are distrusted by the clock (``max_age_seconds``).
+        observe: called with each record: the plan, refreshes, progress, warnings.
+        until: called with each line of progress; the run ends early at the first for which it is true.
+
+    Raises:
+        ValueError: the configuration does not fit the data, the model or the checkpoint.
+        FloatingPointError: the loss is no longer finite; the checkpoints from before stay.
+        FileExistsError: a new run would write into the folder of an old one.
+    """
+    began = time.monotonic()
+    if resume:
+        RunDir(Path(str(config.run_dir))).check_resumable(config)
+    if dataset is None:
+        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+    if config.batch_size > len(dataset):
+        raise ValueError(
+            f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
+            f"got {config.batch_size}"
+        )
+    work = task.make(config, dataset, model=model, loss=loss)
+    run = RunDir(Path(str(config.run_dir))) if resume else RunDir.create(config)
+    trainer = Trainer(config, work, run, observe, until)
+    trainer.clock.spent["data"] += time.monotonic() - began
+    try:
+        if resume:
+            trainer.resume()
+        with stop_on_signals() as stop:
+            return trainer.train(stop)
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One run in memory: its state, where its laws come from, and where its records go."""
+
+    def __init__(
+        self, config: Config, work: task.Task, run: RunDir, observe: Observer, until: Callable[[Record], bool]
+    ) -> None:
+        self.config, self.work, self.run, self.observe, self.until = config, work, run, observe, until
+        self.reached = False
+        self.num_steps = config.num_steps(work.num_examples)
+        self.step = 0
+        self.clock = Clock()
+        self.train_data, self.test_data = jax.device_put((dict(work.train), dict(work.test)))
+        self.init_key, self.draw_key, self.epoch_key, self.probe_key = jax.random.split(jax.random.key(config.seed), 4)
+        tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps)
+        self.state = step.init_state(work.init(self.init_key), tx, work.num_examples)
+        scorer, fresh_scores = make_scorer(config, work)
+        self.engine = make_engine(config, work, scorer)
+        self.laws = self._make_laws()
+        self.update = step.make_update(
+            work.loss_fn,
+            tx,
+            SAMPLERS[config.sampler_in_use],
+            num_draws=config.batch_size,
+            fresh_scores=None if config.mode == "uniform" else fresh_scores,
+        )
+        self.evaluate = evaluate.make_evaluate(work)
+        self.probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
+        self.checkpoints = Checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
+        self.infos: list[step.StepInfo] = []
+        self.mark = (0, 0.0, self.clock.spent)  # step, clock and time spent at the last line of progress
+
+    def _make_laws(self) -> laws.Laws:
+        if self.config.mode != "uniform":
+            return laws.ScoredLaws(self.engine, self.config, self.train_data["label"])
+        if self.config.sampler_in_use == "shuffled":
+            return laws.ShuffledLaws(self.epoch_key, self.work.num_examples, self.config.batch_size)
+        return laws.UniformLaws(self.work.num_examples)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, and forget the records written after it."""
+        saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
+        self.state, self.laws.law = saved["state"], saved["law"]
+        self.engine.cursor = notes["cursor"]
+        self.clock = Clock(notes["seconds"], notes["spent"])
+        self.step = int(self.state.step)
+        self.run.forget_after(self.step)
+        self._record("resumed")
+
+    def train(self, stop: Stop) -> Result:
+        """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
+        self.run.write_environment([str(device) for device in jax.local_devices()])
+        self.observe(self._plan())
+        self._set_mark()
+        if self.step == 0:
+            self._log()
+        while self.step < self.num_steps and not stop and not self.reached:
+            self._advance()
+        self._save()
+        self.checkpoints.wait()
+        self._record("stopped" if stop else "finished", spent=dict(self.clock.spent))
+        figures = report.draw(self.run)
+        self.observe({"event": "figures", "paths": [str(path) for path in figures]})
+        return Result(self.state.params, self.run.path, self.step, stop.signum)
+
+    def close(self) -> None:
+        """Release the engine and the checkpoint folder."""
+        self.engine.close()
+        self.checkpoints.close()
+
+    def _advance(self) -> None:
+        """One step, and what falls due after it."""
+        self.state, refresh = self.laws.before(self.step, self.state, self.clock)
+        if refresh is not None:
+            self._record("refresh", **refresh._asdict())
+            self._warn_of_rejected(refresh.rejected)
+        self.state, info = self._update(self.state)
+        self.infos.append(info)
+        self.step += 1
+        if self.step % STEPS_IN_FLIGHT == 0:
+            jax.block_until_ready(info.loss)
+        if self.step % self.config.log_every == 0 or self.step == self.num_steps:
+            self._log()
+        if self.step % self.config.checkpoint_every == 0:
+            self._save()
+
+    def _update(self, state: step.TrainState) -> tuple[step.TrainState, step.StepInfo]:
+        return self.update(state, self.laws.law, self.train_data, self.draw_key, np.float32(self.clock()))
+
+    def _log(self) -> None:
+        """Measure, and write one line of progress."""
+        step_before, clock_before, spent_before = self.mark
+        stepped = self._drain()
+        elapsed, other = self.clock() - clock_before, self.clock.spent - spent_before
+        self.clock.spent["updating"] += elapsed - sum(other.values())
+        with self.clock.spending("measuring"):
+            measured = self._measure()
+        rate = (self.step - step_before) / elapsed if self.step > step_before else None
+        shares = self.clock.shares("scoring", "updating", "measuring")
+        record = self._record("progress", steps_per_second=rate, **stepped, **measured, **shares)
+        self.reached = self.until(record)
+        self._set_mark()
+
+    def _set_mark(self) -> None:
+        self.mark = (self.step, self.clock(), self.clock.spent.copy())
+
+    def _drain(self) -> Record:
+        """Fetch what the steps left on the device since the last call, and see that the loss is finite."""
+        infos = jax.device_get(self.infos)
+        self.infos.clear()
+        for i, info in enumerate(infos):
+            if not np.isfinite(info.loss):
+                raise FloatingPointError(
+                    f"the training loss became {info.loss} at step {self.step - len(infos) + i}: lower --learning-rate "
+                    f"(it was {self.config.learning_rate}); checkpoints from before stay in {self.run.checkpoints}"
+                )
+        if not infos:
+            return {"loss": None, "max_weight": None}
+        self._warn_of_rejected(sum(int(info.rejected) for info in infos))
+        losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
+        return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
+
+    def _measure(self) -> Record:
+        """Loss and error on held-out data, √Tr Cov of three proposals, and the ages of the scores."""
+        measured: Record = {}
+        splits = {"test": self.test_data} | ({"train": self.train_data} if self.config.full_train_loss else {})
+        for name, split in splits.items():
+            fit = self.evaluate(self.state.params, split)
+            measured |= {f"{name}_loss": float(fit.loss), f"{name}_error": float(fit.error)}
+        key = jax.random.fold_in(self.probe_key, self.step)
+        traces = self.probe(self.state.params, self.laws.proposal, self.train_data, key)
+        measured |= {f"sd_{name}": math.sqrt(max(0.0, float(trace))) for name, trace in traces._asdict().items()}
+        measured["variance_ratio"] = (
+            measured["sd_stale"] ** 2 / measured["sd_uniform"] ** 2 if measured["sd_uniform"] else None
+        )
+        versions = np.asarray(self.state.table.versions)
+        ages = self.step - versions[versions != table.NEVER]
+        mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
+        return measured | {"age_mean": mean, "age_p95": late}
+
+    def _save(self) -> None:
+        if not all(np.isfinite(info.loss) for info in jax.device_get(self.infos)):
+            self._drain()  # says at which step the loss was lost, and saves nothing
+        with self.clock.spending("saving"):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        notes = {"cursor": self.engine.cursor, "seconds": self.clock(), "spent": dict(self.clock.spent)}
+        self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
+
+    def _warn_of_rejected(self, count: int) -> None:
+        if count:
+            text = f"{count} scores were not finite and were set aside; what was known of these examples before stays"
+            self._record("warning", text=text)
+
+    def _record(self, event: str, **values: Any) -> Record:
+        record = {"event": event, "step": self.step, "seconds": round(self.clock(), 3), **values}
+        self.run.append(record)
+        self.observe(record)
+        return record
+
+    def _plan(self) -> Record:
+        """What is about to be done, with the cost of scoring measured on this machine."""
+        with self.clock.spending("planning"):
+            update = _seconds(lambda: self._update(jax.tree.map(jnp.copy, self.state)))
+            refresh = 0.0 if self.config.mode == "uniform" else self.engine.seconds_per_collect(self.state.params)
+        return {
+            "event": "plan",
+            "run_dir": str(self.run.path),
+            "num_examples": self.work.num_examples,
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            "devices": [str(device) for device in jax.local_devices()],
+            "first_step": self.step,
+            "num_steps": self.num_steps,
+            "config": self.config.to_dict(),
+            "sampler": self.config.sampler_in_use,
+            "seconds_per_update": update,
+            "seconds_per_refresh": refresh,
+        }
+
+
+def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScores | None]:
+    """The scorer of a configuration over all local devices, and how a step scores what it has drawn."""
+    if config.scorer == "grad_norm":
+        return sharded(scorers.grad_norm(work.loss_fn)), step.norms_as_scores
+    if config.scorer == "loss":
+        return sharded(scorers.loss(work.loss_fn)), step.losses_as_scores
+    return sharded(scorers.logit_bound(work.logits_fn)), None
+
+
+def make_engine(config: Config, work: task.Task, scorer: Scorer) -> Inline:
+    """The engine of a configuration: exact mode scores everything at each refresh, relaxed mode its share."""
+    if config.mode != "relaxed":
+        return Inline(scorer, work.train, chunk_size=config.chunk_size)
+    chunk_size = min(config.chunk_size, math.ceil(config.refresh_share * work.num_examples))
+    num_chunks = math.ceil(config.refresh_share * work.num_examples / chunk_size)
+    return Inline(scorer, work.train, chunk_size=chunk_size, chunks_per_collect=num_chunks)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one call, compilation left out."""
+    jax.block_until_ready(run())
+    began = time.monotonic()
+    jax.block_until_ready(run())
+    return time.monotonic() - began

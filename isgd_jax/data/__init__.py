@@ -13,6 +13,7 @@ Importing this package imports neither TFDS nor scikit-learn; loading a named da
 """
 
 from isgd_jax.data.catalog import load, names
-from isgd_jax.data.dataset import Arrays, Dataset, from_arrays, from_source
+from isgd_jax.data.checks import Arrays
+from isgd_jax.data.dataset import Dataset, from_arrays, from_source
 
 __all__ = ["Arrays", "Dataset", "from_arrays", "from_source", "load", "names"]

@@ -1,19 +1,23 @@
 """The data sets that have a name."""
 
 import difflib
+import importlib.util
 import os
 from pathlib import Path
 
+from isgd_jax.data.cifar10 import CIFAR10
 from isgd_jax.data.dataset import Dataset, from_arrays
 from isgd_jax.data.digits import DIGITS
+from isgd_jax.data.flights import NYCFLIGHTS13
 from isgd_jax.data.idx import FASHION_MNIST, MNIST
 from isgd_jax.data.recipe import Recipe
+from isgd_jax.data.svhn import SVHN_CROPPED
 
-_RECIPES = {recipe.name: recipe for recipe in (DIGITS, FASHION_MNIST, MNIST)}
+_RECIPES = {recipe.name: recipe for recipe in (DIGITS, FASHION_MNIST, MNIST, CIFAR10, SVHN_CROPPED, NYCFLIGHTS13)}
 
 
 def names() -> tuple[str, ...]:
-    """The names that `load` knows without anything prepared."""
+    """The names that `load` knows wherever it runs."""
     return tuple(_RECIPES)
 
 
@@ -23,23 +27,30 @@ def load(
     """A data set by name, in memory.
 
     Args:
-      name: one of `names`.
+      name: one of `names`; or any data set, ``name`` or ``name/config``, that TFDS has prepared as ArrayRecord in
+        ``data_dir`` and that has an input, a class label and the splits train and test: its newest version is read.
       data_dir: where prepared data sets are kept; by default TFDS's own folder, ``$TFDS_DATA_DIR`` or
-        ``~/tensorflow_datasets``. Written once, when a data set is first asked for.
+        ``~/tensorflow_datasets``. Written once, when one of `names` is first asked for.
       raw_dir: where the original files are, if they are to be neither looked for nor downloaded.
     """
+    root = _data_dir(data_dir)
     raw = None if raw_dir is None else _existing(Path(raw_dir).expanduser())
-    if name not in _RECIPES:
-        raise ValueError(_unknown(name))
-    return load_recipe(_RECIPES[name], data_dir=_data_dir(data_dir), raw_dir=raw)
+    if name in _RECIPES:
+        return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw)
+    folder = _newest_version(root / name) if name else None
+    if folder is None:
+        raise ValueError(_unknown(name, root))
+    _require_tfds()
+    from isgd_jax.data.prepared import load_folder
+
+    return load_folder(name, folder)
 
 
 def load_recipe(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None) -> Dataset:
     """Like `load`, for a recipe."""
-    try:
-        from isgd_jax.data.prepare import load_prepared
-    except ImportError as error:
-        raise ImportError(f"named data sets need the extra 'train': pip install 'isgd_jax[train]' ({error})") from error
+    _require_tfds()
+    from isgd_jax.data.prepare import load_prepared
+
     splits = load_prepared(recipe, data_dir=data_dir, raw_dir=raw_dir)
     return from_arrays(
         splits["train"],
@@ -49,6 +60,13 @@ def load_recipe(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None) 
         num_classes=recipe.num_classes,
         per_coordinate=recipe.per_coordinate,
     )
+
+
+def _require_tfds() -> None:
+    """TFDS is half a second of imports, and an extra: asked for when it is needed, not before."""
+    missing = [name for name in ("tensorflow_datasets", "array_record") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"named data sets need {' and '.join(missing)}: pip install 'isgd_jax[train]'")
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
@@ -61,7 +79,19 @@ def _existing(raw_dir: Path) -> Path:
     return raw_dir
 
 
-def _unknown(name: str) -> str:
+def _newest_version(folder: Path) -> Path | None:
+    """The folder of the highest version below ``folder``; TFDS names it by three numbers, like 3.0.10."""
+    prepared = [info.parent for info in folder.glob("*.*.*/dataset_info.json")]
+    numbered = {
+        tuple(map(int, path.name.split("."))): path for path in prepared if path.name.replace(".", "").isdigit()
+    }
+    return numbered[max(numbered)] if numbered else None
+
+
+def _unknown(name: str, data_dir: Path) -> str:
     close = difflib.get_close_matches(name, _RECIPES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown data set {name!r}{hint}; known are {', '.join(_RECIPES)}"
+    return (
+        f"unknown data set {name!r}{hint}; known are {', '.join(_RECIPES)}, "
+        f"and what TFDS has prepared as ArrayRecord in {data_dir}"
+    )

@@ -12,6 +12,7 @@ from isgd_jax.data.recipe import RawFile, Recipe, Splits
 
 _UINT8 = 0x08
 _PARTS = {"train": "train", "test": "t10k"}
+_NAMES = [f"{part}-{kind}-ubyte.gz" for part in _PARTS.values() for kind in ("images-idx3", "labels-idx1")]
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -39,12 +40,9 @@ def _read_split(files: Mapping[str, Path], part: str) -> dict[str, np.ndarray]:
     return {"image": read_idx(images)[..., None], "label": read_idx(labels).astype(np.int32)}
 
 
-def _files(base: str, **sha256: str) -> tuple[RawFile, ...]:
-    """Checksums as the TFDS catalog lists them."""
-    names = {
-        key: f"{key.replace('_images', '-images-idx3').replace('_labels', '-labels-idx1')}-ubyte.gz" for key in sha256
-    }
-    return tuple(RawFile(name, base + name, sha256[key]) for key, name in names.items())
+def _files(base: str, *sha256: str) -> tuple[RawFile, ...]:
+    """Checksums in the order of `_NAMES`, as the TFDS catalog lists them."""
+    return tuple(RawFile(name, base + name, digest) for name, digest in zip(_NAMES, sha256, strict=True))
 
 
 MNIST = Recipe(
@@ -57,10 +55,10 @@ MNIST = Recipe(
     read=_read,
     files=_files(
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        train_images="440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        train_labels="3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        t10k_images="8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        t10k_labels="f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     ),
 )
 
@@ -74,10 +72,10 @@ FASHION_MNIST = Recipe(
     read=_read,
     files=_files(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        train_images="3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        train_labels="a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        t10k_images="346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        t10k_labels="67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     ),
     folders=(Path("/usr/share/datasets/fashion-mnist"),),  # Debian's dataset-fashion-mnist
 )

@@ -8,12 +8,13 @@ Guarantees:
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
 
+from isgd_jax.data import checks
 from isgd_jax.data.dataset import read
 from isgd_jax.data.files import locate
 from isgd_jax.data.recipe import Recipe, Splits
@@ -69,7 +70,7 @@ def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None) -> Sp
     if not is_prepared(folder):
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
     splits = read_folder(folder)
-    _check_counts(recipe, splits, where=folder)
+    _check(recipe, splits, where=folder)
     return splits
 
 
@@ -79,10 +80,17 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> Splits:
-    """Every split of a data set that TFDS prepared as ArrayRecord in ``folder``, ours or the catalog's."""
-    try:
+    """Every split of what was prepared in ``folder``."""
+    with told_if_damaged(folder):
         sources = tfds.builder_from_directory(folder).as_data_source()
         return {split: read(source) for split, source in sources.items()}
+
+
+@contextlib.contextmanager
+def told_if_damaged(folder: Path) -> Iterator[None]:
+    """ArrayRecord checks what it reads, and says so in several lines and its own words."""
+    try:
+        yield
     except (RuntimeError, OSError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -91,31 +99,35 @@ def read_folder(folder: Path) -> Splits:
 
 
 def _prepare(recipe: Recipe, folder: Path, *, data_dir: Path, raw_dir: Path | None) -> None:
-    try:
+    with _told_if_unwritable(recipe, data_dir):  # before the originals are fetched and read, which can take minutes
         data_dir.mkdir(parents=True, exist_ok=True)
-        splits = recipe.read(locate(recipe, raw_dir=raw_dir, downloads=data_dir / "downloads" / f"isgd_{recipe.name}"))
-        _check_counts(recipe, splits, where="its original files")
-        with contextlib.redirect_stdout(io.StringIO()):  # two announcements, printed by TFDS on every preparation
-            _Builder(recipe, splits, data_dir).download_and_prepare(file_format="array_record")
-    except (FileNotFoundError, ConnectionError):
-        raise
+        tempfile.TemporaryFile(dir=data_dir).close()
+    splits = recipe.read(locate(recipe, raw_dir=raw_dir, downloads=data_dir / "downloads" / f"isgd_{recipe.name}"))
+    _check(recipe, splits, where="its original files")
+    with _told_if_unwritable(recipe, data_dir):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces every preparation on two lines
+                _Builder(recipe, splits, data_dir).download_and_prepare(file_format="array_record")
+        except OSError:
+            if not is_prepared(folder):  # else another process was first; its folder stays, ours is gone
+                raise
+
+
+@contextlib.contextmanager
+def _told_if_unwritable(recipe: Recipe, data_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if is_prepared(folder):  # another process was first; its folder stays, ours is gone
-            return
-        raise OSError(
+        raise type(error)(
             f"cannot write {recipe.name} into data_dir {data_dir} ({error}); "
-            "make room there or name another data_dir (or set TFDS_DATA_DIR)"
+            "make room there, or name another data_dir or set TFDS_DATA_DIR"
         ) from error
 
 
-def _check_counts(recipe: Recipe, splits: Splits, *, where: Path | str) -> None:
-    got = {f"{split} {key}s": len(array) for split, arrays in splits.items() for key, array in arrays.items()}
-    expected = {f"{split} {key}s": recipe.counts.get(split) for split in splits for key in splits[split]}
-    if got != expected or set(splits) != set(recipe.counts):
+def _check(recipe: Recipe, splits: Splits, *, where: Path | str) -> None:
+    got = {split: len(arrays["label"]) for split, arrays in splits.items()}
+    if got != dict(recipe.counts):
         raise ValueError(f"{recipe.name}: expected {dict(recipe.counts)} examples in {where}, got {got}")
-    labels = np.concatenate([arrays["label"] for arrays in splits.values()])
-    if labels.min() < 0 or labels.max() >= recipe.num_classes:
-        raise ValueError(
-            f"{recipe.name}: expected labels from 0 to {recipe.num_classes - 1} in {where}, "
-            f"got {labels.min()} to {labels.max()}"
-        )
+    for split, arrays in splits.items():
+        name = f"{recipe.name} {split} in {where}"
+        checks.check_labels(name, checks.converted(name, arrays)["label"], num_classes=recipe.num_classes)

@@ -1,7 +1,7 @@
 """How a data set is made from its original files: what they are, where they are found, how they are read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,26 +19,30 @@ class RawFile:
     """An original file. ``sha256`` is that of the file at ``url``; copies elsewhere may be compressed differently."""
 
     name: str
-    url: str
-    sha256: str
+    url: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One named data set. ``version`` changes whenever what is written changes; ``counts`` are examples a split."""
+    """One named data set."""
 
     name: str
     version: str
+    """Changes whenever what is written changes."""
     about: str
     homepage: str
     num_classes: int
     counts: Mapping[str, int]
+    """Examples a split."""
     read: Reader
     files: tuple[RawFile, ...] = ()
-    folders: tuple[Path, ...] = field(default=())
+    folders: tuple[Path, ...] = ()
     """Where a package of the operating system puts the files."""
+    package: str | None = None
+    """A Python package that has the files in its folder ``data``."""
     per_coordinate: bool = False
-    """Standardise each coordinate by itself."""
+    """Standardise each coordinate of the input by itself."""
 
 
 def hold_out(arrays: Mapping[str, np.ndarray], count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -16,6 +16,7 @@ Guarantees:
 """
 
 import math
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -219,10 +220,16 @@ def _scaled_index(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m
 def _descend(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m"]:
     """The places on the line where the prefix sums pass the fractions of the total, from the root down."""
     rest = _scaled(numerator, denominator, Pair(*(part[0] for part in law.levels[-1])))
-    at = jnp.zeros(numerator.hi.shape, jnp.int32)
-    for level in (*law.levels[-2::-1], sums.exact(law.masses)):
-        rest, child = _choose(rest, _pyramid(_children(level, at)))
-        at = at * FANOUT + child
+    levels = (*law.levels[-2::-1], sums.exact(law.masses))
+
+    # A loop, although the levels are few: unrolled, XLA fuses level into level and computes each again for every use.
+    def down(depth: Array, state: tuple[Pair, Array]) -> tuple[Pair, Array]:
+        rest, at = state
+        children = jax.lax.switch(depth, [partial(_children, level) for level in levels], at)
+        rest, child = _choose(rest, _pyramid(children))
+        return rest, at * FANOUT + child
+
+    _, at = jax.lax.fori_loop(0, len(levels), down, (rest, jnp.zeros(numerator.hi.shape, jnp.int32)))
     return at
 
 

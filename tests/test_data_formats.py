@@ -213,10 +213,11 @@ class IsgdTestPictures(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.10.0")
     SPLITS = ("train", "validation", "test")
+    SHAPE = (32, 32, 3)
     LABEL = tfds.features.ClassLabel(num_classes=7)
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(32, 32, 3)), "label": self.LABEL, "id": tfds.features.Text()}
+        features = {"image": tfds.features.Image(shape=self.SHAPE), "label": self.LABEL, "id": tfds.features.Text()}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -262,6 +263,16 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path):
 def test_prepared_data_sets_that_cannot_be_trained_on_are_told(tmp_path, changes, message):
     prepare_pictures(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
+        data.load("isgd_test_pictures", data_dir=tmp_path)
+
+
+def test_images_of_many_sizes_are_told(tmp_path):
+    def grow(self):
+        for row, image in enumerate(images(6)):
+            yield row, {"image": Image.fromarray(image[: 20 + row]), "label": row, "id": ""}
+
+    prepare_pictures(tmp_path, SHAPE=(None, None, 3), _generate_examples=grow)
+    with pytest.raises(ValueError, match="arrays of the same shapes"):
         data.load("isgd_test_pictures", data_dir=tmp_path)
 
 

@@ -48,6 +48,13 @@ def test_digits_is_there_offline_and_the_same_when_read_again(tmp_path, monkeypa
     assert capfd.readouterr() == ("", "")  # no bars, no announcements
 
 
+def test_many_shards_keep_the_order(tmp_path, monkeypatch):
+    whole = data.load("digits")
+    monkeypatch.setattr(prepare, "_SHARD_BYTES", 30_000)
+    assert data.load("digits", data_dir=tmp_path / "many").fingerprint == whole.fingerprint
+    assert len(list(tmp_path.glob("many/isgd_digits/1.0.0/*train*"))) == 4
+
+
 def test_tensorflow_is_not_imported(tmp_path):
     program = f"""
 import sys, isgd_jax.data as data
@@ -187,7 +194,7 @@ def test_a_data_dir_that_cannot_be_written_is_told(tmp_path, monkeypatch, error)
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(prepare._Builder, "_split_generators", refuse)
+    monkeypatch.setattr(prepare._Builder, "_shard_iterators_per_split", refuse)
     with pytest.raises(OSError, match=rf"cannot write digits into data_dir .*{error.strerror}.*TFDS_DATA_DIR"):
         data.load("digits", data_dir=tmp_path / "tfds")
     assert not list((tmp_path / "tfds" / "isgd_digits").iterdir())
@@ -204,12 +211,13 @@ def test_a_preparation_killed_half_way_is_not_read_as_whole(tmp_path):
 import os
 from isgd_jax import data
 from isgd_jax.data import prepare
-def generate(self, split):
-    for row, image in enumerate(self.splits[split]["image"]):
-        if split == "test" and row == 100:
+write = prepare._examples
+def killed(arrays, rows):
+    for row, example in write(arrays, rows):
+        if len(rows) == 360 and row == 100:
             os.kill(os.getpid(), 9)
-        yield row, {{key: array[row] for key, array in self.splits[split].items()}}
-prepare._Builder._generate_examples = generate
+        yield row, example
+prepare._examples = killed
 data.load("digits", data_dir={str(tmp_path)!r})
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == -9
@@ -244,21 +252,24 @@ assert len(data.load("digits", data_dir={str(tmp_path)!r})) == 1437
 
 
 def test_the_loser_of_a_race_reads_what_the_winner_wrote(tmp_path, monkeypatch):
-    split_generators = prepare._Builder._split_generators
+    shards = prepare._Builder._shard_iterators_per_split
 
     def overtaken(self, manager):
-        monkeypatch.setattr(prepare._Builder, "_split_generators", split_generators)
+        monkeypatch.setattr(prepare._Builder, "_shard_iterators_per_split", shards)
         prepare._Builder(self.recipe, self.splits, tmp_path).download_and_prepare(file_format="array_record")
-        return split_generators(self, manager)
+        return shards(self, manager)
 
-    monkeypatch.setattr(prepare._Builder, "_split_generators", overtaken)
+    monkeypatch.setattr(prepare._Builder, "_shard_iterators_per_split", overtaken)
     assert len(data.load("digits", data_dir=tmp_path)) == 1437
     assert [path.name for path in (tmp_path / "isgd_digits").iterdir()] == ["1.0.0"]
 
 
-def test_a_prepared_file_cut_short_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "file", ["isgd_digits-train.array_record-00000-of-00001", "dataset_info.json", "features.json"]
+)
+def test_prepared_files_cut_short_are_told(tmp_path, file):
     data.load("digits", data_dir=tmp_path)
-    path = next(tmp_path.glob("isgd_digits/1.0.0/*train*"))
+    path = tmp_path / "isgd_digits" / "1.0.0" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"cannot be read .* delete that folder and try again"):
         data.load("digits", data_dir=tmp_path)

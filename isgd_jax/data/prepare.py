@@ -7,11 +7,16 @@ Guarantees:
 """
 
 import contextlib
+import functools
 import io
+import itertools
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.data import checks
@@ -23,8 +28,16 @@ from isgd_jax.data.recipe import Recipe, Splits
 tfds.disable_progress_bar()
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Writes the splits of a recipe."""
+_SHARD_BYTES = 1 << 28
+_Shard: TypeAlias = Callable[[], Iterator[tuple[int, dict[str, np.ndarray]]]]
+
+
+class _Builder(tfds.core.ShardBasedBuilder):
+    """Writes the splits of a recipe, shard by shard.
+
+    TFDS's better known `GeneratorBasedBuilder` sorts all examples by key even if told not to shuffle, and cannot sort
+    more than 1 GB without TensorFlow.
+    """
 
     name = "isgd_recipe"  # in TFDS's registry, where the catalog has the recipes' names
 
@@ -42,7 +55,6 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
             description=self.recipe.about,
             homepage=self.recipe.homepage,
             features=tfds.features.FeaturesDict(self._features()),
-            disable_shuffling=True,
         )
 
     def _features(self) -> dict[str, tfds.features.FeatureConnector]:
@@ -55,13 +67,20 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
             for key, array in self.splits["train"].items()
         }
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in self.splits}
+    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[_Shard]]:
+        return {split: [*_shards(arrays)] for split, arrays in self.splits.items()}
 
-    def _generate_examples(self, split: str) -> Iterator:
-        arrays = self.splits[split]
-        for row in range(len(arrays["label"])):
-            yield row, {key: array[row] for key, array in arrays.items()}
+
+def _shards(arrays: Mapping[str, np.ndarray]) -> Iterator[_Shard]:
+    size = len(arrays["label"])
+    count = math.ceil(sum(array.nbytes for array in arrays.values()) / _SHARD_BYTES)
+    for start, stop in itertools.pairwise(size * shard // count for shard in range(count + 1)):
+        yield functools.partial(_examples, arrays, range(start, stop))
+
+
+def _examples(arrays: Mapping[str, np.ndarray], rows: range) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    for row in rows:
+        yield row, {key: array[row] for key, array in arrays.items()}
 
 
 def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None) -> Splits:
@@ -69,7 +88,9 @@ def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None) -> Sp
     folder = data_dir / f"isgd_{recipe.name}" / recipe.version
     if not is_prepared(folder):
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
-    splits = read_folder(folder)
+    sources = open_folder(folder).as_data_source()
+    with told_if_damaged(folder):
+        splits = {split: read(source) for split, source in sources.items()}
     _check(recipe, splits, where=folder)
     return splits
 
@@ -79,19 +100,18 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def read_folder(folder: Path) -> Splits:
-    """Every split of what was prepared in ``folder``."""
-    with told_if_damaged(folder):
-        sources = tfds.builder_from_directory(folder).as_data_source()
-        return {split: read(source) for split, source in sources.items()}
+def open_folder(folder: Path) -> tfds.core.DatasetBuilder:
+    """What TFDS prepared in ``folder``, by whatever builder."""
+    with told_if_damaged(folder, (Exception,)):  # each of TFDS's parsers has errors of its own
+        return tfds.builder_from_directory(folder)
 
 
 @contextlib.contextmanager
-def told_if_damaged(folder: Path) -> Iterator[None]:
-    """ArrayRecord checks what it reads, and says so in several lines and its own words."""
+def told_if_damaged(folder: Path, errors: tuple[type[Exception], ...] = (RuntimeError, OSError)) -> Iterator[None]:
+    """ArrayRecord checks what it reads, and complains in several lines and its own words."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError, IndexError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"the data set prepared in {folder} cannot be read ({reason}); delete that folder and try again"

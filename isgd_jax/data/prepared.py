@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.data.dataset import Dataset, from_arrays, read
-from isgd_jax.data.prepare import told_if_damaged
+from isgd_jax.data.prepare import open_folder, told_if_damaged
 
 
 class _Pairs:
@@ -30,7 +30,7 @@ class _Pairs:
 def load_folder(name: str, folder: Path) -> Dataset:
     """The data set in ``folder``, whose features are an input and a class; it is tested on ``test``, else on
     ``validation``."""
-    builder = tfds.builder_from_directory(folder)
+    builder = open_folder(folder)
     input_key, label_key = _keys(name, builder.info)
     parts = _parts(name, set(builder.info.splits))
     try:

@@ -54,13 +54,22 @@ Node = Value | Constant
 
 @dataclass(eq=False)
 class Op:
-    """One primitive: ``apply(*inputs)`` returns the list of its outputs."""
+    """One primitive: ``apply(*inputs)`` returns the list of its outputs.
+
+    A ``region`` (a loop or branches whose inside was cut) takes the place of ``apply``: ``region.apply(inputs, used)``;
+    ``used`` says which outputs anybody reads.
+    """
 
     name: str
     inputs: list[Node]
     params: dict[str, Any]
     apply: Callable[..., Sequence[Any]]
     outputs: list[Value] = field(default_factory=list)
+    region: Any = None
+
+    def add_output(self, aval: Any) -> Value:
+        self.outputs.append(Value(aval, self, len(self.outputs)))
+        return self.outputs[-1]
 
 
 @dataclass(eq=False)
@@ -90,25 +99,50 @@ def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node
     def read(node: Node) -> Any:
         return node.value if isinstance(node, Constant) else known[node]
 
-    for op in _in_order(wanted, known):
-        known.update(zip(op.outputs, op.apply(*map(read, op.inputs)), strict=True))
+    order = operations(wanted)
+    used = set(wanted).union(*(op.inputs for op in order))
+    for op in order:
+        values = [read(node) for node in op.inputs]
+        outputs = op.region.apply(values, [x in used for x in op.outputs]) if op.region else op.apply(*values)
+        known.update(zip(op.outputs, outputs, strict=True))
     return [read(node) for node in wanted]
 
 
-def _in_order(wanted: Sequence[Node], known: dict[Node, Any]) -> list[Op]:
-    """The operations behind the wanted values, each after those it depends on (iterative: programs are deep)."""
+def operations(wanted: Sequence[Node]) -> list[Op]:
+    """The operations behind the wanted values, each after those it depends on (no recursion: programs are deep)."""
     order: dict[Op, None] = {}
-    stack = [(node.op, False) for node in reversed(wanted) if node.op is not None and node not in known]
+    stack = [(node.op, False) for node in reversed(wanted) if node.op is not None]
     while stack:
         op, ready = stack.pop()
-        if op in order:
-            continue
         if ready:
-            order[op] = None
-            continue
-        stack.append((op, True))
-        stack.extend((x.op, False) for x in op.inputs if x.op is not None and x not in known and x.op not in order)
+            order.setdefault(op)
+        elif op not in order:
+            stack.append((op, True))
+            stack.extend((x.op, False) for x in op.inputs if x.op is not None and x.op not in order)
     return list(order)
+
+
+def sources(wanted: Sequence[Node]) -> set[Node]:
+    """The inputs that the wanted values depend on."""
+    read = set(wanted).union(*(op.inputs for op in operations(wanted)))
+    return {node for node in read if isinstance(node, Value) and node.op is None}
+
+
+def dependent(inputs: Sequence[Value], wanted: Sequence[Node]) -> list[bool]:
+    """Which of the wanted values depend on any of the inputs."""
+    touched: set[Node] = set(inputs)
+    for op in operations(wanted):
+        if not touched.isdisjoint(op.inputs):
+            touched.update(op.outputs)
+    return [node in touched for node in wanted]
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
 
 
 def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node]) -> list[Node]:

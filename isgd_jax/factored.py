@@ -1,56 +1,88 @@
 """The lazy contraction: what a factored gradient is, and what can be asked of it without forming it.
 
 The gradients of a batch are a tree shaped like the parameters. A leaf stands for an array ``[b, *param.shape]``: either
-that array itself, or a `Factored`, a sum of contractions whose factors are kept and whose product is not. Every array
-inside has the leading axis ``b``, so the tree can be sliced, sharded and mapped like any batch.
+that array itself, or a `Factored`, a sum of contractions whose factors are kept and whose product is not.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.lax import Precision
-from jax.typing import DTypeLike
 from jaxtyping import Float, PyTree
 
+from isgd_jax import costs
+from isgd_jax.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, products, pulled, total
+
 Axes: TypeAlias = tuple[tuple[int, str], ...]
-"""A parameter's axes in order, split as finely as needed: (size, "k" shared | "i" left factor's | "o" right's)."""
+"""A parameter's axes in order, split as finely as needed: (size, "k" shared | "w", "i" left factor's | "o" right's)."""
 
 
 @dataclass(frozen=True)
 class Outer:
-    """One contraction: ``G[b, k, i, o] = Σ_t left[b, k, t, i] · right[b, k, t, o]``, its axes laid out as ``axes`` says."""
+    """One contraction: ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out as ``axes`` say."""
 
-    left: Any
+    left: Factor
     right: Any
     axes: Axes
 
 
 @dataclass(frozen=True)
 class Factored:
-    """A lazy leaf: the sum of ``terms``, each an `Outer`, standing for an array ``[b, *shape]``."""
+    """A lazy leaf: the sum of ``terms``, of ``formed`` [b, *shape], and of ``shared`` [*shape], the same for all examples.
+
+    Every array inside but ``shared`` has the leading axis b. ``joint``: norms and a mean will be asked of it together.
+    """
 
     terms: tuple[Outer, ...]
     shape: tuple[int, ...]
     dtype: Any
+    formed: Any = None
+    shared: Any = None
+    joint: bool = True
+
+    @property
+    def batch_size(self) -> int:
+        return self.formed.shape[0] if self.formed is not None else self.terms[0].right.shape[0]
 
 
 jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fields=["axes"])
-jax.tree_util.register_dataclass(Factored, data_fields=["terms"], meta_fields=["shape", "dtype"])
+jax.tree_util.register_dataclass(
+    Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype", "joint"]
+)
 
 Grads: TypeAlias = PyTree
 """Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
 
+_RISK = 1e-3
+"""A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
+
 
 def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """The norm of each example's gradient, over the whole tree."""
-    squares = [_squares(leaf, precision) for leaf in _leaves(grads)]
-    return jnp.sqrt(jnp.maximum(sum(squares[1:], start=squares[0]), 0))  # a Gram sum may round below zero
+    """The norm of each example's gradient, over the whole tree.
+
+    Gram sums can cancel. Where they have, for any example of the batch, the products are formed after all, a few
+    examples at a time.
+    """
+    leaves = _leaves(grads)
+    squares, sizes = zip(*(_squares(leaf, precision) for leaf in leaves), strict=True)
+    square, sizes = _sum(squares), [size for size in sizes if size is not None]
+    if sizes:
+        risky = jnp.any(square < _RISK * _sum(sizes))
+        square = lax.cond(risky, lambda: _formed_squares(leaves, precision), lambda: square)
+    return jnp.sqrt(jnp.maximum(square, 0))
+
+
+def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
+    pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
+    return jnp.sqrt(_sum([_scaled_squares(leaf, other, precision) for leaf, other in pairs]))
 
 
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
@@ -58,7 +90,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
     b = _batch_size(grads)
     if weights.shape != (b,):
         raise ValueError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
-    return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision), grads)
+    return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
 def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
@@ -68,120 +100,217 @@ def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
 
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
     """Inner products between the gradients of all pairs of examples."""
-    grams = [_gram(leaf, precision) for leaf in _leaves(grads)]
-    return sum(grams[1:], start=grams[0])
+    return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
 
 
 def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """Inner product of each example's gradient with one tree shaped like the parameters."""
-    others = jax.tree.structure(grads, is_leaf=_is_factored).flatten_up_to(tree)
-    products = [_inner(leaf, other, precision) for leaf, other in zip(_leaves(grads), others, strict=True)]
-    return sum(products[1:], start=products[0])
+    pairs = zip(_leaves(grads), _alongside(grads, tree), strict=True)
+    return _sum([_inner(leaf, other, precision) for leaf, other in pairs])
 
 
-def _is_factored(x: Any) -> bool:
+def is_factored(x: Any) -> bool:
     return isinstance(x, Factored)
 
 
 def _map(function: Any, grads: Grads) -> PyTree:
-    return jax.tree.map(function, grads, is_leaf=_is_factored)
+    return jax.tree.map(function, grads, is_leaf=is_factored)
 
 
 def _leaves(grads: Grads) -> list[Any]:
-    leaves = jax.tree.leaves(grads, is_leaf=_is_factored)
+    leaves = jax.tree.leaves(grads, is_leaf=is_factored)
     if not leaves:
         raise ValueError("the gradients have no leaves, so neither batch size nor norms: are there any parameters?")
     return leaves
 
 
+def _alongside(grads: Grads, tree: PyTree) -> list[Any]:
+    """The leaves of a tree that must have the structure of the gradients."""
+    return jax.tree.leaves(jax.tree.map(lambda _, other: other, grads, tree, is_leaf=is_factored))
+
+
 def _batch_size(grads: Grads) -> int:
-    return jax.tree.leaves(_leaves(grads)[0])[0].shape[0]
+    first = _leaves(grads)[0]
+    return first.batch_size if is_factored(first) else first.shape[0]
 
 
-def _accumulator(dtype: DTypeLike) -> Any:
-    """Sums are kept in float32 or wider, whatever the factors are."""
-    return jnp.promote_types(dtype, jnp.float32)
+def _sum(arrays: Sequence[Array]) -> Array:
+    return sum(arrays[1:], start=arrays[0])
 
 
-def _einsum(spec: str, *arrays: Array, precision: Any) -> Array:
-    dtype = _accumulator(jnp.result_type(*arrays))
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=dtype)
+def _shapes(leaf: Factored) -> list[costs.Shape]:
+    return [
+        costs.Shape(*term.left.shape, term.right.shape[-1], one_hot=isinstance(term.left, OneHot))
+        for term in leaf.terms
+    ]
 
 
-def _product(term: Outer, precision: Any) -> Float[Array, "b k i o"]:
-    return _einsum("bkti,bkto->bkio", term.left, term.right, precision=precision)
+def _by_gram(leaf: Factored) -> bool:
+    """Whether the norm of a leaf is asked pair by pair: its terms are laid out alike, and it is cheaper."""
+    if leaf.formed is not None or any(term.axes != leaf.terms[0].axes for term in leaf.terms):
+        return False
+    return costs.prefers_gram(_shapes(leaf)) and not _by_shared_product(leaf)
 
 
-def _fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
-    """``[..., k, i, o]`` laid out as the parameter: ``[..., *shape]``."""
-    lead = folded.shape[:-3]
-    order = sorted(range(len(axes)), key=lambda a: "kio".index(axes[a][1]))
-    split = folded.reshape(*lead, *(axes[a][0] for a in order))
-    places = [len(lead) + order.index(a) for a in range(len(axes))]
-    return split.transpose(*range(len(lead)), *places).reshape(*lead, *shape)
+def _by_shared_product(leaf: Factored) -> bool:
+    return leaf.joint and costs.prefers_shared_product(_shapes(leaf))
 
 
-def _unfold(array: Array, axes: Axes) -> Float[Array, "k i o"]:
-    """The inverse of `_fold`, for one array shaped like the parameter."""
-    order = sorted(range(len(axes)), key=lambda a: "kio".index(axes[a][1]))
-    sizes = [math.prod(size for size, role in axes if role == which) for which in "kio"]
-    return array.reshape([size for size, _ in axes]).transpose(order).reshape(sizes)
+def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    """Squared norms of a leaf, and the sums of the sizes of what was added, where that may have cancelled."""
+    if not is_factored(leaf) or not _by_gram(leaf):
+        return _sum_squares(_products(leaf, precision)), None
+    squares, sizes = _gram_squares(leaf.terms, precision)
+    if leaf.shared is None:
+        return squares, sizes
+    own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
+    return squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
 
 
-def _stack(leaf: Any, precision: Any) -> Array:
-    if not _is_factored(leaf):
-        return leaf.astype(_accumulator(leaf.dtype))
-    formed = [_fold(_product(term, precision), term.axes, leaf.shape) for term in leaf.terms]
-    return sum(formed[1:], start=formed[0])
+def _gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    first = terms[0]
+    if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
+        return jnp.sum(_sum_last(first.left) * _sum_last(first.right), axis=(1, 2)), None
+    if len(terms) == 1 and isinstance(first.left, OneHot):
+        return _rows_squares(first, precision), None
+    squares, sizes = [], []
+    for place, one in enumerate(terms):
+        for times, other in zip([1] + [2] * len(terms), terms[place:], strict=False):
+            alike = einsum("bkto,bkso->bkts", one.right, other.right, precision=precision)
+            pairs = times * alike * likeness(one.left, other.left, precision).astype(alike.dtype)
+            squares.append(jnp.sum(pairs, axis=(1, 2, 3)))
+            sizes.append(jnp.sum(jnp.abs(pairs), axis=(1, 2, 3)))
+    return _sum(squares), _sum(sizes)
 
 
-def _squares(leaf: Any, precision: Any) -> Float[Array, " b"]:
-    if _is_factored(leaf) and len(leaf.terms) == 1:
+def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
+    """Rows taken by index: those of the same index are added up, and counted once; nothing can cancel."""
+    same = likeness(term.left, term.left, precision).astype(term.right.dtype)
+    sums = einsum("bkts,bkso->bkto", same, term.right, precision=precision)
+    times = jnp.maximum(jnp.sum(same.astype(sums.dtype), axis=3), 1)
+    return jnp.sum(_sum_last(sums) / times, axis=(1, 2))
+
+
+def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b"]:
+    if is_factored(leaf) and leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
         term = leaf.terms[0]
-        return _gram_squares(term, precision) if _gram_is_cheaper(term) else _sum_squares(_product(term, precision))
-    return _sum_squares(_stack(leaf, precision))
+        if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io x_i² s_io² δ_o²
+            square = replace(term, left=jnp.square(term.left), right=jnp.square(term.right))
+            return _inner(replace(leaf, terms=(square,)), jnp.square(scale), precision)
+
+    def one(part: Any) -> Array:
+        return _sum_squares(_stack(_with_shared(part, leaf), precision) * scale[None])[0]
+
+    return lax.map(one, _without_shared(leaf), batch_size=8)
 
 
-def _gram_is_cheaper(term: Outer) -> bool:
-    (_, _, t, i), o = term.left.shape, term.right.shape[-1]
-    return t * (i + o) < i * o
+def _without_shared(leaf: Any) -> Any:
+    """What of a leaf has a batch axis, to be mapped over."""
+    return replace(leaf, shared=None) if is_factored(leaf) else leaf
 
 
-def _gram_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
-    left, right = (_einsum("bkti,bksi->bkts", x, x, precision=precision) for x in (term.left, term.right))
-    return jnp.sum(left * right, axis=(1, 2, 3))
+def _with_shared(part: Any, leaf: Any) -> Any:
+    """One example's part of ``leaf``, as a batch of one, whole again."""
+    part = jax.tree.map(lambda x: x[None], part)
+    return replace(part, shared=leaf.shared) if is_factored(leaf) else part
+
+
+def _formed_squares(leaves: Sequence[Any], precision: Any) -> Float[Array, " b"]:
+    def one(parts: list[Any]) -> Array:
+        whole = [_with_shared(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        return _sum([_sum_squares(_products(leaf, precision)) for leaf in whole])[0]
+
+    return lax.map(one, [_without_shared(leaf) for leaf in leaves], batch_size=8)
 
 
 def _sum_squares(array: Array) -> Float[Array, " b"]:
     return jnp.sum(jnp.square(array), axis=tuple(range(1, array.ndim)))
 
 
+def _sum_last(array: Array) -> Array:
+    return jnp.sum(jnp.square(array.astype(_wide(array.dtype))), axis=-1)
+
+
+def _wide(dtype: Any) -> Any:
+    """Sums are kept in float32 or wider, whatever the factors are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _products(leaf: Any, precision: Any) -> Array:
+    """A leaf formed, its axes in the parameter's order only where that matters: for sums of several parts."""
+    if is_factored(leaf) and len(leaf.terms) == 1 and leaf.formed is None and leaf.shared is None:
+        return products(leaf.terms[0].left, leaf.terms[0].right, precision)
+    return _stack(leaf, precision)
+
+
+def _stack(leaf: Any, precision: Any) -> Array:
+    if not is_factored(leaf):
+        return leaf.astype(_wide(leaf.dtype))
+    parts = [fold(products(term.left, term.right, precision), term.axes, leaf.shape) for term in leaf.terms]
+    parts += [] if leaf.formed is None else [leaf.formed.astype(_wide(leaf.dtype))]
+    parts += [] if leaf.shared is None else [jnp.broadcast_to(leaf.shared, (leaf.batch_size, *leaf.shape))]
+    return _sum(parts)
+
+
 def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
-    if not _is_factored(leaf):
-        return _einsum("b,b...->...", weights, leaf, precision=precision).astype(leaf.dtype)
-    parts = []
-    for term in leaf.terms:
-        right = term.right.astype(_accumulator(term.right.dtype)) * weights[:, None, None, None]
-        parts.append(_fold(_einsum("bkti,bkto->kio", term.left, right, precision=precision), term.axes, leaf.shape))
-    return sum(parts[1:], start=parts[0]).astype(leaf.dtype)
+    if not is_factored(leaf):
+        return einsum("b,b...->...", weights, leaf, precision=precision)
+    parts = [_weighted_term(term, leaf, weights, precision) for term in leaf.terms]
+    parts += [] if leaf.formed is None else [einsum("b,b...->...", weights, leaf.formed, precision=precision)]
+    parts += [] if leaf.shared is None else [jnp.sum(weights) * leaf.shared.astype(_wide(leaf.dtype))]
+    return _sum(parts)
+
+
+def _weighted_term(term: Outer, leaf: Factored, weights: Float[Array, " b"], precision: Any) -> Array:
+    if _by_shared_product(leaf):
+        formed = products(term.left, term.right, precision)
+        return fold(einsum("b,b...->...", weights, formed, precision=precision), term.axes, leaf.shape)
+    right = term.right.astype(_wide(term.right.dtype)) * weights[:, None, None, None]
+    return fold(total(term.left, right, precision), term.axes, leaf.shape)
 
 
 def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
-    if _is_factored(leaf) and len(leaf.terms) == 1 and leaf.terms[0].left.shape[2] == 1:
-        factors = leaf.terms[0].left, leaf.terms[0].right
-        left, right = (_einsum("akti,bkti->kab", x, x, precision=precision) for x in factors)
-        return jnp.sum(left * right, axis=0)
+    if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and leaf.formed is None and leaf.shared is None:
+        return _sum([_gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
     flat = _stack(leaf, precision)
     flat = flat.reshape(flat.shape[0], -1)
-    return _einsum("ap,bp->ab", flat, flat, precision=precision)
+    return einsum("ap,bp->ab", flat, flat, precision=precision)
+
+
+def _gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
+    b = one.right.shape[0]
+    rights = einsum("zkto,zkso->zkts", as_one_example(one.right), as_one_example(other.right), precision=precision)
+    lefts = likeness(as_one_example(one.left), as_one_example(other.left), precision).astype(rights.dtype)
+    return jnp.sum(
+        (lefts * rights).reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2]), axis=(0, 2, 4)
+    )
 
 
 def _inner(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:
-    if not _is_factored(leaf):
-        return _einsum("bp,p->b", leaf.reshape(leaf.shape[0], -1), other.reshape(-1), precision=precision)
+    if not is_factored(leaf):
+        return einsum("bp,p->b", leaf.reshape(leaf.shape[0], -1), other.reshape(-1), precision=precision)
     parts = []
     for term in leaf.terms:
-        pulled = _einsum("bkti,kio->bkto", term.left, _unfold(other, term.axes), precision=precision)
-        parts.append(jnp.sum(pulled * term.right.astype(pulled.dtype), axis=(1, 2, 3)))
-    return sum(parts[1:], start=parts[0])
+        slopes = pulled(term.left, unfold(other, term.axes), precision)
+        parts.append(einsum("bkto,bkto->b", slopes, term.right, precision=precision))
+    parts += [] if leaf.formed is None else [_inner(leaf.formed, other, precision)]
+    parts += [] if leaf.shared is None else [_inner(leaf.shared[None], other, precision)]
+    return _sum(parts)
+
+
+def fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
+    """``[..., k, i, o]`` laid out as the parameter: ``[..., *shape]``."""
+    lead, order = folded.shape[:-3], _by_role(axes)
+    split = folded.reshape(*lead, *(axes[place][0] for place in order))
+    places = [len(lead) + order.index(place) for place in range(len(axes))]
+    return split.transpose(*range(len(lead)), *places).reshape(*lead, *shape)
+
+
+def unfold(array: Array, axes: Axes) -> Float[Array, "k i o"]:
+    """The inverse of `fold`, for one array shaped like the parameter."""
+    k, o = (math.prod(size for size, role in axes if role == which) for which in "ko")
+    return array.reshape([size for size, _ in axes]).transpose(_by_role(axes)).reshape(k, -1, o)
+
+
+def _by_role(axes: Axes) -> list[int]:
+    return sorted(range(len(axes)), key=lambda place: "kwio".index(axes[place][1]))

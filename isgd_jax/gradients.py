@@ -1,8 +1,8 @@
 """Per-example gradients: the definition, `vmap(jax.grad)`, and the same with the last contraction left lazy.
 
 Ours, after the outer-product form of Goodfellow (arXiv 1510.01799): the gradient of one example with respect to a weight
-is a contraction of two small factors, and nobody needs the product. No list of layers: the factors are found in the
-jaxpr of `jax.grad(loss_fn)`, whatever wrote the model.
+is a contraction of two small factors, and nobody needs the product. There is no list of layers: the factors are found
+in the jaxpr of `jax.grad(loss_fn)`, whatever wrote the model.
 """
 
 from __future__ import annotations
@@ -13,68 +13,72 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from isgd_jax._jaxpr import Program, program, run
-from isgd_jax.cuts import Canonical, Whole, canonical, cut
-from isgd_jax.factored import Factored, Grads, Outer
-from isgd_jax.typing import Batch, LossFn, Params
+from isgd_jax.factored import Grads
+from isgd_jax.plans import make_plan
+from isgd_jax.typing import Batch, Params
 
 
-def stacked_per_example_grads(loss_fn: LossFn) -> Callable[[Params, Batch], Grads]:
-    """The definition and the oracle: a function ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""
+def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, Batch], Grads]:
+    """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""
     return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
 
 
-def per_example_grads(loss_fn: LossFn) -> Callable[[Params, Batch], Grads]:
-    """Like `stacked_per_example_grads`, with lazy leaves: ask them with `norms`, `weighted_mean`, `gram`, `stack`, `inner`."""
-    value_and_grad = per_example_value_and_grad(loss_fn)
+def per_example_grads(
+    loss_fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, joint: bool = True
+) -> Callable[..., Any]:
+    """Like `stacked_per_example_grads`, with lazy leaves: ask `norms`, `weighted_mean`, `gram`, `stack`, `inner`.
 
-    def grads(params: Params, batch: Batch) -> Grads:
-        return value_and_grad(params, batch)[1]
+    The options are those of `per_example_value_and_grad`; with ``has_aux`` the result is ``(grads, aux)``.
+    """
+    value_and_grad = per_example_value_and_grad(loss_fn, argnums, has_aux, joint=joint)
+
+    def grads(*args: Any) -> Any:
+        value, result = value_and_grad(*args)
+        return (result, value[1]) if has_aux else result
 
     return grads
 
 
-def per_example_value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Any, Grads]]:
-    """The losses ``[b]`` and the lazy gradients of a batch, from one forward and one backward pass."""
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, joint: bool = True
+) -> Callable[..., tuple[Any, Any]]:
+    """A function ``(params, batch) -> (losses[b], grads)``, like `jax.value_and_grad` of every example.
 
-    def value_and_grad(params: Params, batch: Batch) -> tuple[Any, Grads]:
-        traced = _trace(loss_fn, params, batch)
-        (value, *outputs), leaves = traced.outputs, jax.tree.leaves(params)
-        plans = [_plan(node) for node in outputs]
-        wanted = [x for plan in plans for x in _nodes(plan)]
+    ``loss_fn(params, example)`` is the scalar loss of ONE example. It may take more arguments: the last is the example,
+    all others are the same for the whole batch, and ``argnums`` says which of these to differentiate. With ``has_aux``
+    it returns ``(loss, aux)``, and the result is ``((losses, aux), grads)``. ``joint``: choose what is cheapest when
+    norms and a weighted mean are asked together; False when only norms are.
 
-        def one(flat_params: list[Any], example: list[Any]) -> list[Any]:
-            return run(traced.inputs, [*flat_params, *example], [value, *wanted])
+    Guarantees:
 
-        losses, *factors = jax.vmap(one, in_axes=(None, 0))(leaves, jax.tree.leaves(batch))
-        arrays = iter(factors)
-        grads = [_assemble(plan, arrays, p) for plan, p in zip(plans, leaves, strict=True)]
-        return losses, jax.tree.unflatten(jax.tree.structure(params), grads)
+    * the gradients are those of the definition, to rounding, whatever the model is made of;
+    * no ``[b, parameters]`` array is made unless it is asked for, or `explain` says why;
+    * the model runs forward and backward once, however much is asked in one jit;
+    * integer parameters have zero gradients of their own dtype.
+    """
+
+    def value_and_grad(*args: Any) -> tuple[Any, Any]:
+        *shared, batch = args
+        plan = make_plan(loss_fn, argnums, has_aux, shared, batch)
+        (losses, aux), grads = plan.run(shared, batch, joint)
+        return ((losses, aux) if has_aux else losses), grads
 
     return value_and_grad
 
 
-def _trace(loss_fn: LossFn, params: Params, batch: Batch) -> Program:
-    """The program of value and gradients of ONE example; its inputs are the leaves of parameters and example."""
+def from_batch_loss(batch_loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss of ONE example, of a loss written for a batch: ``batch_loss_fn(params, batch)``, a mean or a sum.
 
-    def one(params: Params, example: Any) -> list[Any]:
-        value, grads = jax.value_and_grad(loss_fn)(params, example)
-        return [value, *jax.tree.leaves(grads)]
+    The batch loss is called on a batch of one. It must not mix examples (batch normalisation does).
+    """
 
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), batch)
-    return program(jax.make_jaxpr(one)(params, example))
+    def loss_fn(*args: Any) -> Any:
+        *shared, example = args
+        return jax.tree.map(_only, batch_loss_fn(*shared, jax.tree.map(lambda x: x[None], example)))
 
-
-def _plan(node: Any) -> list[Canonical] | Whole:
-    terms = cut(node)
-    return terms if isinstance(terms, Whole) else [canonical(term) for term in terms]
+    return loss_fn
 
 
-def _nodes(plan: list[Canonical] | Whole) -> list[Any]:
-    return [plan.value] if isinstance(plan, Whole) else [x for term in plan for x in (term.left, term.right)]
-
-
-def _assemble(plan: list[Canonical] | Whole, arrays: Any, param: Any) -> Any:
-    if isinstance(plan, Whole):
-        return next(arrays)
-    return Factored(tuple(Outer(next(arrays), next(arrays), term.axes) for term in plan), param.shape, param.dtype)
+def _only(x: Any) -> Any:
+    """What a batch of one gave: without its batch axis, if it has one."""
+    return x[0] if jnp.ndim(x) and jnp.shape(x)[0] == 1 else x

@@ -1,31 +1,78 @@
 """Scorers: ``(params, batch) -> scores[b]``, how much each example is worth drawing.
 
 The best score is the norm of the example's gradient (Alain et al., arXiv 1511.06481). The others are cheaper and rank
-examples alike, more or less.
+examples alike, more or less: `experiments/benchmarks/ranks.py` measures how much.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jax.lax import Precision
+from jaxtyping import Float, PyTree
 
 from isgd_jax import factored
 from isgd_jax.gradients import per_example_grads
+from isgd_jax.microbatches import in_microbatches
 from isgd_jax.typing import Batch, Example, LossFn, Params, Scorer, Scores
 
+Select: TypeAlias = Callable[[tuple[str, ...]], bool]
+"""Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
 
-def grad_norm(loss_fn: LossFn) -> Scorer:
-    """The exact norm of each example's gradient, for less than one gradient of the batch where the model is dense."""
+
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    select: Select | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> Scorer:
+    """The exact norm of each example's gradient.
+
+    ``select``: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
+    ``microbatch_size``: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+    """
 
     def score(params: Params, batch: Batch) -> Scores:
-        if not jax.tree.leaves(params):
+        chosen, rebuild = _selected(params, select)
+        if not chosen:
             return jnp.zeros(jax.tree.leaves(batch)[0].shape[0])
-        return factored.norms(per_example_grads(loss_fn)(params, batch))
 
-    return score
+        def part_loss(chosen: list[Any], example: Example) -> Float[Array, ""]:
+            return loss_fn(rebuild(chosen), example)
+
+        return factored.norms(per_example_grads(part_loss, joint=False)(chosen, batch), precision=precision)
+
+    return in_microbatches(score, microbatch_size, reference=jax.grad(_mean(loss_fn)))
+
+
+def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = None) -> Scorer:
+    """The norm of the step the optimiser would make of each example: ``‖g · scale‖``.
+
+    The scorer's parameters are the pair ``(params, scale)``. For Adam the scale is ``1 / (√v + ε)``, with the second
+    moments ``v`` of ``optax.tree.get(opt_state, "nu")``. Ours.
+    """
+
+    def score(scaled_params: tuple[Params, PyTree], batch: Batch) -> Scores:
+        params, scale = scaled_params
+        return factored.scaled_norms(per_example_grads(loss_fn, joint=False)(params, batch), scale)
+
+    def reference(scaled_params: tuple[Params, PyTree], batch: Batch) -> Params:
+        return jax.grad(_mean(loss_fn))(scaled_params[0], batch)
+
+    return in_microbatches(score, microbatch_size, reference)
+
+
+def under(*names: str) -> Select:
+    """Parameters with one of these names on their path: ``grad_norm(loss_fn, select=under("Dense_3", "Dense_4"))``."""
+    return lambda path: any(name in path for name in names)
+
+
+def normalisation(path: tuple[str, ...]) -> bool:
+    """Parameters of normalisation layers: their gradients alone tell most of the norm (Gray et al., arXiv 2411.00999)."""
+    return any("norm" in name.lower() or name.lower().startswith("ln") for name in path)
 
 
 def loss(loss_fn: LossFn) -> Scorer:
@@ -60,3 +107,28 @@ def logit_bound(
         return jax.vmap(one, in_axes=(None, 0))(params, batch)
 
     return score
+
+
+def _mean(loss_fn: LossFn) -> Callable[[Params, Batch], Float[Array, ""]]:
+    return lambda params, batch: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
+
+
+def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:
+    """The chosen leaves, and how to put others in their place."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    places = [place for place, (path, _) in enumerate(leaves) if select is None or select(_names(path))]
+    if not places and leaves:
+        known = sorted({name for path, _ in leaves for name in _names(path)})
+        raise ValueError(f"select chose none of the parameters; the names on their paths are {known}")
+
+    def rebuild(chosen: list[Any]) -> Params:
+        values = [leaf for _, leaf in leaves]
+        for place, value in zip(places, chosen, strict=True):
+            values[place] = value
+        return jax.tree.unflatten(structure, values)
+
+    return [leaves[place][1] for place in places], rebuild
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

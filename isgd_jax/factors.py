@@ -1,0 +1,194 @@
+"""Factors of a contraction that are known by less than their entries: one-hot rows, and the windows of a convolution.
+
+A factor is an array ``[b, k, t, i]``, or one of these, which can be written out as such an array. Batch axes come first,
+so that everything here can be sliced along ``b``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Row ``t`` has a one at ``indices[b, k, t]`` and zeros elsewhere; all zeros where the index is ``size`` or more."""
+
+    indices: Any
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.indices.shape, self.size)
+
+
+class Window(NamedTuple):
+    """How a convolution walks, for each spatial axis: entry ``k·step + r·stride`` of the padded image, all static."""
+
+    kernel: tuple[int, ...]
+    positions: tuple[int, ...]
+    step: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int, int], ...]
+
+    def pad(self, image: Array, first: int) -> Array:
+        """``image`` with its spatial axes (from axis ``first``) padded and dilated."""
+        rest = image.ndim - first - len(self.kernel)
+        return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0)] * first + [*self.padding] + [(0, 0, 0)] * rest)
+
+    def offsets(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(*map(range, self.kernel)))
+
+    def slice(self, padded: Array, offset: tuple[int, ...], first: int) -> Array:
+        """What the kernel's entry ``offset`` meets at every position."""
+        starts, limits, strides = [0] * padded.ndim, list(padded.shape), [1] * padded.ndim
+        for axis, (k, step, count, stride) in enumerate(
+            zip(offset, self.step, self.positions, self.stride, strict=True)
+        ):
+            starts[first + axis] = k * step
+            limits[first + axis] = k * step + (count - 1) * stride + 1
+            strides[first + axis] = stride
+        return lax.slice(padded, starts, limits, strides)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of ``image`` [b, k, c, *spatial, i]: written out, ``[b, k, (c, *positions), (*kernel, i)]``."""
+
+    image: Any
+    window: Window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        b, k, c, *_, i = self.image.shape
+        return b, k, c * math.prod(self.window.positions), math.prod(self.window.kernel) * i
+
+
+jax.tree_util.register_dataclass(OneHot, data_fields=["indices"], meta_fields=["size"])
+jax.tree_util.register_dataclass(Windows, data_fields=["image"], meta_fields=["window"])
+
+Factor: TypeAlias = Any
+"""An array ``[b, k, t, i]``, a `OneHot` or a `Windows`."""
+
+
+def written_out(factor: Factor, dtype: Any = jnp.float32) -> Array:
+    """Any factor as the array ``[b, k, t, i]`` it stands for."""
+    if isinstance(factor, OneHot):
+        return jax.nn.one_hot(factor.indices, factor.size, dtype=dtype)
+    if isinstance(factor, Windows):
+        return jnp.stack(slices(factor), axis=3).reshape(factor.shape)
+    return factor
+
+
+def slices(windows: Windows) -> list[Array]:
+    """For each entry of the kernel, what it meets: arrays ``[b, k, t, i]``."""
+    b, k, _, *_, i = windows.image.shape
+    padded = windows.window.pad(windows.image, 3)
+    return [windows.window.slice(padded, at, 3).reshape(b, k, -1, i) for at in windows.window.offsets()]
+
+
+def einsum(spec: str, *arrays: Array, precision: Any) -> Array:
+    """`jnp.einsum` that sums in float32 or wider, whatever the factors are."""
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=dtype)
+
+
+def products(left: Factor, right: Array, precision: Any) -> Array:
+    """``Σ_t left · right`` for each example: [b, k, i, o]."""
+    if isinstance(left, OneHot):
+        return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
+    if isinstance(left, Windows) and left.image.shape[-1] >= _WIDE:
+        each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in slices(left)]
+        return jnp.concatenate(each, axis=2)
+    return einsum("bkti,bkto->bkio", written_out(left, right.dtype), right, precision=precision)
+
+
+_WIDE = 16
+"""Channels from which on a window is multiplied entry by entry rather than written out."""
+
+
+def total(left: Factor, right: Array, precision: Any) -> Array:
+    """``Σ_bt left · right``, over all examples: [k, i, o]."""
+    if isinstance(left, OneHot):
+        rows, values = (jnp.moveaxis(x, 0, 1) for x in (left.indices, right))
+        flat = values.reshape(values.shape[0], -1, values.shape[-1])
+        return _collected(rows.reshape(rows.shape[0], -1), flat, left.size)
+    if isinstance(left, Windows) and right.shape[1] == 1:
+        return _convolved(left, right, precision)
+    left = written_out(left, right.dtype)
+    if right.shape[1] > 1:
+        return einsum("bkti,bkto->kio", left, right, precision=precision)
+    left, right = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (left, right))
+    return einsum("ti,to->io", left, right, precision=precision)[None]
+
+
+def _collected(rows: Array, values: Array, size: int) -> Array:
+    """Rows ``values`` [k, t, o] added up by index: [k, size, o]."""
+    zeros = jnp.zeros((size, values.shape[-1]), jnp.promote_types(values.dtype, jnp.float32))
+    return jax.vmap(lambda r, v: zeros.at[r].add(v.astype(zeros.dtype), mode="drop"))(rows, values)
+
+
+def _convolved(left: Windows, right: Array, precision: Any) -> Array:
+    """The ordinary gradient of a convolution's kernel, examples being one more axis that is summed over."""
+    window, image = left.window, left.image[:, 0]
+    image = image.reshape(-1, *image.shape[2:])
+    slopes = right.reshape(image.shape[0], *window.positions, right.shape[-1])
+    spatial = tuple(range(1, 1 + len(window.kernel)))
+    spec = (image.ndim - 1, 0, *spatial)
+    out = lax.conv_general_dilated(
+        image,
+        slopes.astype(image.dtype),
+        window_strides=window.step,
+        padding=[(low, high) for low, high, _ in window.padding],
+        lhs_dilation=[inside + 1 for _, _, inside in window.padding],
+        rhs_dilation=window.stride,
+        dimension_numbers=lax.ConvDimensionNumbers(spec, spec, (len(spatial), len(spatial) + 1, *range(len(spatial)))),
+        precision=precision,
+        preferred_element_type=jnp.promote_types(image.dtype, jnp.float32),
+    )
+    return out.reshape(1, -1, out.shape[-1])
+
+
+def likeness(one: Factor, other: Factor, precision: Any) -> Array:
+    """Inner products of the rows of two left factors: [b, k, t, s]."""
+    if isinstance(one, OneHot) and isinstance(other, OneHot):
+        rows, columns = one.indices[..., :, None], other.indices[..., None, :]
+        return (rows == columns) & (rows < one.size)
+    if isinstance(one, OneHot):
+        rows = jnp.where(one.indices < one.size, one.indices, 0)
+        found = jnp.take_along_axis(jnp.swapaxes(written_out(other), 2, 3), rows[..., None], axis=2)
+        return found * (one.indices < one.size)[..., None]
+    if isinstance(other, OneHot):
+        return jnp.swapaxes(likeness(other, one, precision), 2, 3)
+    return einsum("bkti,bksi->bkts", written_out(one), written_out(other), precision=precision)
+
+
+def pulled(left: Factor, tree: Array, precision: Any) -> Array:
+    """``left`` applied to an array [k, i, o]: [b, k, t, o]."""
+    if isinstance(left, OneHot):
+        rows = jax.vmap(lambda at: jax.vmap(lambda x, r: x.at[r].get(mode="fill", fill_value=0))(tree, at))
+        return rows(left.indices)
+    if isinstance(left, Windows):
+        entries = jnp.split(tree, math.prod(left.window.kernel), axis=1)
+        return sum(
+            einsum("bkti,kio->bkto", x, e, precision=precision) for x, e in zip(slices(left), entries, strict=True)
+        )
+    return einsum("bkti,kio->bkto", left, tree, precision=precision)
+
+
+def as_one_example(factor: Factor) -> Factor:
+    """All rows of all examples as those of one: [1, k, (b, t), i]."""
+    if isinstance(factor, Windows):
+        return as_one_example(written_out(factor))
+    if isinstance(factor, OneHot):
+        rows = jnp.moveaxis(factor.indices, 0, 1)
+        return OneHot(rows.reshape(1, rows.shape[0], -1), factor.size)
+    rows = jnp.moveaxis(factor, 0, 1)
+    return rows.reshape(1, rows.shape[0], -1, rows.shape[-1])

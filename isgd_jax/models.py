@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import flax.errors
 import flax.linen as nn
 import jax
 from jax import Array
@@ -133,11 +134,12 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
 
     Guarantees, before any parameter is computed:
       - a model that keeps variables other than "params" (BatchNorm's statistics) is refused;
+      - a model that needs random numbers when applied (dropout that is not deterministic) is refused;
       - with ``num_classes``, a model whose output for one example is not of shape [num_classes] is refused.
     """
     variables = jax.eval_shape(model.init, key, example)
     _check_collections(variables)
-    output = jax.eval_shape(model.apply, variables, example)
+    output = _applied(model, variables, example)
     shape = getattr(output, "shape", None)
     if num_classes is not None and shape != (num_classes,):
         raise ValueError(
@@ -157,6 +159,16 @@ def _check_collections(variables: Mapping[str, Any]) -> None:
             f"the model keeps variables other than 'params': {', '.join(others)}. Statistics of a batch couple its "
             "examples, so that none has a gradient of its own; use LayerNorm or GroupNorm in place of BatchNorm"
         )
+
+
+def _applied(model: Model, variables: Mapping[str, Any], example: Input) -> Any:
+    try:
+        return jax.eval_shape(model.apply, variables, example)
+    except flax.errors.InvalidRngError as error:
+        raise ValueError(
+            f"the model needs random numbers when applied ({error}); a score must be the same each time it is "
+            "measured: build the model with dropout left out or deterministic"
+        ) from error
 
 
 def _classes(num_classes: int) -> int:

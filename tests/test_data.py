@@ -48,6 +48,12 @@ def test_per_coordinate_statistics_and_constant_coordinates():
     np.testing.assert_allclose(made.std, [1, np.sqrt(2)], rtol=1e-6)  # the constant one is not divided by zero
 
 
+@pytest.mark.parametrize("constant", [0.1, 0.0, 1e30])
+def test_a_constant_is_not_divided_by_its_rounding(constant):
+    made = data.from_arrays(*[{"x": np.full([1001, 1], constant), "label": np.zeros(1001, int)}] * 2)
+    assert made.std == 1
+
+
 def test_statistics_do_not_cancel():
     features = np.random.default_rng(0).normal(1e4, 0.5, [9000, 2]).astype(np.float32)
     made = data.from_arrays(*[{"x": features, "label": np.zeros(9000, int)}] * 2, per_coordinate=True)
@@ -133,6 +139,15 @@ def test_nobody_changes_the_examples_through_the_data_set():
 def test_test_examples_unlike_the_training_ones_are_told():
     with pytest.raises(ValueError, match=r"test: expected the keys, types and shapes of train"):
         data.from_arrays(arrays(), arrays(image=np.zeros([6, 3])))
+
+
+def test_a_source_that_gives_too_few_items_is_told():
+    class Short(Source):
+        def __getitems__(self, indices):
+            return super().__getitems__(indices[1:])
+
+    with pytest.raises(ValueError, match="the 6 items it was asked for, got 5"):
+        read(Short(source().items))
 
 
 @pytest.mark.parametrize(

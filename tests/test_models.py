@@ -20,7 +20,7 @@ def logits(model, key, shape):
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_maps_one_example_to_logits(key, name, shape):
-    assert logits(models.by_name(name, 10), key, shape).shape == (10,)
+    assert jax.eval_shape(lambda k: logits(models.by_name(name, 10), k, shape), key).shape == (10,)
 
 
 def test_mlp_takes_plain_features_too(key):
@@ -45,9 +45,8 @@ def test_initialisers_have_their_standard_deviation(key, initialiser, std):
 def test_trains_under_vmap_of_grad(key, name):
     model = models.by_name(name, 10)
     params = models.init(model, key, jnp.ones([8, 8, 1]))
-    grads = jax.vmap(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()), (None, 0))(
-        params, jnp.ones([3, 8, 8, 1])
-    )
+    grad = jax.jit(jax.vmap(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()), (None, 0)))
+    grads = grad(params, jnp.ones([3, 8, 8, 1]))
     assert all(leaf.shape[0] == 3 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -60,6 +59,12 @@ class Normed(nn.Module):
 def test_batch_norm_is_refused_with_advice(key):
     with pytest.raises(ValueError, match=r"batch_stats.*LayerNorm or GroupNorm"):
         models.init(Normed(), key, jnp.ones([4]))
+
+
+def test_dropout_is_refused_with_advice(key):
+    model = nn.Sequential([nn.Dense(10), nn.Dropout(0.5, deterministic=False)])
+    with pytest.raises(ValueError, match="dropout left out or deterministic"):
+        models.init(model, key, jnp.ones([4]))
 
 
 def test_logits_of_another_shape_are_refused(key):

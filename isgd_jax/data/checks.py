@@ -8,13 +8,12 @@ import numpy as np
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """A split: named arrays with one leading axis, the examples. ``label`` is one of them."""
 
-_ROWS = 4096  # looked at together: a float64 copy of a whole split might not fit beside it
 _INT32 = np.iinfo(np.int32)
 
 
-def blocks(count: int) -> Iterator[slice]:
-    """Slices that cover ``count`` rows in order."""
-    return (slice(start, start + _ROWS) for start in range(0, count, _ROWS))
+def blocks(count: int, *, rows: int = 256) -> Iterator[slice]:
+    """Slices that cover ``count`` rows in order; so few that a float64 copy of them stays in the processor's cache."""
+    return (slice(start, start + rows) for start in range(0, count, rows))
 
 
 def converted(split: str, arrays: Any) -> dict[str, np.ndarray]:

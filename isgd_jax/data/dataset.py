@@ -11,6 +11,8 @@ from isgd_jax.data import checks
 from isgd_jax.data.checks import Arrays, blocks
 from isgd_jax.typing import Source
 
+_READ_TOGETHER = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -100,8 +102,9 @@ def read(source: Any) -> dict[str, np.ndarray]:
         raise TypeError(f"expected an object with __len__ and __getitems__, got {type(source).__name__}")
     if not len(source):
         raise ValueError("the source is empty: expected at least one example")
-    read = [_stacked(source.__getitems__(list(range(*rows.indices(len(source)))))) for rows in blocks(len(source))]
-    return {key: np.concatenate([block[key] for block in read]) for key in read[0]}
+    everything = range(len(source))
+    stacks = [_stacked(source, [*everything[rows]]) for rows in blocks(len(source), rows=_READ_TOGETHER)]
+    return {key: np.concatenate([stack[key] for stack in stacks]) for key in stacks[0]}
 
 
 def fingerprint(arrays: Arrays) -> str:
@@ -114,7 +117,10 @@ def fingerprint(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _stacked(items: list[Any]) -> dict[str, np.ndarray]:
+def _stacked(source: Source, indices: list[int]) -> dict[str, np.ndarray]:
+    items = source.__getitems__(indices)
+    if len(items) != len(indices):
+        raise ValueError(f"expected __getitems__ to give the {len(indices)} items it was asked for, got {len(items)}")
     if not isinstance(items[0], Mapping):
         raise TypeError(f"expected the items of a source to be dicts of arrays, got {type(items[0]).__name__}")
     try:
@@ -136,4 +142,5 @@ def _statistics(inputs: np.ndarray, *, per_coordinate: bool) -> tuple[np.ndarray
     count = len(inputs) if per_coordinate else inputs.size
     mean = sum(inputs[rows].sum(axes, dtype=np.float64) for rows in blocks(len(inputs))) / count
     std = np.sqrt(sum(np.square(inputs[rows] - mean).sum(axes) for rows in blocks(len(inputs))) / count)
-    return np.asarray(mean, np.float32), np.asarray(np.where(std > 0, std, 1), np.float32)
+    varies = std > np.abs(mean) * np.finfo(np.float32).eps  # a constant's mean is off by a rounding, and so its std
+    return np.asarray(mean, np.float32), np.asarray(np.where(varies, std, 1), np.float32)

@@ -41,9 +41,8 @@ def test_initialisers_have_their_standard_deviation(key, initialiser, std):
     assert not params["Dense_0"]["bias"].any()
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_trains_under_vmap_of_grad(key, name):
-    model = models.by_name(name, 10)
+@pytest.mark.parametrize("model", [models.mlp(10, hidden=[16]), models.cnn(10)], ids=["mlp", "cnn"])
+def test_trains_under_vmap_of_grad(key, model):
     params = models.init(model, key, jnp.ones([8, 8, 1]))
     grad = jax.jit(jax.vmap(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()), (None, 0)))
     grads = grad(params, jnp.ones([3, 8, 8, 1]))

@@ -1,8 +1,8 @@
 """From probabilities to draws: the prepared law, and pure functions ``(key, law, *, num_draws) -> Draw``.
 
-A law lays its masses on a line (along ``order``, if given) and keeps the sums of every 16 masses, of every 16 of those
-sums, and so on: a tree whose nodes are cache lines. A draw descends from the root, so it costs O(log n); changing a
-few masses repairs their ancestors only.
+A law lays its masses on a line (along ``order``, if given), sums them in blocks of 16, a cache line each, and keeps
+the sums of the blocks in a binary tree. A draw descends from the root, so it costs O(log n); changing a few masses
+repairs their ancestors only.
 
 Guarantees:
 
@@ -16,7 +16,7 @@ Guarantees:
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -28,20 +28,20 @@ from isgd_jax import sums
 from isgd_jax.sums import Pair
 from isgd_jax.typing import Draw, Key
 
-FANOUT = 16
-"""Children of a node: 16 float32 are one cache line."""
+BLOCK = 16
+"""Masses summed one by one at the foot of the tree: 16 float32 are one cache line."""
 
 
 class Law(NamedTuple):
     """Masses on a line and the tree of their sums; build it with `prepare`, change it with `update`.
 
     ``masses[p]`` belongs to the example ``order[p]``; ``positions`` is the inverse of ``order``; both are None when the
-    line runs through the examples as they are numbered. ``levels[0]`` holds the sums of 16 masses, the last level the
-    total. Masses need not sum to one.
+    line runs through the examples as they are numbered. Masses need not sum to one. ``tree`` [2k] is a heap: entry 1
+    the total, entries 2i and 2i+1 the halves of entry i, entries k.. the blocks. The precision is that of a `Pair`.
     """
 
     masses: Float[Array, " n"]
-    levels: tuple[Pair, ...]
+    tree: Pair
     order: Int[Array, " n"] | None
     positions: Int[Array, " n"] | None
 
@@ -55,30 +55,35 @@ def prepare(probs: Float[Array, " n"], order: Int[Array, " n"] | None = None) ->
     _check_size(probs.shape[0])
     masses = probs.astype(jnp.float32)
     if order is None:
-        return Law(masses, _sum_levels(masses), None, None)
+        return Law(masses, _tree(masses), None, None)
     order = order.astype(jnp.int32)
     positions = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
     masses = masses[order]
-    return Law(masses, _sum_levels(masses), order, positions)
+    return Law(masses, _tree(masses), order, positions)
 
 
 def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> Law:
     """The law with new masses for ``indices``; only their ancestors are summed again.
 
-    Indices equal to n are padding and are dropped. Of an index given twice, one mass stays. Donate the law
+    Indices outside 0..n-1 are padding and are dropped. Of an index given twice, one mass stays. Donate the law
     (``jax.jit(update, donate_argnums=0)``) and the change is made in place.
     """
-    at = indices.astype(jnp.int32)
+    size, num_blocks = law.masses.shape[0], _num_blocks(law)
+    at = jnp.where((indices >= 0) & (indices < size), indices.astype(jnp.int32), size)
     if law.positions is not None:
-        at = law.positions.at[at].get(mode="fill", fill_value=law.masses.shape[0])
+        at = law.positions.at[at].get(mode="fill", fill_value=size)
     masses = law.masses.at[at].set(probs.astype(jnp.float32), mode="drop")
-    below, levels = sums.exact(masses), []
-    for level in law.levels:
-        at = at // FANOUT  # a node hit twice is summed twice, to the same bits
-        node = _pyramid(_children(below, at))[-1]
-        below = Pair(*(whole.at[at].set(part[:, 0], mode="drop") for whole, part in zip(level, node, strict=True)))
-        levels.append(below)
-    return law._replace(masses=masses, levels=tuple(levels))
+    blocks = jnp.minimum(at // BLOCK, num_blocks - 1)  # a block hit twice is summed twice, to the same bits
+    node = blocks + num_blocks
+    tree = _set(law.tree, node, _block_sums(lambda place: _mass_at(masses, blocks * BLOCK + place), blocks.shape))
+
+    def climb(_: Int[Array, ""], state: tuple[Pair, Array]) -> tuple[Pair, Array]:
+        tree, node = state
+        node = node // 2
+        return _set(tree, node, sums.add(_get(tree, 2 * node), _get(tree, 2 * node + 1))), node
+
+    tree, _ = jax.lax.fori_loop(0, _depth(num_blocks), climb, (tree, node))
+    return law._replace(masses=masses, tree=tree)
 
 
 def probabilities(law: Law) -> Float[Array, " n"]:
@@ -152,7 +157,7 @@ def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     return Draw(indices, jnp.full((num_draws,), 1.0 / size, jnp.float32), jnp.ones((num_draws,), bool))
 
 
-def capped(law: LawLike, *, num_draws: float) -> Law:
+def capped(law: LawLike, *, num_draws: int | float) -> Law:
     """The law with no mass above 1/num_draws of the new total, smaller masses as they are: inclusion probabilities."""
     law = _as_law(law)
     if not 0 < num_draws <= law.masses.shape[0]:
@@ -166,11 +171,11 @@ def capped(law: LawLike, *, num_draws: float) -> Law:
         new_cap = jnp.where((rest > 0.0) & (room > 0.0), rest / room, cap)
         return new_cap, new_count, new_count > count
 
-    total = law.levels[-1].hi[0]
+    total = law.tree.hi[1]
     start = (total / num_draws, jnp.int32(0), total > 0.0)
     cap, _, _ = jax.lax.while_loop(lambda state: state[2], lower, start)
     masses = jnp.minimum(law.masses, cap)
-    return law._replace(masses=masses, levels=_sum_levels(masses))
+    return law._replace(masses=masses, tree=_tree(masses))
 
 
 def _as_law(law: LawLike) -> Law:
@@ -186,7 +191,7 @@ def _check_size(size: int) -> int:
 def _draw(law: LawLike, numerator: Pair, denominator: int) -> Draw:
     """The examples at the fractions ``numerator / denominator`` [m] of the line."""
     law = _as_law(law)
-    total = Pair(*(part[0] for part in law.levels[-1]))
+    total = _total(law)
     nothing = total.hi == 0.0
     at = jnp.where(nothing, _scaled_index(law, numerator, denominator), _descend(law, numerator, denominator))
     probs = jnp.where(nothing, 1.0 / law.masses.shape[0], law.masses[at] / total.hi)
@@ -198,7 +203,7 @@ def _example(law: Law, at: Int[Array, " m"]) -> Int[Array, " m"]:
 
 
 def _line_probabilities(law: Law) -> Float[Array, " n"]:
-    total = law.levels[-1].hi[0]
+    total = law.tree.hi[1]
     return jnp.where(total == 0.0, 1.0 / law.masses.shape[0], law.masses / total)
 
 
@@ -219,63 +224,76 @@ def _scaled_index(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m
 
 def _descend(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m"]:
     """The places on the line where the prefix sums pass the fractions of the total, from the root down."""
-    rest = _scaled(numerator, denominator, Pair(*(part[0] for part in law.levels[-1])))
-    levels = (*law.levels[-2::-1], sums.exact(law.masses))
+    rest = _scaled(numerator, denominator, _total(law))
+    num_blocks = _num_blocks(law)
 
-    # A loop, although the levels are few: unrolled, XLA fuses level into level and computes each again for every use.
-    def down(depth: Array, state: tuple[Pair, Array]) -> tuple[Pair, Array]:
-        rest, at = state
-        children = jax.lax.switch(depth, [partial(_children, level) for level in levels], at)
-        rest, child = _choose(rest, _pyramid(children))
-        return rest, at * FANOUT + child
+    def halve(_: Int[Array, ""], state: tuple[Pair, Array]) -> tuple[Pair, Array]:
+        # Right when the rest has reached the left half (prefix sums, side="right"); never into a half without mass.
+        rest, node = state
+        left, right = _get(law.tree, 2 * node), law.tree.hi[2 * node + 1]
+        go = (sums.at_least(rest, left) | (left.hi == 0.0)) & (right > 0.0)
+        return sums.where(go, sums.add(rest, sums.negative(left)), rest), 2 * node + go.astype(jnp.int32)
 
-    _, at = jax.lax.fori_loop(0, len(levels), down, (rest, jnp.zeros(numerator.hi.shape, jnp.int32)))
-    return at
-
-
-def _choose(rest: Pair, pyramid: list[Pair]) -> tuple[Pair, Int[Array, " m"]]:
-    """Halve a node four times: right when the rest has reached the left half's mass (prefix sums, side="right").
-
-    Never into a half without mass, so roundings at the end of the line cannot draw an index of mass zero.
-    """
-    child = jnp.zeros(rest.hi.shape, jnp.int32)
-    for depth in range(len(pyramid) - 2, -1, -1):
-        left, right = (Pair(part.hi[:, side], part.lo[:, side]) for part in [pyramid[depth]] for side in (0, 1))
-        go = (sums.at_least(rest, left) | (left.hi == 0.0)) & (right.hi > 0.0)
-        rest = sums.where(go, sums.add(rest, sums.negative(left)), rest)
-        child = child * 2 + go.astype(jnp.int32)
-        pyramid = [_half(part, go) for part in pyramid[:depth]]
-    return rest, child
+    rest, node = jax.lax.fori_loop(0, _depth(num_blocks), halve, (rest, jnp.ones(rest.hi.shape, jnp.int32)))
+    return _find_in_block(law.masses, rest, (node - num_blocks) * BLOCK)
 
 
-def _half(pair: Pair, right: Array) -> Pair:
-    width = pair.hi.shape[1] // 2
-    return Pair(*(jnp.where(right[:, None], part[:, width:], part[:, :width]) for part in pair))
+def _find_in_block(masses: Float[Array, " n"], rest: Pair, start: Int[Array, " m"]) -> Int[Array, " m"]:
+    def look(place: Int[Array, ""], state: tuple[Pair, Array, Array]) -> tuple[Pair, Array, Array]:
+        rest, found, searching = state
+        mass = _mass_at(masses, start + place)
+        found = jnp.where(searching & (mass > 0.0), start + place, found)
+        passed = sums.at_least(rest, sums.exact(mass)) | (mass == 0.0)
+        rest = sums.where(searching & passed, sums.add(rest, sums.exact(-mass)), rest)
+        return rest, found, searching & passed
+
+    state = (rest, start, jnp.ones(start.shape, bool))
+    return jax.lax.fori_loop(0, BLOCK, look, state)[1]
 
 
-def _pyramid(children: Pair) -> list[Pair]:
-    """The children [k, 16] of nodes, the sums of neighbours [k, 8], and so on to the sums of all [k, 1]."""
-    pyramid = [children]
-    while pyramid[-1].hi.shape[1] > 1:
-        last = pyramid[-1]
-        pyramid.append(sums.add(*(Pair(last.hi[:, side::2], last.lo[:, side::2]) for side in (0, 1))))
-    return pyramid
+def _tree(masses: Float[Array, " n"]) -> Pair:
+    size = masses.shape[0]
+    num_blocks = 1 << (-(-size // BLOCK) - 1).bit_length()
+    rows = jnp.pad(masses, (0, num_blocks * BLOCK - size)).reshape(num_blocks, BLOCK)
+    level = _block_sums(lambda place: rows[:, place], (num_blocks,))
+    levels = [level]
+    while levels[0].hi.shape[0] > 1:
+        levels.insert(0, sums.add(*(Pair(*(part[side::2] for part in levels[0])) for side in (0, 1))))
+    levels.insert(0, sums.exact(jnp.zeros(1)))  # entry 0 of a heap is not used
+    return Pair(*(jnp.concatenate(parts) for parts in zip(*levels, strict=True)))
 
 
-def _children(level: Pair, nodes: Int[Array, " k"]) -> Pair:
-    """The members [k, 16] of a level under ``nodes`` [k] of the level above; zeros beyond its end."""
-    at = nodes[:, None] * FANOUT + jnp.arange(FANOUT, dtype=jnp.int32)[None]
-    return Pair(*(part.at[at].get(mode="fill", fill_value=0.0) for part in level))
+def _block_sums(masses_at: Callable[[Int[Array, ""]], Float[Array, " k"]], shape: tuple[int, ...]) -> Pair:
+    """The sums [k] of blocks, of which ``masses_at(place)`` gives one mass each. One by one: never a flat reduction."""
+
+    def add(place: Int[Array, ""], total: Pair) -> Pair:
+        return sums.add(total, sums.exact(masses_at(place)))
+
+    return jax.lax.fori_loop(0, BLOCK, add, sums.exact(jnp.zeros(shape)))
 
 
-def _sum_levels(masses: Float[Array, " n"]) -> tuple[Pair, ...]:
-    level = sums.exact(masses)
-    levels: list[Pair] = []
-    while not levels or level.hi.shape[0] > 1:
-        rows = (jnp.pad(part, (0, -part.shape[0] % FANOUT)).reshape(-1, FANOUT) for part in level)
-        level = Pair(*(part[:, 0] for part in _pyramid(Pair(*rows))[-1]))
-        levels.append(level)
-    return tuple(levels)
+def _mass_at(masses: Float[Array, " n"], places: Int[Array, " k"]) -> Float[Array, " k"]:
+    return masses.at[places].get(mode="fill", fill_value=0.0)
+
+
+def _get(tree: Pair, nodes: Int[Array, " k"]) -> Pair:
+    return Pair(tree.hi[nodes], tree.lo[nodes])
+
+
+def _set(tree: Pair, nodes: Int[Array, " k"], values: Pair) -> Pair:
+    return Pair(*(part.at[nodes].set(value, mode="drop") for part, value in zip(tree, values, strict=True)))
+
+
+def _total(law: Law) -> Pair:
+    return Pair(law.tree.hi[1], law.tree.lo[1])
+
+
+def _num_blocks(law: Law) -> int:
+    return law.tree.hi.shape[0] // 2
+
+
+def _depth(num_blocks: int) -> int:
+    return num_blocks.bit_length() - 1
 
 
 def _unit_pair(key: Key, size: int) -> Pair:

@@ -1,7 +1,7 @@
 """The clock of a run, and what its time was spent on."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ class Clock:
 
     def __init__(self, elapsed: float = 0.0, spent: dict[str, float] | None = None) -> None:
         self._began = time.monotonic() - elapsed
-        self.spent = Counter(spent or {})
+        self.spent = defaultdict[str, float](float, spent or {})
 
     def __call__(self) -> float:
         return time.monotonic() - self._began

@@ -70,14 +70,14 @@ class Config:
 
     optimizer: OptimizerName = "nesterov"
     """The Optax optimiser behind the reweighting."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.001
     schedule: ScheduleName = "constant"
     """constant, or cosine decay to 0 over the run."""
     momentum: float = 0.95
     """Of nesterov."""
     weight_decay: float = 0.0
     """Of adamw: decoupled, so outside the weighted part of the gradient."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Draws in a step (M)."""
     steps: int = 3000
     """Updates to make."""

@@ -1,7 +1,7 @@
 """Where the law of the next step comes from: an epoch's permutation, the uniform law, or the scores of an engine."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Refresh(NamedTuple):
     is_uniform: bool
 
 
+@runtime_checkable
 class Laws(Protocol):
     """The law to draw from, step by step."""
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from isgd_jax.rundir import Record, RunDir
 
-STYLE = {
+STYLE: Any = {
     "figure.figsize": (7.2, 4.2),
     "figure.dpi": 140,
     "figure.constrained_layout.use": True,

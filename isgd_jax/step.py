@@ -1,7 +1,7 @@
 """The jitted update: draw, gather, differentiate once, reweight, update, and send the fresh scores home."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from isgd_jax import factored, table
 from isgd_jax.gradients import per_example_value_and_grad
-from isgd_jax.samplers import Law
 from isgd_jax.typing import Batch, Key, LossFn, Params, Sampler
 
 
@@ -60,7 +59,7 @@ def make_update(
     *,
     num_draws: int,
     fresh_scores: FreshScores | None = None,
-) -> Callable[[TrainState, Law, Batch, Key, Float[Array, ""]], tuple[TrainState, StepInfo]]:
+) -> Callable[[TrainState, Any, Batch, Key, Float[Array, ""]], tuple[TrainState, StepInfo]]:
     """Build ``update(state, law, data, key, seconds) -> (state, info)``, jitted, its state donated.
 
     Guarantees:
@@ -78,7 +77,7 @@ def make_update(
     """
 
     def update(
-        state: TrainState, law: Law, data: Batch, key: Key, seconds: Float[Array, ""]
+        state: TrainState, law: Any, data: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
         draw = sampler(jax.random.fold_in(key, state.step), law, num_draws=num_draws)
         batch = jax.tree.map(lambda x: x[draw.indices], data)

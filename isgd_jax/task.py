@@ -53,7 +53,7 @@ def make(
     def logits_fn(params: Params, example: Example) -> Array:
         return model.apply({"params": params}, dataset.standardise(example[dataset.input_key]))
 
-    def loss_fn(params: Params, example: Example) -> Float[Array, ""]:
+    def loss_fn(params: Params, example: Example) -> Array:
         return loss(logits_fn(params, example), example)
 
     example = jax.tree.map(lambda x: x[0], dataset.train)
@@ -68,11 +68,8 @@ def make(
 
 def _check_scalar(loss_fn: LossFn, params: Params, example: Example, name: str | None) -> None:
     out = jax.eval_shape(loss_fn, params, example)
-    if (
-        jax.tree.structure(out) != jax.tree.structure(0)
-        or out.shape != ()
-        or not jnp.issubdtype(out.dtype, jnp.floating)
-    ):
+    is_scalar = isinstance(out, jax.ShapeDtypeStruct) and out.shape == ()
+    if not is_scalar or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
             f"the loss {name or ''} must return one floating-point scalar for one example; it returns "
             f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', out)}: average or sum over what is left"

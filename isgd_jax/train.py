@@ -18,12 +18,12 @@ from isgd_jax.engines.inline import Inline
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.sharded import sharded
 from isgd_jax.signals import Stop, stop_on_signals
-from isgd_jax.typing import Params, Scorer
+from isgd_jax.typing import Params, Sampler, Scorer
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "shuffled": laws.shuffled,
     "uniform": samplers.uniform,
     "independent": samplers.independent,
@@ -122,7 +122,7 @@ class Trainer:
         self.probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
         self.checkpoints = Checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
         self.infos: list[step.StepInfo] = []
-        self.mark = (0, 0.0, self.clock.spent)  # step, clock and time spent at the last line of progress
+        self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress
 
     def _make_laws(self) -> laws.Laws:
         if self.config.mode != "uniform":
@@ -179,14 +179,15 @@ class Trainer:
             self._save()
 
     def _update(self, state: step.TrainState) -> tuple[step.TrainState, step.StepInfo]:
-        return self.update(state, self.laws.law, self.train_data, self.draw_key, np.float32(self.clock()))
+        return self.update(state, self.laws.law, self.train_data, self.draw_key, jnp.float32(self.clock()))
 
     def _log(self) -> None:
         """Measure, and write one line of progress."""
         step_before, clock_before, spent_before = self.mark
         stepped = self._drain()
-        elapsed, other = self.clock() - clock_before, self.clock.spent - spent_before
-        self.clock.spent["updating"] += elapsed - sum(other.values())
+        elapsed = self.clock() - clock_before
+        elsewhere = sum(self.clock.spent.values()) - sum(spent_before.values())
+        self.clock.spent["updating"] += elapsed - elsewhere
         with self.clock.spending("measuring"):
             measured = self._measure()
         rate = (self.step - step_before) / elapsed if self.step > step_before else None
@@ -196,7 +197,7 @@ class Trainer:
         self._set_mark()
 
     def _set_mark(self) -> None:
-        self.mark = (self.step, self.clock(), self.clock.spent.copy())
+        self.mark = (self.step, self.clock(), dict(self.clock.spent))
 
     def _drain(self) -> Record:
         """Fetch what the steps left on the device since the last call, and see that the loss is finite."""

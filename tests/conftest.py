@@ -1,5 +1,6 @@
 """Strictness for every test: shapes and types checked on public functions, no silent promotion, eight CPU devices."""
 
+import importlib
 import os
 
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
@@ -8,13 +9,22 @@ os.environ.setdefault("NPROC", "16")
 
 from jaxtyping import install_import_hook
 
+importlib.import_module("isgd_jax.config")  # before the hook: it checks its own types, and its messages are tested
 install_import_hook("isgd_jax", "beartype.beartype")
+
+import tempfile
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests compile the same programs: once a session is enough.
+compiled = tempfile.TemporaryDirectory(prefix="isgd-compiled-")
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

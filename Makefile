@@ -1,0 +1,52 @@
+# make train    set up and train on the embedded data set (DATASET=, ARGS=, PYTHON=)
+# make test     set up and run the tests          make test-fast   the quick ones
+# make soak     long and random trials, by hand   make lint        ruff and mypy
+
+PYTHON ?= python3
+DATASET ?= digits
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# A Cloud TPU VM shows its chips as devices; an NVIDIA machine answers nvidia-smi. Otherwise jax runs on the CPU.
+ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
+                 { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
+
+.PHONY: train test test-fast soak lint clean
+
+train: $(VENV)/.train
+	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not soak" -n 2
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not soak" -n 2
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak -n 0 -rA
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# Set-up is done once, and again when what is asked for has changed.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable ".[train$(ACCELERATOR)]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --editable ".[train,dev$(ACCELERATOR)]"
+	touch $@

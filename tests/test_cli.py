@@ -1,0 +1,150 @@
+"""The command as a user types it, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from isgd_jax.cli import main
+
+SMALL = [
+    "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
+    "--probe-size", "32", "--chunk-size", "512",
+]  # fmt: skip
+
+
+def isgd(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from isgd_jax.cli import main; main()", *arguments],
+        cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a mistake: its exit message, or what the parser printed."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code not in (0, None)
+    return " ".join(f"{exit_info.value.code} {capsys.readouterr().err}".replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
+    code, out, err = finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))
+    assert (code, err) == (0, "")
+    for text in ("digits, N = 1,437", "of the training time", "held-out error", "run/variance.png"):
+        assert text in out.replace("\n", " ")
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {
+        "loss.png", "error.png", "variance.png", "scores.png",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Kill -9 as soon as the first checkpoint is there; the same parameters come out as without a kill."""
+    arguments = ["train", "--run-dir", "run", "--data-dir", "data", *SMALL, "--steps", "400"]
+    process = isgd(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 150
+    while not any((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run" / "config.json").is_file()
+    code, _, err = finished(isgd("train", "--resume", "run", cwd=tmp_path))
+    assert (code, err) == (0, "")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 400
+
+
+@pytest.mark.slow
+def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
+    process = isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, "--steps", "100000", cwd=tmp_path)
+    deadline = time.monotonic() + 150
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finished(process)
+    assert code == 128 + signal.SIGTERM
+    assert "Go on with: isgd train --resume run" in out
+
+
+def test_help_is_instant(tmp_path: Path) -> None:
+    """It imports none of the heavy packages: that is what keeps it fast."""
+    code = (
+        "import sys\nfrom isgd_jax.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('jax', 'flax', 'optax', 'tensorflow_datasets', 'orbax', 'matplotlib') "
+        "if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--learning-rate" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--learning-rte", "0.1"], "--learning-rate"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["train", "--mode", "sometimes"], "--mode"),
+        (["train", "--dataset", "digit"], "did you mean 'digits'"),
+        (["train", "--resume", "nowhere"], "nowhere is not the folder of a run: it has no config.json"),
+        (["report", "nowhere"], "nowhere is not the folder of a run"),
+        (["train", "--model", "no.such:thing"], "cannot import 'no.such'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in sentence(arguments, capsys)
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_an_existing_run_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("keep me")
+    said = sentence(["train", "--run-dir", "run", "--data-dir", "data"], capsys)
+    assert "run is there already: resume it with --resume run, or name another --run-dir" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--model pkg.module:factory and --loss pkg.module:fn, found in the current folder."""
+    (tmp_path / "mine.py").write_text(
+        "import flax.linen as nn\nimport jax.numpy as jnp\n"
+        "class Small(nn.Module):\n"
+        "    classes: int\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        return nn.Dense(self.classes)(x.reshape(-1))\n"
+        "def factory(num_classes):\n"
+        "    return Small(num_classes)\n"
+        "def squared(outputs, example):\n"
+        "    return jnp.sum(jnp.square(outputs - jnp.eye(10)[example['label']]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = ["--model", "mine:factory", "--loss", "mine:squared", "--run-dir", "run", "--data-dir", "data"]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", *mine, *SMALL])
+    assert exit_info.value.code == 0

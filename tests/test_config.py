@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+
+from isgd_jax.config import MAY_CHANGE_ON_RESUME, Config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("batch_size", 0, "--batch-size must be at least 1; got 0"),
+        ("learning_rate", -1.0, "--learning-rate must be above 0"),
+        ("learning_rate", float("inf"), "--learning-rate must be above 0"),
+        ("mixture", 0.0, "--mixture must be above 0 and at most 1"),
+        ("mixture", 1.5, "--mixture must be above 0 and at most 1"),
+        ("refresh_share", 0.0, "--refresh-share must be above 0"),
+        ("probe_size", 5, "--probe-size must be even"),
+        ("hidden", (512, 0), "--hidden must be widths of at least 1"),
+        ("seed", -1, "--seed must be between"),
+        ("epochs", 0.0, "--epochs must be above 0"),
+        ("max_age", -1, "--max-age must be 0 or more"),
+        ("weight_decay", 0.1, "--weight-decay must be 0 unless --optimizer adamw"),
+        ("sampler", "shuffled", "--sampler must be one of auto, independent, stratified in exact mode"),
+    ],
+)
+def test_a_value_out_of_range_is_named(field: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", "32"),
+        ("batch_size", 32.0),
+        ("batch_size", True),
+        ("learning_rate", float("nan")),
+        ("mode", "sometimes"),
+        ("hidden", [512]),
+        ("run_dir", 3),
+        ("full_train_loss", 1),
+    ],
+)
+def test_a_wrong_type_is_named(field: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"--{field.replace('_', '-')} must be .*; got"):
+        Config(**{field: value})
+
+
+def test_json_brings_the_same_configuration_back() -> None:
+    config = Config(mode="relaxed", hidden=(8, 4), epochs=2.5, max_age=7)
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_an_unknown_key_is_an_error_with_a_suggestion() -> None:
+    with pytest.raises(ValueError, match="unknown configuration key 'learning_rat'; did you mean 'learning_rate'"):
+        Config.from_dict({"learning_rat": 0.1})
+
+
+def test_epochs_count_batches_of_the_data_set() -> None:
+    assert Config(epochs=2.0, batch_size=10).num_steps(105) == 21
+    assert Config(steps=7).num_steps(105) == 7
+
+
+def test_auto_sampler_is_the_best_of_its_mode() -> None:
+    assert Config(mode="uniform").sampler_in_use == "shuffled"
+    assert Config(mode="exact").sampler_in_use == "stratified"
+    assert Config(mode="relaxed", sampler="independent").sampler_in_use == "independent"
+
+
+def test_fields_free_on_resume_exist() -> None:
+    assert {field.name for field in dataclasses.fields(Config)} >= MAY_CHANGE_ON_RESUME

@@ -1,0 +1,199 @@
+"""`fit` from configuration to folder, on a problem of a second or two."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import blobs, small_config
+
+from isgd_jax import data
+from isgd_jax.rundir import Record, RunDir
+from isgd_jax.train import fit
+
+MODES = [
+    {"mode": "uniform"},
+    {"mode": "uniform", "sampler": "uniform"},
+    {"mode": "exact"},
+    {"mode": "exact", "sampler": "independent"},
+    {"mode": "relaxed", "refresh_share": 0.3},
+]
+
+
+def progress(folder: Path) -> list[Record]:
+    return list(RunDir(folder).records("progress"))
+
+
+@pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_each_mode_learns_and_leaves_its_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = fit(small_config(tmp_path / "run", **changes), dataset=blobs())
+    lines = progress(result.run_dir)
+    assert [line["step"] for line in lines] == [0, 10, 20, 30, 40]
+    assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
+    names = {path.name for path in result.run_dir.iterdir()}
+    figures = {"loss.png", "error.png", "variance.png"} | (set() if changes["mode"] == "uniform" else {"scores.png"})
+    assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints"} | figures
+    for line in lines:
+        assert line["sd_ideal"] <= line["sd_uniform"] * 1.2
+        assert (line["age_mean"] is None) == (changes["mode"] == "uniform" or line["step"] == 0)
+
+
+@pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_resuming_is_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Stopped at step 23, in the middle of a refresh period and of an epoch, and gone on with."""
+    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    fit(small_config(tmp_path / "broken", **changes | {"steps": 23}), dataset=blobs())
+    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
+    assert resumed.step == 40
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    steps = [line["step"] for line in progress(resumed.run_dir)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
+def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: str) -> None:
+    changes: dict[str, Any] = {"optimizer": optimizer, "schedule": "cosine"}
+    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+
+    def enough(record: Record) -> bool:
+        return record["step"] == 20
+
+    broken = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), until=enough)
+    assert broken.step == 20
+    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path: Path, signum: int) -> None:
+    whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
+
+    def interrupt(record: Record) -> None:
+        if record["event"] == "progress" and record["step"] == 20:
+            os.kill(os.getpid(), signum)
+
+    stopped = fit(small_config(tmp_path / "stopped"), dataset=blobs(), observe=interrupt)
+    assert stopped.stopped_by == signum
+    assert 20 <= stopped.step < 40
+    assert [record["event"] for record in RunDir(stopped.run_dir).records()][-1] == "stopped"
+    resumed = fit(small_config(tmp_path / "stopped"), dataset=blobs(), resume=True)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=lambda: fit(small_config(tmp_path / "run"), dataset=blobs()))
+    thread.start()
+    thread.join(timeout=120)
+    assert [record["event"] for record in RunDir(tmp_path / "run").records()][-1] == "finished"
+
+
+def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    def fragile(outputs: jax.Array, example: Any) -> jax.Array:
+        return jnp.where(outputs[0] > 3.0, jnp.nan, -outputs[0])
+
+    with pytest.raises(FloatingPointError, match=r"the training loss became nan at step \d+: lower --learning-rate"):
+        fit(small_config(tmp_path / "run", mode="uniform", checkpoint_every=1), dataset=blobs(), loss=fragile)
+    for line in RunDir(tmp_path / "run").records():
+        assert "NaN" not in json.dumps(line)
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_scores_that_are_not_finite_are_set_aside_and_said(tmp_path: Path) -> None:
+    """The gradient of sqrt at 0 is infinite, its loss is not: the score is quarantined, the run goes on."""
+
+    def loss(outputs: jax.Array, example: Any) -> jax.Array:
+        poison = jnp.where(example["features"][0] > 1e6, jnp.sqrt(jnp.maximum(outputs[0] * 0.0, 0.0)), 0.0)
+        return -jax.nn.log_softmax(outputs)[example["label"]] + poison
+
+    arrays = {key: array.copy() for key, array in blobs().train.items()}
+    arrays["features"][5] = 2e6
+    dataset = data.from_arrays(arrays, blobs().test)
+    seen: list[Record] = []
+    config = small_config(tmp_path / "run", steps=1, sampler="independent", batch_size=1)
+    fit(config, dataset=dataset, loss=loss, observe=seen.append)
+    refresh = next(record for record in seen if record["event"] == "refresh")
+    assert refresh["rejected"] == 1
+    assert any("1 scores were not finite" in record["text"] for record in seen if record["event"] == "warning")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 91}, "--batch-size must be at most 90, the training examples of blobs; got 91"),
+        ({"model": "nowhere:factory"}, "cannot import 'nowhere'"),
+        ({"model": "mpl"}, "unknown model 'mpl'"),
+        ({"loss": "math:nothing"}, "has no 'nothing'"),
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    dataset = None if "dataset" in changes else blobs()
+    with pytest.raises((ValueError, ImportError, AttributeError), match=message):
+        fit(small_config(tmp_path / "run", **changes), dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_scalar_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must return one floating-point scalar .* it returns float32\[3\]"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), loss=lambda outputs, example: outputs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_is_refused(tmp_path: Path) -> None:
+    class WithBatchNorm(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=False)(x))
+
+    with pytest.raises(ValueError, match="use LayerNorm or GroupNorm in place of BatchNorm"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), model=WithBatchNorm())
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_data_set_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    fit(small_config(tmp_path / "run"), dataset=blobs())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="the checkpoint is of another data set"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(seed=1), resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(x)
+
+    fit(small_config(tmp_path / "run"), dataset=blobs())
+    with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), model=Other(), resume=True)
+
+
+def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
+    """With some wrong labels, at the end of training: the proposal in use beats uniform draws, and ideal beats it."""
+    config = small_config(tmp_path / "run", steps=100, refresh_every=10, probe_size=64)
+    fit(config, dataset=blobs())
+    late = progress(tmp_path / "run")[-4:]
+    stale, ideal, uniform = (np.mean([line[f"sd_{of}"] ** 2 for line in late]) for of in ("stale", "ideal", "uniform"))
+    assert stale < 0.7 * uniform
+    assert ideal < 1.1 * stale
+
+
+def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
+    seen: list[Record] = []
+    fit(small_config(tmp_path / "run", steps=1), dataset=blobs(), observe=seen.append)
+    plan = seen[0]
+    assert plan["event"] == "plan"
+    assert plan["num_examples"] == 90
+    assert plan["num_params"] == 5 * 8 + 8 + 8 * 3 + 3
+    assert plan["seconds_per_update"] > 0
+    assert plan["seconds_per_refresh"] > 0

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax import calibration as calibrations
 from isgd_jax import table as tables
+from isgd_jax.calibration import Calibration
 from isgd_jax.sums import tree_sum
 from isgd_jax.table import ScoreTable
 
@@ -43,17 +45,22 @@ def propose(
     max_age_seconds: float | None = None,
     min_trusted: float = 0.1,
     example_weights: Float[Array, " n"] | None = None,
+    calibration: Calibration | None = None,
 ) -> Proposal:
     """The law of the next draws, from the table at parameter ``version`` and clock ``seconds``.
 
     q = (1 - mixture) w / sum(w) + mixture / N with w = (score + additive) ** power, times \\|a_n\\| for the weighted
-    target sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted.
+    target sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
+    ``calibration`` what counts as the score is what it has learnt of the norm from score and age.
     """
     if mixture == 0.0 and additive == 0.0:
         raise ValueError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
     trusted = trust(table, version=version, seconds=seconds, max_age=max_age, max_age_seconds=max_age_seconds)
     share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
-    scores = fill_untrusted(table.scores, trusted)
+    scores = table.scores
+    if calibration is not None:
+        scores = calibrations.predict(calibration, scores, tables.ages(table, version))
+    scores = fill_untrusted(scores, trusted)
     probs, blank = smooth(scores, mixture=mixture, additive=additive, power=power, example_weights=example_weights)
     is_uniform = blank | (share < min_trusted)
     return Proposal(jnp.where(is_uniform, 1.0 / probs.shape[0], probs), share, is_uniform)

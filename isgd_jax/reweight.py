@@ -92,8 +92,8 @@ def _wanted(state: ReweightState, num_examples: int, indices: Int[Array, " m"] |
 def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
     """Every leaf must be [num_draws, *param.shape]. Shapes are known while tracing: free at run time."""
     if params is None:
-        leaves = jax.tree.leaves(grads)  # of lazy leaves the factors: they too have the axis of draws in front
-        expected = [(num_draws, *leaf.shape[1:]) for leaf in leaves]
+        leaves = jax.tree.leaves(grads, is_leaf=factored.is_factored)
+        expected = [(num_draws, *_batched_shape(leaf)[1:]) for leaf in leaves]
     else:
         structure: Any = jax.tree.structure(params)
         try:
@@ -123,6 +123,4 @@ def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
 
 def _batched_shape(leaf: Any) -> tuple[int, ...]:
     """[b, *param.shape] of a stacked or of a lazy leaf, whose own ``shape`` is the parameter's."""
-    if isinstance(leaf, factored.Factored):
-        return (jax.tree.leaves(leaf)[0].shape[0], *leaf.shape)
-    return jnp.shape(leaf)
+    return (leaf.batch_size, *leaf.shape) if factored.is_factored(leaf) else jnp.shape(leaf)

@@ -12,9 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "_jaxpr"},
-    {"factored", "table", "samplers", "variance", "models", "checkpoint", "rundir", "cuts"},
-    {"gradients", "proposal", "reweight"},
+    {"typing", "config", "sums", "windows", "_jaxpr", "costs", "factors", "microbatches"},
+    {"factored", "contraction", "table", "samplers", "variance", "calibration", "gate", "orders"}
+    | {"models", "checkpoint", "rundir"},
+    {"regions", "proposal", "reweight", "monitor"},
+    {"cuts"},
+    {"plans"},
+    {"gradients"},
     {"scorers", "sharded", "optimizers"},
     {"step", "engines", "data", "clock", "signals", "console"},
     {"laws", "task"},
@@ -23,8 +27,8 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
-CORE_LEVELS = 4
-"""Levels 0 to 3 know trees and functions only."""
+CORE_LEVELS = 7
+"""The levels below `step` know trees and functions only."""
 NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
 CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
 

@@ -1,0 +1,76 @@
+"""A window over the last steps: means and ratios of what each step measured, with 95 % bands.
+
+A step's measurements are one independent sample whatever the sampler inside the step, so the bands hold for dependent
+draws too. Everything is a fixed-size ring, so it lives inside a jitted step and in a checkpoint.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Z_95 = 1.96
+
+
+class Window(NamedTuple):
+    """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""
+
+    values: Float[Array, "w k"]
+    count: Int[Array, ""]
+
+
+class Band(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    value: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+
+def create(size: int, width: int) -> Window:
+    """A window over ``size`` steps of ``width`` numbers each."""
+    if size < 2:
+        raise ValueError(f"a window needs at least 2 steps to know its own error, got {size}")
+    return Window(jnp.zeros((size, width), jnp.float32), jnp.int32(0))
+
+
+def push(window: Window, *values: Float[Array, ""]) -> Window:
+    """The window with one more step; the oldest drops out. A step that measured anything not finite is left out."""
+    row = jnp.stack([value.astype(jnp.float32) for value in values])
+    sound = jnp.all(jnp.isfinite(row))
+    at = jnp.where(sound, window.count % window.values.shape[0], window.values.shape[0])
+    return Window(window.values.at[at].set(row, mode="drop"), window.count + sound.astype(jnp.int32))
+
+
+def filled(window: Window) -> Bool[Array, " w"]:
+    """Which rows hold a step."""
+    return jnp.arange(window.values.shape[0], dtype=jnp.int32) < window.count
+
+
+def means(window: Window) -> Float[Array, " k"]:
+    """The mean of each measurement over the steps in the window; zero when there are none."""
+    return _mean(window.values, filled(window)[:, None])
+
+
+def band(window: Window, value: Float[Array, ""], influence: Float[Array, " w"]) -> Band:
+    """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method)."""
+    seen = filled(window)
+    steps = jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32)
+    spread = jnp.sum(jnp.where(seen, jnp.square(influence - _mean(influence, seen)), 0.0))
+    error = jnp.sqrt(spread / jnp.maximum(steps * (steps - 1.0), 1.0))
+    half = jnp.where(steps > 1.0, Z_95 * error, jnp.inf)
+    return Band(value, value - half, value + half)
+
+
+def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]) -> Band:
+    """The ratio of two means, with its band."""
+    seen = filled(window)
+    below = _mean(denominator, seen)
+    value = _mean(numerator, seen) / jnp.where(below > 0.0, below, 1.0)
+    return band(window, value, (numerator - value * denominator) / jnp.where(below > 0.0, below, 1.0))
+
+
+def _mean(values: Array, seen: Bool[Array, "..."]) -> Array:
+    count = jnp.maximum(jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32), 1.0)
+    return jnp.sum(jnp.where(seen, values, 0.0), axis=0) / count

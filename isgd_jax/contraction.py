@@ -111,7 +111,7 @@ class Contraction:
         return replace(self, out=tuple(axis for group in groups for axis in group), shape=shape)
 
     def changed(self, axis: Axis, size: int, function: Callable[[Array, int], Array]) -> Contraction | None:
-        """``function(array, position)`` applied along ``axis``, which becomes ``size`` long; None if both factors have it."""
+        """``function(array, place)`` along ``axis``, then ``size`` long; None if both factors have the axis."""
         mine = [side for side in (self.left, self.right) if axis in side.axes]
         if len(mine) != 1:
             return None

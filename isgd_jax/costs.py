@@ -1,7 +1,8 @@
 """What each way of asking a contraction costs: counted from static shapes, at trace time.
 
-A squared norm ``‖Σ_t x_t δ_tᵀ‖²`` is a sum over pairs of rows (the Gram form, ``t²(i + o)``) or the square of the product
-(``t·i·o``, and ``i·o`` numbers written and read). The Gram form can cancel; the product cannot.
+A squared norm ``‖Σ_t x_t δ_tᵀ‖²`` is a sum over pairs of rows (the Gram form, ``t²(i + o)``) or the square of the
+product (``t·i·o``, and ``i·o`` numbers written and read). The Gram form can cancel, the product cannot: it wins a draw.
+Costs are in floating-point operations, traffic counted as the operations that could be done meanwhile.
 """
 
 from __future__ import annotations
@@ -9,56 +10,96 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-FLOPS_PER_BYTE = 8
-"""How many operations cost as much as moving a byte: about right for CPUs, kind to memory elsewhere."""
+CACHE = 20 << 20
+"""Bytes of products that are still cheap to write and read again (measured on two CPU cores, as all here)."""
+
+SLICE = 2 << 20
+"""Bytes of the products of a few examples worked on at a time, where those of all do not fit."""
+
+NEAR, FAR = 2, 24
+"""Operations that cost as much as moving a byte, within the cache and beyond it."""
+
+SLICED = 1.2
+"""How much slower a product is when it is made a few examples at a time."""
+
+DRAW = 0.8
+"""The part of the product's cost below which the Gram form is chosen."""
 
 
 class Shape(NamedTuple):
-    """The sizes of one term: [b, k, t, i] times [b, k, t, o]; ``one_hot`` rows cost nothing to multiply."""
+    """The sizes of one term, [b, k, t, i] times [b, k, t, o], what its left ``factor`` is, and bytes a number."""
 
     b: int
     k: int
     t: int
     i: int
     o: int
-    one_hot: bool = False
+    factor: str = "Array"
+    itemsize: int = 4
+
+    @property
+    def columns(self) -> int:
+        """How wide rows of the left factor are to multiply: one-hot rows cost nothing."""
+        return 0 if self.factor == "OneHot" else self.i
+
+    @property
+    def contraction(self) -> int:
+        """Operations to contract the factors, whether or not examples are summed over."""
+        return 2 * self.b * self.k * self.t * max(self.columns, 1) * self.o
+
+    @property
+    def windows(self) -> int:
+        """Bytes of the windows of one example, if they must be written out."""
+        return self.itemsize * self.k * self.t * self.i if self.factor == "Windows" else 0
 
     @property
     def product(self) -> int:
-        """Operations for ``Σ_t x_t δ_tᵀ`` of every example."""
-        return 2 * self.b * self.k * self.t * (self.o if self.one_hot else self.i * self.o)
-
-    @property
-    def traffic(self) -> int:
-        """Bytes to write and read the products."""
-        return 8 * self.b * self.k * self.i * self.o
+        """Bytes of the product of one example."""
+        return self.itemsize * self.k * self.i * self.o
 
 
-def gram(terms: Sequence[Shape]) -> int:
-    """Operations for the squared norm of a sum of terms, pair by pair."""
+def gram(terms: Sequence[Shape]) -> float:
+    """The squared norm of a sum of terms, pair by pair."""
     pairs = [(a, b) for place, a in enumerate(terms) for b in terms[place:]]
-    return sum(2 * a.b * a.k * a.t * b.t * (a.o + (0 if a.one_hot or b.one_hot else a.i)) for a, b in pairs)
+    operations = sum(2 * a.b * a.k * a.t * b.t * (a.o + min(a.columns, b.columns)) for a, b in pairs)
+    return operations + sum((_traffic(2 * term.b * term.windows) for term in terms), start=0.0)
 
 
-def product(terms: Sequence[Shape]) -> int:
-    """The same by forming the products."""
-    return sum(term.product for term in terms) + FLOPS_PER_BYTE * terms[0].traffic
+def product(terms: Sequence[Shape]) -> float:
+    """The same by forming the products, all at once or a few at a time."""
+    contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
+    return min(contractions + _traffic(2 * formed), SLICED * contractions + NEAR * 2 * formed)
+
+
+def _traffic(moved: int) -> float:
+    return float(moved) * (NEAR if moved <= 2 * CACHE else FAR)
 
 
 def prefers_gram(terms: Sequence[Shape]) -> bool:
-    return gram(terms) < product(terms)
+    """Whether a squared norm is asked pair by pair. One row cannot cancel; neither can one-hot rows alone."""
+    safe = len(terms) == 1 and (terms[0].t <= 1 or terms[0].factor == "OneHot")
+    return gram(terms) < product(terms) * (1 if safe else DRAW)
 
 
-def prefers_shared_product(terms: Sequence[Shape]) -> bool:
-    """Whether norms and mean together are cheaper from products formed once than each in its own best way."""
-    apart = min(gram(terms), product(terms)) + sum(term.product for term in terms)
-    return product(terms) + FLOPS_PER_BYTE * terms[0].traffic // 2 < apart and not any(term.one_hot for term in terms)
+def prefers_formed(terms: Sequence[Shape]) -> bool:
+    """Whether norms and a mean together are cheaper from products formed once than each in its own best way."""
+    contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
+    apart = min(gram(terms) if prefers_gram(terms) else product(terms), product(terms)) + contractions
+    return contractions + _traffic(2 * formed) * 1.5 < apart and all(term.factor != "OneHot" for term in terms)
 
 
 def prefers_batch_gram(terms: Sequence[Shape]) -> bool:
     """Whether inner products between all pairs of examples are cheaper from pairs of rows than from products."""
-    if any(term.k != terms[0].k or term.one_hot != terms[0].one_hot for term in terms):
+    if any(term.factor != terms[0].factor for term in terms):
         return False
-    apart = sum(2 * one.b**2 * one.k * one.t * other.t * (one.i + one.o) for one in terms for other in terms)
-    formed = sum(term.product for term in terms) + 2 * terms[0].b ** 2 * terms[0].k * terms[0].i * terms[0].o
-    return apart < formed + FLOPS_PER_BYTE * terms[0].traffic
+    b, k = terms[0].b, terms[0].k
+    apart = sum(2 * b**2 * k * one.t * other.t * (one.columns + one.o) for one in terms for other in terms)
+    formed = sum(term.contraction for term in terms) + b**2 * terms[0].product
+    return apart < formed + _traffic(2 * b * terms[0].product)
+
+
+def slice_size(terms: Sequence[Shape]) -> int | None:
+    """How many examples to form at a time; None for all of them."""
+    one = sum(term.product + term.windows for term in terms)
+    windows = any(term.windows for term in terms)
+    return None if terms[0].b * one <= (SLICE if windows else CACHE) else max(1, SLICE // max(one, 1))

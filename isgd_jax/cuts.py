@@ -169,7 +169,7 @@ def _pad(node: Value, op: Op) -> Parts | None:
     """The gradient of a slice of a parameter: padding with zeros."""
     if not isinstance(op.inputs[1], Constant) or np.any(op.inputs[1].value):
         return None
-    return _along(node, op, lambda place, config: _padded(op.params["padding_config"][place], config))
+    return _along(node, op, lambda place, _: _padded(*map(int, op.params["padding_config"][place])))
 
 
 @rule("slice")
@@ -188,12 +188,12 @@ def _split(node: Value, op: Op) -> Parts | None:
     return _along(node, op, lambda place, size: piece if place == along else None)
 
 
-def _padded(config: tuple[int, int, int], size: int) -> Any:
-    if config == (0, 0, 0):
+def _padded(low: int, high: int, inside: int) -> Any:
+    if low == high == inside == 0:
         return None
 
     def pad(x: Any, place: int) -> Any:
-        around = [config if axis == place else (0, 0, 0) for axis in range(x.ndim)]
+        around = [(low, high, inside) if axis == place else (0, 0, 0) for axis in range(x.ndim)]
         return lax.pad(x, jnp.zeros((), x.dtype), around)
 
     return pad

@@ -18,7 +18,8 @@ from jax.lax import Precision
 from jaxtyping import Float, PyTree
 
 from isgd_jax import costs
-from isgd_jax.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, products, pulled, total
+from isgd_jax.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, products, pulled, total, wide
+from isgd_jax.slices import by_slices
 
 Axes: TypeAlias = tuple[tuple[int, str], ...]
 """A parameter's axes in order, split as finely as needed: (size, "k" shared | "w", "i" left factor's | "o" right's)."""
@@ -26,7 +27,7 @@ Axes: TypeAlias = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True)
 class Outer:
-    """One contraction: ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out as ``axes`` say."""
+    """One contraction, ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out by ``axes``."""
 
     left: Factor
     right: Any
@@ -35,9 +36,9 @@ class Outer:
 
 @dataclass(frozen=True)
 class Factored:
-    """A lazy leaf: the sum of ``terms``, of ``formed`` [b, *shape], and of ``shared`` [*shape], the same for all examples.
+    """A lazy leaf: the sum of ``terms``, ``formed`` [b, *shape], and ``shared`` [*shape], the same for all examples.
 
-    Every array inside but ``shared`` has the leading axis b. ``joint``: norms and a mean will be asked of it together.
+    Every array inside but ``shared`` has the leading axis b.
     """
 
     terms: tuple[Outer, ...]
@@ -45,7 +46,6 @@ class Factored:
     dtype: Any
     formed: Any = None
     shared: Any = None
-    joint: bool = True
 
     @property
     def batch_size(self) -> int:
@@ -53,9 +53,7 @@ class Factored:
 
 
 jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fields=["axes"])
-jax.tree_util.register_dataclass(
-    Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype", "joint"]
-)
+jax.tree_util.register_dataclass(Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype"])
 
 Grads: TypeAlias = PyTree
 """Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
@@ -65,18 +63,8 @@ _RISK = 1e-3
 
 
 def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """The norm of each example's gradient, over the whole tree.
-
-    Gram sums can cancel. Where they have, for any example of the batch, the products are formed after all, a few
-    examples at a time.
-    """
-    leaves = _leaves(grads)
-    squares, sizes = zip(*(_squares(leaf, precision) for leaf in leaves), strict=True)
-    square, sizes = _sum(squares), [size for size in sizes if size is not None]
-    if sizes:
-        risky = jnp.any(square < _RISK * _sum(sizes))
-        square = lax.cond(risky, lambda: _formed_squares(leaves, precision), lambda: square)
-    return jnp.sqrt(jnp.maximum(square, 0))
+    """The norm of each example's gradient, over the whole tree."""
+    return jnp.sqrt(jnp.maximum(_sum([_squares(leaf, precision) for leaf in _leaves(grads)]), 0))
 
 
 def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
@@ -139,32 +127,57 @@ def _sum(arrays: Sequence[Array]) -> Array:
 
 
 def _shapes(leaf: Factored) -> list[costs.Shape]:
-    return [
-        costs.Shape(*term.left.shape, term.right.shape[-1], one_hot=isinstance(term.left, OneHot))
-        for term in leaf.terms
-    ]
+    return [_shape(term) for term in leaf.terms]
+
+
+def _shape(term: Outer) -> costs.Shape:
+    b, k, t, i = term.left.shape
+    return costs.Shape(b, k, t, i, term.right.shape[-1], type(term.left).__name__, term.right.dtype.itemsize)
 
 
 def _by_gram(leaf: Factored) -> bool:
     """Whether the norm of a leaf is asked pair by pair: its terms are laid out alike, and it is cheaper."""
-    if leaf.formed is not None or any(term.axes != leaf.terms[0].axes for term in leaf.terms):
-        return False
-    return costs.prefers_gram(_shapes(leaf)) and not _by_shared_product(leaf)
+    alike = all(term.axes == leaf.terms[0].axes for term in leaf.terms)
+    return leaf.formed is None and alike and costs.prefers_gram(_shapes(leaf))
 
 
-def _by_shared_product(leaf: Factored) -> bool:
-    return leaf.joint and costs.prefers_shared_product(_shapes(leaf))
+def how_squared(leaf: Factored) -> str:
+    """In words, how the norm of a leaf is asked."""
+    if not _by_gram(leaf):
+        return "product"
+    return "norms" if all(term.right.shape[2] == 1 for term in leaf.terms) else "Gram"
 
 
-def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
-    """Squared norms of a leaf, and the sums of the sizes of what was added, where that may have cancelled."""
-    if not is_factored(leaf) or not _by_gram(leaf):
-        return _sum_squares(_products(leaf, precision)), None
+def formed_if_cheaper(leaf: Factored) -> Any:
+    """The leaf, formed if norms and a mean together are then cheaper than each asked of the factors."""
+    if leaf.formed is not None or leaf.shared is not None or not costs.prefers_formed(_shapes(leaf)):
+        return leaf
+    return _in_slices(lambda part: _stack(part, Precision.HIGHEST), leaf).astype(leaf.dtype)
+
+
+def _in_slices(function: Any, leaf: Factored) -> Array:
+    """``function(leaf)``, on so few examples at a time that their products stay in the cache."""
+    apart = replace(leaf, shared=None)
+    return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(_shapes(leaf)))
+
+
+def _squares(leaf: Any, precision: Any) -> Float[Array, " b"]:
+    if not is_factored(leaf):
+        return _sum_squares(leaf.astype(wide(leaf.dtype)))
+    if not _by_gram(leaf):
+        return _formed_squares(leaf, precision)
     squares, sizes = _gram_squares(leaf.terms, precision)
-    if leaf.shared is None:
-        return squares, sizes
-    own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
-    return squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
+    if leaf.shared is not None:
+        own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
+        squares, sizes = squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
+    if sizes is None:
+        return squares
+    cancelled = jnp.any(squares < _RISK * sizes)
+    return lax.cond(cancelled, lambda: _formed_squares(leaf, precision), lambda: squares)
+
+
+def _formed_squares(leaf: Factored, precision: Any) -> Float[Array, " b"]:
+    return _in_slices(lambda part: _sum_squares(_products(part, precision)), leaf)
 
 
 def _gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
@@ -192,35 +205,14 @@ def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
 
 
 def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b"]:
-    if is_factored(leaf) and leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
+    if not is_factored(leaf):
+        return _sum_squares(leaf * scale[None])
+    if leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
         term = leaf.terms[0]
         if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io x_i² s_io² δ_o²
             square = replace(term, left=jnp.square(term.left), right=jnp.square(term.right))
             return _inner(replace(leaf, terms=(square,)), jnp.square(scale), precision)
-
-    def one(part: Any) -> Array:
-        return _sum_squares(_stack(_with_shared(part, leaf), precision) * scale[None])[0]
-
-    return lax.map(one, _without_shared(leaf), batch_size=8)
-
-
-def _without_shared(leaf: Any) -> Any:
-    """What of a leaf has a batch axis, to be mapped over."""
-    return replace(leaf, shared=None) if is_factored(leaf) else leaf
-
-
-def _with_shared(part: Any, leaf: Any) -> Any:
-    """One example's part of ``leaf``, as a batch of one, whole again."""
-    part = jax.tree.map(lambda x: x[None], part)
-    return replace(part, shared=leaf.shared) if is_factored(leaf) else part
-
-
-def _formed_squares(leaves: Sequence[Any], precision: Any) -> Float[Array, " b"]:
-    def one(parts: list[Any]) -> Array:
-        whole = [_with_shared(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
-        return _sum([_sum_squares(_products(leaf, precision)) for leaf in whole])[0]
-
-    return lax.map(one, [_without_shared(leaf) for leaf in leaves], batch_size=8)
+    return _in_slices(lambda part: _sum_squares(_stack(part, precision) * scale[None]), leaf)
 
 
 def _sum_squares(array: Array) -> Float[Array, " b"]:
@@ -228,12 +220,7 @@ def _sum_squares(array: Array) -> Float[Array, " b"]:
 
 
 def _sum_last(array: Array) -> Array:
-    return jnp.sum(jnp.square(array.astype(_wide(array.dtype))), axis=-1)
-
-
-def _wide(dtype: Any) -> Any:
-    """Sums are kept in float32 or wider, whatever the factors are."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.sum(jnp.square(array.astype(wide(array.dtype))), axis=-1)
 
 
 def _products(leaf: Any, precision: Any) -> Array:
@@ -245,9 +232,9 @@ def _products(leaf: Any, precision: Any) -> Array:
 
 def _stack(leaf: Any, precision: Any) -> Array:
     if not is_factored(leaf):
-        return leaf.astype(_wide(leaf.dtype))
+        return leaf.astype(wide(leaf.dtype))
     parts = [fold(products(term.left, term.right, precision), term.axes, leaf.shape) for term in leaf.terms]
-    parts += [] if leaf.formed is None else [leaf.formed.astype(_wide(leaf.dtype))]
+    parts += [] if leaf.formed is None else [leaf.formed.astype(wide(leaf.dtype))]
     parts += [] if leaf.shared is None else [jnp.broadcast_to(leaf.shared, (leaf.batch_size, *leaf.shape))]
     return _sum(parts)
 
@@ -255,18 +242,15 @@ def _stack(leaf: Any, precision: Any) -> Array:
 def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
     if not is_factored(leaf):
         return einsum("b,b...->...", weights, leaf, precision=precision)
-    parts = [_weighted_term(term, leaf, weights, precision) for term in leaf.terms]
+    parts = [_weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]
     parts += [] if leaf.formed is None else [einsum("b,b...->...", weights, leaf.formed, precision=precision)]
-    parts += [] if leaf.shared is None else [jnp.sum(weights) * leaf.shared.astype(_wide(leaf.dtype))]
+    parts += [] if leaf.shared is None else [jnp.sum(weights) * leaf.shared.astype(wide(leaf.dtype))]
     return _sum(parts)
 
 
-def _weighted_term(term: Outer, leaf: Factored, weights: Float[Array, " b"], precision: Any) -> Array:
-    if _by_shared_product(leaf):
-        formed = products(term.left, term.right, precision)
-        return fold(einsum("b,b...->...", weights, formed, precision=precision), term.axes, leaf.shape)
-    right = term.right.astype(_wide(term.right.dtype)) * weights[:, None, None, None]
-    return fold(total(term.left, right, precision), term.axes, leaf.shape)
+def _weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b"], precision: Any) -> Array:
+    right = term.right.astype(wide(term.right.dtype)) * weights[:, None, None, None]
+    return fold(total(term.left, right, precision), term.axes, shape)
 
 
 def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:

@@ -1,7 +1,7 @@
 """Factors of a contraction that are known by less than their entries: one-hot rows, and the windows of a convolution.
 
-A factor is an array ``[b, k, t, i]``, or one of these, which can be written out as such an array. Batch axes come first,
-so that everything here can be sliced along ``b``.
+A factor is an array ``[b, k, t, i]``, or one of these, which can be written out as such an array. The batch axis comes
+first, so that everything here can be sliced along it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import Array, lax
 
 @dataclass(frozen=True)
 class OneHot:
-    """Row ``t`` has a one at ``indices[b, k, t]`` and zeros elsewhere; all zeros where the index is ``size`` or more."""
+    """Row ``t`` has a one at ``indices[b, k, t]``, zeros elsewhere; zeros only, where the index is ``size`` or more."""
 
     indices: Any
     size: int
@@ -82,36 +82,51 @@ def written_out(factor: Factor, dtype: Any = jnp.float32) -> Array:
     if isinstance(factor, OneHot):
         return jax.nn.one_hot(factor.indices, factor.size, dtype=dtype)
     if isinstance(factor, Windows):
-        return jnp.stack(slices(factor), axis=3).reshape(factor.shape)
+        return jnp.concatenate(pieces(factor), axis=3)
     return factor
 
 
-def slices(windows: Windows) -> list[Array]:
-    """For each entry of the kernel, what it meets: arrays ``[b, k, t, i]``."""
-    b, k, _, *_, i = windows.image.shape
-    padded = windows.window.pad(windows.image, 3)
-    return [windows.window.slice(padded, at, 3).reshape(b, k, -1, i) for at in windows.window.offsets()]
+def pieces(windows: Windows) -> list[Array]:
+    """The windows in pieces side by side, ``[b, k, t, (some of the kernel, i)]``.
+
+    Trailing axes of the kernel are written out until a piece is wide enough for a matrix product to be fast; for the
+    leading ones a piece is a view of the image.
+    """
+    image, window = windows.image, windows.window
+    b, k, _, *_, i = image.shape
+    padded, split = window.pad(image, 3), len(window.kernel)
+    while split and i * math.prod(window.kernel[split:]) < _WIDE:
+        split -= 1
+    groups: dict[tuple[int, ...], list[Array]] = {}
+    for at in window.offsets():
+        groups.setdefault(at[:split], []).append(window.slice(padded, at, 3))
+    return [jnp.concatenate(group, axis=-1).reshape(b, k, windows.shape[2], -1) for group in groups.values()]
+
+
+_WIDE = 64
+"""Columns from which on a matrix product is fast on a CPU."""
 
 
 def einsum(spec: str, *arrays: Array, precision: Any) -> Array:
     """`jnp.einsum` that sums in float32 or wider, whatever the factors are."""
-    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=dtype)
+        return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=wide(jnp.result_type(*arrays)))
+
+
+def wide(dtype: Any) -> Any:
+    """The type that sums are kept in: float32 or wider."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def products(left: Factor, right: Array, precision: Any) -> Array:
     """``Σ_t left · right`` for each example: [b, k, i, o]."""
     if isinstance(left, OneHot):
         return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
-    if isinstance(left, Windows) and left.image.shape[-1] >= _WIDE:
-        each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in slices(left)]
+    if isinstance(left, Windows):
+        each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in pieces(left)]
         return jnp.concatenate(each, axis=2)
-    return einsum("bkti,bkto->bkio", written_out(left, right.dtype), right, precision=precision)
-
-
-_WIDE = 16
-"""Channels from which on a window is multiplied entry by entry rather than written out."""
+    return einsum("bkti,bkto->bkio", left, right, precision=precision)
 
 
 def total(left: Factor, right: Array, precision: Any) -> Array:
@@ -131,7 +146,7 @@ def total(left: Factor, right: Array, precision: Any) -> Array:
 
 def _collected(rows: Array, values: Array, size: int) -> Array:
     """Rows ``values`` [k, t, o] added up by index: [k, size, o]."""
-    zeros = jnp.zeros((size, values.shape[-1]), jnp.promote_types(values.dtype, jnp.float32))
+    zeros = jnp.zeros((size, values.shape[-1]), wide(values.dtype))
     return jax.vmap(lambda r, v: zeros.at[r].add(v.astype(zeros.dtype), mode="drop"))(rows, values)
 
 
@@ -151,7 +166,7 @@ def _convolved(left: Windows, right: Array, precision: Any) -> Array:
         rhs_dilation=window.stride,
         dimension_numbers=lax.ConvDimensionNumbers(spec, spec, (len(spatial), len(spatial) + 1, *range(len(spatial)))),
         precision=precision,
-        preferred_element_type=jnp.promote_types(image.dtype, jnp.float32),
+        preferred_element_type=wide(image.dtype),
     )
     return out.reshape(1, -1, out.shape[-1])
 
@@ -176,10 +191,10 @@ def pulled(left: Factor, tree: Array, precision: Any) -> Array:
         rows = jax.vmap(lambda at: jax.vmap(lambda x, r: x.at[r].get(mode="fill", fill_value=0))(tree, at))
         return rows(left.indices)
     if isinstance(left, Windows):
-        entries = jnp.split(tree, math.prod(left.window.kernel), axis=1)
-        return sum(
-            einsum("bkti,kio->bkto", x, e, precision=precision) for x, e in zip(slices(left), entries, strict=True)
-        )
+        parts = pieces(left)
+        entries = zip(parts, jnp.split(tree, len(parts), axis=1), strict=True)
+        slopes = [einsum("bkti,kio->bkto", x, entry, precision=precision) for x, entry in entries]
+        return sum(slopes[1:], start=slopes[0])
     return einsum("bkti,kio->bkto", left, tree, precision=precision)
 
 

@@ -1,6 +1,6 @@
 """Per-example gradients: the definition, `vmap(jax.grad)`, and the same with the last contraction left lazy.
 
-Ours, after the outer-product form of Goodfellow (arXiv 1510.01799): the gradient of one example with respect to a weight
+Ours, after the outer products of Goodfellow (arXiv 1510.01799): the gradient of one example with respect to a weight
 is a contraction of two small factors, and nobody needs the product. There is no list of layers: the factors are found
 in the jaxpr of `jax.grad(loss_fn)`, whatever wrote the model.
 """

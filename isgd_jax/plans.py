@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from isgd_jax._jaxpr import Node, Program, Value, dependent, program, run
 from isgd_jax.contraction import Canonical, Contraction, Whole, canonical
 from isgd_jax.cuts import cut
-from isgd_jax.factored import Factored, Outer
+from isgd_jax.factored import Factored, Outer, formed_if_cheaper
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class LeafPlan:
             return formed
         if formed is None and not terms:
             terms = (_nothing(b, self.param),)
-        return Factored(terms, self.param.shape, self.param.dtype, formed, shared, joint)
+        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared)
+        return formed_if_cheaper(leaf) if joint else leaf
 
 
 def _sum_of(arrays: Iterator[Any], count: int) -> Any:
@@ -80,9 +81,7 @@ def make_plan(
     loss_fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, shared: Sequence[Any], batch: Any
 ) -> Plan:
     """Trace the gradient of ONE example and cut it."""
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jax.dtypes.canonicalize_dtype(x.dtype)), batch
-    )
+    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes

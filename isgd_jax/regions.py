@@ -1,4 +1,4 @@
-"""Cuts inside loops and branches: the factors leave a `scan` or a `cond` in place of the gradient they would have formed.
+"""Cuts inside loops and branches: factors leave a `scan` or a `cond` in place of the gradient they would have formed.
 
 A weight of a recurrence collects its gradient in the carry of the backward scan, one contraction a step; a weight of a
 scanned layer leaves it as an output, one contraction a layer. Either way the steps' factors are stacked and the
@@ -94,10 +94,11 @@ def cut_scan(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
         if len(others) != len(parts) - 1:
             return None
         parts, kept = others, cut(op.inputs[scan.num_consts + node.index])
-    if any(isinstance(part, Whole) for part in parts):
+    terms = [part for part in parts if isinstance(part, Contraction)]
+    if len(terms) < len(parts):
         return None
     op.region = scan
-    return [*kept, *(scan.lifted(part, summed=node.index < scan.num_carry) for part in parts)]
+    return [*kept, *(scan.lifted(term, summed=node.index < scan.num_carry) for term in terms)]
 
 
 class _Branches:
@@ -145,7 +146,8 @@ def cut_cond(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
     alike: dict[Any, dict[int, Contraction]] = {}
     for number, branch in enumerate(parts):
         for place, part in enumerate(branch):
-            alike.setdefault((place, _signature(part)), {})[number] = part
+            if isinstance(part, Contraction):
+                alike.setdefault((place, _signature(part)), {})[number] = part
 
     def merged(terms: dict[int, Contraction]) -> Contraction:
         first = next(iter(terms.values()))

@@ -71,7 +71,7 @@ def under(*names: str) -> Select:
 
 
 def normalisation(path: tuple[str, ...]) -> bool:
-    """Parameters of normalisation layers: their gradients alone tell most of the norm (Gray et al., arXiv 2411.00999)."""
+    """Parameters of normalisation layers, whose gradients tell much of the norm (Gray et al., arXiv 2411.00999)."""
     return any("norm" in name.lower() or name.lower().startswith("ln") for name in path)
 
 

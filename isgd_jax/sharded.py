@@ -16,7 +16,7 @@ def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scor
 
     Guarantees:
 
-    * the scores are those of ``scorer``, to rounding, for any batch size: the last slices are padded, the padding cut off;
+    * the scores are those of ``scorer``, to rounding, for any batch size (the last slice is padded);
     * the scores come home: one plain array where ``scorer`` would have left it, so that nothing downstream spreads;
     * parameters are copied to the devices once, however often they are used: passing the same arrays again, or arrays
       already replicated over the devices, copies nothing.
@@ -44,7 +44,7 @@ def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scor
 
 
 class _Replicator:
-    """Copies parameters to all devices, and remembers the last ones: workers score many batches between two publishes."""
+    """Copies parameters to all devices, and remembers the last ones: many batches are scored between two publishes."""
 
     def __init__(self, sharding: NamedSharding):
         self._sharding = sharding

@@ -34,7 +34,7 @@ def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
 
 
 def _ask(loss_fn: Any, params: Any, batch: Any, weights: Any) -> Any:
-    losses, grads = isgd.per_example_value_and_grad(loss_fn)(params, batch)
+    losses, grads = isgd.per_example_value_and_grad(loss_fn, joint=False)(params, batch)
     return grads, {
         "losses": losses,
         "norms": isgd.norms(grads),

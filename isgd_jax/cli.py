@@ -1,6 +1,7 @@
 """The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -52,11 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(command: Train) -> int:
     """Run `isgd train`; returns the exit code, 128 + the signal if one stopped the run."""
     from rich.console import Console
+    from rich.logging import RichHandler
 
     from isgd_jax.console import RunConsole
     from isgd_jax.train import fit
 
     console = Console()
+    logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
+    logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
     if result.stopped_by is None:

@@ -18,7 +18,7 @@ from isgd_jax.engines.inline import Inline
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.sharded import sharded
 from isgd_jax.signals import Stop, stop_on_signals
-from isgd_jax.typing import Params, Sampler, Scorer
+from isgd_jax.typing import Engine, Params, Sampler, Scorer
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
@@ -60,8 +60,8 @@ def fit(
         dataset: takes the place of ``config.dataset``.
         model: takes the place of ``config.model``; anything with Linen's ``init`` and ``apply``.
         loss: takes the place of ``config.loss``; ``(outputs, example) -> scalar``.
-        resume: go on from the newest checkpoint. The parameters are bit for bit those of a run without a break, unless
-            scores are distrusted by the clock (``max_age_seconds``).
+        resume: go on from the newest checkpoint, or from the first step if there is none yet. The parameters are bit
+            for bit those of a run without a break, unless scores are distrusted by the clock (``max_age_seconds``).
         observe: called with each record: the plan, refreshes, progress, warnings.
         until: called with each line of progress; the run ends early at the first for which it is true.
 
@@ -132,7 +132,14 @@ class Trainer:
         return laws.UniformLaws(self.work.num_examples)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint, and forget the records written after it."""
+        """Take up the newest checkpoint, and forget the records written after it.
+
+        A run that was killed before its first checkpoint begins anew: its first parameters come from the seed.
+        """
+        if self.checkpoints.latest_step() is None:
+            self.run.forget_after(-1)
+            self._record("resumed")
+            return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = saved["state"], saved["law"]
         self.engine.cursor = notes["cursor"]
@@ -283,7 +290,7 @@ def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScor
     return sharded(scorers.logit_bound(work.logits_fn)), None
 
 
-def make_engine(config: Config, work: task.Task, scorer: Scorer) -> Inline:
+def make_engine(config: Config, work: task.Task, scorer: Scorer) -> Engine:
     """The engine of a configuration: exact mode scores everything at each refresh, relaxed mode its share."""
     if config.mode != "relaxed":
         return Inline(scorer, work.train, chunk_size=config.chunk_size)

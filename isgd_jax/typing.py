@@ -78,12 +78,19 @@ class ScoredChunk(NamedTuple):
 class Engine(Protocol):
     """All that training knows of scoring: who scores, where and when is the engine's own business."""
 
+    cursor: int
+    """The chunk whose turn is next: saved with the run, and set again when it is resumed."""
+
     def publish(self, params: Params, version: int) -> None:
         """Hand the scorers newer parameters. The engine keeps a copy; the caller may donate its own."""
         ...
 
     def collect(self) -> list[ScoredChunk]:
         """The chunks scored since the last call. Never blocks in relaxed mode; waits for the version in exact mode."""
+        ...
+
+    def seconds_per_collect(self, params: Params) -> float:
+        """What one `collect` is expected to cost training, measured."""
         ...
 
     def close(self) -> None:

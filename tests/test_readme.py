@@ -1,0 +1,56 @@
+"""The README's code runs as it stands, and the package imports as lightly as it promises."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def run(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_is_code_to_test() -> None:
+    assert len(BLOCKS) == 2
+
+
+def test_the_loop_of_ones_own_learns(tmp_path: Path) -> None:
+    before_and_after = (
+        "mean_loss = lambda: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
+        "first = mean_loss()\n"
+    )  # fmt: skip
+    setup, loop = BLOCKS[0].split("for step in range")
+    out = run(f"{setup}{before_and_after}for step in range{loop}\nprint(mean_loss() / first)", tmp_path)
+    assert float(out) < 0.8
+
+
+def test_arrays_of_ones_own(tmp_path: Path) -> None:
+    out = run(f"{BLOCKS[1]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
+    assert out.split() == ["100", "True"]
+
+
+def test_importing_the_package_is_light(tmp_path: Path) -> None:
+    heavy = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray", "jax", "flax"]
+    out = run(f"import sys, isgd_jax; print([name for name in {heavy} if name in sys.modules])", tmp_path)
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["per_example_grads", "importance_weighting", "samplers", "sharded", "norms"])
+def test_public_names_are_there_and_need_no_extra(tmp_path: Path, name: str) -> None:
+    heavy = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray"]
+    code = f"import sys, isgd_jax; isgd_jax.{name}; print([name for name in {heavy} if name in sys.modules])"
+    assert run(code, tmp_path).strip() == "[]"
+
+
+def test_every_public_name_resolves() -> None:
+    import isgd_jax
+
+    for name in isgd_jax.__all__:
+        assert getattr(isgd_jax, name) is not None

@@ -70,7 +70,7 @@ def predict(
     scores: Float[Array, " n"],
     ages: Int[Array, " n"],
     *,
-    strength: float = 30.0,
+    strength: float = 10.0,
     floor: float = 0.02,
 ) -> Float[Array, " n"]:
     """sqrt(E[‖g‖² | score, age]) of each example: calibrated scores to make a proposal from.

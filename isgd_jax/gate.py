@@ -62,7 +62,7 @@ def observe(
     stale_mean, uniform_mean = (jnp.mean(jnp.where(used, moment, 0.0)) for moment in (stale, uniform))
     window = windows.push(gate.window, stale_mean, uniform_mean)
     ratio = windows.ratio(window, *window.values.T)
-    enough = window.count >= min_steps
+    enough = window.seen >= min_steps
     shut, open_ = gate.is_open & enough & (ratio.low > 1.0), ~gate.is_open & enough & (ratio.high < open_below)
     return Gate(window, (gate.is_open & ~shut) | open_), Verdict(ratio, shut | open_)
 

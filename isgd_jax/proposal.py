@@ -46,12 +46,14 @@ def propose(
     min_trusted: float = 0.1,
     example_weights: Float[Array, " n"] | None = None,
     calibration: Calibration | None = None,
+    horizon: int = 0,
 ) -> Proposal:
     """The law of the next draws, from the table at parameter ``version`` and clock ``seconds``.
 
     q = (1 - mixture) w / sum(w) + mixture / N with w = (score + additive) ** power, times \\|a_n\\| for the weighted
     target sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
-    ``calibration`` what counts as the score is what it has learnt of the norm from score and age.
+    ``calibration`` what counts as the score is what it has learnt of the norm from score and age, ``horizon`` updates
+    from now: about the life of the law, if it is to be frozen.
     """
     if mixture == 0.0 and additive == 0.0:
         raise ValueError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
@@ -59,7 +61,7 @@ def propose(
     share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
     scores = table.scores
     if calibration is not None:
-        scores = calibrations.predict(calibration, scores, tables.ages(table, version))
+        scores = calibrations.predict(calibration, scores, tables.ages(table, version) + horizon)
     scores = fill_untrusted(scores, trusted)
     probs, blank = smooth(scores, mixture=mixture, additive=additive, power=power, example_weights=example_weights)
     is_uniform = blank | (share < min_trusted)

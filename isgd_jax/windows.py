@@ -17,7 +17,7 @@ class Window(NamedTuple):
     """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""
 
     values: Float[Array, "w k"]
-    count: Int[Array, ""]
+    seen: Int[Array, ""]
 
 
 class Band(NamedTuple):
@@ -39,13 +39,13 @@ def push(window: Window, *values: Float[Array, ""]) -> Window:
     """The window with one more step; the oldest drops out. A step that measured anything not finite is left out."""
     row = jnp.stack([value.astype(jnp.float32) for value in values])
     sound = jnp.all(jnp.isfinite(row))
-    at = jnp.where(sound, window.count % window.values.shape[0], window.values.shape[0])
-    return Window(window.values.at[at].set(row, mode="drop"), window.count + sound.astype(jnp.int32))
+    at = jnp.where(sound, window.seen % window.values.shape[0], window.values.shape[0])
+    return Window(window.values.at[at].set(row, mode="drop"), window.seen + sound.astype(jnp.int32))
 
 
 def filled(window: Window) -> Bool[Array, " w"]:
     """Which rows hold a step."""
-    return jnp.arange(window.values.shape[0], dtype=jnp.int32) < window.count
+    return jnp.arange(window.values.shape[0], dtype=jnp.int32) < window.seen
 
 
 def means(window: Window) -> Float[Array, " k"]:

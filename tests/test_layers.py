@@ -12,13 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "_jaxpr", "costs", "factors", "microbatches"},
-    {"factored", "contraction", "table", "samplers", "variance", "calibration", "gate", "orders"}
+    {"typing", "config", "sums", "windows", "_jaxpr", "costs", "factors", "slices"},
+    {"factored", "contraction", "table", "samplers", "variance", "calibration", "gate", "orders", "microbatches"}
     | {"models", "checkpoint", "rundir"},
     {"regions", "proposal", "reweight", "monitor"},
     {"cuts"},
     {"plans"},
-    {"gradients"},
+    {"gradients", "explain"},
     {"scorers", "sharded", "optimizers"},
     {"step", "engines", "data", "clock", "signals", "console"},
     {"laws", "task"},

@@ -68,7 +68,7 @@ def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Arr
 
 def test_a_step_that_is_not_finite_is_left_out() -> None:
     watch = monitor.observe(monitor.create(4), jnp.ones(3), jnp.asarray([1.0, jnp.nan, 2.0]), jnp.float32(0))
-    assert int(watch.count) == 0
+    assert int(watch.seen) == 0
     watch = monitor.observe(watch, jnp.ones(3), jnp.ones(3), jnp.float32(0))
     assert float(monitor.report(watch).uniform.value) == 1.0
 

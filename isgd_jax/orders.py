@@ -1,0 +1,95 @@
+"""Orders for stratified draws: lines along which neighbours have similar gradients.
+
+With labels, `samplers.order_by(label, runner_up, score)` is good and free. Better, and for models without labels, are
+cells of the gradients' directions: a random projection of a part of each gradient (the last layer's says most and costs
+one small product), grouped by k-means, the cells chained by nearness.
+
+Guarantees:
+
+* every order is a permutation of the examples, whatever the sketch; so draws stay unbiased;
+* sketches preserve inner products of directions up to about 1/sqrt(dims);
+* a gradient of zero has the sketch zero, never NaN.
+
+Source: ours (METHOD, "Ordered stratified draws"); Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
+PCM" (1982).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, PyTree
+
+from isgd_jax.typing import Key
+
+ROWS = 4096
+"""Examples compared with all cells at a time."""
+
+
+def sketch(key: Key, grads: PyTree, *, dims: int = 128) -> Float[Array, "b dims"]:
+    """Random projections of the directions of stacked gradients, a tree of arrays [b, ...]: unit gradients, shrunk.
+
+    Give it the gradients of a part of the parameters (``isgd_jax.stack`` of lazy ones), and the same key each time.
+    """
+    leaves = jax.tree.leaves(grads)
+    flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in leaves], axis=1)
+    norms = jnp.linalg.norm(flat, axis=1, keepdims=True)
+    projection = jax.random.normal(key, (flat.shape[1], dims)) / math.sqrt(dims)
+    return (flat / jnp.where(norms > 0.0, norms, 1.0)) @ projection
+
+
+def by_cells(
+    key: Key, sketches: Float[Array, "n dims"], scores: Float[Array, " n"], *, num_cells: int = 128, rounds: int = 15
+) -> Int[Array, " n"]:
+    """The order of cells of similar directions, chained by nearness; by score inside a cell.
+
+    About as many cells as draws in a batch. ``scores`` weigh the examples: those that are drawn most shape the cells.
+    """
+    centres = cells(key, sketches, scores, num_cells=num_cells, rounds=rounds)
+    rank = jnp.argsort(chain(centres))
+    return jnp.lexsort((scores, rank[nearest(sketches, centres)])).astype(jnp.int32)
+
+
+def cells(
+    key: Key, sketches: Float[Array, "n dims"], scores: Float[Array, " n"], *, num_cells: int, rounds: int
+) -> Float[Array, "cells dims"]:
+    """Centres of the cells: weighted k-means, from ``num_cells`` examples drawn by score."""
+    if not 0 < num_cells <= sketches.shape[0]:
+        raise ValueError(f"num_cells must lie in 1..n={sketches.shape[0]}, got {num_cells}")
+    weights = jnp.where(jnp.sum(scores) > 0.0, scores, 1.0)
+    line = jnp.cumsum(weights / jnp.max(weights))  # where to start from need not be exact
+    at = (jnp.arange(num_cells, dtype=jnp.float32) + jax.random.uniform(key, (num_cells,))) / num_cells * line[-1]
+    start = sketches[jnp.minimum(jnp.searchsorted(line, at), sketches.shape[0] - 1)]
+
+    def improve(_: Int[Array, ""], centres: Float[Array, "cells dims"]) -> Float[Array, "cells dims"]:
+        cell = nearest(sketches, centres)
+        mass = jax.ops.segment_sum(weights, cell, num_cells)[:, None]
+        total = jax.ops.segment_sum(sketches * weights[:, None], cell, num_cells)
+        return jnp.where(mass > 0.0, total / jnp.where(mass > 0.0, mass, 1.0), centres)  # an empty cell stays
+
+    return jax.lax.fori_loop(0, rounds, improve, start)
+
+
+def nearest(sketches: Float[Array, "n dims"], centres: Float[Array, "cells dims"]) -> Int[Array, " n"]:
+    """The cell of each example, a few thousand at a time: no [n, cells] array is ever formed."""
+    half = 0.5 * jnp.sum(jnp.square(centres), axis=1)
+    return jax.lax.map(
+        lambda row: jnp.argmax(centres @ row - half).astype(jnp.int32), sketches, batch_size=min(ROWS, len(sketches))
+    )
+
+
+def chain(centres: Float[Array, "cells dims"]) -> Int[Array, " cells"]:
+    """The cells in the order of a walk that always goes to the nearest cell not yet visited, from the longest."""
+    square = jnp.sum(jnp.square(centres), axis=1)
+    distance = square[:, None] + square[None] - 2.0 * centres @ centres.T
+    count = centres.shape[0]
+
+    def go(step: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+        walk, visited = state
+        following = jnp.argmin(jnp.where(visited, jnp.inf, distance[walk[step - 1]])).astype(jnp.int32)
+        return walk.at[step].set(following), visited.at[following].set(True)
+
+    first = jnp.argmax(square).astype(jnp.int32)
+    state = (jnp.zeros(count, jnp.int32).at[0].set(first), jnp.zeros(count, bool).at[first].set(True))
+    return jax.lax.fori_loop(1, count, go, state)[0]

@@ -52,7 +52,7 @@ def _loss(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "train_loss", "training set", BLUE, "--")
     _line(axes, lines, "test_loss", "held out", ORANGE)
     axes.set(title="Loss", xlabel="updates", ylabel="loss (nats)", yscale="log")
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -64,7 +64,7 @@ def _error(lines: Sequence[Record]) -> Figure:
     axes.set(title="Error", xlabel="updates", ylabel="share of examples classified wrong")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -75,7 +75,7 @@ def _variance(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "sd_stale", "stale: the proposal in use", BLUE)
     _line(axes, lines, "sd_ideal", "ideal: the least for independent draws", GREEN, ":")
     axes.set(title="Variance of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov", yscale="log")
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -90,7 +90,7 @@ def _scores(lines: Sequence[Record]) -> Figure:
     below.set(xlabel="updates", ylabel="age of scores (updates)")
     below.set_ylim(bottom=0)
     for axes in (above, below):
-        axes.legend()
+        _legend(axes)
     return figure
 
 
@@ -99,6 +99,11 @@ def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: s
     points = [(line["step"], line[field]) for line in lines if line.get(field) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linestyle=style)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:  # a run that has measured nothing yet has no curve to name
+        axes.legend()
 
 
 def _png(figure: Figure) -> bytes:

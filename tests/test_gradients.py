@@ -84,3 +84,45 @@ def test_no_gradient_is_formed_for_the_norms_of_a_dense_net(key):
     params, batch = mlp(key, [64, 256, 256, 10]), images(key, 4, 64)
     jaxpr = jax.make_jaxpr(lambda p, x: isgd.norms(isgd.per_example_grads(mlp_loss)(p, x)))(params, batch)
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) <= 256 * 256
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
+def test_norms_and_mean_together_are_those_of_the_definition(key, shape):
+    params, batch = mlp(key, [12, 16, 5]), images(key, *shape)
+    grads = isgd.per_example_grads(mlp_loss, joint=True)(params, batch)
+    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
+    weights = jnp.linspace(0.5, 2, 7)
+    np.testing.assert_allclose(isgd.norms(grads), isgd.norms(stacked), rtol=1e-5)
+    chex.assert_trees_all_close(isgd.weighted_mean(grads, weights), isgd.weighted_mean(stacked, weights), atol=1e-5)
+
+
+def test_the_model_is_differentiated_once_however_much_is_asked(key):
+    calls = []
+
+    def counted(params, example):
+        calls.append(1)
+        return mlp_loss(params, example)
+
+    @jax.jit
+    def ask(params, batch):
+        losses, grads = isgd.per_example_value_and_grad(counted)(params, batch)
+        return losses, isgd.norms(grads), isgd.weighted_mean(grads, jnp.ones(4)), isgd.gram(grads)
+
+    ask(mlp(key, [12, 16, 5]), images(key, 4, 12))
+    assert len(calls) == 1
+
+
+def test_a_loss_that_is_not_a_scalar_is_refused_with_advice(key):
+    with pytest.raises(ValueError, match=r"scalar loss of ONE example, got shape \(12,\).*from_batch_loss"):
+        isgd.per_example_grads(lambda params, example: example["x"] * params)(jnp.float32(1), images(key, 4, 12))
+
+
+def test_a_loss_written_for_a_batch_is_adapted(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+
+    def batch_loss(params, batch):
+        return jnp.mean(jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch))
+
+    expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
+    norms = isgd.norms(isgd.per_example_grads(isgd.from_batch_loss(batch_loss))(params, batch))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_gradients import images, mlp, mlp_loss
 
 import isgd_jax as isgd
@@ -40,3 +41,30 @@ def test_logit_bound_takes_any_loss_of_the_logits():
     )
     batch = {"x": jnp.ones((2, 3)), "y": jnp.array([[0.0, 0, 0], [1, 1, 1]])}
     np.testing.assert_allclose(score(jnp.float32(1), batch), [2 * np.sqrt(3), 0], rtol=1e-6)
+
+
+def test_a_chosen_subtree_counts_alone(key):
+    params, batch = mlp(key, [12, 16, 16, 5]), images(key, 6, 12)
+    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
+    last = scorers.grad_norm(mlp_loss, select=scorers.under("2"))
+    np.testing.assert_allclose(last(params, batch), isgd.norms(stacked[2]), rtol=1e-5)
+
+
+def test_a_choice_of_nothing_is_refused_with_the_names_there_are(key):
+    with pytest.raises(ValueError, match="'b', 'w'"):
+        scorers.grad_norm(mlp_loss, select=scorers.under("Dense_7"))(mlp(key, [12, 5]), images(key, 6, 12))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm_0", "GroupNorm_1", "ln_f", "norm"])
+def test_normalisation_layers_are_known_by_name(name):
+    assert scorers.normalisation(("params", name, "scale"))
+    assert not scorers.normalisation(("params", "Dense_0", "kernel"))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12)], ids=["one row", "rows"])
+def test_preconditioned_norm_is_the_norm_of_the_scaled_gradient(key, shape):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, *shape)
+    scale = jax.tree.map(lambda x: 1 + jax.random.uniform(key, x.shape), params)
+    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
+    expected = isgd.norms(jax.tree.map(lambda g, s: g * s[None], stacked, scale))
+    np.testing.assert_allclose(scorers.preconditioned_norm(mlp_loss)((params, scale), batch), expected, rtol=1e-5)

@@ -1,0 +1,120 @@
+"""The five fixed models of `norms.py`: each a loss of one example, parameters, and a batch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class MLP(nn.Module):
+    """The paper's network, 3072-2048x4-10."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = nn.relu(nn.Dense(2048)(x))
+        return nn.Dense(10)(x)
+
+
+class CNN(nn.Module):
+    """In the manner of LeNet, on 28 x 28."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (32, 64):
+            x = nn.max_pool(nn.relu(nn.Conv(width, (3, 3))(x)), (2, 2), strides=(2, 2))
+        return nn.Dense(10)(nn.relu(nn.Dense(256)(x.reshape(-1))))
+
+
+class Residual(nn.Module):
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        conv = partial(nn.Conv, self.width, use_bias=False)
+        y = nn.relu(nn.GroupNorm(8)(conv((3, 3), strides=self.stride)(x)))
+        y = nn.GroupNorm(8)(conv((3, 3))(y))
+        if x.shape != y.shape:
+            x = nn.GroupNorm(8)(conv((1, 1), strides=self.stride)(x))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Fourteen layers, CIFAR size, widths 32 to 128, GroupNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.GroupNorm(8)(nn.Conv(32, (3, 3), use_bias=False)(x)))
+        for width, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+            x = Residual(width, stride)(x)
+        return nn.Dense(10)(x.mean((0, 1)))
+
+
+class Block(nn.Module):
+    """Attention and a dense net, normalised first."""
+
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        normed = nn.LayerNorm()(x)
+        q, k, v = (nn.DenseGeneral((width // 64, 64))(normed) for _ in range(3))
+        mask = nn.make_causal_mask(jnp.ones(x.shape[0])) if self.causal else None
+        mixed = nn.dot_product_attention(q, k, v, mask=mask)
+        x = x + nn.DenseGeneral(width, axis=(-2, -1))(mixed)
+        return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+
+
+class ViT(nn.Module):
+    """64 tokens, width 192, 6 layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(192, (4, 4), strides=4)(x).reshape(64, 192)
+        x = x + self.param("position", nn.initializers.normal(0.02), x.shape)
+        for _ in range(6):
+            x = Block()(x)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(0))
+
+
+class GPT(nn.Module):
+    """64 tokens of 4096, width 256, 4 layers, the embedding tied to the last layer."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(4096, 256)
+        x = embed(tokens) + self.param("position", nn.initializers.normal(0.02), (64, 256))
+        for _ in range(4):
+            x = Block(causal=True)(x)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+MODELS = {
+    "mlp": (MLP(), (3072,)),
+    "cnn": (CNN(), (28, 28, 1)),
+    "resnet": (ResNet(), (32, 32, 3)),
+    "vit": (ViT(), (32, 32, 3)),
+    "gpt": (GPT(), None),
+}
+
+
+def make(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """``(loss_fn, params, batch)``: random weights, random data of the right shape."""
+    model, shape = MODELS[name]
+    inputs, labels = jax.random.split(jax.random.key(0))
+    if shape is None:
+        tokens = jax.random.randint(inputs, (size, 65), 0, 4096)
+        batch = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
+    else:
+        batch = {"x": jax.random.normal(inputs, (size, *shape)), "y": jax.random.randint(labels, (size,), 0, 10)}
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        logits = nn.log_softmax(model.apply(params, example["x"]))
+        return -jnp.mean(jnp.take_along_axis(logits, example["y"][..., None], axis=-1))
+
+    return loss_fn, jax.jit(model.init)(jax.random.key(1), batch["x"][0]), batch

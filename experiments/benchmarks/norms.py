@@ -1,0 +1,225 @@
+"""What per-example gradient norms cost, against ONE ordinary gradient of the same batch's mean loss.
+
+Claim       exact norms of an unmodified model cost less than one gradient where the model is dense, about one where it
+            convolves; the update and the norms together little more.
+Command     python experiments/benchmarks/norms.py [--models mlp gpt] [--batches 32 128] [--processes 3]
+            [--torch-python /path/to/python]    (an environment with torch, opacus and backpack-for-pytorch)
+Time        about half an hour on two cores; one model and batch, about two minutes
+Result      a table on the screen; norms.json and norms.png beside it (`--out`)
+
+Every measurement is a ratio of medians within one process, alternating with the ordinary gradient; with several
+processes, the median of their ratios, because XLA's CPU convolutions differ from process to process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
+SLICES = (8, 16, 32)
+MEMORY_LIMIT = 3 << 30
+"""Bytes of stacked gradients beyond which `vmap(jax.grad)` is not even tried."""
+
+
+def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
+    """The functions to time, their arguments, and why others are left out."""
+    import jax
+    import jax.numpy as jnp
+    from norm_models import make
+
+    import isgd_jax as isgd
+
+    loss_fn, params, batch = make(name, size)
+    weights, left_out = jnp.linspace(0.5, 1.5, size), {}
+
+    def mean_loss(params, batch):
+        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
+
+    def both(params, batch):
+        grads = isgd.per_example_grads(loss_fn)(params, batch)
+        return isgd.weighted_mean(grads, weights), isgd.norms(grads)
+
+    def stacked(params, batch):
+        return isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
+
+    def in_slices(count):
+        def one(params, example):
+            return stacked(params, jax.tree.map(lambda x: x[None], example))[0]
+
+        return lambda params, batch: jax.lax.map(lambda x: one(params, x), batch, batch_size=count)
+
+    found: dict[str, Any] = {
+        "ordinary": jax.grad(mean_loss),
+        "norms": isgd.scorers.grad_norm(loss_fn),
+        "update and norms": both,
+    }
+    each = 4 * sum(x.size for x in jax.tree.leaves(params))
+    for label, count, function in [
+        ("vmap(grad)", size, stacked),
+        *((f"in slices of {n}", n, in_slices(n)) for n in SLICES),
+    ]:
+        if count > size or (count == size and label != "vmap(grad)"):
+            continue
+        if count * each > MEMORY_LIMIT:
+            left_out[label] = f"not tried: {count * each / 2**30:.1f} GB of gradients"
+        else:
+            found[label] = function
+    try:
+        found["jax_privacy"] = jax_privacy_norms(loss_fn)
+    except ImportError:
+        left_out["jax_privacy"] = "absent: not installed"
+    return found, params, batch, left_out
+
+
+def jax_privacy_norms(loss_fn: Any) -> Any:
+    """Norms as jax_privacy has them: `clipped_grad` forms each example's gradient, and tells its norm."""
+    import jax
+    from jax_privacy import clipping
+
+    def batch_of_one(params, batch):
+        return loss_fn(params, jax.tree.map(lambda x: x[0], batch))
+
+    clipped = clipping.clipped_grad(batch_of_one, l2_clip_norm=1.0, batch_argnums=1, return_grad_norms=True)
+    return lambda params, batch: clipped(params, batch)
+
+
+def floor(name: str, size: int) -> float:
+    """(2 + rho) / 3: forward, backward to activations, and the cheaper form of each weight's norm."""
+    import jax
+    from norm_models import make
+
+    import isgd_jax as isgd
+    from isgd_jax.factored import is_factored
+
+    loss_fn, params, batch = make(name, size)
+    grads = jax.eval_shape(isgd.per_example_grads(loss_fn, joint=False), params, batch)
+    terms = [term for leaf in jax.tree.leaves(grads, is_leaf=is_factored) if is_factored(leaf) for term in leaf.terms]
+    sizes = [(k * t, t, i, term.right.shape[-1]) for term in terms for _, k, t, i in [term.left.shape]]
+    cheapest = sum(rows * min(t * (i + o), i * o) for rows, t, i, o in sizes)
+    return (2 + cheapest / sum(rows * i * o for rows, _, i, o in sizes)) / 3
+
+
+def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
+    """One process's figures: for each way seconds, ratio to the ordinary gradient, temporary and output bytes."""
+    import jax
+
+    found, params, batch, left_out = ways(name, size)
+    compiled = {}
+    for label, function in found.items():
+        try:
+            compiled[label] = jax.jit(function).lower(params, batch).compile()
+            jax.block_until_ready(compiled[label](params, batch))
+        except Exception as error:  # a peer's refusal is a result
+            left_out[label] = f"refused: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            compiled.pop(label, None)
+    seconds: dict[str, list[float]] = {label: [] for label in compiled}
+    for _ in range(repeats):
+        for label, function in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(params, batch))
+            seconds[label].append(time.perf_counter() - start)
+    base = statistics.median(seconds["ordinary"])
+    rows = {
+        label: {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(times) / base,
+            "temp_bytes": compiled[label].memory_analysis().temp_size_in_bytes,
+        }
+        for label, times in seconds.items()
+    }
+    return {"model": name, "batch": size, "floor": floor(name, size), "ways": rows, "left_out": left_out}
+
+
+def torch_measure(python: str | None, name: str, size: int, repeats: int) -> dict[str, Any]:
+    """The PyTorch peers' ratios to their own gradient, from an environment of their own."""
+    if python is None:
+        return {"ways": {}, "left_out": dict.fromkeys(("Opacus", "BackPACK"), "absent: no --torch-python")}
+    script = Path(__file__).with_name("norms_torch.py")
+    return _json_of([python, str(script), name, str(size), str(repeats)])
+
+
+def _json_of(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results = []
+    for name in args.models:
+        for size in args.batches:
+            command = [sys.executable, __file__, "--one", name, str(size), "--repeats", str(args.repeats)]
+            runs = [_json_of(command) for _ in range(args.processes)]
+            result = runs[0]
+            for label, row in result["ways"].items():
+                ratios = [run["ways"][label]["ratio"] for run in runs]
+                row.update(ratio=statistics.median(ratios), ratios=ratios)
+            peers = torch_measure(args.torch_python, name, size, args.repeats)
+            result["ways"] |= peers["ways"]
+            result["left_out"] |= peers["left_out"]
+            results.append(result)
+            print(table(result), flush=True)
+    return results
+
+
+def table(result: dict[str, Any]) -> str:
+    base = result["ways"]["ordinary"]["temp_bytes"]
+    lines = [f"\n{result['model']}, batch {result['batch']}: floor {result['floor']:.2f}"]
+    for label, row in result["ways"].items():
+        spread = "" if len(row.get("ratios", [])) < 2 else f"  ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        memory = f"{row['temp_bytes'] / base:6.2f} x memory" if row.get("temp_bytes") and base else " " * 15
+        lines.append(f"  {label:18s} {row['ratio']:6.2f} x time {memory} {row['seconds'] * 1e3:9.1f} ms{spread}")
+    lines += [f"  {label:18s} {why}" for label, why in result["left_out"].items()]
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = list(dict.fromkeys(label for result in results for label in result["ways"] if label != "ordinary"))
+    figure, axis = pyplot.subplots(figsize=(1.6 * len(results) + 3, 4))
+    for place, label in enumerate(labels):
+        have = [(x, r["ways"][label]["ratio"]) for x, r in enumerate(results) if label in r["ways"]]
+        offset = (place - (len(labels) - 1) / 2) * 0.8 / len(labels)
+        axis.bar([x + offset for x, _ in have], [y for _, y in have], 0.8 / len(labels), label=label)
+    axis.plot(range(len(results)), [r["floor"] for r in results], "k_", markersize=20, label="floor")
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xticks(range(len(results)), [f"{r['model']}\n{r['batch']}" for r in results])
+    axis.set(yscale="log", ylabel="time, in ordinary gradients")
+    axis.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(32, 128))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--torch-python", help="python of an environment with torch, opacus and backpack-for-pytorch")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "BATCH"), help="one measurement in this process, as JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.repeats)))
+        return
+    results = collect(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "norms.json").write_text(json.dumps(results, indent=1))
+    plot(results, args.out / "norms.png")
+    print(f"\nwrote {args.out / 'norms.json'} and {args.out / 'norms.png'}")
+
+
+if __name__ == "__main__":
+    main()

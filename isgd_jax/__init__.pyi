@@ -1,6 +1,11 @@
 # The public names, once: lazy_loader reads this file at run time, type checkers read it as it is.
+from . import calibration as calibration
 from . import data as data
+from . import gate as gate
 from . import models as models
+from . import monitor as monitor
+from . import orders as orders
+from . import presample as presample
 from . import proposal as proposal
 from . import samplers as samplers
 from . import scorers as scorers

@@ -5,9 +5,11 @@ Guarantees:
 * a score that is not finite, or negative, is quarantined: counted, and the old entry kept;
 * an entry is never overwritten by one measured at an older version;
 * rows whose index is n (or outside 0..n-1) are padding: neither written nor counted;
-* score, version and clock of a row are written together.
+* score, version and clock of a row are written together;
+* with ``memory`` a score tends to the root mean square of what was measured: no example's luck decides its future.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -47,13 +49,22 @@ def record(
     *,
     version: int | Int[Array, ""],
     seconds: float | Float[Array, ""] = 0.0,
+    memory: float = 0.0,
 ) -> tuple[ScoreTable, Int[Array, ""]]:
-    """Write ``scores`` [c] of the examples ``indices`` [c], measured at ``version``; also the number quarantined."""
+    """Write ``scores`` [c] of the examples ``indices`` [c], measured at ``version``; also the number quarantined.
+
+    With augmentation each visit sees another picture of the example: ``memory`` is then the share of the old mean
+    square that is kept, sqrt(memory old² + (1 - memory) new²), so that scores tend to the root mean square norm.
+    """
+    if not 0.0 <= memory < 1.0:
+        raise ValueError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
     size = table.scores.shape[0]
     version = jnp.asarray(version, jnp.int32)
     indices, scores = indices.astype(jnp.int32), scores.astype(jnp.float32)
     present = (indices >= 0) & (indices < size)
     sound = jnp.isfinite(scores) & (scores >= 0.0)
+    if memory:
+        scores = jnp.where(sound, _blend(table, indices, scores, memory), scores)
     newer = version >= table.versions.at[indices].get(mode="fill", fill_value=NEVER)
     at = jnp.where(present & sound & newer, indices, size)
     written = ScoreTable(
@@ -67,3 +78,11 @@ def record(
 def ages(table: ScoreTable, version: int | Int[Array, ""]) -> Int[Array, " n"]:
     """Updates made since each example was scored; for one never scored ``version + 1``, older than any score."""
     return jnp.asarray(version, jnp.int32) - table.versions
+
+
+def _blend(
+    table: ScoreTable, indices: Int[Array, " c"], scores: Float[Array, " c"], memory: float
+) -> Float[Array, " c"]:
+    old = table.scores.at[indices].get(mode="fill", fill_value=0.0)
+    known = table.versions.at[indices].get(mode="fill", fill_value=NEVER) != NEVER
+    return jnp.where(known, jnp.hypot(math.sqrt(memory) * old, math.sqrt(1.0 - memory) * scores), scores)

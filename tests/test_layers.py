@@ -16,7 +16,7 @@ LEVELS = [
     {"factored", "contraction", "table", "samplers", "variance", "calibration", "gate", "orders", "microbatches"}
     | {"models", "checkpoint", "rundir"},
     {"regions", "proposal", "reweight", "monitor"},
-    {"cuts"},
+    {"cuts", "presample"},
     {"plans"},
     {"gradients", "explain"},
     {"scorers", "sharded", "optimizers"},

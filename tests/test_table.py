@@ -72,3 +72,27 @@ def test_recording_is_jittable_with_a_traced_version_and_compiles_once() -> None
         scores = compiled(scores, jnp.int32(version))
     assert len(traces) == 1
     np.testing.assert_array_equal(scores.versions, [2, -1])
+
+
+def test_memory_keeps_a_running_mean_square() -> None:
+    known, _ = table.record(table.create(2), ids(0), rows(3.0), version=0, memory=0.75)
+    after, _ = table.record(known, ids(0, 1), rows(5.0, 7.0), version=1, memory=0.75)
+    np.testing.assert_allclose(after.scores, [(0.75 * 9 + 0.25 * 25) ** 0.5, 7.0], rtol=1e-6)
+
+
+def test_memory_tends_to_the_root_mean_square() -> None:
+    measured = np.random.default_rng(0).exponential(size=4000).astype(np.float32)
+
+    def visit(scores: table.ScoreTable, score: jax.Array) -> tuple[table.ScoreTable, jax.Array]:
+        after, _ = table.record(scores, ids(0), score[None], version=0, memory=0.99)
+        return after, jnp.square(after.scores[0])
+
+    _, squares = jax.lax.scan(visit, table.create(1), jnp.asarray(measured))
+    # The mean of an exponential's square is 2; over some 20 independent stretches of 200 visits, 3 standard errors.
+    assert abs(float(jnp.mean(squares[500:])) - 2.0) < 3 * (20 / 3500) ** 0.5
+
+
+@pytest.mark.parametrize("memory", [-0.1, 1.0])
+def test_memory_is_a_share(memory: float) -> None:
+    with pytest.raises(ValueError, match="memory is the share"):
+        table.record(table.create(1), ids(0), rows(1.0), version=0, memory=memory)

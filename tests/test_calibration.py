@@ -30,6 +30,7 @@ def second_moment(norms: jax.Array, scores: jax.Array) -> float:
     return float(variance.moments(norms, proposal.smooth(scores, mixture=0.1)[0]).stale)
 
 
+@pytest.mark.slow
 def test_worthless_scores_give_equal_predictions() -> None:
     scores, norms, ages = norms_of(0), norms_of(1, 0.5), jnp.full(N, 100, jnp.int32)
     predicted = np.asarray(calibration.predict(learnt(scores, ages, norms), scores, ages))
@@ -38,12 +39,14 @@ def test_worthless_scores_give_equal_predictions() -> None:
     assert second_moment(norms, jnp.asarray(predicted)) < 1.05 * second_moment(norms, jnp.ones(N))
 
 
+@pytest.mark.slow
 def test_right_scores_are_kept() -> None:
     norms, ages = norms_of(0), jnp.zeros(N, jnp.int32)
     predicted = calibration.predict(learnt(norms, ages, norms), norms, ages)
     assert second_moment(norms, predicted) < 1.03 * second_moment(norms, norms)
 
 
+@pytest.mark.slow
 def test_jumps_are_learnt() -> None:
     # METHOD's test: 5 % of the examples have jumped to large norms since they were scored.
     rng = np.random.default_rng(2)
@@ -58,6 +61,7 @@ def test_jumps_are_learnt() -> None:
     assert found < 1.05 * best_additive
 
 
+@pytest.mark.slow
 def test_ages_are_told_apart() -> None:
     # Fresh scores are right, old ones worthless: only the fresh keep their differences.
     scores, ages = norms_of(0), jnp.asarray(np.arange(N) % 2 * 500, jnp.int32)
@@ -73,6 +77,7 @@ def test_without_draws_predictions_are_the_scores() -> None:
     np.testing.assert_allclose(predicted, scores, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_predictions_have_a_floor() -> None:
     scores, ages = jnp.where(jnp.arange(N) < N // 2, 0.0, 1.0), jnp.zeros(N, jnp.int32)
     predicted = calibration.predict(learnt(scores, ages, scores), scores, ages)
@@ -111,6 +116,7 @@ def test_a_calibrated_proposal_is_a_proposal() -> None:
     np.testing.assert_allclose(np.sum(np.asarray(made.probs), dtype=np.float64), 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_horizon_looks_ahead() -> None:
     # Right when fresh, worthless at age 500: a law to be frozen for that long had better know at age 0.
     ages = jnp.asarray(np.arange(N) % 2 * 500, jnp.int32)

@@ -46,6 +46,7 @@ def watched(sampler: Callable, steps: int, runs: int) -> Callable[[jax.Array, ja
     return jax.jit(lambda probs, grads: jax.vmap(partial(run, probs, grads))(keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [samplers.independent, samplers.stratified])
 def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Array, sampler: Callable) -> None:
     # 600 windows of 40 steps: each mean within 4 standard errors; 95 % bands cover in 92 to 98 % of them.

@@ -52,6 +52,7 @@ def test_more_cells_than_examples_are_refused() -> None:
         orders.by_cells(jax.random.key(0), jnp.ones((4, 2)), jnp.ones(4), num_cells=5)
 
 
+@pytest.mark.slow
 def test_an_order_by_cells_lowers_the_variance(blobs: tuple[jax.Array, np.ndarray]) -> None:
     directions, masses = blobs[0], jnp.full(600, 1 / 600)
 

@@ -99,6 +99,7 @@ def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kin
     assert np.all(np.abs(found.mean(axis=0) - grads.mean(axis=0)) < 4 * standard_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
@@ -109,6 +110,7 @@ def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarra
     np.testing.assert_allclose(measured, float(traces.stale), rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_stratified_draws_never_vary_more(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)

@@ -1,5 +1,7 @@
 """One Orbax checkpoint of everything that decides the next step, and the proof that it belongs to this run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,10 +44,9 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         record = {"identity": self._identity, "arrays": _describe(tree), "notes": notes}
-        copy = jax.tree.map(jnp.copy, tree)
-        self._manager.save(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(copy), record=ocp.args.JsonSave(record))
-        )
+        arrays = ocp.args.StandardSave(jax.tree.map(jnp.copy, tree))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(arrays=arrays, record=ocp.args.JsonSave(record)))
 
     def restore(self, template: Tree) -> tuple[Tree, dict[str, Any]]:
         """The newest checkpoint, placed and shaped like ``template``.
@@ -75,11 +76,28 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish the last save and release the folder."""
-        self._manager.close()
+        """Finish the last save and release the folder.
+
+        Raises:
+            OSError: the last save could not be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax reports what the file system refuses, now or at the save before, as one of several types."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].rsplit(": ", 1)[-1]
+            whole = [int(path.name) for path in self._manager.directory.iterdir() if path.name.isdigit()]
+            kept = f"the one of step {max(whole)} stays; make room and resume" if whole else "none was saved before"
+            raise OSError(f"cannot write a checkpoint to {self._manager.directory} ({reason}): {kept}") from error
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -60,6 +60,7 @@ def train(command: Train) -> int:
 
     console = Console()
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we say in one sentence
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: the plan, a line of progress at a time, and a table at the end."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -59,7 +59,7 @@ class RunConsole:
         self._task = self._bar.add_task("training", total=None)
         self._last: Record = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunConsole":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -43,7 +43,7 @@ def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
     code, out, err = finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))
     assert (code, err) == (0, "")
     for text in ("digits, N = 1,437", "of the training time", "held-out error", "run/variance.png"):
-        assert text in out.replace("\n", " ")
+        assert text in " ".join(out.split())
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == {
         "loss.png", "error.png", "variance.png", "scores.png",
     }  # fmt: skip
@@ -65,6 +65,24 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert steps[-1] == 400
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(tmp_path: Path) -> None:
+    """Writing is refused past a size, as by a quota: the run ends with a sentence, and goes on when there is room."""
+    large = ["--hidden", "512"]  # a checkpoint of it is larger than the limit, a figure is not
+    assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, *large, cwd=tmp_path))[0] == 0
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
+    code = f"{limit}from isgd_jax.cli import main; main()"
+    more = ["train", "--resume", "run", "--steps", "100"]
+    full = subprocess.run(
+        [sys.executable, "-c", code, *more], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert full.returncode == 1
+    assert "isgd: cannot write a checkpoint to" in full.stderr
+    assert "the one of step 60 stays; make room and resume" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert finished(isgd(*more, cwd=tmp_path))[0] == 0
 
 
 @pytest.mark.slow

@@ -135,3 +135,14 @@ def test_without_the_fallback_score_the_estimate_would_be_biased(grads: np.ndarr
     assert float(jnp.min(probs)) > 0.0
     trusted_part = grads[1::2].sum(axis=0) / N
     assert np.abs(trusted_part - grads.mean(axis=0)).max() > 0.1
+
+
+@pytest.mark.parametrize("mixture", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("kind", ["adversarial", "stale"])
+def test_no_score_costs_more_than_the_mixture_allows(grads: np.ndarray, kind: str, mixture: float) -> None:
+    # Every weight is at most 1/mixture, so the second moment is at most 1/mixture of UNIFORM's, whatever the scores.
+    norms = np.linalg.norm(grads, axis=1)
+    scores = scores_of(kind, norms)
+    for worst in (scores, jnp.zeros(N).at[np.argmin(norms)].set(1e30)):
+        moments = variance.moments(jnp.asarray(norms), proposal.smooth(worst, mixture=mixture)[0])
+        assert float(moments.stale) <= float(moments.uniform) / mixture * (1 + 1e-5)

@@ -42,8 +42,8 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
 
 LEGEND = (
     "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient. ratio: variance of stale "
-    "over uniform, below 1 the scores help. age: of the scores, in steps. weight: the largest 1/(Nq). scoring, updating: "
-    "shares of the time after start-up; measuring these numbers took the rest."
+    "over uniform, below 1 the scores help. age: of the scores, in steps. weight: the largest 1/(Nq). scoring, "
+    "updating: shares of the time after start-up; measuring these numbers took the rest."
 )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import Precision
-from jaxtyping import Float, PyTree
+from jaxtyping import Bool, Float, PyTree
 
 from isgd_jax import costs
 from isgd_jax.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, products, pulled, total, wide
@@ -63,14 +64,48 @@ _RISK = 1e-3
 
 
 def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """The norm of each example's gradient, over the whole tree."""
-    return jnp.sqrt(jnp.maximum(_sum([_squares(leaf, precision) for leaf in _leaves(grads)]), 0))
+    """The norm of each example's gradient, over the whole tree.
+
+    Where the Gram sum of a leaf has cancelled, for any example, the leaf's products are formed after all.
+    """
+    squares = []
+    for leaf in _leaves(grads):
+        square, size = _squares(leaf, precision)
+        if size is not None:
+            formed = partial(_formed_squares, leaf, precision)
+            square = lax.cond(jnp.any(square < _RISK * size), formed, lambda square=square: square)
+        squares.append(square)
+    return _root(squares)
+
+
+def unguarded_norms(
+    grads: Grads, *, precision: Any = Precision.HIGHEST
+) -> tuple[Float[Array, " b"], Bool[Array, ""] | None]:
+    """`norms` for those who can do it over: the norms, and whether a Gram sum has cancelled (None: there are none).
+
+    Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
+    """
+    squares, sizes = zip(*(_squares(leaf, precision) for leaf in _leaves(grads)), strict=True)
+    if all(size is None for size in sizes):
+        return _root(squares), None
+    size = _sum([s if z is None else z for s, z in zip(squares, sizes, strict=True)])
+    return _root(squares), jnp.any(_sum(squares) < _RISK * size)
+
+
+def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """`norms` from products alone, which cannot cancel."""
+    return _root(
+        [
+            _formed_squares(leaf, precision) if is_factored(leaf) else _squares(leaf, precision)[0]
+            for leaf in _leaves(grads)
+        ]
+    )
 
 
 def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
     pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
-    return jnp.sqrt(_sum([_scaled_squares(leaf, other, precision) for leaf, other in pairs]))
+    return _root([_scaled_squares(leaf, other, precision) for leaf, other in pairs])
 
 
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
@@ -161,19 +196,21 @@ def _in_slices(function: Any, leaf: Factored) -> Array:
     return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(_shapes(leaf)))
 
 
-def _squares(leaf: Any, precision: Any) -> Float[Array, " b"]:
+def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    """Squared norms of a leaf, and the sums of the sizes of what was added, where that can cancel."""
     if not is_factored(leaf):
-        return _sum_squares(leaf.astype(wide(leaf.dtype)))
+        return _sum_squares(leaf.astype(wide(leaf.dtype))), None
     if not _by_gram(leaf):
-        return _formed_squares(leaf, precision)
+        return _formed_squares(leaf, precision), None
     squares, sizes = _gram_squares(leaf.terms, precision)
-    if leaf.shared is not None:
-        own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
-        squares, sizes = squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
-    if sizes is None:
-        return squares
-    cancelled = jnp.any(squares < _RISK * sizes)
-    return lax.cond(cancelled, lambda: _formed_squares(leaf, precision), lambda: squares)
+    if leaf.shared is None:
+        return squares, sizes
+    own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
+    return squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
+
+
+def _root(squares: Sequence[Array]) -> Float[Array, " b"]:
+    return jnp.sqrt(jnp.maximum(_sum(squares), 0))  # a Gram sum may round below zero
 
 
 def _formed_squares(leaf: Factored, precision: Any) -> Float[Array, " b"]:

@@ -5,18 +5,23 @@ examples alike, more or less: `experiments/benchmarks/ranks.py` measures how muc
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.lax import Precision
 from jaxtyping import Float, PyTree
 
 from isgd_jax import factored
 from isgd_jax.gradients import per_example_grads
 from isgd_jax.microbatches import in_microbatches
+from isgd_jax.slices import by_slices
 from isgd_jax.typing import Batch, Example, LossFn, Params, Scorer, Scores
+
+_SLICE = 8
+"""Examples at a time, where products are formed after all."""
 
 Select: TypeAlias = Callable[[tuple[str, ...]], bool]
 """Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
@@ -43,7 +48,14 @@ def grad_norm(
         def part_loss(chosen: list[Any], example: Example) -> Float[Array, ""]:
             return loss_fn(rebuild(chosen), example)
 
-        return factored.norms(per_example_grads(part_loss, joint=False)(chosen, batch), precision=precision)
+        grads = per_example_grads(part_loss, joint=False)
+        norms, cancelled = factored.unguarded_norms(grads(chosen, batch), precision=precision)
+
+        def over() -> Scores:
+            safe = partial(factored.product_norms, precision=precision)
+            return by_slices(lambda some: safe(grads(chosen, some)), batch, _SLICE)
+
+        return norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
 
     return in_microbatches(score, microbatch_size, reference=jax.grad(_mean(loss_fn)))
 

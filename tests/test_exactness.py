@@ -89,3 +89,16 @@ def test_contractions_are_at_the_highest_precision_unless_told():
         jaxpr = str(jax.make_jaxpr(lambda g, how=precision: isgd.norms(g, **how))(grads))
         assert f"Precision.{expected}" in jaxpr
     assert "DEFAULT" not in str(jax.make_jaxpr(isgd.norms)(grads))
+
+
+def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
+    left, right = cancelling(key, b=11)
+
+    def loss_fn(w, example):
+        return jnp.sum((example["left"] @ w) * example["right"])
+
+    batch, expected = {"left": left, "right": right}, formed_norms(left, right)
+    score = scorers.grad_norm(loss_fn)
+    np.testing.assert_allclose(jax.jit(score)(jnp.zeros((64, 96)), batch), expected, rtol=2e-5)
+    monkeypatch.setattr(factored, "_RISK", 0.0)
+    assert np.max(np.abs(score(jnp.zeros((64, 96)), batch) / expected - 1)) > 1e-3

@@ -274,3 +274,16 @@ def test_an_array_of_probabilities_is_a_law_too(sampler: Callable) -> None:
     masses = jnp.asarray(log_normal(50, 1.0))
     draws = [many(sampler, law, 8, 20_000) for law in (masses, samplers.prepare(masses))]
     jax.tree.map(np.testing.assert_array_equal, *draws)
+
+
+@pytest.mark.slow
+def test_a_law_sharded_over_devices_draws_the_same() -> None:
+    masses = log_normal(4096, 2.0)
+    law = samplers.prepare(jnp.asarray(masses), samplers.order_by(jnp.asarray(masses)))
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(law, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("shard")))
+    draw = jax.jit(partial(samplers.stratified, num_draws=64))
+    jax.tree.map(np.testing.assert_array_equal, draw(jax.random.key(0), sharded), draw(jax.random.key(0), law))
+    at, values = jnp.arange(5, dtype=jnp.int32), jnp.ones(5)
+    updated = jax.jit(samplers.update)(sharded, at, values)
+    jax.tree.map(np.testing.assert_array_equal, updated, samplers.update(law, at, values))

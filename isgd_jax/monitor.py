@@ -5,10 +5,11 @@ Guarantees:
 * each estimate is unbiased for its mean over the window, under every sampler;
 * IDEAL is the square of a mean, estimated over pairs of different steps (a U-statistic): those are drawn apart even
   where the draws of one step depend on each other;
-* the bands count a step as one sample, so they hold for stratified and other dependent draws;
+* the bands count a step as one sample, so they hold for stratified and other dependent draws; they are for the value
+  now, and widen when the steps of the window differ by more than chance: the parameters move;
 * a step with a norm that is not finite is left out.
 
-While a window lasts the parameters move: a window is a compromise between noise and drift. Source: METHOD, "The
+A window is a compromise between noise and drift. Source: METHOD, "The
 estimator"; Kutsuna (2025) for the estimates from draws; the pairs of steps and the bands are ours.
 """
 
@@ -34,7 +35,7 @@ class Report(NamedTuple):
 
 def create(size: int = 64) -> Window:
     """A monitor over the last ``size`` steps."""
-    return windows.create(size, 4)
+    return windows.create(size, 8)
 
 
 def observe(
@@ -49,23 +50,33 @@ def observe(
     The latter is `variance.mean_grad_norm_sq` for independent draws; for dependent ones take the inner product of two
     half-batches drawn apart.
     """
-    found = variance.from_draws(weights, norms, mask)
-    weighted = weights * norms if mask is None else jnp.where(mask, weights * norms, 0.0)
-    return windows.push(monitor, found.uniform, found.stale, jnp.mean(weighted), mean_grad_norm_sq)
+    used = jnp.ones(norms.shape, bool) if mask is None else mask
+    found = variance.from_draws(weights, norms, used)
+    weighted = jnp.where(used, weights * norms, 0.0)
+    second, stale = weighted * jnp.where(used, norms, 0.0), jnp.square(weighted)
+    noise = (_noise(second, second), _noise(stale, stale), _noise(weighted, weighted), _noise(second, stale))
+    return windows.push(monitor, found.uniform, found.stale, jnp.mean(weighted), mean_grad_norm_sq, *noise)
+
+
+def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:
+    """The covariance of two means over independent draws; dependent ones that do their work have less."""
+    return jnp.mean((a - jnp.mean(a)) * (b - jnp.mean(b))) / (a.shape[0] - 1)
 
 
 def report(monitor: Window) -> Report:
     """What the window says, with 95 % bands."""
-    second, stale, mean_norm, square = monitor.values.T
-    mean = windows.means(monitor)
-    seen = windows.filled(monitor)
+    second, stale, mean_norm, square, noise_second, noise_stale, noise_norm, noise_both = monitor.values.T
+    mean, seen = windows.means(monitor), windows.filled(monitor)
     steps = jnp.maximum(jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32), 2.0)
     own = jnp.sum(jnp.where(seen, jnp.square(mean_norm), 0.0)) / steps
     ideal = (steps * jnp.square(mean[2]) - own) / (steps - 1.0)
+    slope = 2.0 * mean[2]
+    ratio, scale = windows.ratio_of_means(monitor, stale, second)
+    noise_ratio = jnp.square(scale) * (noise_stale - 2.0 * ratio * noise_both + jnp.square(ratio) * noise_second)
     return Report(
-        uniform=windows.band(monitor, mean[0] - mean[3], second - square),
-        stale=windows.band(monitor, mean[1] - mean[3], stale - square),
-        ideal=windows.band(monitor, ideal - mean[3], 2.0 * mean[2] * mean_norm - square),
+        uniform=windows.band(monitor, mean[0] - mean[3], second - square, noise_second),
+        stale=windows.band(monitor, mean[1] - mean[3], stale - square, noise_stale),
+        ideal=windows.band(monitor, ideal - mean[3], slope * mean_norm - square, jnp.square(slope) * noise_norm),
         mean_grad_norm_sq=windows.band(monitor, mean[3], square),
-        ratio=windows.ratio(monitor, stale, second),
+        ratio=windows.band(monitor, ratio, (stale - ratio * second) * scale, noise_ratio),
     )

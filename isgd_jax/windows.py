@@ -53,22 +53,37 @@ def means(window: Window) -> Float[Array, " k"]:
     return _mean(window.values, filled(window)[:, None])
 
 
-def band(window: Window, value: Float[Array, ""], influence: Float[Array, " w"]) -> Band:
-    """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method)."""
+def band(
+    window: Window, value: Float[Array, ""], influence: Float[Array, " w"], noise: Float[Array, " w"] | None = None
+) -> Band:
+    """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method).
+
+    Without ``noise`` it is a band for the mean over the window. With ``noise``, the variance that chance alone gives
+    each step's influence, it is a band for the value now: steps that differ by more than chance are moving.
+    """
     seen = filled(window)
     steps = jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32)
     spread = jnp.sum(jnp.where(seen, jnp.square(influence - _mean(influence, seen)), 0.0))
-    error = jnp.sqrt(spread / jnp.maximum(steps * (steps - 1.0), 1.0))
-    half = jnp.where(steps > 1.0, Z_95 * error, jnp.inf)
+    variance = spread / jnp.maximum(steps - 1.0, 1.0)
+    moving = 0.0 if noise is None else jnp.maximum(variance - _mean(noise, seen), 0.0)
+    half = jnp.where(steps > 1.0, Z_95 * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving), jnp.inf)
     return Band(value, value - half, value + half)
 
 
 def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]) -> Band:
-    """The ratio of two means, with its band."""
+    """The ratio of two means, with the band of the means."""
+    value, scale = ratio_of_means(window, numerator, denominator)
+    return band(window, value, (numerator - value * denominator) * scale)
+
+
+def ratio_of_means(
+    window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The ratio, and one over the mean of the denominator."""
     seen = filled(window)
     below = _mean(denominator, seen)
-    value = _mean(numerator, seen) / jnp.where(below > 0.0, below, 1.0)
-    return band(window, value, (numerator - value * denominator) / jnp.where(below > 0.0, below, 1.0))
+    scale = 1.0 / jnp.where(below > 0.0, below, 1.0)
+    return _mean(numerator, seen) * scale, scale
 
 
 def _mean(values: Array, seen: Bool[Array, "..."]) -> Array:

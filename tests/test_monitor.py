@@ -49,7 +49,7 @@ def watched(sampler: Callable, steps: int, runs: int) -> Callable[[jax.Array, ja
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [samplers.independent, samplers.stratified])
 def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Array, sampler: Callable) -> None:
-    # 600 windows of 40 steps: each mean within 4 standard errors; 95 % bands cover in 92 to 98 % of them.
+    # 600 windows of 40 steps: each mean within 4 standard errors; bands for the value now cover in 92 % at least.
     found = watched(sampler, 40, 600)(probs, grads)
     norms, square = jnp.linalg.norm(grads, axis=1), float(jnp.sum(jnp.square(jnp.mean(grads, axis=0))))
     moments = variance.moments(norms, probs)
@@ -64,7 +64,7 @@ def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Arr
         allowed = 4 * values.std() / np.sqrt(600) + (0.01 * float(true) if name == "ratio" else 0.0)
         assert abs(values.mean() - float(true)) < allowed, name
         covered = np.mean((np.asarray(band.low) < float(true)) & (float(true) < np.asarray(band.high)))
-        assert 0.92 <= covered <= 0.98, (name, covered)
+        assert covered >= 0.92, (name, covered)
 
 
 def test_a_step_that_is_not_finite_is_left_out() -> None:
@@ -130,3 +130,19 @@ def test_a_shut_gate_opens_again_when_scores_help(grads: jax.Array) -> None:
 def test_a_shut_gate_draws_uniformly() -> None:
     shut = gate.create()._replace(is_open=jnp.asarray(False))
     np.testing.assert_allclose(gate.apply(shut, jnp.asarray([0.9, 0.1])), 0.5)
+
+
+def test_bands_widen_when_the_parameters_move() -> None:
+    # The same noise of draws, on norms that stand still and on norms that fall by a half within the window.
+    rng = np.random.default_rng(0)
+
+    def half_width(start: float) -> float:
+        watch = monitor.create(40)
+        for scale in np.linspace(start, 1.0, 40):
+            norms = jnp.asarray(scale * rng.lognormal(0, 0.1, DRAWS), jnp.float32)
+            watch = monitor.observe(watch, jnp.ones(DRAWS), norms, jnp.float32(0.0))
+        found = monitor.report(watch).uniform
+        assert float(found.low) < np.exp(2 * 0.1**2) < float(found.high)  # the mean square now
+        return float(found.high - found.value)
+
+    assert half_width(2.0) > 5 * half_width(1.0)

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Positions(nn.Module):
         self.table = nn.Embedding(count, width)
 
     def forward(self, x):
-        return x + self.table(torch.arange(x.shape[1]).expand(x.shape[0], -1))
+        return x + self.table(torch.arange(x.shape[1]).repeat(x.shape[0], 1))
 
 
 class ViT(nn.Module):
@@ -104,7 +105,7 @@ def residual() -> nn.Module:
 
 def dense() -> nn.Module:
     sizes = (3072, 2048, 2048, 2048, 2048)
-    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(2048, 10))
 
 
@@ -120,7 +121,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def data(name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if name == "gpt":
         tokens = torch.randint(4096, (size, 65))
-        return tokens[:, :-1], tokens[:, 1:]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return torch.randn(size, *MODELS[name][1]), torch.randint(10, (size,))
 
 

@@ -294,7 +294,7 @@ def _scatter_add(node: Value, op: Op) -> Parts | None:
     rows = numbers.inserted_window_dims
     if len(rows) != 1 or rows != numbers.scatter_dims_to_operand_dims or numbers.operand_batching_dims:
         return None
-    if indices.shape[-1] != 1 or not set(updates.shape) or len(node.shape) == 1:
+    if indices.shape[-1] != 1 or len(node.shape) == 1:
         return None
     (row,), window = rows, numbers.update_window_dims
     axes, (classes,) = axes_of(updates.shape), axes_of([node.shape[row]])

@@ -45,9 +45,7 @@ def branching(w, x):
 
 def switching(w, x):
     pick = jnp.argmax(x[0, :3])
-    return jnp.sum(
-        lax.switch(pick, [lambda: jnp.sin(x @ w), lambda: x[:2] @ w @ w.T @ jnp.ones((4, 5)), lambda: x @ w])
-    )
+    return jnp.sum(lax.switch(pick, [lambda: jnp.sin(x @ w), lambda: jnp.cos(x @ w) @ w.T, lambda: x @ w]))
 
 
 def sliced(w, x):

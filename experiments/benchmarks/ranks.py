@@ -1,10 +1,11 @@
 """How well cheaper scores rank examples: Spearman's correlation with the exact gradient norm, as training goes on.
 
-Claim       the loss and the logit bound rank examples nearly as the exact norm does; so do the normalisation layers
-            alone; the optimiser-aware norm is another thing
+Claim       the last layer alone ranks examples as the whole gradient does; loss, logit bound and normalisation layers
+            nearly so, once training has begun; the norm of Adam's step is another thing at the start
 Command     python experiments/benchmarks/ranks.py [--steps 0 100 400 1600]
 Time        about a minute on two cores
-Result      a table on the screen: rows are scorers, columns steps
+Result      with --steps 1 50 200: last layer 0.998, 0.994, 0.995; normalisation 0.787, 0.989, 0.985; logit bound 0.774,
+            0.936, 0.928; loss 0.783, 0.932, 0.922; norm of Adam's step 0.423, 0.923, 0.950
 """
 
 import argparse

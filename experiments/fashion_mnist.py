@@ -7,7 +7,17 @@ Setting: MLP 784-512x4-10, He initialisation, Nesterov 0.95, rate 0.01, batches 
 the full-set train loss is looked at every 100 updates, and a run ends at 0.05 or after 15,000 updates.
 
 Command: python experiments/fashion_mnist.py
-Time: about 75 minutes on two CPU cores. It goes on where it was stopped.
+Time: about 70 minutes on two CPU cores. It goes on where it was stopped.
+
+Result (JAX 0.10.2, CPU): importance sampling saves a third of the updates. The claim of 0.65 is met at 0.1 and missed by
+0.02 to 0.03 at 0.05; the intervals of all four ratios contain 0.65. Stratified draws are no faster than independent ones.
+
+    uniform      train loss 0.1   median   6,200 updates   over uniform: 1.00 [1.00, 1.00]
+    uniform      train loss 0.05  median  10,900 updates   over uniform: 1.00 [1.00, 1.00]
+    independent  train loss 0.1   median   4,300 updates   over uniform: 0.65 [0.55, 0.75]
+    independent  train loss 0.05  median   7,300 updates   over uniform: 0.67 [0.58, 0.79]
+    stratified   train loss 0.1   median   4,000 updates   over uniform: 0.66 [0.60, 0.72]
+    stratified   train loss 0.05  median   7,500 updates   over uniform: 0.68 [0.61, 0.75]
 """
 
 import argparse

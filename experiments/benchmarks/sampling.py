@@ -7,6 +7,12 @@ Claims under test, for a law of log-normal (sigma = 3) scores with a mixture of 
 * no example that no attainable random value maps to: computed for every example, not drawn;
 * counts over 1,000 cells of equal mass agree with float64 (chi-square, at most 999 degrees of freedom: 999 +- 45).
 
+Result (two busy CPU cores; ratios to jax.random.choice and to NumPy): N = 10^7, 128 draws in 0.25 to 0.31 ms, 496 to
+632 and 282 to 359 times; 4096 draws in 0.9 to 1.0 ms, 160 to 170 and 118 to 126 times; update of 10^4 scores 58 times
+cheaper than a rebuild, and the same bits. N = 10^8: 4096 draws in 2 ms, 578 to 645 and 969 to 1081 times. No example
+starved at 10^4, 10^7 and 10^8; chi-square 505 on 548, 1005 on 971, 1033 on 999 degrees. At N = 10^4 there is nothing to
+gain: a flat sum of 10^4 numbers costs as little as the descent.
+
 Command: python experiments/benchmarks/sampling.py [--sizes 10000 1000000 10000000 100000000]
 Time: about 2 minutes on two CPU cores; 100,000,000 examples take 5 GB.
 """

@@ -10,15 +10,15 @@ from rich.table import Table
 from isgd_jax.rundir import Record
 
 
-def _number(value: float) -> str:
+def _number(value: float | int) -> str:
     return f"{value:.4g}"
 
 
-def _percent(value: float) -> str:
+def _percent(value: float | int) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _whole(value: float) -> str:
+def _whole(value: float | int) -> str:
     return f"{value:.0f}"
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from isgd_jax import data, evaluate, laws, models, optimizers, report, samplers, scorers, step, table, task
 from isgd_jax.checkpoint import Checkpoints
@@ -228,13 +229,11 @@ class Trainer:
         splits = {"test": self.test_data} | ({"train": self.train_data} if self.config.full_train_loss else {})
         for name, split in splits.items():
             fit = self.evaluate(self.state.params, split)
-            measured |= {f"{name}_loss": float(fit.loss), f"{name}_error": float(fit.error)}
+            measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
         key = jax.random.fold_in(self.probe_key, self.step)
         traces = self.probe(self.state.params, self.laws.proposal, self.train_data, key)
-        measured |= {f"sd_{name}": math.sqrt(max(0.0, float(trace))) for name, trace in traces._asdict().items()}
-        measured["variance_ratio"] = (
-            measured["sd_stale"] ** 2 / measured["sd_uniform"] ** 2 if measured["sd_uniform"] else None
-        )
+        measured |= {f"sd_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()}
+        measured["variance_ratio"] = _finite(traces.stale / traces.uniform)
         versions = np.asarray(self.state.table.versions)
         ages = self.step - versions[versions != table.NEVER]
         mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
@@ -297,6 +296,11 @@ def make_engine(config: Config, work: task.Task, scorer: Scorer) -> Engine:
     chunk_size = min(config.chunk_size, math.ceil(config.refresh_share * work.num_examples))
     num_chunks = math.ceil(config.refresh_share * work.num_examples / chunk_size)
     return Inline(scorer, work.train, chunk_size=chunk_size, chunks_per_collect=num_chunks)
+
+
+def _finite(number: Array) -> float | None:
+    """The number, or None where there is none: JSON knows neither NaN nor infinity."""
+    return float(number) if np.isfinite(number) else None
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -1,4 +1,8 @@
-"""Importance-sampling SGD for JAX: draw the examples that still teach, reweight them, stay unbiased."""
+"""Importance-sampling SGD for JAX: draw the examples that still teach, reweight them, stay unbiased.
+
+In all docstrings *the paper* is Alain, Lamb, Sankar, Courville, Bengio, "Variance Reduction in SGD by Distributed
+Importance Sampling" (arXiv 1511.06481).
+"""
 
 import lazy_loader
 

@@ -12,11 +12,11 @@ from . import scorers as scorers
 from . import table as table
 from . import variance as variance
 from .explain import explain as explain
-from .factored import gram as gram
-from .factored import inner as inner
-from .factored import norms as norms
-from .factored import stack as stack
-from .factored import weighted_mean as weighted_mean
+from .factoring.factored import gram as gram
+from .factoring.factored import inner as inner
+from .factoring.factored import norms as norms
+from .factoring.factored import stack as stack
+from .factoring.factored import weighted_mean as weighted_mean
 from .gradients import from_batch_loss as from_batch_loss
 from .gradients import per_example_grads as per_example_grads
 from .gradients import per_example_value_and_grad as per_example_value_and_grad

@@ -13,7 +13,7 @@ Guarantees:
 * predictions lie above ``floor`` of the root mean square: no example is thought worthless on thin evidence;
 * the fit forgets with a half-life, as training moves on.
 
-Source: METHOD, "Calibrated proposal"; the shrinkage is ours.
+Source: ours.
 """
 
 from typing import NamedTuple

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from isgd_jax import factored, samplers, variance
+from isgd_jax import samplers, variance
+from isgd_jax.factoring import factored
 from isgd_jax.gradients import per_example_grads
 from isgd_jax.task import Task
 from isgd_jax.typing import Batch, Key, LossFn, Params

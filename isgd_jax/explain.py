@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.factored import Factored, how_squared
-from isgd_jax.plans import LeafPlan, make_plan
+from isgd_jax.factoring.factored import Factored, how_squared
+from isgd_jax.factoring.plans import LeafPlan, make_plan
 
 
 class LeafReport(NamedTuple):

@@ -9,7 +9,7 @@ Guarantees:
 * what is judged is unbiased, whether the gate is open or shut;
 * the decision is a function of the draws alone: no clock, so a resumed run decides the same.
 
-Source: METHOD, trap 9 (the effective sample size of the weights is no gate).
+Source: ours. The effective sample size of the weights would be no gate: it falls while the variance falls too.
 """
 
 from typing import NamedTuple

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from isgd_jax.factored import Grads
-from isgd_jax.plans import make_plan
+from isgd_jax.factoring.factored import Grads
+from isgd_jax.factoring.plans import make_plan
 from isgd_jax.typing import Batch, Params
 
 

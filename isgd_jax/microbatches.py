@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from jax import Array
 
-from isgd_jax.slices import by_slices
+from isgd_jax.factoring.slices import by_slices
 
 Scoring = Callable[[Any, Any], Array]
 """``(params, batch) -> [b]``, each entry depending on one example alone."""

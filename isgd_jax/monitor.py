@@ -9,8 +9,10 @@ Guarantees:
   now, and widen when the steps of the window differ by more than chance: the parameters move;
 * a step with a norm that is not finite is left out.
 
-A window is a compromise between noise and drift. Source: METHOD, "The
-estimator"; Kutsuna (2025) for the estimates from draws; the pairs of steps and the bands are ours.
+A window is a compromise between noise and drift, and 95 % is what the bands aim at: while the parameters of a real run
+move, they hold the full-data value less often (`experiments/benchmarks/estimators.py monitor` counts how often).
+
+Source: Kutsuna (2025) for the estimates from draws; the pairs of steps and the bands are ours.
 """
 
 from typing import NamedTuple

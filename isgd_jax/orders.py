@@ -10,7 +10,7 @@ Guarantees:
 * sketches preserve inner products of directions up to about 1/sqrt(dims);
 * a gradient of zero has the sketch zero, never NaN.
 
-Source: ours (METHOD, "Ordered stratified draws"); Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
+Source: ours; Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
 PCM" (1982).
 """
 

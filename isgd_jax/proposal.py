@@ -9,7 +9,7 @@ Guarantees:
 * a table that knows nothing (all scores zero, trusted share under ``min_trusted``) gives exactly the uniform law.
 
 Source: the paper, sections 4.2 (additive smoothing) and 4.3 (staleness threshold); the relative mixture and the
-fallback score are ours (METHOD, "Better than the paper's estimator").
+fallback score are ours.
 """
 
 from typing import NamedTuple

@@ -20,7 +20,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax import factored
+from isgd_jax.factoring import factored
 
 
 class ReweightState(NamedTuple):

@@ -105,8 +105,8 @@ def independent(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """The line cut into ``num_draws`` equal masses, one draw in each: never more variance than `independent`.
 
-    How much less depends on the order: neighbours on the line should have similar gradients. Source: ours (METHOD,
-    "Ordered stratified draws"); Cochran, "Sampling Techniques", chapter 5.
+    How much less depends on the order: neighbours on the line should have similar gradients. Source: Cochran,
+    "Sampling Techniques", chapter 5, for strata; laying them along an order of gradients is ours.
     """
     strata = sums.exact(jnp.arange(num_draws, dtype=jnp.float32))
     return _draw(law, sums.add(strata, _unit_pair(key, num_draws)), num_draws)

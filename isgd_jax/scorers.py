@@ -14,10 +14,10 @@ from jax import Array, lax
 from jax.lax import Precision
 from jaxtyping import Float, PyTree
 
-from isgd_jax import factored
+from isgd_jax.factoring import factored
+from isgd_jax.factoring.slices import by_slices
 from isgd_jax.gradients import per_example_grads
 from isgd_jax.microbatches import in_microbatches
-from isgd_jax.slices import by_slices
 from isgd_jax.typing import Batch, Example, LossFn, Params, Scorer, Scores
 
 _SLICE = 8

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from isgd_jax import factored, table
+from isgd_jax import table
+from isgd_jax.factoring import factored
 from isgd_jax.gradients import per_example_value_and_grad
 from isgd_jax.typing import Batch, Key, LossFn, Params, Sampler
 

@@ -48,7 +48,7 @@ def test_right_scores_are_kept() -> None:
 
 @pytest.mark.slow
 def test_jumps_are_learnt() -> None:
-    # METHOD's test: 5 % of the examples have jumped to large norms since they were scored.
+    # 5 % of the examples have jumped to large norms since they were scored.
     rng = np.random.default_rng(2)
     scores, ages = norms_of(0), jnp.full(N, 200, jnp.int32)
     jumped = rng.random(N) < 0.05

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from oracle import check
 
-from isgd_jax.factored import Factored, is_factored
+from isgd_jax.factoring.factored import Factored, is_factored
 
 slow = pytest.mark.slow
 

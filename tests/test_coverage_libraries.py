@@ -8,7 +8,7 @@ from flax import nnx
 from oracle import check
 
 import isgd_jax as isgd
-from isgd_jax.factored import is_factored
+from isgd_jax.factoring.factored import is_factored
 
 
 class Net(nnx.Module):

@@ -9,7 +9,7 @@ from jax import lax
 from oracle import check
 
 import isgd_jax as isgd
-from isgd_jax.factored import is_factored
+from isgd_jax.factoring.factored import is_factored
 
 slow = pytest.mark.slow
 KEY = jax.random.key(1)

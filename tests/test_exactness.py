@@ -7,8 +7,9 @@ import pytest
 from oracle import flat
 
 import isgd_jax as isgd
-from isgd_jax import factored, scorers
-from isgd_jax.factored import Factored, Outer
+from isgd_jax import scorers
+from isgd_jax.factoring import factored
+from isgd_jax.factoring.factored import Factored, Outer
 
 
 def sequence_loss(w, x):
@@ -26,7 +27,7 @@ def formed_norms(left, right):
 
 
 def cancelling(key, b=4, t=32, i=64, o=96):
-    """Rows that hardly differ, times slopes that sum to zero: METHOD's trap for Gram sums."""
+    """Rows that hardly differ, times slopes that sum to zero: where Gram sums cancel."""
     one, two = jax.random.split(key)
     left = 1 + 1e-3 * jax.random.normal(one, (b, t, i))
     right = jax.random.normal(two, (b, t, o))

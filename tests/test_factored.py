@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import isgd_jax as isgd
-from isgd_jax.factored import Factored, Outer
+from isgd_jax.factoring.factored import Factored, Outer
 
 
 def test_plain_stacked_arrays_are_leaves_too():

@@ -9,7 +9,7 @@ import pytest
 from oracle import check
 
 import isgd_jax as isgd
-from isgd_jax.factored import Factored
+from isgd_jax.factoring.factored import Factored
 
 
 def linear_loss(params, example):

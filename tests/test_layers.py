@@ -12,14 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "_jaxpr", "costs", "factors", "slices"},
-    {"factored", "contraction", "table", "samplers", "variance", "calibration", "gate", "orders", "microbatches"}
-    | {"models", "checkpoint", "rundir"},
-    {"regions", "proposal", "reweight", "monitor"},
-    {"cuts", "presample"},
-    {"plans"},
-    {"gradients", "explain"},
-    {"scorers", "sharded", "optimizers"},
+    {"typing", "config", "sums", "windows"},
+    {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"},
+    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor"},
+    {"scorers", "sharded", "presample", "optimizers"},
     {"step", "engines", "data", "clock", "signals", "console"},
     {"laws", "task"},
     {"evaluate", "report"},
@@ -27,10 +23,19 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
-CORE_LEVELS = 7
+CORE_LEVELS = 4
 """The levels below `step` know trees and functions only."""
 NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
 CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
+
+FACTORING = [
+    {"program", "factors", "costs", "slices"},
+    {"contraction", "factored"},
+    {"regions"},
+    {"cuts"},
+    {"plans"},
+]
+"""The same order inside the package `factoring`."""
 
 
 def module_files() -> list[Path]:
@@ -72,6 +77,16 @@ def test_every_module_has_a_level() -> None:
 def test_imports_run_downwards(path: Path) -> None:
     if room(path) in LEVEL_OF:
         assert violations(path.read_text(), path.relative_to(PACKAGE).with_suffix("").parts) == []
+
+
+def test_factoring_imports_run_downwards() -> None:
+    level_of = {module: level for level, modules in enumerate(FACTORING) for module in modules}
+    files = [path for path in (PACKAGE / "factoring").glob("*.py") if path.stem != "__init__"]
+    assert {path.stem for path in files} == set(level_of)
+    for path in files:
+        for name in imported(path.read_text(), ("factoring", path.stem)):
+            if name.startswith("isgd_jax.factoring."):
+                assert level_of[name.split(".")[2]] < level_of[path.stem], f"{path.stem} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_an_order_by_gradient_goes_under_the_independent_minimum(grads: np.ndarr
 
 
 def test_without_the_fallback_score_the_estimate_would_be_biased(grads: np.ndarray) -> None:
-    # What METHOD warns of: untrusted examples at probability zero. Their gradients would be missing.
+    # The mistake the fallback score is there for: at probability zero, the gradients of the untrusted would be missing.
     probs = law_of("half scored", np.linalg.norm(grads, axis=1))
     assert float(jnp.min(probs)) > 0.0
     trusted_part = grads[1::2].sum(axis=0) / N

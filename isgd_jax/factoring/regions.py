@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from isgd_jax._jaxpr import Constant, Node, Op, Program, Value, program, run, scan_sizes, sources
-from isgd_jax.contraction import Axis, Contraction, Parts, Side, Whole, axes_of
+from isgd_jax.factoring.contraction import Axis, Contraction, Parts, Side, Whole, axes_of
+from isgd_jax.factoring.program import Constant, Node, Op, Program, Value, program, run, scan_sizes, sources
 
 
 class _Scan:

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jax import Array, lax
 
-from isgd_jax._jaxpr import Node, Value, emit
-from isgd_jax.factors import Factor, OneHot, Window, Windows, written_out
+from isgd_jax.factoring.factors import Factor, OneHot, Window, Windows, written_out
+from isgd_jax.factoring.program import Node, Value, emit
 
 _names = itertools.count()
 

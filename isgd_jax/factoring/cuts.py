@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from isgd_jax import regions
-from isgd_jax._jaxpr import Constant, Node, Op, Value, emit
-from isgd_jax.contraction import Contraction, Parts, Side, Whole, axes_of
-from isgd_jax.factors import OneHot, Window
+from isgd_jax.factoring import regions
+from isgd_jax.factoring.contraction import Contraction, Parts, Side, Whole, axes_of
+from isgd_jax.factoring.factors import OneHot, Window
+from isgd_jax.factoring.program import Constant, Node, Op, Value, emit
 
 Rule: TypeAlias = Callable[[Value, Op], Parts | None]
 _RULES: dict[str, Rule] = {}

@@ -18,9 +18,20 @@ from jax import Array, lax
 from jax.lax import Precision
 from jaxtyping import Bool, Float, PyTree
 
-from isgd_jax import costs
-from isgd_jax.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, products, pulled, total, wide
-from isgd_jax.slices import by_slices
+from isgd_jax.factoring import costs
+from isgd_jax.factoring.factors import (
+    Factor,
+    OneHot,
+    Windows,
+    as_one_example,
+    einsum,
+    likeness,
+    products,
+    pulled,
+    total,
+    wide,
+)
+from isgd_jax.factoring.slices import by_slices
 
 Axes: TypeAlias = tuple[tuple[int, str], ...]
 """A parameter's axes in order, split as finely as needed: (size, "k" shared | "w", "i" left factor's | "o" right's)."""

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from isgd_jax._jaxpr import Node, Program, Value, dependent, program, run
-from isgd_jax.contraction import Canonical, Contraction, Whole, canonical
-from isgd_jax.cuts import cut
-from isgd_jax.factored import Factored, Outer, formed_if_cheaper
+from isgd_jax.factoring.contraction import Canonical, Contraction, Whole, canonical
+from isgd_jax.factoring.cuts import cut
+from isgd_jax.factoring.factored import Factored, Outer, formed_if_cheaper
+from isgd_jax.factoring.program import Node, Program, Value, dependent, program, run
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,15 @@ from contextlib import contextmanager
 class Clock:
     """Seconds since the run began, the time before a resume included; it also keeps account of named tasks."""
 
-    def __init__(self, elapsed: float = 0.0, spent: dict[str, float] | None = None) -> None:
-        self._began = time.monotonic() - elapsed
-        self.spent = defaultdict[str, float](float, spent or {})
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.spent = defaultdict[str, float](float)
+
+    def go_on_from(self, elapsed: float, spent: dict[str, float]) -> None:
+        """Add the time of an earlier part of the run, and what it was spent on."""
+        self._began -= elapsed
+        for task, seconds in spent.items():
+            self.spent[task] += seconds
 
     def __call__(self) -> float:
         return time.monotonic() - self._began

@@ -71,11 +71,12 @@ def fit(
         FloatingPointError: the loss is no longer finite; the checkpoints from before stay.
         FileExistsError: a new run would write into the folder of an old one.
     """
-    began = time.monotonic()
+    clock = Clock()
     if resume:
         RunDir(Path(str(config.run_dir))).check_resumable(config)
     if dataset is None:
-        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+        with clock.spending("data"):
+            dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
     if config.batch_size > len(dataset):
         raise ValueError(
             f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
@@ -83,8 +84,7 @@ def fit(
         )
     work = task.make(config, dataset, model=model, loss=loss)
     run = RunDir(Path(str(config.run_dir))) if resume else RunDir.create(config)
-    trainer = Trainer(config, work, run, observe, until)
-    trainer.clock.spent["data"] += time.monotonic() - began
+    trainer = Trainer(config, work, run, clock, observe, until)
     try:
         if resume:
             trainer.resume()
@@ -98,13 +98,19 @@ class Trainer:
     """One run in memory: its state, where its laws come from, and where its records go."""
 
     def __init__(
-        self, config: Config, work: task.Task, run: RunDir, observe: Observer, until: Callable[[Record], bool]
+        self,
+        config: Config,
+        work: task.Task,
+        run: RunDir,
+        clock: Clock,
+        observe: Observer,
+        until: Callable[[Record], bool],
     ) -> None:
-        self.config, self.work, self.run, self.observe, self.until = config, work, run, observe, until
+        self.config, self.work, self.run, self.clock = config, work, run, clock
+        self.observe, self.until = observe, until
         self.reached = False
         self.num_steps = config.num_steps(work.num_examples)
         self.step = 0
-        self.clock = Clock()
         self.train_data, self.test_data = jax.device_put((dict(work.train), dict(work.test)))
         self.init_key, self.draw_key, self.epoch_key, self.probe_key = jax.random.split(jax.random.key(config.seed), 4)
         tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps)
@@ -144,7 +150,7 @@ class Trainer:
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = saved["state"], saved["law"]
         self.engine.cursor = notes["cursor"]
-        self.clock = Clock(notes["seconds"], notes["spent"])
+        self.clock.go_on_from(notes["seconds"], notes["spent"])
         self.step = int(self.state.step)
         self.run.forget_after(self.step)
         self._record("resumed")

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
 from isgd_jax.config import Config
 from isgd_jax.rundir import RunDir

@@ -72,7 +72,7 @@ class RunConsole:
             "warning": self._warning,
             "finished": self._end,
             "stopped": self._end,
-            "figures": self._figures,
+            "wrote": self._wrote,
         }.get(record["event"])
         if show is not None:
             show(record)
@@ -109,10 +109,10 @@ class RunConsole:
                 table.add_row(label, "", COLUMNS[field][2](self._last[field]))
         self._console.print("", table, sep="\n")
 
-    def _figures(self, record: Record) -> None:
-        self._console.print(
-            "", "The run's folder:", *(f"  {path}" for path in record["paths"]), sep="\n", soft_wrap=True
-        )
+    def _wrote(self, record: Record) -> None:
+        self._print("\nThe run's folder:")
+        for path in record["paths"]:
+            self._print(f"  {path}")
 
     def _print(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, soft_wrap=True, highlight=False)

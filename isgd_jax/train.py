@@ -167,8 +167,8 @@ class Trainer:
         self._save()
         self.checkpoints.wait()
         self._record("stopped" if stop else "finished", spent=dict(self.clock.spent))
-        figures = report.draw(self.run)
-        self.observe({"event": "figures", "paths": [str(path) for path in figures]})
+        report.draw(self.run)
+        self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
         return Result(self.state.params, self.run.path, self.step, stop.signum)
 
     def close(self) -> None:

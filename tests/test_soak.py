@@ -1,6 +1,7 @@
 """Long and random trials, by hand: `make soak`."""
 
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,13 +12,25 @@ import orbax.checkpoint as ocp
 import pytest
 from test_cli import SMALL, finished, isgd
 
+from isgd_jax.rundir import RunDir
+
 KILLS = 20
-ARGUMENTS = ["--data-dir", "data", *SMALL, "--steps", "600", "--mode", "relaxed", "--checkpoint-every", "10"]
+ARGUMENTS = ["--data-dir", "data", *SMALL, "--steps", "20000", "--mode", "relaxed", "--log-every", "500"]
 
 
 def last_arrays(run: Path) -> dict:
     with ocp.CheckpointManager(run.absolute() / "checkpoints") as manager:
         return manager.restore(manager.latest_step(), args=ocp.args.Composite(arrays=ocp.args.StandardRestore())).arrays
+
+
+def wait_for_training(process: subprocess.Popen[str], run: RunDir, *, beyond: int) -> None:
+    """Return when the process has made updates past those of the newest checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(record["step"] > beyond for record in run.records()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no update past {beyond} was made: {process.poll()}")
 
 
 @pytest.mark.soak
@@ -26,17 +39,22 @@ def last_arrays(run: Path) -> dict:
 def test_killed_at_random_moments_each_resume_succeeds(tmp_path: Path) -> None:
     """A run killed with -9 at 20 random moments ends with the parameters of one that was never killed, bit for bit."""
     assert finished(isgd("train", "--run-dir", "whole", *ARGUMENTS, cwd=tmp_path))[0] == 0
-    rng, kills = random.Random(0), 0
-    while kills < KILLS:
-        begun = (tmp_path / "killed" / "config.json").exists()
+    rng, killed, reached = random.Random(0), RunDir(tmp_path / "killed"), [0]
+    for kill in range(KILLS):
+        begun = (killed.path / "config.json").exists()
         how = ["--resume", "killed"] if begun else ["--run-dir", "killed", *ARGUMENTS]
         process = isgd("train", *how, cwd=tmp_path)
-        time.sleep(rng.uniform(1.0, 12.0))
+        if kill % 4:  # every fourth kill falls into the start-up, the others into training and saving
+            wait_for_training(process, killed, beyond=reached[-1])
+        time.sleep(rng.uniform(0.0, 1.0))
         process.kill()
         _, err = process.communicate()
         assert "Error" not in err, err
-        kills += 1
-        print(f"kill {kills}: checkpoints {sorted(p.name for p in (tmp_path / 'killed' / 'checkpoints').glob('*'))}")
+        saved = [int(path.name) for path in killed.checkpoints.glob("*") if path.name.isdigit()]
+        reached.append(max(saved, default=0))
+    print(f"newest checkpoint after each kill: {reached[1:]}")
+    assert reached == sorted(reached)
+    assert len(set(reached)) > KILLS // 2
     code, _, err = finished(isgd("train", "--resume", "killed", cwd=tmp_path))
     assert (code, err) == (0, "")
     chex.assert_trees_all_equal(

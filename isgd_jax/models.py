@@ -24,7 +24,7 @@ Input: TypeAlias = Float[Array, "..."]
 Logits: TypeAlias = Float[Array, " classes"]
 
 # "paper": Alain et al. 2015, the settings stored with their experiments: weights N(0, 0.01^2), biases 0.
-_INITIALISERS = {"he": nn.initializers.he_normal(), "paper": nn.initializers.normal(0.01)}
+_INITIALIZERS = {"he": nn.initializers.he_normal(), "paper": nn.initializers.normal(0.01)}
 
 
 @runtime_checkable
@@ -41,11 +41,11 @@ class MLP(nn.Module):
 
     hidden: tuple[int, ...]
     num_classes: int
-    initialiser: str
+    initializer: str
 
     @nn.compact
     def __call__(self, x: Input) -> Logits:
-        kernel_init = _INITIALISERS[self.initialiser]
+        kernel_init = _INITIALIZERS[self.initializer]
         x = x.reshape(-1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, kernel_init=kernel_init)(x))
@@ -56,13 +56,13 @@ class CNN(nn.Module):
     """Two convolutions with max-pooling, one dense layer: LeNet's plan (LeCun et al. 1998), with ReLU."""
 
     num_classes: int
-    initialiser: str
+    initializer: str
 
     @nn.compact
     def __call__(self, x: Input) -> Logits:
         if x.ndim != 3:
             raise ValueError(f"cnn: expected one image [height, width, channels], got shape {x.shape}; try mlp")
-        kernel_init = _INITIALISERS[self.initialiser]
+        kernel_init = _INITIALIZERS[self.initializer]
         for features in (32, 64):
             x = nn.relu(nn.Conv(features, (5, 5), kernel_init=kernel_init)(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
@@ -70,8 +70,8 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=kernel_init)(x)
 
 
-def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initialiser: str = "he") -> MLP:
-    """Flattened example -> logits [num_classes]. ``initialiser`` is "he", or "paper": N(0, 0.01^2); biases are 0.
+def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initializer: str = "he") -> MLP:
+    """Flattened example -> logits [num_classes]. ``initializer`` is "he", or "paper": N(0, 0.01^2); biases are 0.
 
     >>> import jax
     >>> params = init(mlp(10, hidden=[16]), jax.random.key(0), jax.numpy.zeros([8, 8, 1]))
@@ -80,12 +80,12 @@ def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initi
     """
     if any(width < 1 for width in hidden):
         raise ValueError(f"mlp: expected hidden widths of at least 1, got {tuple(hidden)}")
-    return MLP(tuple(hidden), _classes(num_classes), _initialiser(initialiser))
+    return MLP(tuple(hidden), _classes(num_classes), _initializer(initializer))
 
 
-def cnn(num_classes: int, *, initialiser: str = "he") -> CNN:
+def cnn(num_classes: int, *, initializer: str = "he") -> CNN:
     """One image [height, width, channels] -> logits [num_classes]; images of at least 4x4 pixels."""
-    return CNN(_classes(num_classes), _initialiser(initialiser))
+    return CNN(_classes(num_classes), _initializer(initializer))
 
 
 _FACTORIES: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
@@ -177,7 +177,7 @@ def _classes(num_classes: int) -> int:
     return num_classes
 
 
-def _initialiser(name: str) -> str:
-    if name not in _INITIALISERS:
-        raise ValueError(f"unknown initialiser {name!r}: expected {' or '.join(map(repr, _INITIALISERS))}")
+def _initializer(name: str) -> str:
+    if name not in _INITIALIZERS:
+        raise ValueError(f"unknown initializer {name!r}: expected {' or '.join(map(repr, _INITIALIZERS))}")
     return name

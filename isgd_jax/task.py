@@ -45,7 +45,7 @@ def make(
         ValueError: the model or the loss cannot be found, or gives the wrong shape.
     """
     if model is None:
-        options = {"hidden": config.hidden, "initialiser": config.initializer} if config.model == "mlp" else {}
+        options = {"hidden": config.hidden, "initializer": config.initializer} if config.model == "mlp" else {}
         model = models.by_name(config.model, dataset.num_classes, **options)
     if loss is None:
         loss = cross_entropy if config.loss is None else models.from_reference(config.loss)

@@ -33,9 +33,9 @@ def test_the_papers_mlp_has_the_papers_number_of_parameters(key):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 18_903_050
 
 
-@pytest.mark.parametrize(("initialiser", "std"), [("he", np.sqrt(2 / 784)), ("paper", 0.01)])
-def test_initialisers_have_their_standard_deviation(key, initialiser, std):
-    params = models.init(models.mlp(10, hidden=[256], initialiser=initialiser), key, jnp.zeros([28, 28, 1]))
+@pytest.mark.parametrize(("initializer", "std"), [("he", np.sqrt(2 / 784)), ("paper", 0.01)])
+def test_initializers_have_their_standard_deviation(key, initializer, std):
+    params = models.init(models.mlp(10, hidden=[256], initializer=initializer), key, jnp.zeros([28, 28, 1]))
     # 200,704 weights: the standard error of their deviation is 0.16 %.
     np.testing.assert_allclose(params["Dense_0"]["kernel"].std(), std, rtol=0.01)
     assert not params["Dense_0"]["bias"].any()
@@ -119,7 +119,7 @@ def test_wrong_references_are_told(name, error, message):
     ("options", "error", "message"),
     [
         ({"hidden": [0]}, ValueError, "at least 1"),
-        ({"initialiser": "hee"}, ValueError, "expected 'he' or 'paper'"),
+        ({"initializer": "hee"}, ValueError, "expected 'he' or 'paper'"),
         ({"depth": 3}, TypeError, "unexpected keyword argument 'depth'"),
     ],
 )

@@ -1,14 +1,13 @@
 """Where the law of the next step comes from: an epoch's permutation, the uniform law, or the scores of an engine."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from isgd_jax import proposal, samplers, table
+from isgd_jax import designs, samplers, table
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.step import TrainState
@@ -100,7 +99,7 @@ class ScoredLaws:
         self._engine = engine
         self._config = config
         self._labels = labels
-        self._make = _law_maker(config)
+        self._make = designs.make_maker(config)
         self._record = jax.jit(table.record)
         self.law, _ = self._make(table.create(len(labels)), 0, 0.0, labels)
 
@@ -138,24 +137,3 @@ class ScoredLaws:
 def uniform_law(num_examples: int) -> samplers.Law:
     """Every example alike."""
     return samplers.prepare(jnp.full(num_examples, 1.0 / num_examples))
-
-
-def _law_maker(config: Config) -> Callable[..., tuple[samplers.Law, proposal.Proposal]]:
-    def make(
-        scores: table.ScoreTable, version: Int[Array, ""], seconds: Float[Array, ""], labels: Int[Array, " n"]
-    ) -> tuple[samplers.Law, proposal.Proposal]:
-        made = proposal.propose(
-            scores,
-            version=version,
-            seconds=seconds,
-            mixture=config.mixture,
-            additive=config.additive,
-            max_age=config.max_age,
-            max_age_seconds=config.max_age_seconds,
-            min_trusted=config.min_trusted,
-        )
-        keys = {"label": (labels,), "score": (made.probs,), "label-score": (labels, made.probs)}
-        order = samplers.order_by(*keys[config.order]) if config.order in keys else None
-        return samplers.prepare(made.probs, order), made
-
-    return jax.jit(make)

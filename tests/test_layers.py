@@ -16,7 +16,7 @@ LEVELS = [
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor"},
     {"scorers", "sharded", "presample", "optimizers"},
-    {"step", "engines", "data", "clock", "signals", "console"},
+    {"step", "designs", "engines", "data", "clock", "signals", "console"},
     {"laws", "task"},
     {"evaluate", "report"},
     {"train"},

@@ -63,7 +63,7 @@ def train(command: Train) -> int:
 
     console = Console()
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we say in one sentence
+    _leave_failed_writes_to_us()
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
@@ -83,6 +83,23 @@ def report(command: Report) -> int:
         for path in draw(run):
             print(path)
     return 0
+
+
+def _leave_failed_writes_to_us() -> None:
+    """Of a checkpoint that cannot be written we speak in one sentence; Orbax and tensorstore print tracebacks of it.
+
+    After the first refused write Orbax closes its event loop. Writes that end later find it closed and say so, each
+    through `sys.unraisablehook`; nobody waits for them any more.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    shown = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _parse(arguments: list[str]) -> Train | Report:

@@ -29,6 +29,8 @@ from typing import Any
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
 SLICES = (8, 16, 32)
+LEAST_SECONDS = 4.0
+"""How long a pair is timed at least."""
 MEMORY_LIMIT = 3 << 30
 """Bytes of memory beyond which a way is not even tried."""
 
@@ -142,15 +144,21 @@ def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
 
 
 def alternate(programs: dict[str, Any], params: Any, batch: Any, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each program, one call after the other, after one round that does not count."""
+    """Seconds of each program, in turn and back again, after one round that does not count.
+
+    At least ``repeats`` rounds and as many as fit in LEAST_SECONDS: the first call after another program's is slower
+    or faster by what that one left of memory and cache, so each program comes as often before as after the others.
+    """
     import jax
 
     seconds: dict[str, list[float]] = {label: [] for label in programs}
-    for _ in range(repeats + 1):
-        for label, program in programs.items():
+    order, began = list(programs), time.perf_counter()
+    while len(seconds[order[0]]) <= repeats or time.perf_counter() - began < LEAST_SECONDS:
+        for label in order:
             start = time.perf_counter()
-            jax.block_until_ready(program(params, batch))
+            jax.block_until_ready(programs[label](params, batch))
             seconds[label].append(time.perf_counter() - start)
+        order.reverse()
     return {label: times[1:] for label, times in seconds.items()}
 
 

@@ -10,6 +10,7 @@ Mode = Literal["uniform", "exact", "relaxed"]
 SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified"]
 OrderName = Literal["index", "label", "score", "label-score"]
 ScorerName = Literal["grad_norm", "loss", "logit_bound"]
+EngineName = Literal["inline", "local"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
@@ -51,12 +52,14 @@ class Config:
     """The line along which stratified draws cut: neighbours should have similar gradients."""
     scorer: ScorerName = "grad_norm"
     """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
+    engine: EngineName = "inline"
+    """Who scores. inline: all devices, between steps; local: the devices of this host but the first, during them."""
     refresh_every: int = 100
     """Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen."""
     refresh_share: float = 0.25
-    """Share of the data set scored anew at each refresh, in turn (relaxed mode; exact scores all of it)."""
+    """Share of the data set scored anew at each refresh, in turn (relaxed mode, inline; exact scores all of it)."""
     chunk_size: int = 2048
-    """Examples scored in one call."""
+    """Examples scored in one call on one device."""
     mixture: float = 0.1
     """Share of the uniform law in the proposal: the largest weight is 1/mixture."""
     additive: float = 0.0

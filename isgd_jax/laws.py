@@ -11,7 +11,7 @@ from isgd_jax import designs, samplers, table
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.step import TrainState
-from isgd_jax.typing import Draw, Engine, Key, ScoredChunk
+from isgd_jax.typing import TRAIN, Draw, Engine, Key, ScoredChunk
 
 
 class Refresh(NamedTuple):
@@ -113,7 +113,7 @@ class ScoredLaws:
         jax.block_until_ready(state)  # else the time of steps still in flight would count as scoring
         with clock.spending("scoring"):
             self._engine.publish(state.params, step)
-            chunks = self._engine.collect()
+            chunks = [chunk for chunk in self._engine.collect() if chunk.segment == TRAIN]
             scores, rejected = self._recorded(state.table, chunks, clock)
             now = clock()
             self.law, made = self._make(scores, step, now, self._labels)

@@ -15,11 +15,10 @@ from isgd_jax import data, evaluate, laws, models, optimizers, report, samplers,
 from isgd_jax.checkpoint import Checkpoints
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
-from isgd_jax.engines.inline import Inline
+from isgd_jax.engines.choose import make_engine
 from isgd_jax.rundir import Record, RunDir
-from isgd_jax.sharded import sharded
 from isgd_jax.signals import Stop, stop_on_signals
-from isgd_jax.typing import Engine, Params, Sampler, Scorer
+from isgd_jax.typing import Params, Sampler, Scorer
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
@@ -116,7 +115,7 @@ class Trainer:
         tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps)
         self.state = step.init_state(work.init(self.init_key), tx, work.num_examples)
         scorer, fresh_scores = make_scorer(config, work)
-        self.engine = make_engine(config, work, scorer)
+        self.engine, self.remarks = make_engine(config, scorer, work.train, fingerprint=work.fingerprint)
         self.laws = self._make_laws()
         self.update = step.make_update(
             work.loss_fn,
@@ -149,7 +148,7 @@ class Trainer:
             return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = saved["state"], saved["law"]
-        self.engine.cursor = notes["cursor"]
+        self.engine.restore(notes["engine"])
         self.clock.go_on_from(notes["seconds"], notes["spent"])
         self.step = int(self.state.step)
         self.run.forget_after(self.step)
@@ -159,6 +158,7 @@ class Trainer:
         """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
         self.run.write_environment([str(device) for device in jax.local_devices()])
         self.observe(self._plan())
+        self._warn(*self.remarks)
         self._set_mark()
         if self.step == 0:
             self._log()
@@ -182,6 +182,7 @@ class Trainer:
         if refresh is not None:
             self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
+            self._warn(*self.engine.notices())
         self.state, info = self._update(self.state)
         self.infos.append(info)
         self.step += 1
@@ -252,12 +253,15 @@ class Trainer:
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        notes = {"cursor": self.engine.cursor, "seconds": self.clock(), "spent": dict(self.clock.spent)}
+        notes = {"engine": self.engine.state(), "seconds": self.clock(), "spent": dict(self.clock.spent)}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
 
     def _warn_of_rejected(self, count: int) -> None:
         if count:
-            text = f"{count} scores were not finite and were set aside; what was known of these examples before stays"
+            self._warn(f"{count} scores were not finite and were set aside; what was known of these examples stays")
+
+    def _warn(self, *texts: str) -> None:
+        for text in texts:
             self._record("warning", text=text)
 
     def _record(self, event: str, **values: Any) -> Record:
@@ -287,21 +291,12 @@ class Trainer:
 
 
 def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScores | None]:
-    """The scorer of a configuration over all local devices, and how a step scores what it has drawn."""
+    """The scorer of a configuration, for the engine to jit, and how a step scores what it has drawn."""
     if config.scorer == "grad_norm":
-        return sharded(scorers.grad_norm(work.loss_fn)), step.norms_as_scores
+        return scorers.grad_norm(work.loss_fn), step.norms_as_scores
     if config.scorer == "loss":
-        return sharded(scorers.loss(work.loss_fn)), step.losses_as_scores
-    return sharded(scorers.logit_bound(work.logits_fn)), None
-
-
-def make_engine(config: Config, work: task.Task, scorer: Scorer) -> Engine:
-    """The engine of a configuration: exact mode scores everything at each refresh, relaxed mode its share."""
-    if config.mode != "relaxed":
-        return Inline(scorer, work.train, chunk_size=config.chunk_size)
-    chunk_size = min(config.chunk_size, math.ceil(config.refresh_share * work.num_examples))
-    num_chunks = math.ceil(config.refresh_share * work.num_examples / chunk_size)
-    return Inline(scorer, work.train, chunk_size=chunk_size, chunks_per_collect=num_chunks)
+        return scorers.loss(work.loss_fn), step.losses_as_scores
+    return scorers.logit_bound(work.logits_fn), None
 
 
 def _finite(number: Array) -> float | None:

@@ -66,27 +66,68 @@ class Source(Protocol):
     def __getitems__(self, indices: list[int], /) -> list[Example]: ...
 
 
+TRAIN = "train"
+"""The segment whose scores make the proposal; others (``test``, ``valid``) are only measured."""
+
+
 class ScoredChunk(NamedTuple):
-    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``."""
+    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c, ...], measured at parameter ``version``."""
 
     ids: np.ndarray
     scores: np.ndarray
     version: int
+    segment: str = TRAIN
+
+
+class EngineStats(NamedTuple):
+    """What an engine has done since it began: totals, so that whoever looks twice knows the rates between."""
+
+    scored: dict[str, int]
+    """Examples scored, by worker."""
+    workers: int
+    """Workers alive."""
+    bytes_moved: int
+    """Parameters handed to workers and scores brought back, between devices or over the network."""
+    again: int
+    """Chunks handed out again: their worker was late or gone."""
+    refused: int
+    """Results that could not be right, and were not used."""
+
+
+class WorkersGone(RuntimeError):
+    """No worker is left, and the mode is exact: waiting for scores would be for ever."""
 
 
 @runtime_checkable
 class Engine(Protocol):
     """All that training knows of scoring: who scores, where and when is the engine's own business."""
 
-    cursor: int
-    """The chunk whose turn is next: saved with the run, and set again when it is resumed."""
-
     def publish(self, params: Params, version: int) -> None:
         """Hand the scorers newer parameters. The engine keeps a copy; the caller may donate its own."""
         ...
 
     def collect(self) -> list[ScoredChunk]:
-        """The chunks scored since the last call. Never blocks in relaxed mode; waits for the version in exact mode."""
+        """The chunks scored since the last call. Never blocks in relaxed mode; waits for the version in exact mode.
+
+        Raises:
+            WorkersGone: exact mode, and nobody is left who could score.
+        """
+        ...
+
+    def notices(self) -> list[str]:
+        """What a person should hear of, once: workers lost or refused, all workers gone, fewer devices than thought."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Figures for monitoring."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """Where the turn of the chunks is, by segment: saved with the run. Publish anew after a restore."""
+        ...
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on from a saved `state`."""
         ...
 
     def seconds_per_collect(self, params: Params) -> float:

@@ -1,0 +1,46 @@
+"""The engine of a configuration."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from isgd_jax.config import Config
+from isgd_jax.engines.chunks import Chunks
+from isgd_jax.engines.inline import Inline
+from isgd_jax.engines.local import Job, local
+from isgd_jax.typing import TRAIN, Batch, Engine, Scorer
+
+
+def make_engine(
+    config: Config, scorer: Scorer, data: Batch, *, fingerprint: str = "", devices: list[jax.Device] | None = None
+) -> tuple[Engine, list[str]]:
+    """Who scores, and what a person should know of the choice before the first step.
+
+    Args:
+        config: its mode and engine.
+        scorer: ``(params, batch) -> [b]``, not jitted.
+        data: the training set in host memory.
+        fingerprint: of the training set.
+        devices: those of this host, the trainer's first; all local ones by default.
+    """
+    devices = devices or jax.local_devices()
+    if config.engine == "inline" or config.mode == "uniform":
+        return _inline(config, scorer, data, devices), []
+    if len(devices) == 1:
+        text = f"--engine local needs a device that trains and one that scores, and here is only {devices[0]}: "
+        return _inline(config, scorer, data, devices), [f"{text}it scores inline, between the steps"]
+    jobs: Mapping[str, Any] = {TRAIN: Job(scorer, data, Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size))}
+    engine = local(jobs, devices[1:], fingerprint=fingerprint, exact=config.mode == "exact")
+    return engine, []
+
+
+def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Inline:
+    """Exact mode scores everything at each refresh, relaxed mode its share."""
+    if config.mode != "relaxed":
+        return Inline(scorer, data, chunk_size=config.chunk_size, devices=devices)
+    wanted = math.ceil(config.refresh_share * len(jax.tree.leaves(data)[0]))
+    chunk_size = min(config.chunk_size, wanted)
+    per_collect = math.ceil(wanted / chunk_size)
+    return Inline(scorer, data, chunk_size=chunk_size, chunks_per_collect=per_collect, devices=devices)

@@ -21,24 +21,18 @@ and missed by 0.01 to 0.03 elsewhere; all four intervals contain it. Stratified 
 """
 
 import argparse
-import math
 from pathlib import Path
 
-import numpy as np
-
+from isgd_jax import compare
 from isgd_jax.config import Config
-from isgd_jax.rundir import RunDir
-from isgd_jax.train import fit
 
 ARMS: dict[str, dict[str, str]] = {
     "uniform": {"mode": "uniform", "sampler": "shuffled"},
     "independent": {"mode": "exact", "sampler": "independent"},
     "stratified": {"mode": "exact", "sampler": "stratified", "order": "label"},
 }
-LEVELS = (0.1, 0.05)
+LEVELS = compare.levels("train_loss=0.1,0.05")
 MOST_STEPS = 15_000
-STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""97.5 % point of Student's t for so many seeds."""
 
 
 def main() -> None:
@@ -48,55 +42,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data-dir", default=None)
     options = parser.parse_args()
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            train(arm, seed, options.folder, options.data_dir)
-    for arm in ARMS:
-        print(describe(arm, options.folder, options.seeds))
+    arms = {name: compare.Arm(config(options.data_dir, **changes)) for name, changes in ARMS.items()}
+    study = compare.train(arms, seeds=options.seeds, folder=options.folder, levels=LEVELS)
+    compare.draw(study, options.folder)
+    print(compare.text(compare.rows(study, LEVELS)))
 
 
-def train(arm: str, seed: int, folder: Path, data_dir: str | None) -> None:
-    """One run, whole or from where it stopped; a run that is there already is left alone."""
-    run = RunDir(folder / f"{arm}-{seed}")
-    if any(run.records("finished")):
-        return
-    config = Config(
+def config(data_dir: str | None, **changes: str) -> Config:
+    """The setting that all arms share."""
+    return Config(
         dataset="fashion_mnist", data_dir=data_dir, hidden=(512, 512, 512, 512), batch_size=128, learning_rate=0.01,
-        momentum=0.95, refresh_every=200, mixture=0.1, steps=MOST_STEPS, seed=seed, full_train_loss=True,
-        log_every=100, checkpoint_every=1000, probe_size=256, run_dir=str(run.path), **ARMS[arm],
+        momentum=0.95, refresh_every=200, mixture=0.1, steps=MOST_STEPS, full_train_loss=True, log_every=100,
+        checkpoint_every=1000, probe_size=256, **changes,
     )  # fmt: skip
-    resume = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
-    result = fit(config, resume=resume, until=lambda record: record["train_loss"] <= min(LEVELS))
-    if result.stopped_by is not None:
-        raise SystemExit(128 + result.stopped_by)
-    print(f"{arm} seed {seed}: {[steps_to(level, run) for level in LEVELS]} updates to train loss {LEVELS}", flush=True)
-
-
-def steps_to(level: float, run: RunDir) -> float:
-    """The first update at which the full-set train loss was seen at or below a level; infinite if never."""
-    return next((line["step"] for line in run.records("progress") if line["train_loss"] <= level), math.inf)
-
-
-def describe(arm: str, folder: Path, seeds: int) -> str:
-    """A line a level: median updates, and the ratio to uniform over pairs of runs with the same initial parameters."""
-    lines = []
-    for level in LEVELS:
-        ours, plain = (
-            np.array([steps_to(level, RunDir(folder / f"{name}-{seed}")) for seed in range(seeds)])
-            for name in (arm, "uniform")
-        )
-        lines.append(f"{arm:12} train loss {level:<5} median {np.median(ours):>7,.0f} updates   {ratio(ours / plain)}")
-    return "\n".join(lines)
-
-
-def ratio(ratios: np.ndarray) -> str:
-    """Geometric mean of paired ratios with Student's 95 % interval of its logarithm."""
-    if not np.isfinite(ratios).all() or not ratios.all():
-        return "over uniform: some run never got there"
-    logs = np.log(ratios)
-    half = STUDENT_95[len(logs)] * logs.std(ddof=1) / math.sqrt(len(logs))
-    low, middle, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
-    return f"over uniform: {middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

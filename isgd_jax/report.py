@@ -1,34 +1,15 @@
 """The figures of a run, in the manner of the paper, drawn from its metrics.jsonl."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from isgd_jax import figures
+from isgd_jax.figures import BLUE, GREEN, GREY, ORANGE
 from isgd_jax.rundir import Record, RunDir
-
-STYLE: Any = {
-    "figure.figsize": (7.2, 4.2),
-    "figure.dpi": 140,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
-
-# Okabe and Ito's palette: colour-blind readers tell it apart, and the line styles say the same again.
-GREY, BLUE, GREEN, ORANGE = "#777777", "#0072B2", "#009E73", "#D55E00"
 
 
 def draw(run: RunDir) -> list[Path]:
@@ -38,11 +19,11 @@ def draw(run: RunDir) -> list[Path]:
         Their paths. Each file is written whole or not at all.
     """
     lines = list(run.records("progress"))
-    with mpl.rc_context(STYLE):
-        figures = {"loss.png": _loss(lines), "error.png": _error(lines), "variance.png": _variance(lines)}
+    with figures.style():
+        drawn = {"loss.png": _loss(lines), "error.png": _error(lines), "variance.png": _variance(lines)}
         if any(line["age_mean"] is not None for line in lines):
-            figures["scores.png"] = _scores(lines)
-        return [run.write(name, _png(figure)) for name, figure in figures.items()]
+            drawn["scores.png"] = _scores(lines)
+        return [run.write(name, figures.png(figure)) for name, figure in drawn.items()]
 
 
 def _loss(lines: Sequence[Record]) -> Figure:
@@ -104,9 +85,3 @@ def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: s
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:  # a run that has measured nothing yet has no curve to name
         axes.legend()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -166,7 +166,7 @@ class Trainer:
             self._advance()
         self._save()
         self.checkpoints.wait()
-        self._record("stopped" if stop else "finished", spent=dict(self.clock.spent))
+        self._record("stopped" if stop else "finished", spent=dict(self.clock.spent), num_steps=self.num_steps)
         report.draw(self.run)
         self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
         return Result(self.state.params, self.run.path, self.step, stop.signum)
@@ -207,7 +207,8 @@ class Trainer:
             measured = self._measure()
         rate = (self.step - step_before) / elapsed if self.step > step_before else None
         shares = self.clock.shares("scoring", "updating", "measuring")
-        record = self._record("progress", steps_per_second=rate, **stepped, **measured, **shares)
+        training = {"train_seconds": round(self.clock.spent["scoring"] + self.clock.spent["updating"], 3)}
+        record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares)
         self.reached = self.until(record)
         self._set_mark()
 

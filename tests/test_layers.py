@@ -16,10 +16,11 @@ LEVELS = [
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor"},
     {"scorers", "sharded", "presample", "optimizers"},
-    {"step", "designs", "engines", "data", "clock", "signals", "console"},
+    {"step", "designs", "engines", "data", "clock", "signals", "console", "figures"},
     {"laws", "task"},
     {"evaluate", "report"},
     {"train"},
+    {"compare"},
     {"cli"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -1,0 +1,43 @@
+"""Arms and seeds compared: who needs how many updates, and how many seconds, to the same level.
+
+An *arm* is a configuration under a name, a *study* is every arm trained from the same seeds, in one folder:
+
+    from isgd_jax import compare
+    from isgd_jax.config import Config
+
+    arms = {"uniform": compare.Arm(Config(mode="uniform")), "exact": compare.Arm(Config(mode="exact"))}
+    levels = compare.levels("test_loss=0.2,0.1")
+    study = compare.train(arms, seeds=5, folder=Path("runs/mine"), levels=levels)   # goes on where it was stopped
+    print(compare.text(compare.rows(study, levels)))
+    compare.draw(study, Path("runs/mine"))
+
+Importing this package imports neither jax nor matplotlib; training and drawing do.
+"""
+
+from isgd_jax.compare.intervals import Interval, geometric_mean, median, paired_ratio
+from isgd_jax.compare.levels import Level, first_seen, levels
+from isgd_jax.compare.plots import draw, quartiles
+from isgd_jax.compare.study import Arm, Curve, Study, group, read, train
+from isgd_jax.compare.tables import Row, markdown, rows, text
+
+__all__ = [
+    "Arm",
+    "Curve",
+    "Interval",
+    "Level",
+    "Row",
+    "Study",
+    "draw",
+    "first_seen",
+    "geometric_mean",
+    "group",
+    "levels",
+    "markdown",
+    "median",
+    "paired_ratio",
+    "quartiles",
+    "read",
+    "rows",
+    "text",
+    "train",
+]

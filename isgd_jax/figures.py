@@ -1,0 +1,81 @@
+"""How figures look: one style, colours for every eye, PNG for files and SVG that follows a page's theme."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+INK = "#222222"
+GREY, BLUE, GREEN, ORANGE = "#777777", "#0072B2", "#009E73", "#D55E00"
+PINK, SKY, YELLOW, BROWN = "#CC79A7", "#3FA9D9", "#C9A800", "#8C5A2B"
+COLOURS = (GREY, BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BROWN)
+"""Okabe and Ito's palette, nearly: colour-blind readers tell it apart, and the line styles say the same again."""
+
+STYLES = ("--", "-", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)))
+
+ON_DARK = {
+    INK: "#e6e6e6", GREY: "#a0a0a0", BLUE: "#4db2ec", GREEN: "#35c99c", ORANGE: "#ff8a3d",
+    PINK: "#e79fc6", SKY: "#8fd3f4", YELLOW: "#f0d64a", BROWN: "#c99a6b",
+}  # fmt: skip
+"""What each colour becomes on a dark page."""
+
+STYLE: Any = {
+    "figure.figsize": (7.2, 4.2),
+    "figure.dpi": 140,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Inside, matplotlib draws in our style."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """The figure on white, for a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a page that defines our colours as ``--<hex>``, such as ``--0072b2``.
+
+    ``name`` keeps the ids of one figure apart from those of others on the page; the same figure gives the same text.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    element = buffer.getvalue()
+    element = element[element.index("<svg") :]
+    for colour in ON_DARK:
+        element = re.sub(colour, f"var(--{colour[1:].lower()})", element, flags=re.IGNORECASE)
+    return element
+
+
+def css_colours() -> tuple[dict[str, str], dict[str, str]]:
+    """The variables that `svg` refers to: their values on a light and on a dark page."""
+    light = {colour[1:].lower(): colour for colour in ON_DARK}
+    return light, {colour[1:].lower(): dark for colour, dark in ON_DARK.items()}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 Tree = TypeVar("Tree")
@@ -24,11 +25,19 @@ class Checkpoints:
     Args:
         folder: where the checkpoints are.
         identity: what must be equal for a checkpoint to belong here, such as the fingerprint of the data set.
+        processes: those of a distributed run that take part, if not all: what they save must be NumPy arrays.
     """
 
-    def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
+    def __init__(self, folder: Path, *, identity: dict[str, str], processes: set[int] | None = None) -> None:
         self._identity = identity
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._copy = jnp.copy if processes is None else np.copy
+        folder.mkdir(parents=True, exist_ok=True)
+        members = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes=processes, barrier_sync_key_prefix=None if processes is None else "isgd"
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=True, create=False, multiprocessing_options=members
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -44,7 +53,7 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         record = {"identity": self._identity, "arrays": _describe(tree), "notes": notes}
-        arrays = ocp.args.StandardSave(jax.tree.map(jnp.copy, tree))
+        arrays = ocp.args.StandardSave(jax.tree.map(self._copy, tree))
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(arrays=arrays, record=ocp.args.JsonSave(record)))
 

@@ -14,7 +14,13 @@ EngineName = Literal["inline", "local"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
-MAY_CHANGE_ON_RESUME = frozenset({"steps", "epochs", "log_every", "checkpoint_every", "data_dir", "raw_dir", "run_dir"})
+PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "initialization_timeout")
+"""Fields that say which processes make a run together; they are no part of what is saved with it."""
+
+PER_HOST = frozenset({"data_dir", "raw_dir", "run_dir", *PLACES})
+"""Fields in which the processes of a run may differ."""
+
+MAY_CHANGE_ON_RESUME = PER_HOST | {"steps", "epochs", "log_every", "checkpoint_every"}
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
 
@@ -99,11 +105,33 @@ class Config:
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
 
+    distributed: bool = False
+    """Train on several hosts as one: start the same command on each. Needs nothing more on a TPU pod slice, Slurm or
+    Open MPI; elsewhere the next three."""
+    coordinator: str | None = None
+    """host:port of process 0, as the other hosts see it (--distributed). The port after it is used too."""
+    num_processes: int | None = None
+    """Processes in all, one a host (--distributed)."""
+    process_id: int | None = None
+    """Which of them this is, from 0 (--distributed). Process 0 alone writes the folder of the run."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process counts as lost and the others end (--distributed)."""
+    initialization_timeout: int = 300
+    """Seconds to wait until all processes are there (--distributed)."""
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Config).items():
             _check_type(name, getattr(self, name), hint)
         for name in ("refresh_every", "chunk_size", "batch_size", "steps", "log_every", "checkpoint_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("heartbeat_timeout", "initialization_timeout"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1 second")
+        for name in ("coordinator", "num_processes", "process_id"):
+            given = getattr(self, name)
+            _check(name, given, given is None or self.distributed, "left out without --distributed")
+        _check("num_processes", self.num_processes, self.num_processes is None or self.num_processes >= 1, "at least 1")
+        _check("process_id", self.process_id, self.process_id is None or self.process_id >= 0, "0 or more")
+        _check("engine", self.engine, self.engine == "inline" or not self.distributed, "inline with --distributed")
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
         _check("epochs", self.epochs, self.epochs is None or 0 < self.epochs < math.inf, "above 0")
         _check("mixture", self.mixture, 0 < self.mixture <= 1, "above 0 and at most 1: at 0 an example could starve")
@@ -135,6 +163,13 @@ class Config:
         if self.epochs is None:
             return self.steps
         return max(1, round(self.epochs * num_examples / self.batch_size))
+
+    def as_saved(self) -> "Config":
+        """Without the places of its processes: others may take the run up."""
+        places: dict[str, Any] = {
+            field.name: field.default for field in dataclasses.fields(self) if field.name in PLACES
+        }
+        return dataclasses.replace(self, **places)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON has it."""

@@ -3,10 +3,13 @@
 import optax
 
 from isgd_jax.config import Config
+from isgd_jax.parallel import OneDevice
 from isgd_jax.reweight import importance_weighting
 
 
-def make(config: Config, *, num_examples: int, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make(
+    config: Config, *, num_examples: int, num_steps: int, place: OneDevice | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The chain of a configuration. Decoupled weight decay stands behind the reweighting: it is no part of it."""
     rate: optax.ScalarOrSchedule = config.learning_rate
     if config.schedule == "cosine":
@@ -17,4 +20,4 @@ def make(config: Config, *, num_examples: int, num_steps: int) -> optax.Gradient
         "adam": lambda: optax.adam(rate),
         "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
     }[config.optimizer]()
-    return optax.chain(importance_weighting(num_examples), optimizer)
+    return optax.chain((place or OneDevice()).averaged(importance_weighting(num_examples)), optimizer)

@@ -44,7 +44,7 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            run.write("config.json", _pretty(config.to_dict()))
+            run.write("config.json", _pretty(config.as_saved().to_dict()))
         except PermissionError as error:
             raise PermissionError(f"cannot write to {path}: choose a --run-dir where you may write") from error
         return run
@@ -116,6 +116,19 @@ class RunDir:
         """Drop the lines written after ``step``: the resumed run will write them again."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         self.write("metrics.jsonl", "".join(kept))
+
+
+class Unwritten(RunDir):
+    """The folder of a run as the other processes of a distributed run see it: process 0 alone writes there."""
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        return self.path / name
+
+    def append(self, record: Record) -> None:
+        pass
+
+    def records(self, event: str | None = None) -> Iterator[Record]:
+        return iter(())
 
 
 def _default_name(config: Config) -> str:

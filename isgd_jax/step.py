@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from isgd_jax import table
 from isgd_jax.factoring import factored
 from isgd_jax.gradients import per_example_value_and_grad
+from isgd_jax.parallel import OneDevice
 from isgd_jax.typing import Batch, Key, LossFn, Params, Sampler
 
 
@@ -60,6 +61,7 @@ def make_update(
     *,
     num_draws: int,
     fresh_scores: FreshScores | None = None,
+    place: OneDevice | None = None,
 ) -> Callable[[TrainState, Any, Batch, Key, Float[Array, ""]], tuple[TrainState, StepInfo]]:
     """Build ``update(state, law, data, key, seconds) -> (state, info)``, jitted, its state donated.
 
@@ -74,23 +76,29 @@ def make_update(
         tx: an Optax chain that begins with `isgd_jax.importance_weighting`.
         sampler: ``(key, law, num_draws=...) -> Draw``.
         num_draws: draws in a step, M.
+        place: where the step is made, by default on one device; else each device handles its share of the draw, and
+            the reweighting of ``tx`` must average over them (`parallel.OneDevice.averaged`).
         fresh_scores: how the drawn examples are scored for the table; `None` leaves the table alone, and costs nothing.
     """
+
+    where = place or OneDevice()
 
     def update(
         state: TrainState, law: Any, data: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
         draw = sampler(jax.random.fold_in(key, state.step), law, num_draws=num_draws)
-        batch = jax.tree.map(lambda x: x[draw.indices], data)
+        mine = where.share(draw)
+        batch = jax.tree.map(lambda x: x[mine.indices], data)
         losses, grads = per_example_value_and_grad(loss_fn)(state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, probs=draw.probs)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, probs=mine.probs)
         scored, rejected = state.table, jnp.zeros((), jnp.int32)
         if fresh_scores is not None:
-            fresh = fresh_scores(losses, grads)
+            fresh = where.gather(fresh_scores(losses, grads))
             scored, rejected = table.record(scored, draw.indices, fresh, version=state.step, seconds=seconds)
         weights = 1.0 / (len(scored.scores) * draw.probs)
-        info = StepInfo(jnp.mean(weights * losses), jnp.max(weights), rejected)
+        loss = where.mean(jnp.mean(losses / (len(scored.scores) * mine.probs)))
+        info = StepInfo(loss, jnp.max(weights), rejected)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, scored, state.step + 1), info
 
-    return jax.jit(update, donate_argnames="state")
+    return where.jit(update)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isgd_jax import data, evaluate, laws, models, optimizers, report, samplers, scorers, step, table, task
-from isgd_jax.checkpoint import Checkpoints
+from isgd_jax import data, distributed, evaluate, laws, models, optimizers, report, samplers, scorers, step, table, task
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import make_engine
-from isgd_jax.rundir import Record, RunDir
+from isgd_jax.parallel import AllDevices, OneDevice
+from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
 from isgd_jax.typing import Params, Sampler, Scorer
 
@@ -29,6 +29,9 @@ SAMPLERS: dict[str, Sampler] = {
     "independent": samplers.independent,
     "stratified": samplers.stratified,
 }
+
+ENOUGH = 0.5
+"""In place of the number of a signal, when it was `until` that asked to stop."""
 
 Observer = Callable[[Record], None]
 
@@ -71,7 +74,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
-    if resume:
+    if resume and not config.distributed:
         RunDir(Path(str(config.run_dir))).check_resumable(config)
     if dataset is None:
         with clock.spending("data"):
@@ -81,16 +84,28 @@ def fit(
             f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
             f"got {config.batch_size}"
         )
-    work = task.make(config, dataset, model=model, loss=loss)
-    run = RunDir(Path(str(config.run_dir))) if resume else RunDir.create(config)
-    trainer = Trainer(config, work, run, clock, observe, until)
-    try:
-        if resume:
-            trainer.resume()
-        with stop_on_signals() as stop:
-            return trainer.train(stop)
-    finally:
-        trainer.close()
+    with distributed.joined(config, dataset.fingerprint):
+        place = AllDevices(config.batch_size) if config.distributed else OneDevice()
+        work = task.make(config, dataset, model=model, loss=loss)
+        trainer = Trainer(config, work, place, _run_dir(config, resume, place), clock, observe, until)
+        try:
+            if resume:
+                trainer.resume()
+            with stop_on_signals() as stop:
+                return trainer.train(stop)
+        finally:
+            trainer.close()
+
+
+def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
+    """The folder of the run, new or old; of several processes one writes there."""
+    if not place.writes:
+        return Unwritten(Path(str(config.run_dir)))
+    if not resume:
+        return RunDir.create(config)
+    run = RunDir(Path(str(config.run_dir)))
+    run.check_resumable(config)
+    return run
 
 
 class Trainer:
@@ -100,20 +115,22 @@ class Trainer:
         self,
         config: Config,
         work: task.Task,
+        place: OneDevice,
         run: RunDir,
         clock: Clock,
         observe: Observer,
         until: Callable[[Record], bool],
     ) -> None:
-        self.config, self.work, self.run, self.clock = config, work, run, clock
-        self.observe, self.until = observe, until
+        self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
+        self.observe, self.until = observe if place.writes else lambda record: None, until
+        self.asked = 0.0  # the signal that asked to stop, or ENOUGH
         self.reached = False
         self.num_steps = config.num_steps(work.num_examples)
         self.step = 0
-        self.train_data, self.test_data = jax.device_put((dict(work.train), dict(work.test)))
+        self.train_data, self.test_data = place.spread(dict(work.train)), jax.device_put(dict(work.test))
         self.init_key, self.draw_key, self.epoch_key, self.probe_key = jax.random.split(jax.random.key(config.seed), 4)
-        tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps)
-        self.state = step.init_state(work.init(self.init_key), tx, work.num_examples)
+        tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps, place=place)
+        self.state = place.spread(step.init_state(work.init(self.init_key), tx, work.num_examples))
         scorer, fresh_scores = make_scorer(config, work)
         self.engine, self.remarks = make_engine(config, scorer, work.train, fingerprint=work.fingerprint)
         self.laws = self._make_laws()
@@ -123,10 +140,11 @@ class Trainer:
             SAMPLERS[config.sampler_in_use],
             num_draws=config.batch_size,
             fresh_scores=None if config.mode == "uniform" else fresh_scores,
+            place=place,
         )
         self.evaluate = evaluate.make_evaluate(work)
         self.probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
-        self.checkpoints = Checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
+        self.checkpoints = distributed.checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
         self.infos: list[step.StepInfo] = []
         self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress
 
@@ -147,7 +165,7 @@ class Trainer:
             self._record("resumed")
             return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
-        self.state, self.laws.law = saved["state"], saved["law"]
+        self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
         self.engine.restore(notes["engine"])
         self.clock.go_on_from(notes["seconds"], notes["spent"])
         self.step = int(self.state.step)
@@ -156,29 +174,38 @@ class Trainer:
 
     def train(self, stop: Stop) -> Result:
         """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
-        self.run.write_environment([str(device) for device in jax.local_devices()])
+        self.run.write_environment([str(device) for device in jax.devices()])
         self.observe(self._plan())
         self._warn(*self.remarks)
         self._set_mark()
         if self.step == 0:
             self._log()
-        while self.step < self.num_steps and not stop and not self.reached:
+        while self.step < self.num_steps and not self._is_over(stop):
             self._advance()
         self._save()
         self.checkpoints.wait()
-        self._record("stopped" if stop else "finished", spent=dict(self.clock.spent), num_steps=self.num_steps)
-        report.draw(self.run)
-        self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
-        return Result(self.state.params, self.run.path, self.step, stop.signum)
+        self._record(
+            "stopped" if self.asked >= 1 else "finished", spent=dict(self.clock.spent), num_steps=self.num_steps
+        )
+        if self.place.writes:
+            report.draw(self.run)
+            self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
+        return Result(self.state.params, self.run.path, self.step, int(self.asked) or None)
 
     def close(self) -> None:
         """Release the engine and the checkpoint folder."""
         self.engine.close()
         self.checkpoints.close()
 
+    def _is_over(self, stop: Stop) -> bool:
+        """Whether a signal asked to stop, or what was wanted is reached; looked at where all processes can agree."""
+        if self.place.num_processes == 1 or self.step % STEPS_IN_FLIGHT == 0:
+            self.asked = self.place.agree(max(float(stop.signum or 0), ENOUGH if self.reached else 0.0))
+        return self.asked > 0
+
     def _advance(self) -> None:
         """One step, and what falls due after it."""
-        self.state, refresh = self.laws.before(self.step, self.state, self.clock)
+        self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
             self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
@@ -234,12 +261,13 @@ class Trainer:
     def _measure(self) -> Record:
         """Loss and error on held-out data, √Tr Cov of three proposals, and the ages of the scores."""
         measured: Record = {}
-        splits = {"test": self.test_data} | ({"train": self.train_data} if self.config.full_train_loss else {})
+        params, proposal, train = self.place.local((self.state.params, self.laws.proposal, self.train_data))
+        splits = {"test": self.test_data} | ({"train": train} if self.config.full_train_loss else {})
         for name, split in splits.items():
-            fit = self.evaluate(self.state.params, split)
+            fit = self.evaluate(params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
         key = jax.random.fold_in(self.probe_key, self.step)
-        traces = self.probe(self.state.params, self.laws.proposal, self.train_data, key)
+        traces = self.probe(params, proposal, train, key)
         measured |= {f"sd_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()}
         measured["variance_ratio"] = _finite(traces.stale / traces.uniform)
         versions = np.asarray(self.state.table.versions)
@@ -281,7 +309,7 @@ class Trainer:
             "run_dir": str(self.run.path),
             "num_examples": self.work.num_examples,
             "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
-            "devices": [str(device) for device in jax.local_devices()],
+            "devices": [str(device) for device in jax.devices()],
             "first_step": self.step,
             "num_steps": self.num_steps,
             "config": self.config.to_dict(),

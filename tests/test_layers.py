@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows"},
+    {"typing", "config", "sums", "windows", "clock", "rollcall"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"},
-    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor"},
-    {"scorers", "sharded", "presample", "optimizers"},
-    {"step", "designs", "engines", "data", "clock", "signals", "console", "figures"},
+    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed"},
+    {"step", "designs", "engines", "data", "signals", "console", "figures"},
     {"laws", "task"},
     {"evaluate", "report"},
     {"train"},

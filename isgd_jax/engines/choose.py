@@ -8,6 +8,7 @@ import jax
 
 from isgd_jax.config import Config
 from isgd_jax.engines.chunks import Chunks
+from isgd_jax.engines.hosts import Hosts
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job, local
 from isgd_jax.typing import TRAIN, Batch, Engine, Scorer
@@ -36,11 +37,12 @@ def make_engine(
     return engine, []
 
 
-def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Inline:
-    """Exact mode scores everything at each refresh, relaxed mode its share."""
-    if config.mode != "relaxed":
-        return Inline(scorer, data, chunk_size=config.chunk_size, devices=devices)
-    wanted = math.ceil(config.refresh_share * len(jax.tree.leaves(data)[0]))
+def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Engine:
+    """Exact mode scores everything at each refresh, relaxed mode its share; of several processes each scores a part."""
+    share = config.refresh_share if config.mode == "relaxed" else 1.0
+    wanted = math.ceil(share * len(jax.tree.leaves(data)[0]))
     chunk_size = min(config.chunk_size, wanted)
-    per_collect = math.ceil(wanted / chunk_size)
-    return Inline(scorer, data, chunk_size=chunk_size, chunks_per_collect=per_collect, devices=devices)
+    per_collect, processes = math.ceil(wanted / chunk_size), jax.process_count()
+    mine = math.ceil(per_collect / processes)
+    inline = Inline(scorer, data, chunk_size=chunk_size, chunks_per_collect=mine, devices=devices)
+    return inline if processes == 1 else Hosts(inline, per_collect=per_collect)

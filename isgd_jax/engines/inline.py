@@ -47,6 +47,11 @@ class Inline:
         self._published: tuple[Params, int] | None = None
         self._cursor = self._scored = self._bytes = 0
 
+    @property
+    def chunks(self) -> Chunks:
+        """The chunks of the training set."""
+        return self._chunks
+
     def publish(self, params: Params, version: int) -> None:
         """Score with these parameters from now on."""
         self._published = (jax.tree.map(jnp.copy, params), version)

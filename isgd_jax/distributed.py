@@ -1,0 +1,223 @@
+"""Several processes that train as one: how they find each other, and how each learns that another is lost.
+
+Every host runs the same command. A watch beside each process (`isgd_jax.rollcall`) calls the roll first; only when all
+are there is `jax.distributed` set up, whose own time-outs end in a stack trace.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from isgd_jax.checkpoint import Checkpoints
+from isgd_jax.config import PER_HOST, Config
+from isgd_jax.rollcall import Message, Roll
+
+PORTS_APART = 1
+"""The roll is called on the port after that of `jax.distributed`."""
+
+LOST = 75
+"""Exit code of a process that ends because another was lost: what `sysexits.h` calls a temporary failure."""
+
+
+@contextmanager
+def joined(config: Config, fingerprint: str) -> Iterator[None]:
+    """Inside, this process is one of those of a `--distributed` run; without that flag, nothing happens.
+
+    Raises:
+        TimeoutError: not all processes came in time; the message names the missing ones.
+        ValueError: a process is started with other settings or packages, or its place cannot be found out.
+    """
+    if not config.distributed:
+        yield
+        return
+    watch = _Watched(_roll(config, fingerprint))
+    try:
+        _set_up(config, watch.roll)
+        yield
+    except BaseException as error:
+        watch.leave(f"{type(error).__name__}: {error}")
+        atexit.register(_end_at_once)  # runs before jax's own, which would wait for the others
+        raise
+    watch.leave(None)
+
+
+class SharedCheckpoints:
+    """Checkpoints that process 0 alone writes and reads: the others get what they hold over the network.
+
+    So the folder need not be on storage that all hosts see.
+    """
+
+    def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
+        first = jax.process_index() == 0
+        self._own = Checkpoints(folder, identity=identity, processes={0}) if first else None
+
+    def latest_step(self) -> int | None:
+        """Of the newest whole checkpoint, or None."""
+        own = None if self._own is None else self._own.latest_step()
+        step = int(_of_first(np.int32(-1 if own is None else own)))
+        return None if step < 0 else step
+
+    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        """Save arrays that are the same on all processes."""
+        if self._own is not None:
+            self._own.save(step, jax.tree.map(np.asarray, tree), notes)
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint, as NumPy arrays on every process."""
+        arrays, notes = jax.tree.map(np.asarray, template), b""
+        if self._own is not None:
+            arrays, found = self._own.restore(arrays)
+            notes = json.dumps(found).encode()
+        text = np.zeros(_of_first(np.int32(len(notes))), np.uint8)
+        text[: len(notes)] = np.frombuffer(notes, np.uint8)
+        return _of_first(arrays), json.loads(_of_first(text).tobytes())
+
+    def wait(self) -> None:
+        """Return when the last save is on disk."""
+        if self._own is not None:
+            self._own.wait()
+
+    def close(self) -> None:
+        """Finish the last save."""
+        if self._own is not None:
+            self._own.close()
+
+
+def checkpoints(folder: Path, *, identity: dict[str, str]) -> Checkpoints | SharedCheckpoints:
+    """The checkpoints of a run, of one process or several."""
+    return (Checkpoints if jax.process_count() == 1 else SharedCheckpoints)(folder, identity=identity)
+
+
+def _of_first(tree: Any) -> Any:
+    """What process 0 has, on all: NumPy arrays of equal shapes."""
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+class _Watched:
+    """This side of the pipes to the watch."""
+
+    def __init__(self, roll: Roll) -> None:
+        self.roll = roll
+        self._left = threading.Event()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "isgd_jax.rollcall", roll.to_json()],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=_path(),
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to: IO[str] = self._process.stdin
+        self._hear(self._process.stdout)
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def leave(self, error: str | None) -> None:
+        """Say goodbye, and why."""
+        self._left.set()
+        self._say({"bye": error})
+        try:
+            self._process.wait(timeout=self.roll.timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _hear(self, pipe: IO[str]) -> None:
+        """Wait until all are there."""
+        line = pipe.readline()
+        message: Message = (
+            json.loads(line) if line else {"failed": "the watch beside this process could not be started"}
+        )
+        if "complete" in message:
+            return
+        self._left.set()
+        raise (ValueError if "refused" in message else TimeoutError)(message.get("failed") or message["lost"])
+
+    def _listen(self, pipe: IO[str]) -> None:
+        """The watch has told the person already; nothing can be saved, as collectives would wait for the lost one."""
+        for line in pipe:
+            if "lost" in json.loads(line) and not self._left.is_set():
+                os._exit(LOST)
+
+    def _beat(self) -> None:
+        while not self._left.wait(self.roll.interval):
+            self._say({"beat": True})
+
+    def _say(self, message: Message) -> None:
+        try:
+            self._to.write(json.dumps(message) + "\n")
+            self._to.flush()
+        except OSError:
+            pass  # the watch is gone: it has said why
+
+
+def _roll(config: Config, fingerprint: str) -> Roll:
+    address, num_processes, process_id = _place(config)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator must be host:port of process 0; got {address!r}")
+    identity = {
+        f"--{name.replace('_', '-')}": value for name, value in config.to_dict().items() if name not in PER_HOST
+    }
+    identity |= {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
+    waiting, silence = config.initialization_timeout, config.heartbeat_timeout
+    return Roll(host, int(port) + PORTS_APART, process_id, num_processes, identity, waiting, silence)
+
+
+def _place(config: Config) -> tuple[str, int, int]:
+    """Coordinator, number of processes and the id of this one: from the flags, else from the cluster."""
+    given: Any = (config.coordinator, config.num_processes, config.process_id)
+    if None in given:
+        address, count, number = given
+        given = _detected(address, count, number, config.initialization_timeout)
+    flags = ("--coordinator", "--num-processes", "--process-id")
+    unknown = [flag for flag, value in zip(flags, given, strict=True) if value is None]
+    if unknown:
+        raise ValueError(
+            f"--distributed needs {', '.join(unknown)}: nothing here (no Cloud TPU, Slurm, Open MPI or Kubernetes) "
+            "tells the place of this process among the others"
+        )
+    address, count, number = given
+    if not 0 <= number < count:
+        raise ValueError(f"--process-id must be between 0 and {count - 1}, as --num-processes is {count}; got {number}")
+    return address, count, number
+
+
+def _detected(address: Any, count: Any, number: Any, patience: int) -> Any:
+    """What jax knows of the clusters it may be run on; the one private name of jax here."""
+    from jax._src.clusters import ClusterEnv
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(address, count, number, [], None, patience)
+    return found[:3]
+
+
+def _set_up(config: Config, roll: Roll) -> None:
+    """All are there: this is quick. Its own time-outs stand behind ours."""
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away, which saves and stops a run
+    jax.distributed.initialize(
+        coordinator_address=f"{roll.host}:{roll.port - PORTS_APART}",
+        num_processes=roll.num_processes,
+        process_id=roll.process_id,
+        initialization_timeout=config.initialization_timeout,
+        heartbeat_timeout_seconds=3 * config.heartbeat_timeout,
+        shutdown_timeout_seconds=config.heartbeat_timeout,
+    )
+
+
+def _path() -> dict[str, str]:
+    """The environment of the watch: it finds this package wherever this process found it."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _end_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

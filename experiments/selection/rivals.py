@@ -1,0 +1,321 @@
+"""The methods that importance sampling is compared with, and ours, as `selection.contest.Method`s.
+
+uniform    epoch-shuffled SGD
+larger     the same with batches twice as large (and so half as many steps)
+subset     the same on a random half of the data, fixed at the start
+presample  Katharopoulos & Fleuret 2018 (arXiv 1803.00942): score three batches by the bound from the logits, draw one,
+           reweight; shut while the promised speed-up is below what it costs
+prune      after InfoBatch, Qin et al. 2024 (arXiv 2303.04947): each epoch leaves out half of the examples whose last
+           loss is below the mean, doubles the weight of the other half, and ends with an eighth of whole epochs. An
+           epoch weighs all examples alike, in fewer and so in longer steps
+ranks      Loshchilov & Hutter 2015 (arXiv 1511.06343): probability falls exponentially with the rank of the latest
+           known loss, from 100 : 1 down to 1 : 1 over training, without reweighting
+rho        RHO-LOSS, Mindermann et al. 2022 (arXiv 2206.07137): of four batches the one with the largest loss in excess
+           of the irreducible loss, from models trained on the other half of the data. Theirs takes one of ten, which
+           costs more here, where scoring is paid for
+ours       importance sampling: stratified draws from a calibrated proposal (mixture 0.1) behind the gate; what is
+           drawn is scored with the update, and a tenth of all every 50 steps besides
+ours-free  the same without the tenth: nothing is scored but what is drawn
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from isgd_jax import calibration, gate, presample, proposal, samplers, scorers, table
+from selection.contest import FORWARD, NORMS, Choice, Method, Problem
+
+Tree = Any
+Array = jax.Array
+
+CANDIDATES = 3
+"""Batches that presampling scores for one update."""
+RHO_CANDIDATES, RHO_EPOCHS, RHO_RATE = 4, 3, 0.02
+PRUNED, PRUNED_UNTIL = 0.5, 0.875
+PRESSURE = 100.0
+SWEEP_BATCH = 1024
+
+
+class Epochs(NamedTuple):
+    """Indices in random order, how many of them count, and how many are used."""
+
+    order: Array
+    count: Array
+    used: Array
+
+
+def new_epochs(key: Array, indices: Array) -> Epochs:
+    return Epochs(jax.random.permutation(key, indices), jnp.int32(len(indices)), jnp.int32(0))
+
+
+def next_batch(key: Array, epochs: Epochs, size: int) -> tuple[Array, Epochs]:
+    """The next ``size`` indices; what does not fill a batch is left out of its epoch."""
+    over = epochs.used + size > epochs.count
+    epochs = jax.lax.cond(over, lambda: new_epochs(key, epochs.order), lambda: epochs)
+    return jax.lax.dynamic_slice_in_dim(epochs.order, epochs.used, size), epochs._replace(used=epochs.used + size)
+
+
+def uniform(problem: Problem, *, batches: int = 1, share: float = 1.0) -> Method:
+    """Epoch-shuffled SGD, on a random ``share`` of the data."""
+    size, kept = batches * problem.batch_size, round(share * problem.num_examples)
+
+    def start(key: Array, data: Tree) -> tuple[Epochs, float]:
+        chosen = jax.random.permutation(jax.random.fold_in(key, 1), problem.num_examples)[:kept]
+        return new_epochs(key, chosen), 0.0
+
+    def choose(key: Array, memory: Epochs, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Epochs]:
+        indices, memory = next_batch(key, memory, size)
+        return Choice(indices, jnp.ones(size), 0.0), memory
+
+    return Method(start, choose)
+
+
+class Presampling(NamedTuple):
+    epochs: Epochs
+    speedup: Array
+    is_open: Array
+
+
+def presampling(problem: Problem) -> Method:
+    """Katharopoulos & Fleuret's algorithm 1, with the library's `presample`."""
+    size, num_candidates = problem.batch_size, CANDIDATES * problem.batch_size
+    score = scorers.logit_bound(problem.logits_fn, lambda logits, e: -jax.nn.log_softmax(logits)[e["y"]])
+    worth = 1.0 + num_candidates * FORWARD / size  # the larger uniform batch that costs as much
+
+    def start(key: Array, data: Tree) -> tuple[Presampling, float]:
+        epochs = new_epochs(key, jnp.arange(problem.num_examples))
+        return Presampling(epochs, jnp.float32(1.0), jnp.asarray(False)), 0.0
+
+    def choose(key: Array, memory: Presampling, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Any]:
+        draw_key, epoch_key = jax.random.split(key)
+
+        def open_() -> tuple[Choice, Epochs, Array]:
+            indices, epochs = next_batch(epoch_key, memory.epochs, num_candidates)
+            scores = score(params, jax.tree.map(lambda leaf: leaf[indices], data))
+            draw = presample.resample(draw_key, scores, num_draws=size)
+            weights = 1.0 / (num_candidates * draw.probs)
+            cost = jnp.float32(num_candidates * FORWARD)
+            return Choice(indices[draw.indices], weights, cost), epochs, presample.speedup(scores)
+
+        def shut() -> tuple[Choice, Epochs, Array]:
+            indices, epochs = next_batch(epoch_key, memory.epochs, size)
+            return Choice(indices, jnp.ones(size), jnp.float32(0.0)), epochs, memory.speedup
+
+        choice, epochs, found = jax.lax.cond(memory.is_open, open_, shut)
+        return choice, memory._replace(epochs=epochs, speedup=0.9 * memory.speedup + 0.1 * found)
+
+    def learn(memory: Presampling, choice: Choice, losses: Array, norms: None, step: Array) -> Presampling:
+        # While shut, scores come from the losses for nothing: 2 (1 - exp(-loss)) is the L1 norm of the same slope.
+        found = 0.9 * memory.speedup + 0.1 * presample.speedup(1.0 - jnp.exp(-losses))
+        speedup = jnp.where(memory.is_open, memory.speedup, found)
+        return memory._replace(speedup=speedup, is_open=speedup > worth)
+
+    return Method(start, choose, learn)
+
+
+class Pruning(NamedTuple):
+    losses: Array
+    weights: Array
+    epochs: Epochs
+
+
+def pruning(problem: Problem) -> Method:
+    """Unbiased dynamic pruning by the last known loss."""
+    size, num_examples = problem.batch_size, problem.num_examples
+
+    def start(key: Array, data: Tree) -> tuple[Pruning, float]:
+        epochs = new_epochs(key, jnp.arange(num_examples))
+        return Pruning(jnp.full(num_examples, 1e6), jnp.ones(num_examples), epochs), 0.0
+
+    def begin_epoch(key: Array, memory: Pruning, progress: Array) -> Pruning:
+        coin_key, order_key = jax.random.split(key)
+        low = (memory.losses < jnp.mean(memory.losses)) & (progress < PRUNED_UNTIL)
+        dropped = low & jax.random.bernoulli(coin_key, PRUNED, low.shape)
+        order = jnp.argsort(jax.random.uniform(order_key, low.shape) + jnp.where(dropped, 2.0, 0.0))
+        count = jnp.sum(~dropped, dtype=jnp.int32)
+        weights = jnp.where(low, 1.0 / (1.0 - PRUNED), 1.0)
+        return Pruning(memory.losses, weights, Epochs(order, count, jnp.int32(0)))
+
+    def choose(key: Array, memory: Pruning, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Pruning]:
+        over = memory.epochs.used + size > memory.epochs.count
+        memory = jax.lax.cond(over, lambda: begin_epoch(key, memory, progress), lambda: memory)
+        indices, epochs = next_batch(key, memory.epochs, size)
+        return Choice(indices, memory.weights[indices], 0.0), memory._replace(epochs=epochs)
+
+    def learn(memory: Pruning, choice: Choice, losses: Array, norms: None, step: Array) -> Pruning:
+        return memory._replace(losses=memory.losses.at[choice.indices].set(losses))
+
+    return Method(start, choose, learn)
+
+
+class Ranking(NamedTuple):
+    losses: Array
+    order: Array
+    """Examples by falling loss."""
+
+
+def ranking(problem: Problem) -> Method:
+    """Online batch selection by ranks of the latest known losses, sorted anew twice an epoch."""
+    size, num_examples = problem.batch_size, problem.num_examples
+
+    def start(key: Array, data: Tree) -> tuple[Ranking, float]:
+        return Ranking(jnp.full(num_examples, jnp.inf), jax.random.permutation(key, num_examples)), 0.0
+
+    def choose(key: Array, memory: Ranking, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Ranking]:
+        decay = (1.0 - jnp.clip(progress, 0.0, 1.0)) * jnp.log(PRESSURE) + 1e-6
+        # The inverse of the distribution function of a rank r/N with density proportional to exp(-decay r/N).
+        place = -jnp.log1p(-jax.random.uniform(key, (size,)) * -jnp.expm1(-decay)) / decay
+        ranks = jnp.minimum((place * num_examples).astype(jnp.int32), num_examples - 1)
+        return Choice(memory.order[ranks], jnp.ones(size), 0.0), memory
+
+    def learn(memory: Ranking, choice: Choice, losses: Array, norms: None, step: Array) -> Ranking:
+        return memory._replace(losses=memory.losses.at[choice.indices].set(losses))
+
+    def refresh(key: Array, memory: Ranking, params: Tree, data: Tree, step: Array) -> tuple[Ranking, float]:
+        tie_breaker = jax.random.permutation(key, num_examples)
+        return memory._replace(order=jnp.lexsort((tie_breaker, -memory.losses))), 0.0
+
+    return Method(start, choose, learn, refresh, refresh_every=max(1, num_examples // (2 * size)))
+
+
+class Reducible(NamedTuple):
+    epochs: Epochs
+    irreducible: Array
+
+
+def rho_loss(problem: Problem) -> Method:
+    """Reducible holdout loss, with two irreducible-loss models, each trained on the half that the other one judges."""
+    size, num_candidates = problem.batch_size, RHO_CANDIDATES * problem.batch_size
+    half = problem.num_examples // 2
+    tx = optax.sgd(RHO_RATE, momentum=0.9, nesterov=True)
+    all_losses = jax.vmap(problem.loss_fn, (None, 0))
+
+    def judge(key: Array, data: Tree, indices: Array) -> Tree:
+        """A model trained for a few epochs on some of the examples."""
+        params = problem.init(key)
+        steps = RHO_EPOCHS * (len(indices) // size)
+
+        def body(state: tuple[Tree, Tree, Epochs], step_key: Array) -> tuple[Any, None]:
+            params, opt_state, epochs = state
+            chosen, epochs = next_batch(step_key, epochs, size)
+            batch = jax.tree.map(lambda leaf: leaf[chosen], data)
+            grad = jax.grad(lambda p: jnp.mean(all_losses(p, batch)))(params)
+            updates, opt_state = tx.update(grad, opt_state)
+            return (optax.apply_updates(params, updates), opt_state, epochs), None
+
+        state = (params, tx.init(params), new_epochs(key, indices))
+        return jax.lax.scan(body, state, jax.random.split(key, steps))[0][0]
+
+    def start(key: Array, data: Tree) -> tuple[Reducible, float]:
+        order = jax.random.permutation(key, problem.num_examples)
+        halves = order[:half], order[half:]
+        irreducible = jnp.zeros(problem.num_examples)
+        for i, (learnt, judged) in enumerate((halves, halves[::-1])):
+            params = judge(jax.random.fold_in(key, i), data, learnt)
+            losses = _by_slices(lambda p, e: problem.loss_fn(p, e), params, data, judged)
+            irreducible = irreducible.at[judged].set(losses)
+        cost = problem.num_examples * (RHO_EPOCHS + FORWARD)
+        return Reducible(new_epochs(key, order), irreducible), cost
+
+    def choose(key: Array, memory: Reducible, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Reducible]:
+        candidates, epochs = next_batch(key, memory.epochs, num_candidates)
+        losses = all_losses(params, jax.tree.map(lambda leaf: leaf[candidates], data))
+        _, best = jax.lax.top_k(losses - memory.irreducible[candidates], size)
+        choice = Choice(candidates[best], jnp.ones(size), num_candidates * FORWARD)
+        return choice, memory._replace(epochs=epochs)
+
+    return Method(start, choose)
+
+
+class Ours(NamedTuple):
+    table: table.ScoreTable
+    law: samplers.Law
+    proposed: Array
+    """Probabilities [n] that the proposal would give, in use or not."""
+    old: tuple[Array, Array]
+    """Scores and versions [n] that the law was made of."""
+    calibration: calibration.Calibration
+    gate: gate.Gate
+    next_slice: Array
+
+
+def ours(
+    problem: Problem, *, sweep: float, every: int, calibrated: bool = True, gated: bool = True, mixture: float = 0.1
+) -> Method:
+    """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
+    size, num_examples = problem.batch_size, problem.num_examples
+    swept = round(sweep * num_examples)
+
+    def start(key: Array, data: Tree) -> tuple[Ours, float]:
+        probs = jnp.full(num_examples, 1.0 / num_examples)
+        scores = table.create(num_examples)
+        law = samplers.prepare(probs, samplers.order_by(data["y"], probs))
+        old = (scores.scores, scores.versions)
+        return Ours(scores, law, probs, old, calibration.create(), gate.create(), jnp.int32(0)), 0.0
+
+    def choose(key: Array, memory: Ours, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Ours]:
+        draw = samplers.stratified(key, memory.law, num_draws=size)
+        return Choice(draw.indices, 1.0 / (num_examples * draw.probs), 0.0), memory
+
+    def learn(memory: Ours, choice: Choice, losses: Array, norms: Array, step: Array) -> Ours:
+        at = choice.indices
+        scores, versions = memory.old[0][at], memory.old[1][at]
+        known = calibration.observe(
+            memory.calibration, scores, step - versions, norms, choice.weights, versions != table.NEVER
+        )
+        judged, _ = gate.observe(memory.gate, choice.weights, 1.0 / (num_examples * memory.proposed[at]), norms)
+        written, _ = table.record(memory.table, at, norms, version=step)
+        return memory._replace(table=written, calibration=known, gate=judged)
+
+    def refresh(key: Array, memory: Ours, params: Tree, data: Tree, step: Array) -> tuple[Ours, float]:
+        scored, next_slice = memory.table, memory.next_slice
+        if swept:
+            indices = (next_slice + jnp.arange(swept)) % num_examples
+            norms = _sweep(problem, params, data, indices)
+            scored, _ = table.record(scored, indices, norms, version=step)
+            next_slice = (next_slice + swept) % num_examples
+        made = proposal.propose(
+            scored,
+            version=step,
+            mixture=mixture,
+            calibration=memory.calibration if calibrated else None,
+            horizon=every // 2,
+        )
+        probs = gate.apply(memory.gate, made.probs) if gated else made.probs
+        law = samplers.prepare(probs, samplers.order_by(data["y"], made.probs))
+        old = (scored.scores, scored.versions)
+        return memory._replace(
+            table=scored, law=law, proposed=made.probs, old=old, next_slice=next_slice
+        ), NORMS * swept
+
+    return Method(start, choose, learn, refresh, refresh_every=every, wants_norms=True)
+
+
+def _sweep(problem: Problem, params: Tree, data: Tree, indices: Array) -> Array:
+    """The exact norms of some examples, a thousand at a time."""
+    score = scorers.grad_norm(problem.loss_fn)
+    count = -(-len(indices) // SWEEP_BATCH)
+    padded = jnp.pad(indices, (0, count * SWEEP_BATCH - len(indices)), mode="edge").reshape(count, SWEEP_BATCH)
+    norms = jax.lax.map(lambda some: score(params, jax.tree.map(lambda leaf: leaf[some], data)), padded)
+    return norms.reshape(-1)[: len(indices)]
+
+
+def _by_slices(one: Callable[[Tree, Tree], Array], params: Tree, data: Tree, indices: Array) -> Array:
+    batch = jax.tree.map(lambda leaf: leaf[indices], data)
+    return jax.lax.map(lambda example: one(params, example), batch, batch_size=min(SWEEP_BATCH, len(indices)))
+
+
+METHODS: dict[str, Callable[[Problem], Method]] = {
+    "uniform": uniform,
+    "larger": lambda problem: uniform(problem, batches=2),
+    "subset": lambda problem: uniform(problem, share=0.5),
+    "presample": presampling,
+    "prune": pruning,
+    "ranks": ranking,
+    "rho": rho_loss,
+    "ours": lambda problem: ours(problem, sweep=0.1, every=50),
+    "ours-free": lambda problem: ours(problem, sweep=0.0, every=50),
+}

@@ -1,0 +1,190 @@
+"""The experiments run, at their tiniest, and the rival methods are what they say they are."""
+
+from pathlib import Path
+
+import honest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import paper
+import pytest
+from selection import contest, problems, rivals
+
+SIZE, NUM_CLASSES, WIDTH = 96, 3, 4
+STEPS = 4_000
+
+
+@pytest.fixture(scope="module")
+def problem() -> contest.Problem:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, NUM_CLASSES, SIZE)
+    inputs = rng.normal(size=(SIZE, WIDTH)) + labels[:, None]
+    split = {"x": jnp.asarray(inputs, jnp.float32), "y": jnp.asarray(labels, jnp.int32)}
+    return contest.Problem("blobs", (8,), NUM_CLASSES, 8, split, split, split)
+
+
+def mean_counts(choices: contest.Choice, weighted: bool) -> np.ndarray:
+    """How often each example is chosen in a step, on average, times its weight if asked."""
+    weights = choices.weights if weighted else jnp.ones_like(choices.weights)
+    counts = jnp.zeros(SIZE).at[choices.indices.reshape(-1)].add(weights.reshape(-1))
+    return np.asarray(counts) / len(choices.indices)
+
+
+def choices_of(method: contest.Method, problem: contest.Problem, memory: object, steps: int = STEPS) -> contest.Choice:
+    """The choices of many steps at fixed parameters, one after another."""
+    params = problem.init(jax.random.key(1))
+
+    def body(memory: object, key: jax.Array) -> tuple[object, contest.Choice]:
+        choice, memory = method.choose(key, memory, params, problem.train, jnp.float32(0.5))
+        return memory, choice
+
+    run = jax.jit(lambda memory, keys: jax.lax.scan(body, memory, keys)[1])
+    return run(memory, jax.random.split(jax.random.key(2), steps))
+
+
+def learnt(name: str, method: contest.Method, problem: contest.Problem) -> object:
+    """A memory in which the method has something to say: losses or scores that differ by much."""
+    memory, _ = method.start(jax.random.key(3), problem.train)
+    worth = jnp.exp(jax.random.normal(jax.random.key(4), (SIZE,)))
+    if name == "presample":
+        return memory._replace(is_open=jnp.asarray(True))
+    if name in ("prune", "ranks"):
+        order = {"order": jnp.argsort(-worth)} if name == "ranks" else {}
+        return memory._replace(losses=worth, **order)
+    if name == "ours":
+        indices = jnp.arange(SIZE, dtype=jnp.int32)
+        scored = rivals.table.record(memory.table, indices, worth, version=0)[0]
+        memory = memory._replace(table=scored)
+        return method.refresh(jax.random.key(0), memory, None, problem.train, jnp.int32(0))[0]
+    return memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["presample", "prune", "ours"])
+def test_unbiased_methods_are(name: str, problem: contest.Problem) -> None:
+    # Every example counts M/N a step. 6 standard errors: a step's count has a variance of at most M times the largest
+    # weight over N times the number of draws.
+    make = {"ours": lambda p: rivals.ours(p, sweep=0.0, every=50, mixture=0.3)}.get(name, rivals.METHODS[name])
+    method = make(problem)
+    found = mean_counts(choices_of(method, problem, learnt(name, method, problem)), weighted=True)
+    if name == "prune":  # the same for all examples, but more than one: fewer steps make an epoch
+        assert 1.0 < found.sum() / problem.batch_size < 2.0
+        found = found * (problem.batch_size / found.sum())
+    expected = problem.batch_size / SIZE
+    largest = 1 / 0.1  # the mixtures in use keep every weight at or below 10
+    assert np.abs(found - expected).max() < 6 * np.sqrt(expected * largest / STEPS)
+    assert abs(found.sum() - problem.batch_size) < 0.02 * problem.batch_size
+
+
+@pytest.mark.slow
+def test_ranks_fall_exponentially_from_first_to_last(problem: contest.Problem) -> None:
+    # At half of the budget the first rank is 10 times likelier than the last; thirds of the ranks, 5 standard errors.
+    method = rivals.ranking(problem)
+    memory = learnt("ranks", method, problem)
+    counts = mean_counts(choices_of(method, problem, memory), weighted=False)[np.asarray(memory.order)]
+    share = counts.reshape(3, -1).sum(axis=1) / problem.batch_size
+    edges = -np.expm1(-np.log(10.0) * np.linspace(0, 1, 4))
+    np.testing.assert_allclose(share, np.diff(edges) / edges[-1], atol=5 * 0.5 / np.sqrt(STEPS * problem.batch_size))
+
+
+@pytest.mark.slow
+def test_the_reducible_loss_decides(problem: contest.Problem) -> None:
+    method = rivals.rho_loss(problem)
+    memory, cost = method.start(jax.random.key(0), problem.train)
+    assert cost > problem.num_examples * rivals.RHO_EPOCHS
+    hopeless = memory._replace(irreducible=jnp.where(jnp.arange(SIZE) < SIZE // 2, 1e3, 0.0))
+    counts = mean_counts(choices_of(method, problem, hopeless, steps=24), weighted=False)
+    assert counts[: SIZE // 2].sum() < 0.1 * counts.sum()  # chosen only where a candidate batch has too few others
+
+
+@pytest.mark.slow
+def test_half_of_what_is_below_the_mean_is_left_out(problem: contest.Problem) -> None:
+    method = rivals.pruning(problem)
+    memory = learnt("prune", method, problem)
+    low = np.asarray(memory.losses < memory.losses.mean())
+    memory = memory._replace(epochs=memory.epochs._replace(used=memory.epochs.count))
+    _, begun = method.choose(jax.random.key(0), memory, None, problem.train, jnp.float32(0.5))
+    kept = np.zeros(SIZE, bool)
+    kept[np.asarray(begun.epochs.order[: int(begun.epochs.count)])] = True
+    assert kept[~low].all()
+    assert 0 < kept[low].sum() < low.sum()
+    np.testing.assert_array_equal(np.asarray(begun.weights), np.where(low, 2.0, 1.0))
+    _, last = method.choose(jax.random.key(0), memory, None, problem.train, jnp.float32(0.9))
+    assert int(last.epochs.count) == SIZE
+    assert float(last.weights.max()) == 1.0
+
+
+@pytest.mark.parametrize(("kind", "wrong", "rarest"), [("noise 40 %", 0.36, 1.0), ("imbalance 1:100", 0.0, 0.01)])
+def test_labels_are_spoilt_as_told(kind: str, wrong: float, rarest: float) -> None:
+    # 40 % drawn at random from ten classes are wrong in 36 %; a hundredth of 2,000 is 20, five standard deviations.
+    labels = np.repeat(np.arange(10), 2_000).astype(np.int32)
+    arrays = {"image": labels[:, None].astype(np.float32), "label": labels}
+    dataset = problems.data.from_arrays(arrays, arrays)
+    made = problems.make(dataset, kind, problems.Scale(20_000, (4,), 8, 1))
+    every = {name: np.concatenate([made.train[name], made.valid[name]]) for name in ("x", "y")}
+    true = np.rint(every["x"][:, 0] * dataset.std + dataset.mean).astype(int)
+    assert abs((true != every["y"]).mean() - wrong) < 0.02
+    counts = np.bincount(true, minlength=10)
+    assert abs(counts[9] - 2_000 * rarest) <= 5 * np.sqrt(20)
+
+
+@pytest.mark.slow
+def test_an_honest_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Twice: the second time everything is there already, and the table is the same.
+    command = ["tables", "--dataset", "digits", "--scale", "tiny", "--seeds", "2", "--kinds", "clean"]
+    command += ["--methods", "uniform", "prune", "--budgets", "passes", "--folder", str(tmp_path)]
+    printed = []
+    for _ in range(2):
+        honest.main([*command, "--data-dir", str(tmp_path / "data")])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "train loss against uniform" in printed[0]
+    assert (tmp_path / "digits-tiny.png").is_file()
+    runs = [line for line in (tmp_path / "digits-tiny.jsonl").read_text().splitlines() if '"prune"' in line]
+    assert len(runs) >= len(honest.RATES) * len(honest.TUNING_SEEDS) + 2
+
+
+def test_verdicts_go_by_the_intervals() -> None:
+    def row(name: str, errors: list[float], losses: list[float]) -> honest.Row:
+        runs = [{"test_error": e, "train_loss": loss} for e, loss in zip(errors, losses, strict=True)]
+        return honest.Row(name, 0.1, 0.1, runs, runs)
+
+    found = [row("uniform", [0.1, 0.11], [0.2, 0.2]), row("good", [0.05, 0.0601], [0.1, 0.1001]),
+             row("lost", [0.9, 0.9], [float("nan")] * 2)]  # fmt: skip
+    found[2].train_runs[0]["train_loss"] = found[2].train_runs[1]["train_loss"] = None
+    said = honest.verdict(found, ours="good")
+    assert "test error against uniform: better: good; worse: lost" in said
+    assert "train loss against uniform: better: good; worse: lost" in said
+    assert "test error against good: better: none; worse: uniform, lost" in said
+
+
+@pytest.mark.slow
+def test_the_papers_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--dataset", "digits", "--scale", "tiny", "--seeds", "1", "--settings", "1", "--folder", str(tmp_path)]
+    command += ["--arms", "uniform", "ours"]
+    paper.main([*command, "--data-dir", str(tmp_path / "data")])
+    printed = capsys.readouterr().out
+    assert "train error 0.02" in printed
+    assert "ours: STALE/UNIFORM after train loss 0.3" in printed
+    folder = tmp_path / "digits-tiny-setting-1"
+    assert {"loss.png", "error.png", "variance.png"} <= {path.name for path in folder.iterdir()}
+    lines = list(paper.compare.read(folder).curves["ours"][0])
+    whole = [line for line in lines if "full_ratio" in line]
+    assert [line["step"] for line in whole] == [0, 40]
+    for line in whole:
+        assert line["full_sd_ideal"] <= line["full_sd_uniform"] * 1.0001
+        assert line["full_sd_ideal"] <= line["full_sd_stale"] * 1.0001
+
+
+@pytest.mark.slow
+def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem) -> None:
+    # Against the definition: the gradients of all examples, stacked.
+    params = problem.init(jax.random.key(0))
+    work = paper.task.Task(problem.loss_fn, problem.logits_fn, problem.init, problem.train, problem.test, SIZE, "")
+    norms, square = paper.norms_and_mean_square(work)(params, problem.train)
+    grads = paper.isgd.stacked_per_example_grads(problem.loss_fn)(params, problem.train)
+    flat = jnp.concatenate([leaf.reshape(SIZE, -1) for leaf in jax.tree.leaves(grads)], axis=1)
+    np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(square, jnp.sum(jnp.square(jnp.mean(flat, axis=0))), rtol=1e-4)
+    found = paper.spreads(norms, square, {"stale": norms})
+    assert found["full_sd_stale"] == pytest.approx(found["full_sd_ideal"], rel=1e-4)

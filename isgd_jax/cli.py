@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import tyro
@@ -15,6 +15,7 @@ except ModuleNotFoundError:
     sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
 from isgd_jax.config import Config
+from isgd_jax.presets import PRESETS
 from isgd_jax.rundir import RunDir
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, FloatingPointError)
@@ -31,6 +32,8 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
     resume: str | None = None
     """Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there."""
+    preset: Literal["paper-1", "paper-2"] | None = None
+    """Begin with the paper's values, of its setting 1 or 2; flags beside it change single ones."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,24 @@ def _leave_failed_writes_to_us() -> None:
 
 
 def _parse(arguments: list[str]) -> Train | Report:
-    """The command in typed form. With --resume the defaults are the configuration that the run was started with."""
-    resume = _value_of("--resume", arguments)
-    default = Train()
-    if resume is not None:
-        config = RunDir(Path(resume)).read_config()
-        default = Train(dataclasses.replace(config, run_dir=resume), resume)
+    """The command in typed form."""
+    default = _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=default)]
         | Annotated[Report, tyro.conf.subcommand("report")]
     )
     return tyro.cli(commands, prog="isgd", description="Importance-sampling SGD for JAX.", args=arguments)
+
+
+def _defaults(resume: str | None, replay: str | None, arguments: list[str]) -> Train:
+    """With --resume and --replay the configuration that the run was started with, with --preset a named one."""
+    if resume is not None:
+        config = RunDir(Path(resume)).read_config()
+        return Train(dataclasses.replace(config, run_dir=resume), resume)
+    if replay is not None:
+        config = RunDir(Path(replay)).read_config()
+        return Train(dataclasses.replace(config, run_dir=None, replay=replay))
+    return Train(PRESETS.get(_value_of("--preset", arguments) or "", Config()))
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -14,6 +14,9 @@ EngineName = Literal["inline", "local"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
+TUPLES = ("hidden", "priorities")
+"""Fields that JSON has as lists."""
+
 PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "initialization_timeout")
 """Fields that say which processes make a run together; they are no part of what is saved with it."""
 
@@ -62,6 +65,22 @@ class Config:
     """Who scores. inline: all devices, between steps; local: the devices of this host but the first, during them."""
     refresh_every: int = 100
     """Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen."""
+    publish_every: int | None = None
+    """Steps between two publications of the parameters to workers (relaxed mode). Default: --refresh-every."""
+    refetch_every: int = 1
+    """Chunks that a worker scores between two looks for newer parameters (relaxed mode)."""
+    chunk_patience: float = 60.0
+    """Seconds after which a chunk that a worker has not brought back is handed to another."""
+    coin: float = 1.0
+    """Probability that a step draws from the proposal; the others are uniform steps. Each draw is weighted with its own
+    probability, so this is unbiased too. It is the paper's coin; 1 is best."""
+    held_out_by: Literal["trainer", "workers"] = "trainer"
+    """Who measures loss and error on held-out data: the trainer, at each line of progress, or the workers, beside
+    their scoring and with the parameters they have."""
+    priorities: tuple[int, ...] = (20, 1, 1)
+    """Chunks of training, validation and test data that workers take in turn, with --held-out-by workers."""
+    replay: str | None = None
+    """Folder of an earlier relaxed run: its schedule is followed, and the same parameters come out, bit for bit."""
     refresh_share: float = 0.25
     """Share of the data set scored anew at each refresh, in turn (relaxed mode, inline; exact scores all of it)."""
     chunk_size: int = 2048
@@ -132,9 +151,25 @@ class Config:
         _check("num_processes", self.num_processes, self.num_processes is None or self.num_processes >= 1, "at least 1")
         _check("process_id", self.process_id, self.process_id is None or self.process_id >= 0, "0 or more")
         _check("engine", self.engine, self.engine == "inline" or not self.distributed, "inline with --distributed")
+        _check("refetch_every", self.refetch_every, self.refetch_every >= 1, "at least 1")
+        _check("chunk_patience", self.chunk_patience, 0 < self.chunk_patience < math.inf, "above 0")
+        _check("publish_every", self.publish_every, self.publish_every is None or self.publish_every >= 1, "at least 1")
+        free = self.mode == "relaxed" and self.engine != "inline"
+        _check("publish_every", self.publish_every, free or self.publish_every in (None, self.refresh_every),
+               "--refresh-every unless workers score in relaxed mode")  # fmt: skip
+        _check("refetch_every", self.refetch_every, free or self.refetch_every == 1,
+               "1 unless workers score in relaxed mode")  # fmt: skip
+        _check("coin", self.coin, 0 <= self.coin <= 1, "between 0 and 1")
+        _check("held_out_by", self.held_out_by, self.held_out_by == "trainer" or self.engine != "inline",
+               "trainer with --engine inline, which has no workers")  # fmt: skip
+        _check("priorities", self.priorities, len(self.priorities) == 3 and min(self.priorities) >= 1,
+               "three numbers of at least 1")  # fmt: skip
+        _check("replay", self.replay, self.replay is None or self.mode != "uniform",
+               "left out in uniform mode, which has no schedule")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
         _check("epochs", self.epochs, self.epochs is None or 0 < self.epochs < math.inf, "above 0")
-        _check("mixture", self.mixture, 0 < self.mixture <= 1, "above 0 and at most 1: at 0 an example could starve")
+        _check("mixture", self.mixture, 0 < self.mixture <= 1 or (self.mixture == 0 and self.additive > 0),
+               "above 0 and at most 1 (or 0 with --additive above 0): an example could starve")  # fmt: skip
         _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
         _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
         _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
@@ -158,6 +193,11 @@ class Config:
             return self.sampler
         return "shuffled" if self.mode == "uniform" else "stratified"
 
+    @property
+    def publishes_every(self) -> int:
+        """Steps between two publications, with the default resolved."""
+        return self.publish_every or self.refresh_every
+
     def num_steps(self, num_examples: int) -> int:
         """Updates to make on a data set of ``num_examples``."""
         if self.epochs is None:
@@ -173,7 +213,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON has it."""
-        return dataclasses.asdict(self) | {"hidden": list(self.hidden)}
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in TUPLES}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
@@ -184,9 +224,8 @@ class Config:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"unknown configuration key {key!r}{hint}")
-        if isinstance(values.get("hidden"), list):
-            values = values | {"hidden": tuple(values["hidden"])}
-        return cls(**values)
+        lists = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
+        return cls(**(values | lists))
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from isgd_jax import designs, samplers, table
+from isgd_jax import designs, samplers, schedule, table
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.step import TrainState
@@ -18,6 +18,10 @@ class Refresh(NamedTuple):
     """What happened at a refresh of the proposal: the record from which a decision by the clock can be understood."""
 
     clock: float
+    """Seconds of the run when ages were judged; the updates until the next refresh carry it too."""
+    chunk_size: int
+    arrived: list[schedule.Run]
+    """The chunks that came in and the versions they were scored with: what `--replay` follows."""
     scored: int
     rejected: int
     trusted_share: float
@@ -93,10 +97,22 @@ class ScoredLaws:
         engine: who scores.
         config: K, and the options of the proposal.
         labels: the label of each example, for the order of stratified draws.
+        replayed: the schedule that is followed, if the engine is a `Replay`.
     """
 
-    def __init__(self, engine: Engine, config: Config, labels: Int[Array, " n"]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        labels: Int[Array, " n"],
+        *,
+        replayed: schedule.Schedule | None = None,
+    ) -> None:
         self._engine = engine
+        self._replayed = replayed
+        self._is_first = True
+        self.measured: list[ScoredChunk] = []
+        """What workers brought of other segments: for whoever keeps the books of held-out data to take away."""
         self._config = config
         self._labels = labels
         self._make = designs.make_maker(config)
@@ -108,28 +124,46 @@ class ScoredLaws:
         return self.law
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
-        if step % self._config.refresh_every:
-            return state, None
-        jax.block_until_ready(state)  # else the time of steps still in flight would count as scoring
+        refreshes = step % self._config.refresh_every == 0
+        if refreshes:
+            jax.block_until_ready(state)  # else the time of steps still in flight would count as scoring
         with clock.spending("scoring"):
-            self._engine.publish(state.params, step)
-            chunks = [chunk for chunk in self._engine.collect() if chunk.segment == TRAIN]
-            scores, rejected = self._recorded(state.table, chunks, clock)
-            now = clock()
-            self.law, made = self._make(scores, step, now, self._labels)
-            share, is_uniform = float(made.trusted_share), bool(made.is_uniform)
-        return state._replace(table=scores), Refresh(now, sum(len(c.ids) for c in chunks), rejected, share, is_uniform)
+            if self._publishes(step):
+                self._engine.publish(state.params, step)
+            return self._refresh(step, state, clock) if refreshes else (state, None)
+
+    def _publishes(self, step: int) -> bool:
+        """Every so many steps; also at once where a run begins or goes on, so that no worker waits or scores the old.
+
+        In exact mode a refresh follows each publish, so there is nothing to be gained between.
+        """
+        first, self._is_first = self._is_first, False
+        if self._replayed is not None:
+            return step in self._replayed.versions
+        return step % self._config.publishes_every == 0 or (first and self._config.mode == "relaxed")
+
+    def _refresh(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh]:
+        collected = self._engine.collect()
+        chunks = [chunk for chunk in collected if chunk.segment == TRAIN]
+        self.measured += [chunk for chunk in collected if chunk.segment != TRAIN]
+        now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
+        scores, rejected = self._recorded(state.table, chunks, now)
+        self.law, made = self._make(scores, step, now, self._labels)
+        share, is_uniform = float(made.trusted_share), bool(made.is_uniform)
+        size = self._engine.chunk_size
+        runs, count = schedule.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
+        return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform)
 
     def _recorded(
-        self, scores: table.ScoreTable, chunks: list[ScoredChunk], clock: Clock
+        self, scores: table.ScoreTable, chunks: list[ScoredChunk], seconds: float
     ) -> tuple[table.ScoreTable, int]:
         size, rejected = len(scores.scores), 0
         for chunk in chunks:
             # One shape for all chunks, so that recording compiles once: the table drops rows of index n.
-            padding = (0, min(self._config.chunk_size, size) - len(chunk.ids))
+            padding = (0, self._engine.chunk_size - len(chunk.ids))
             ids = np.pad(chunk.ids, padding, constant_values=size).astype(np.int32)
             values = np.pad(chunk.scores, padding).astype(np.float32)
-            scores, bad = self._record(scores, ids, values, version=chunk.version, seconds=clock())
+            scores, bad = self._record(scores, ids, values, version=chunk.version, seconds=seconds)
             rejected += int(bad)
         return scores, rejected
 

@@ -64,11 +64,24 @@ class RunDir:
         """Refuse to go on with other settings than the run was started with.
 
         Raises:
+            ValueError: a field that decides the parameters differs, or the run is a replay.
+        """
+        if config.replay is not None:
+            raise ValueError(f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again")
+        self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
+
+    def check_replayable(self, config: Config) -> None:
+        """Refuse to replay the run with other settings than it was started with.
+
+        Raises:
             ValueError: a field that decides the parameters differs.
         """
+        self._check_same(config, may_change=MAY_CHANGE_ON_RESUME | {"replay"})
+
+    def _check_same(self, config: Config, *, may_change: frozenset[str]) -> None:
         before, now = self.read_config().to_dict(), config.to_dict()
         for name in before:
-            if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME:
+            if before[name] != now[name] and name not in may_change:
                 flag = name.replace("_", "-")
                 raise ValueError(
                     f"--{flag} is {now[name]!r} but the run was started with {before[name]!r}; drop the flag"
@@ -85,16 +98,22 @@ class RunDir:
         partial.replace(target)
         return target
 
-    def write_environment(self, devices: list[str]) -> None:
+    def write_environment(self, devices: list[str], fingerprint: str) -> None:
         """Record what the run ran on, for whoever reads it later."""
         packages = ("isgd_jax", "jax", "flax", "optax", "tensorflow-datasets", "orbax-checkpoint")
         environment = {
             "python": platform.python_version(),
             "platform": platform.platform(),
             "devices": devices,
+            "fingerprint": fingerprint,
             "packages": {name: metadata.version(name) for name in packages},
         }
         self.write("environment.json", _pretty(environment))
+
+    def fingerprint(self) -> str | None:
+        """Of the training set the run was made on; None if it has not begun."""
+        file = self.path / "environment.json"
+        return json.loads(file.read_text()).get("fingerprint") if file.is_file() else None
 
     def append(self, record: Record) -> None:
         """Add one line to metrics.jsonl."""
@@ -113,8 +132,13 @@ class RunDir:
                 yield record
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines written after ``step``: the resumed run will write them again."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        """Drop the lines written after ``step``: the resumed run will write them again.
+
+        A refresh comes before the step it is numbered with, so that of ``step`` itself will be made again too.
+        """
+        last = {"refresh": step - 1}
+        records = (record for record in self.records() if record["step"] <= last.get(record["event"], step))
+        kept = [json.dumps(record) + "\n" for record in records]
         self.write("metrics.jsonl", "".join(kept))
 
 

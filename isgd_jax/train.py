@@ -11,10 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isgd_jax import data, distributed, evaluate, laws, models, optimizers, report, samplers, scorers, step, table, task
+from isgd_jax import (
+    data,
+    designs,
+    distributed,
+    evaluate,
+    laws,
+    models,
+    optimizers,
+    report,
+    samplers,
+    schedule,
+    scorers,
+    step,
+    table,
+    task,
+)
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import make_engine
+from isgd_jax.engines.chunks import Chunks
+from isgd_jax.engines.local import Job
+from isgd_jax.engines.pool import Pool
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
@@ -80,6 +98,8 @@ def fit(
     clock = Clock()
     if resume and not config.distributed:
         RunDir(Path(str(config.run_dir))).check_resumable(config)
+    if config.replay is not None:
+        RunDir(Path(config.replay)).check_replayable(config)
     if dataset is None:
         with clock.spending("data"):
             dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
@@ -134,17 +154,29 @@ class Trainer:
         self.reached = False
         self.num_steps = config.num_steps(work.num_examples)
         self.step = 0
+        self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
         self.train_data, self.test_data = place.spread(dict(work.train)), jax.device_put(dict(work.test))
         self.init_key, self.draw_key, self.epoch_key, self.probe_key = jax.random.split(jax.random.key(config.seed), 4)
         tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps, place=place)
         self.state = place.spread(step.init_state(work.init(self.init_key), tx, work.num_examples))
         scorer, fresh_scores = make_scorer(config, work)
-        self.engine, self.remarks = make_engine(config, scorer, work.train, fingerprint=work.fingerprint)
+        self.replayed = None
+        if config.replay is not None:
+            self.replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
+            self.replayed.check_covers(self.num_steps, config.refresh_every)
+        self.engine, self.remarks = make_engine(
+            config, scorer, work.train, fingerprint=work.fingerprint, replayed=self.replayed,
+            held_out=held_out_jobs(config, work),
+        )  # fmt: skip
+        self.held_out: dict[str, evaluate.HeldOut] = {}
+        if config.held_out_by == "workers" and isinstance(self.engine, Pool):
+            sizes = {name: job.chunks.num_examples for name, job in held_out_jobs(config, work).items()}
+            self.held_out = {name: evaluate.HeldOut(size) for name, size in sizes.items()}
         self.laws = self._make_laws()
         self.update = step.make_update(
             work.loss_fn,
             tx,
-            SAMPLERS[config.sampler_in_use],
+            designs.with_coin(SAMPLERS[config.sampler_in_use], 1.0 if config.mode == "uniform" else config.coin),
             num_draws=config.batch_size,
             fresh_scores=None if config.mode == "uniform" else fresh_scores,
             place=place,
@@ -157,7 +189,7 @@ class Trainer:
 
     def _make_laws(self) -> laws.Laws:
         if self.config.mode != "uniform":
-            return laws.ScoredLaws(self.engine, self.config, self.train_data["label"])
+            return laws.ScoredLaws(self.engine, self.config, self.train_data["label"], replayed=self.replayed)
         if self.config.sampler_in_use == "shuffled":
             return laws.ShuffledLaws(self.epoch_key, self.work.num_examples, self.config.batch_size)
         return laws.UniformLaws(self.work.num_examples)
@@ -174,6 +206,7 @@ class Trainer:
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
         self.engine.restore(notes["engine"])
+        self.reading = notes["reading"]
         self.clock.go_on_from(notes["seconds"], notes["spent"])
         self.step = int(self.state.step)
         self.run.forget_after(self.step)
@@ -181,7 +214,7 @@ class Trainer:
 
     def train(self, stop: Stop) -> Result:
         """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
-        self.run.write_environment([str(device) for device in jax.devices()])
+        self.run.write_environment([str(device) for device in jax.devices()], self.work.fingerprint)
         self.observe(self._plan())
         self._warn(*self.remarks)
         self._set_mark()
@@ -214,6 +247,7 @@ class Trainer:
         """One step, and what falls due after it."""
         self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
+            self.reading = refresh.clock
             self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
             self._warn(*self.engine.notices())
@@ -228,7 +262,7 @@ class Trainer:
             self._save()
 
     def _update(self, state: step.TrainState) -> tuple[step.TrainState, step.StepInfo]:
-        return self.update(state, self.laws.law, self.train_data, self.draw_key, jnp.float32(self.clock()))
+        return self.update(state, self.laws.law, self.train_data, self.draw_key, jnp.float32(self.reading))
 
     def _log(self) -> None:
         """Measure, and write one line of progress."""
@@ -267,9 +301,11 @@ class Trainer:
 
     def _measure(self) -> Record:
         """Loss and error on held-out data, √Tr Cov of three proposals, and the ages of the scores."""
-        measured: Record = {}
+        measured = self._measured_by_workers()
         params, proposal, train = self.place.local((self.state.params, self.laws.proposal, self.train_data))
-        splits = {"test": self.test_data} | ({"train": train} if self.config.full_train_loss else {})
+        splits = ({} if self.held_out else {"test": self.test_data}) | (
+            {"train": train} if self.config.full_train_loss else {}
+        )
         for name, split in splits.items():
             fit = self.evaluate(params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
@@ -282,6 +318,19 @@ class Trainer:
         mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
         return measured | {"age_mean": mean, "age_p95": late} | self.measure(self.state, self.laws.proposal)
 
+    def _measured_by_workers(self) -> Record:
+        """Loss and error on the segments that workers walk through, with the mean age of these measurements."""
+        if isinstance(self.laws, laws.ScoredLaws):
+            for chunk in self.laws.measured:
+                self.held_out[chunk.segment].record(chunk)
+            self.laws.measured.clear()
+        measured: Record = {}
+        for name, kept in self.held_out.items():
+            fit, age = kept.fit(), kept.mean_age(self.step)
+            loss, error = (None, None) if fit is None else (_finite(fit.loss), _finite(fit.error))
+            measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
+        return measured
+
     def _save(self) -> None:
         if not all(np.isfinite(info.loss) for info in jax.device_get(self.infos)):
             self._drain()  # says at which step the loss was lost, and saves nothing
@@ -289,7 +338,8 @@ class Trainer:
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        notes = {"engine": self.engine.state(), "seconds": self.clock(), "spent": dict(self.clock.spent)}
+        notes = {"seconds": self.clock(), "spent": dict(self.clock.spent), "reading": self.reading}
+        notes |= {"engine": self.engine.state()}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
 
     def _warn_of_rejected(self, count: int) -> None:
@@ -333,6 +383,19 @@ def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScor
     if config.scorer == "loss":
         return scorers.loss(work.loss_fn), step.losses_as_scores
     return scorers.logit_bound(work.logits_fn), None
+
+
+def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:
+    """What workers measure beside their scoring, if they are asked to."""
+    if config.held_out_by == "trainer":
+        return {}
+    splits = {"valid": (work.valid, config.priorities[1]), "test": (work.test, config.priorities[2])}
+    measure = evaluate.make_measure(work)
+    return {
+        name: Job(measure, split, Chunks(len(split["label"]), config.chunk_size), priority, (2,))
+        for name, (split, priority) in splits.items()
+        if split is not None
+    }
 
 
 def _finite(number: Array) -> float | None:

@@ -102,6 +102,11 @@ class WorkersGone(RuntimeError):
 class Engine(Protocol):
     """All that training knows of scoring: who scores, where and when is the engine's own business."""
 
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a chunk of the training set; the last one may have fewer."""
+        ...
+
     def publish(self, params: Params, version: int) -> None:
         """Hand the scorers newer parameters. The engine keeps a copy; the caller may donate its own."""
         ...

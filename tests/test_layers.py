@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
     {"typing", "config", "sums", "windows", "clock", "rollcall"},
-    {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"},
-    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel"},
+    {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"}
+    | {"presets"},
+    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
     {"scorers", "sharded", "presample", "optimizers", "distributed"},
     {"step", "designs", "engines", "data", "signals", "console", "figures"},
     {"laws", "task"},

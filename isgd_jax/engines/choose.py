@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
 
 import jax
 
@@ -11,11 +11,20 @@ from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.hosts import Hosts
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job, local
+from isgd_jax.engines.replay import Replay
+from isgd_jax.schedule import Schedule
 from isgd_jax.typing import TRAIN, Batch, Engine, Scorer
 
 
 def make_engine(
-    config: Config, scorer: Scorer, data: Batch, *, fingerprint: str = "", devices: list[jax.Device] | None = None
+    config: Config,
+    scorer: Scorer,
+    data: Batch,
+    *,
+    fingerprint: str = "",
+    devices: list[jax.Device] | None = None,
+    replayed: Schedule | None = None,
+    held_out: Mapping[str, Job] = MappingProxyType({}),
 ) -> tuple[Engine, list[str]]:
     """Who scores, and what a person should know of the choice before the first step.
 
@@ -25,15 +34,27 @@ def make_engine(
         data: the training set in host memory.
         fingerprint: of the training set.
         devices: those of this host, the trainer's first; all local ones by default.
+        replayed: the schedule of an earlier run, to be followed in place of an engine of this run's own.
+        held_out: other segments, for workers to measure beside their scoring.
     """
     devices = devices or jax.local_devices()
+    if replayed is not None:
+        return Replay(Inline(scorer, data, chunk_size=replayed.chunk_size, devices=devices), replayed), []
     if config.engine == "inline" or config.mode == "uniform":
         return _inline(config, scorer, data, devices), []
     if len(devices) == 1:
         text = f"--engine local needs a device that trains and one that scores, and here is only {devices[0]}: "
         return _inline(config, scorer, data, devices), [f"{text}it scores inline, between the steps"]
-    jobs: Mapping[str, Any] = {TRAIN: Job(scorer, data, Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size))}
-    engine = local(jobs, devices[1:], fingerprint=fingerprint, exact=config.mode == "exact")
+    chunks = Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size)
+    jobs = {TRAIN: Job(scorer, data, chunks, config.priorities[0]), **held_out}
+    engine = local(
+        jobs,
+        devices[1:],
+        fingerprint=fingerprint,
+        exact=config.mode == "exact",
+        refetch_every=config.refetch_every,
+        patience=config.chunk_patience,
+    )
     return engine, []
 
 

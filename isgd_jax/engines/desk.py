@@ -155,6 +155,11 @@ class Desk:
         """Chunks of the training set."""
         return len(self._sweeps[TRAIN])
 
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a chunk of the training set."""
+        return self._sweeps[TRAIN].segment.chunks.size
+
     def missing(self, version: int) -> int:
         """How many chunks of the training set have not been scored with parameters of this version or later."""
         return int((self._sweeps[TRAIN].scored < version).sum())

@@ -26,6 +26,11 @@ class Hosts:
         self._rank, self._size = jax.process_index(), jax.process_count()
         self._cursor = self._bytes = 0
 
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a chunk."""
+        return self._chunks.size
+
     def publish(self, params: Params, version: int) -> None:
         """Score with these parameters, replicated over all devices, from now on."""
         self._inline.publish(_on_this_host(params), version)

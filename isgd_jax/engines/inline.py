@@ -52,6 +52,11 @@ class Inline:
         """The chunks of the training set."""
         return self._chunks
 
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a chunk."""
+        return self._chunks.size
+
     def publish(self, params: Params, version: int) -> None:
         """Score with these parameters from now on."""
         self._published = (jax.tree.map(jnp.copy, params), version)

@@ -121,6 +121,11 @@ class Pool:
         self._threads.append(thread)
         thread.start()
 
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a chunk of the training set."""
+        return self._desk.chunk_size
+
     def publish(self, params: Params, version: int) -> None:
         published = Published(self._ship(params), version)
         with self._changed:

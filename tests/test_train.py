@@ -16,6 +16,7 @@ import pytest
 from problems import blobs, small_config
 
 from isgd_jax import data
+from isgd_jax.engines.local import Device
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
 
@@ -197,3 +198,98 @@ def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
     assert plan["num_params"] == 5 * 8 + 8 + 8 * 3 + 3
     assert plan["seconds_per_update"] > 0
     assert plan["seconds_per_refresh"] > 0
+
+
+LOCAL: dict[str, Any] = {"engine": "local"}
+
+
+@pytest.mark.slow
+def test_exact_mode_gives_the_same_parameters_on_every_engine(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 200, "probe_size": 4, "log_every": 200, "checkpoint_every": 200}
+    inline = fit(small_config(tmp_path / "inline", **changes), dataset=blobs())
+    local = fit(small_config(tmp_path / "local", **changes, **LOCAL), dataset=blobs())
+    chex.assert_trees_all_equal(local.params, inline.params)
+
+
+def arrivals(folder: Path) -> list[Any]:
+    return [(record["step"], record["arrived"]) for record in RunDir(folder).records("refresh")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "local", "chunk_size": 10, "publish_every": 3, "refetch_every": 2},
+        {"engine": "local", "chunk_size": 10, "max_age_seconds": 0.2, "min_trusted": 0.5},
+        {"engine": "inline", "refresh_share": 0.3},
+    ],
+    ids=["local", "local by the clock", "inline"],
+)
+def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Also one that was stopped in the middle and resumed, with other workers in flight."""
+    changes = {"mode": "relaxed", "coin": 0.8} | changes
+    fit(small_config(tmp_path / "run", **changes | {"steps": 23}), dataset=blobs())
+    run = fit(small_config(tmp_path / "run", **changes), dataset=blobs(), resume=True)
+    assert sum(len(arrived) for _, arrived in arrivals(run.run_dir)) > 0
+    again = fit(small_config(tmp_path / "again", **changes, replay=str(run.run_dir)), dataset=blobs())
+    chex.assert_trees_all_equal(again.params, run.params)
+    assert arrivals(again.run_dir) == arrivals(run.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "--seed is 1 but the run was started with 0"),
+        ({"steps": 49}, "the schedule to replay ends at step 48, before --steps 49"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    relaxed: dict[str, Any] = {"mode": "relaxed", "steps": 41}
+    fit(small_config(tmp_path / "run", **relaxed), dataset=blobs())
+    with pytest.raises(ValueError, match=message):
+        fit(small_config(tmp_path / "no", **relaxed | changes, replay=str(tmp_path / "run")), dataset=blobs())
+    with pytest.raises(ValueError, match="was made on another data set"):
+        fit(small_config(tmp_path / "no2", **relaxed, replay=str(tmp_path / "run")), dataset=blobs(seed=1))
+
+
+def test_workers_measure_held_out_data(tmp_path: Path) -> None:
+    """Once every parameter is the same, what workers measured is what the trainer measures."""
+    changes: dict[str, Any] = {"mode": "relaxed", "learning_rate": 1e-9, "optimizer": "sgd", "steps": 200}
+    theirs = fit(small_config(tmp_path / "run", **changes, **LOCAL, held_out_by="workers"), dataset=blobs())
+    ours = fit(small_config(tmp_path / "ours", **changes), dataset=blobs())
+    last, same = progress(theirs.run_dir)[-1], progress(ours.run_dir)[-1]
+    assert last["test_loss"] == pytest.approx(same["test_loss"], rel=1e-4)
+    assert last["test_error"] == pytest.approx(same["test_error"], rel=1e-4)
+    assert last["test_age"] >= 0
+
+
+def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The devices fail from step 16 on; scores older than 10 steps are not trusted."""
+    failing = threading.Event()
+
+    def finish(self: Device, started: Any, honest: Any = Device.finish) -> np.ndarray:
+        if failing.is_set():
+            raise RuntimeError("no power")
+        return honest(self, started)
+
+    def observe(record: Record) -> None:
+        if record["event"] == "refresh" and record["step"] >= 16:
+            failing.set()
+
+    monkeypatch.setattr(Device, "finish", finish)
+    config = small_config(tmp_path / "run", mode="relaxed", steps=80, max_age=10, min_trusted=0.9, **LOCAL)
+    assert fit(config, dataset=blobs(), observe=observe).step == 80
+    last = list(RunDir(tmp_path / "run").records("refresh"))[-1]
+    assert last["is_uniform"]
+    warnings = [record["text"] for record in RunDir(tmp_path / "run").records("warning")]
+    assert any("no worker is left" in text for text in warnings)
+
+
+def test_one_device_says_that_it_scores_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jax.local_devices()[0]
+    monkeypatch.setattr(jax, "local_devices", lambda: [first])
+    seen: list[Record] = []
+    fit(small_config(tmp_path / "run", steps=1, mode="relaxed", **LOCAL), dataset=blobs(), observe=seen.append)
+    assert any("it scores inline" in record["text"] for record in seen if record["event"] == "warning")

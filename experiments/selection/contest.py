@@ -1,9 +1,10 @@
 """The protocol of an honest comparison: every method gets the same budget, the same schedule, and pays for its scores.
 
-A budget is counted in passes (one is a forward and backward pass of one example; a forward pass alone is a third, the
-norms of gradients two thirds) or in seconds of one device. The rate decays to zero, by a cosine, over the share of the
-budget that is spent, so that a method with dear steps makes fewer of them and still ends fully decayed. Programs are
-compiled before the clock starts; measurements stand outside it.
+A budget is counted in passes: one is a forward and backward pass of one example; a forward pass alone is a third, the
+norms of gradients two thirds. Equal seconds are passes too, at the price of each method, the seconds that a pass takes
+it (`price`): so a machine that is busy now and then favours nobody. The rate decays to zero, by a cosine, over the
+share of the budget that is spent: a method with dear steps makes fewer of them and still ends fully decayed. Programs
+are compiled before the clock starts; measurements stand outside it.
 """
 
 import math
@@ -88,13 +89,6 @@ class Method(NamedTuple):
     refresh_every: int = 0
     """0 is never."""
     wants_norms: bool = False
-
-
-class Budget(NamedTuple):
-    """``kind`` is "passes" or "seconds"."""
-
-    kind: str
-    amount: float
 
 
 class Carry(NamedTuple):
@@ -206,8 +200,13 @@ def warm_up(programs: Programs, method: Method, data: Tree) -> None:
         carry = jax.block_until_ready(programs.advance(carry, key, data, nothing, nothing, nothing, jnp.int32(1)))
 
 
+def price(run: dict[str, Any]) -> float:
+    """Seconds a pass, as a run has met them. Of several runs take the least: others on the machine only add to it."""
+    return run["seconds"] / run["passes"]
+
+
 def run(
-    problem: Problem, method: Method, programs: Programs, *, rate: float, seed: int, budget: Budget
+    problem: Problem, method: Method, programs: Programs, *, rate: float, seed: int, passes: float
 ) -> dict[str, Any]:
     """One run to the end of its budget, and how well it did; a run that diverged has no losses (None)."""
     key, data, clock = jax.random.key(seed), problem.train, Clock()
@@ -222,7 +221,7 @@ def run(
         at = (jnp.float32(rate), jnp.float32(progress), jnp.float32(slope), jnp.int32(now))
         carry = clock.timed(programs.advance, carry, key, data, *at)
         steps += now
-        spent = (float(carry.spent) if budget.kind == "passes" else clock.elapsed) / budget.amount
+        spent = float(carry.spent) / passes
         progress, slope = spent, (spent - progress) / now
         now = min(LOOK_EVERY, round((1.0 - progress) / slope))
     found = {"steps": steps, "passes": float(carry.spent), "seconds": clock.elapsed}

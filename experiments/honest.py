@@ -390,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.methods[0] != "uniform":
         parser.error("the first of --methods is what the others are compared to: it must be uniform")
-    jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))  # problems share their programs
+    if jax.config.jax_compilation_cache_dir is None:  # problems share their programs
+        jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))
     {"tables": tables, "race": race}[options.part](options)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-CACHE = 20 << 20
+CACHE = 12 << 20
 """Bytes of products that are still cheap to write and read again (measured on two CPU cores, as all here)."""
 
 SLICE = 2 << 20

@@ -87,7 +87,7 @@ def local(
     pool = Pool(
         Desk(segments, fingerprint=fingerprint, patience=patience),
         ship=lambda params: jax.tree.map(jnp.copy, params),
-        seconds_per_chunk=lambda params: _seconds_per_chunk(jobs[TRAIN], devices[0], params),
+        seconds_per_chunk=lambda params: seconds_per_chunk(jobs[TRAIN], devices[0], params),
         exact=exact,
         refetch_every=refetch_every,
     )
@@ -101,7 +101,8 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _seconds_per_chunk(job: Job, device: jax.Device, params: Params) -> float:
+def seconds_per_chunk(job: Job, device: jax.Device, params: Params) -> float:
+    """How long a device takes for a chunk, measured, compilation left out."""
     scorer, held = jax.jit(job.scorer), jax.device_put(params, device)
     batch = jax.device_put(job.chunks.batch(job.data, 0), device)
     jax.block_until_ready(scorer(held, batch))

@@ -10,7 +10,7 @@ Mode = Literal["uniform", "exact", "relaxed"]
 SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified"]
 OrderName = Literal["index", "label", "score", "label-score"]
 ScorerName = Literal["grad_norm", "loss", "logit_bound"]
-EngineName = Literal["inline", "local"]
+EngineName = Literal["inline", "local", "cluster"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
@@ -23,7 +23,7 @@ PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbea
 PER_HOST = frozenset({"data_dir", "raw_dir", "run_dir", *PLACES})
 """Fields in which the processes of a run may differ."""
 
-MAY_CHANGE_ON_RESUME = PER_HOST | {"steps", "epochs", "log_every", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = PER_HOST | {"steps", "epochs", "log_every", "checkpoint_every", "scorers", "address"}
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
 
@@ -62,7 +62,12 @@ class Config:
     scorer: ScorerName = "grad_norm"
     """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
     engine: EngineName = "inline"
-    """Who scores. inline: all devices, between steps; local: the devices of this host but the first, during them."""
+    """Who scores. inline: all devices, between steps; local: the devices of this host but the first, during them;
+    cluster: actors on a Ray cluster, during them too."""
+    scorers: int = 4
+    """Actors that score (--engine cluster), each with an accelerator while there are any, then with a CPU."""
+    address: str | None = None
+    """Of the Ray cluster (--engine cluster); auto: the one this host belongs to. Default: a Ray of this host alone."""
     refresh_every: int = 100
     """Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen."""
     publish_every: int | None = None
@@ -152,6 +157,9 @@ class Config:
         _check("process_id", self.process_id, self.process_id is None or self.process_id >= 0, "0 or more")
         _check("engine", self.engine, self.engine == "inline" or not self.distributed, "inline with --distributed")
         _check("refetch_every", self.refetch_every, self.refetch_every >= 1, "at least 1")
+        _check("scorers", self.scorers, self.scorers >= 1, "at least 1")
+        _check("address", self.address, self.address is None or self.engine == "cluster",
+               "left out without --engine cluster")  # fmt: skip
         _check("chunk_patience", self.chunk_patience, 0 < self.chunk_patience < math.inf, "above 0")
         _check("publish_every", self.publish_every, self.publish_every is None or self.publish_every >= 1, "at least 1")
         free = self.mode == "relaxed" and self.engine != "inline"

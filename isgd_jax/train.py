@@ -1,5 +1,6 @@
 """The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from isgd_jax import (
 )
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
-from isgd_jax.engines.choose import make_engine
+from isgd_jax.engines.choose import MakeJobs, make_engine
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.local import Job
 from isgd_jax.engines.pool import Pool
@@ -37,7 +38,7 @@ from isgd_jax.engines.rates import Rates
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
-from isgd_jax.typing import Params, Sampler, Scorer
+from isgd_jax.typing import TRAIN, Params, Sampler, Scorer
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
@@ -97,6 +98,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
+    make_jobs = functools.partial(worker_jobs, config, dataset, model, loss)
     if resume and not config.distributed:
         RunDir(Path(str(config.run_dir))).check_resumable(config)
     if config.replay is not None:
@@ -113,7 +115,7 @@ def fit(
         place = AllDevices(config.batch_size) if config.distributed else OneDevice()
         work = task.make(config, dataset, model=model, loss=loss)
         run = _run_dir(config, resume, place)
-        trainer = Trainer(config, work, place, run, clock, observe, until, measure)
+        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_jobs)
         try:
             if resume:
                 trainer.resume()
@@ -147,6 +149,7 @@ class Trainer:
         observe: Observer,
         until: Callable[[Record], bool],
         measure: Measure,
+        make_jobs: MakeJobs,
     ) -> None:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
@@ -167,7 +170,7 @@ class Trainer:
             self.replayed.check_covers(self.num_steps, config.refresh_every)
         self.engine, self.remarks = make_engine(
             config, scorer, work.train, fingerprint=work.fingerprint, replayed=self.replayed,
-            held_out=held_out_jobs(config, work),
+            held_out=held_out_jobs(config, work), make_jobs=make_jobs,
         )  # fmt: skip
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
@@ -387,6 +390,18 @@ def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScor
     if config.scorer == "loss":
         return scorers.loss(work.loss_fn), step.losses_as_scores
     return scorers.logit_bound(work.logits_fn), None
+
+
+def worker_jobs(
+    config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
+) -> tuple[dict[str, Job], str]:
+    """What a worker on another host does to be ready: it loads the data itself; also the fingerprint of what it has."""
+    if dataset is None:
+        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+    work = task.make(config, dataset, model=model, loss=loss)
+    chunks = Chunks(work.num_examples, config.chunk_size)
+    train = Job(make_scorer(config, work)[0], work.train, chunks, config.priorities[0])
+    return {TRAIN: train, **held_out_jobs(config, work)}, work.fingerprint
 
 
 def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:

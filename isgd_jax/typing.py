@@ -94,7 +94,7 @@ class EngineStats(NamedTuple):
     """Results that could not be right, and were not used."""
 
 
-class WorkersGone(RuntimeError):
+class WorkersGone(ConnectionError):
     """No worker is left, and the mode is exact: waiting for scores would be for ever."""
 
 

@@ -1,7 +1,8 @@
 """The engine of a configuration."""
 
+import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
@@ -15,6 +16,9 @@ from isgd_jax.engines.replay import Replay
 from isgd_jax.schedule import Schedule
 from isgd_jax.typing import TRAIN, Batch, Engine, Scorer
 
+MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
+"""What a worker elsewhere does to be ready: load the data; returns its jobs, and the training set's fingerprint."""
+
 
 def make_engine(
     config: Config,
@@ -25,6 +29,7 @@ def make_engine(
     devices: list[jax.Device] | None = None,
     replayed: Schedule | None = None,
     held_out: Mapping[str, Job] = MappingProxyType({}),
+    make_jobs: MakeJobs | None = None,
 ) -> tuple[Engine, list[str]]:
     """Who scores, and what a person should know of the choice before the first step.
 
@@ -36,17 +41,24 @@ def make_engine(
         devices: those of this host, the trainer's first; all local ones by default.
         replayed: the schedule of an earlier run, to be followed in place of an engine of this run's own.
         held_out: other segments, for workers to measure beside their scoring.
+        make_jobs: what a worker on another host does to have the same jobs.
+
+    Raises:
+        ImportError: the engine needs a package that is not installed.
+        ConnectionError: there is no Ray cluster at the address.
     """
     devices = devices or jax.local_devices()
     if replayed is not None:
         return Replay(Inline(scorer, data, chunk_size=replayed.chunk_size, devices=devices), replayed), []
     if config.engine == "inline" or config.mode == "uniform":
         return _inline(config, scorer, data, devices), []
+    chunks = Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size)
+    jobs = {TRAIN: Job(scorer, data, chunks, config.priorities[0]), **held_out}
+    if config.engine == "cluster":
+        return _cluster(config, jobs, make_jobs, fingerprint)
     if len(devices) == 1:
         text = f"--engine local needs a device that trains and one that scores, and here is only {devices[0]}: "
         return _inline(config, scorer, data, devices), [f"{text}it scores inline, between the steps"]
-    chunks = Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size)
-    jobs = {TRAIN: Job(scorer, data, chunks, config.priorities[0]), **held_out}
     engine = local(
         jobs,
         devices[1:],
@@ -56,6 +68,25 @@ def make_engine(
         patience=config.chunk_patience,
     )
     return engine, []
+
+
+def _cluster(
+    config: Config, jobs: Mapping[str, Job], make_jobs: MakeJobs | None, fingerprint: str
+) -> tuple[Engine, list[str]]:
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("--engine cluster needs Ray: pip install 'isgd_jax[cluster]'")
+    from isgd_jax.engines.cluster import cluster
+
+    return cluster(
+        jobs,
+        make_jobs or (lambda: (jobs, fingerprint)),
+        scorers=config.scorers,
+        address=config.address,
+        fingerprint=fingerprint,
+        exact=config.mode == "exact",
+        refetch_every=config.refetch_every,
+        patience=config.chunk_patience,
+    )
 
 
 def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Engine:

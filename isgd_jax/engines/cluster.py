@@ -22,13 +22,12 @@ from ray._private import worker
 from isgd_jax.engines.desk import Desk, Order, Segment
 from isgd_jax.engines.local import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.pool import Pool
-from isgd_jax.typing import TRAIN, Params
+from isgd_jax.typing import TRAIN, Params, ScoredChunk, WorkersGone
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Ray would print notices, and write a token into the home folder."""
 
 MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
-"""What a worker does to be ready: load the data; returns its jobs, and the fingerprint of the training set."""
 
 POLITENESS = 10
 """Added to the niceness of workers: on a host that also trains, training comes first."""
@@ -165,6 +164,12 @@ class Cluster(Pool):
                 raise OSError(f"{text}: start Ray with more --object-store-memory, then resume") from error
             with self._changed:
                 self._notices.append(f"{text}: workers go on with older ones; start it with more --object-store-memory")
+
+    def collect(self) -> list[ScoredChunk]:
+        try:
+            return super().collect()
+        except WorkersGone as error:
+            raise WorkersGone("; ".join([str(error), *self.notices()])) from None
 
     def close(self) -> None:
         super().close()

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import linear_loss, linear_problem
+from problems import NUM_EXAMPLES as NUM_BLOBS
+from problems import blobs, linear_loss, linear_problem, small_config
 
 from isgd_jax import scorers, table
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job
+from isgd_jax.train import fit
 from isgd_jax.typing import TRAIN, Engine, WorkersGone
 
 ray = pytest.importorskip("ray")
@@ -152,19 +155,11 @@ def test_when_all_are_killed_training_goes_on_is_told_and_they_come_back(build: 
 def test_an_actor_with_other_data_is_refused(build: Callable[..., Any]) -> None:
     engine = build(functools.partial(make_jobs, fingerprint="other"), exact=True)
     engine.publish(PARAMS, 0)
-    with pytest.raises(WorkersGone, match="all workers are gone and 10 chunks lack scores"):
+    with pytest.raises(WorkersGone, match="all workers are gone and 10 chunks lack scores") as stopped:
         engine.collect()
-    told = " ".join(engine.notices())
+    told = str(stopped.value)
     assert "it has another data set: expected fingerprint 'same', got 'other'" in told
     assert "worker scorer-0 is gone for good" in told
-
-
-def test_an_actor_that_cannot_load_its_data_is_given_up(build: Callable[..., Any]) -> None:
-    engine = build(nothing_there, exact=True)
-    engine.publish(PARAMS, 0)
-    with pytest.raises(WorkersGone):
-        engine.collect()
-    assert "it could not begin: FileNotFoundError: no data set in /nowhere" in " ".join(engine.notices())
 
 
 def test_a_slow_actor_holds_up_nobody(build: Callable[..., Any], tmp_path: Path) -> None:
@@ -209,3 +204,41 @@ def test_accelerators_come_first_and_who_has_no_room_asks_for_what_there_is_most
     assert cluster.places(3, {"CPU": 8.0, "GPU": 2.0}) == ([gpu, gpu, cpu], 10)
     assert cluster.places(2, {"TPU": 1.0, "CPU": 0.0}).needs == [{"resources": {"TPU": 1}}] * 2
     assert cluster.places(2, {}).room == 0
+
+
+def test_an_actor_that_cannot_load_its_data_is_given_up_and_says_why(build: Callable[..., Any]) -> None:
+    """In exact mode the run ends there: its last sentence holds the reason."""
+    engine = build(nothing_there, exact=True)
+    engine.publish(PARAMS, 0)
+    with pytest.raises(WorkersGone, match=r"all workers are gone .*no data set in /nowhere"):
+        engine.collect()
+
+
+SETTINGS: dict[str, Any] = {"scorers": 2, "engine": "cluster", "refresh_every": 10, "steps": 200, "log_every": 100,
+                            "checkpoint_every": 100}  # fmt: skip
+
+
+def test_a_run_in_exact_mode_has_the_bits_of_inline(tmp_path: Path) -> None:
+    inline = fit(small_config(tmp_path / "inline", **SETTINGS | {"engine": "inline"}), dataset=blobs())
+    actors = fit(small_config(tmp_path / "actors", **SETTINGS), dataset=blobs())
+    chex.assert_trees_all_equal(actors.params, inline.params)
+
+
+def test_a_relaxed_run_stops_at_a_signal_goes_on_and_is_replayed(tmp_path: Path) -> None:
+    """As many steps as the actors need to have scored everything twice, then SIGTERM; a replay has the same bits."""
+    config = small_config(tmp_path / "run", **SETTINGS | {"mode": "relaxed", "steps": 100_000})
+    scored = [0]
+
+    def enough(record: dict[str, Any]) -> None:
+        scored[0] += record["scored"] if record["event"] == "refresh" else 0
+        if scored[0] > 2 * NUM_BLOBS and record["event"] == "refresh" and record["step"] % 20 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            scored[0] = 0
+
+    first = fit(config, dataset=blobs(), observe=enough)
+    assert first.stopped_by == signal.SIGTERM
+    replay = {"mode": "relaxed", "replay": str(tmp_path / "run"), "steps": first.step}
+    again = fit(small_config(tmp_path / "again", **SETTINGS | replay), dataset=blobs())
+    chex.assert_trees_all_equal(again.params, first.params)
+    second = fit(config, dataset=blobs(), observe=enough, resume=True)
+    assert second.step > first.step

@@ -109,7 +109,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["relaxed", "uniform"])
 def test_parts_of_one_process_make_the_same_run(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the network: a batch cut over 8 devices gives the losses of a batch on one, in every mode."""
-    changes: dict[str, Any] = {"mode": mode, "batch_size": 16, "steps": 20, "log_every": 20}
+    changes: dict[str, Any] = {"mode": mode, "batch_size": 16, "steps": 10, "log_every": 10}
     fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
     monkeypatch.setattr("isgd_jax.train.OneDevice", lambda: AllDevices(16))
     fit(small_config(tmp_path / "parts", **changes), dataset=blobs())

@@ -224,21 +224,19 @@ def test_a_run_in_exact_mode_has_the_bits_of_inline(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(actors.params, inline.params)
 
 
-def test_a_relaxed_run_stops_at_a_signal_goes_on_and_is_replayed(tmp_path: Path) -> None:
+def test_a_relaxed_run_stops_at_a_signal_and_is_replayed(tmp_path: Path) -> None:
     """As many steps as the actors need to have scored everything twice, then SIGTERM; a replay has the same bits."""
-    config = small_config(tmp_path / "run", **SETTINGS | {"mode": "relaxed", "steps": 100_000})
+    config = small_config(tmp_path / "run", **SETTINGS | {"mode": "relaxed", "steps": 100_000, "refresh_every": 100})
     scored = [0]
 
     def enough(record: dict[str, Any]) -> None:
         scored[0] += record["scored"] if record["event"] == "refresh" else 0
-        if scored[0] > 2 * NUM_BLOBS and record["event"] == "refresh" and record["step"] % 20 == 0:
+        if scored[0] > 2 * NUM_BLOBS and record["event"] == "refresh":
             os.kill(os.getpid(), signal.SIGTERM)
             scored[0] = 0
 
     first = fit(config, dataset=blobs(), observe=enough)
     assert first.stopped_by == signal.SIGTERM
-    replay = {"mode": "relaxed", "replay": str(tmp_path / "run"), "steps": first.step}
+    replay = {"mode": "relaxed", "refresh_every": 100, "replay": str(tmp_path / "run"), "steps": first.step}
     again = fit(small_config(tmp_path / "again", **SETTINGS | replay), dataset=blobs())
     chex.assert_trees_all_equal(again.params, first.params)
-    second = fit(config, dataset=blobs(), observe=enough, resume=True)
-    assert second.step > first.step

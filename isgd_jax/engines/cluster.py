@@ -32,7 +32,7 @@ MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
 POLITENESS = 10
 """Added to the niceness of workers: on a host that also trains, training comes first."""
 
-PAUSES = (0.5, 1.0, 2.0, 5.0)
+PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker that failed is tried again, longer each time. Ray restarts it meanwhile."""
 
 LOOK = 1.0
@@ -84,7 +84,6 @@ class Actor:
         self.name, self.fingerprint = name, fingerprint
         self.handle: Any = ray.remote(Scorer).options(max_restarts=-1, **needs).remote(make_jobs)
         self._closed, self._refused, self._known = threading.Event(), False, False
-        self._failures = 0
 
     def load(self, shipment: ray.ObjectRef, version: int) -> int:
         if not self._known:
@@ -95,14 +94,11 @@ class Actor:
         return self.handle.score.remote(order)
 
     def finish(self, started: ray.ObjectRef) -> np.ndarray:
-        scores = self._get(started)
-        self._failures = 0
-        return scores
+        return self._get(started)
 
-    def revive(self) -> bool:
+    def revive(self, failures: int) -> bool:
         """As long as Ray restarts it, after a pause."""
-        pause = PAUSES[min(self._failures, len(PAUSES) - 1)]
-        self._failures += 1
+        pause = PAUSES[min(failures, len(PAUSES)) - 1]
         self._known = False  # the next one may be on another node, and must show its data
         return not self._refused and not self._closed.wait(pause)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,57 @@ class Checkpoints:
             whole = [int(path.name) for path in self._manager.directory.iterdir() if path.name.isdigit()]
             kept = f"the one of step {max(whole)} stays; make room and resume" if whole else "none was saved before"
             raise OSError(f"cannot write a checkpoint to {self._manager.directory} ({reason}): {kept}") from error
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it lies on disk: nested dicts and lists of NumPy arrays, a named tuple as a dict."""
+
+    step: int
+    tree: dict[str, Any]
+    notes: dict[str, Any]
+    identity: dict[str, str]
+
+
+def read(folder: Path) -> Saved | None:
+    """The newest checkpoint in a folder, for looking at: no model is built, nothing is written. None if there is none.
+
+    A run may be writing to the folder meanwhile.
+    """
+    if not folder.is_dir():
+        return None
+    handlers: Any = {"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        described = manager.item_metadata(step)["arrays"]
+        template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), described.tree)
+        wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
+        saved = manager.restore(step, args=wanted)
+    return Saved(step, saved.arrays, saved.record["notes"], saved.record["identity"])
+
+
+def into(template: Tree, tree: Any) -> Tree:
+    """The arrays of ``tree``, nested dicts and lists as `read` gives them, in the shape of ``template``.
+
+    Raises:
+        ValueError: an array is missing or has another shape.
+    """
+
+    def find(path: tuple[Any, ...], leaf: Any) -> Any:
+        found = tree
+        for key in path:
+            name = next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind))
+            inside = found.get(name) if isinstance(found, dict) else None
+            found = found[name] if isinstance(found, list) and name < len(found) else inside
+        shape = getattr(found, "shape", "no array")
+        if shape != leaf.shape:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"the checkpoint is of another model or optimiser: {where} is {shape}, not {leaf.shape}")
+        return jnp.asarray(found)
+
+    return jax.tree_util.tree_map_with_path(find, template)
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
+from isgd_jax.commands import compare, probe
 from isgd_jax.config import Config
 from isgd_jax.presets import PRESETS
 from isgd_jax.rundir import RunDir
@@ -38,10 +39,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the figures of finished or running runs anew, from their metrics.jsonl."""
+    """Draw the figures of runs anew, and write one self-contained HTML page: figures, tables, configuration,
+    environment, and the hardest examples. It opens offline, light or dark."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs."""
+    """Folders of runs, finished or going on."""
+    out: str | None = None
+    """File of the page. Default: report.html, in the folder of the run, or in the one that holds all of them."""
+
+
+Command = Train | Report | compare.Compare | probe.Probe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,11 +56,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = _parse(arguments)
-        sys.exit(train(command) if isinstance(command, Train) else report(command))
+        sys.exit(_run(command))
     except EXPECTED_ERRORS as error:
         if os.environ.get("ISGD_TRACEBACK"):
             raise
         sys.exit(f"isgd: {_one_sentence(error)}")
+
+
+def _run(command: Command) -> int:
+    """Run a command; returns the exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what we only read is read-only
+    match command:
+        case Train():
+            return train(command)
+        case Report():
+            return report(command)
+        case compare.Compare():
+            return compare.run(command)
+        case probe.Probe():
+            return probe.run(command)
 
 
 def train(command: Train) -> int:
@@ -71,6 +92,7 @@ def train(command: Train) -> int:
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
     if result.stopped_by is None:
+        console.print(f"One page of it all: isgd report {result.run_dir}", soft_wrap=True, highlight=False)
         return 0
     console.print(f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {result.run_dir}")
     return 128 + result.stopped_by
@@ -78,13 +100,19 @@ def train(command: Train) -> int:
 
 def report(command: Report) -> int:
     """Run `isgd report`."""
+    from isgd_jax.page import run_page
     from isgd_jax.report import draw
 
-    for folder in command.runs:
-        run = RunDir(Path(folder))
+    runs = [RunDir(Path(folder)) for folder in command.runs]
+    for run in runs:
         run.read_config()
+    for run in runs:
         for path in draw(run):
             print(path)
+    together = Path(os.path.commonpath([run.path.resolve() for run in runs]))
+    page = Path(command.out) if command.out else together / "report.html"
+    page.write_text(run_page(runs))
+    print(page)
     return 0
 
 
@@ -105,12 +133,16 @@ def _leave_failed_writes_to_us() -> None:
     sys.unraisablehook = hook
 
 
-def _parse(arguments: list[str]) -> Train | Report:
+def _parse(arguments: list[str]) -> Command:
     """The command in typed form."""
     default = _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments)
+    probed = _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
+    at_run = probe.Probe() if probed is None else probe.Probe(run=probed, config=RunDir(Path(probed)).read_config())
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=default)]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
+        | Annotated[probe.Probe, tyro.conf.subcommand("probe", default=at_run)]
     )
     return tyro.cli(commands, prog="isgd", description="Importance-sampling SGD for JAX.", args=arguments)
 

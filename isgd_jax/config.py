@@ -23,7 +23,15 @@ PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbea
 PER_HOST = frozenset({"data_dir", "raw_dir", "run_dir", *PLACES})
 """Fields in which the processes of a run may differ."""
 
-MAY_CHANGE_ON_RESUME = PER_HOST | {"steps", "epochs", "log_every", "checkpoint_every", "scorers", "address"}
+MAY_CHANGE_ON_RESUME = PER_HOST | {
+    "steps",
+    "epochs",
+    "log_every",
+    "checkpoint_every",
+    "scorers",
+    "address",
+    "tensorboard",
+}
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
 
@@ -128,6 +136,8 @@ class Config:
     """Examples drawn at each line to estimate the variance of uniform, present and ideal proposals."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the folder of the run (needs the extra tensorboard)."""
 
     distributed: bool = False
     """Train on several hosts as one: start the same command on each. Needs nothing more on a TPU pod slice, Slurm or

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 INK = "#222222"
 GREY, BLUE, GREEN, ORANGE = "#777777", "#0072B2", "#009E73", "#D55E00"
@@ -46,6 +48,14 @@ STYLE: Any = {
 }
 
 
+def plain_log(axis: Axis) -> None:
+    """A logarithmic axis over a decade or two: 0.2, 0.5, 1, 2 in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Inside, matplotlib draws in our style."""
@@ -70,6 +80,8 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     element = buffer.getvalue()
     element = element[element.index("<svg") :]
+    for reference in ('id="', 'href="#', "url(#"):
+        element = element.replace(reference, f"{reference}{name}-")
     for colour in ON_DARK:
         element = re.sub(colour, f"var(--{colour[1:].lower()})", element, flags=re.IGNORECASE)
     return element

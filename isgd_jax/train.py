@@ -38,6 +38,7 @@ from isgd_jax.engines.rates import Rates
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
+from isgd_jax.tensorboard import require_tensorboard, with_events
 from isgd_jax.typing import TRAIN, Params, Sampler, Scorer
 
 STEPS_IN_FLIGHT = 8
@@ -99,6 +100,8 @@ def fit(
     """
     clock = Clock()
     make_jobs = functools.partial(worker_jobs, config, dataset, model, loss)
+    if config.tensorboard:
+        require_tensorboard()
     if resume and not config.distributed:
         RunDir(Path(str(config.run_dir))).check_resumable(config)
     if config.replay is not None:
@@ -154,6 +157,8 @@ class Trainer:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
         self.measure = measure
+        if config.tensorboard and place.writes:
+            self.observe = with_events(run.path, observe)
         self.asked = 0.0  # the signal that asked to stop, or ENOUGH
         self.reached = False
         self.num_steps = config.num_steps(work.num_examples)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,3 +167,64 @@ def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit) as exit_info:
         main(["train", *mine, *SMALL])
     assert exit_info.value.code == 0
+
+
+@pytest.mark.slow
+def test_from_a_run_to_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Two arms compared, one of the runs reported and probed: every file that is promised is there."""
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        assert exit_info.value.code == 0
+        return capsys.readouterr().out
+
+    arms = ["uniform: --mode uniform", "exact: --mode exact"]
+    small = [*SMALL, "--data-dir", "data", "--tensorboard"]
+    out = said("compare", "--arms", *arms, "--seeds", "1", "--levels", "test_loss=1.0", "--out", "study", *small)
+    assert "over the first arm's [95 %]" in out
+    assert {"test_loss-updates.png", "test_loss-seconds.png", "comparison.html", "comparison.md"} <= names("study")
+    assert "exact-0" in names("study")
+    assert any(name.startswith("events.out") for name in names("study/exact-0"))
+    assert "1/1" in said("compare", "study", "--levels", "test_loss=2.0")
+    assert "mode=exact" in said("compare", "study/uniform-0", "study/exact-0")
+    assert "report.html" in said("report", "study/exact-0")
+    assert 'src="data:image/png' in Path("study/exact-0/report.html").read_text()
+    out = said("probe", "--run", "study/exact-0", "--ages", "5", "10", "--examples", "200")
+    assert "Importance sampling" in out
+    assert {"norms.png", "ageing.png", "periods.png", "probe.json", "probe.html"} <= names("study/exact-0/probe")
+    assert json.loads(Path("study/exact-0/probe/probe.json").read_text())["num_updates"] == 60
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["compare"], "name either --arms to train or folders to read"),
+        (["compare", "--arms", "a: --mode exact"], "--out must name the folder of the study"),
+        (["compare", "--arms", "a --mode exact", "--out", "x"], 'an arm is "NAME: FLAGS"'),
+        (["compare", "--arms", "a: --seed 3", "--out", "x"], "--seed is the same for all arms"),
+        (["compare", "--arms", "a: --mode exact", "a: --mode uniform", "--out", "x"], "two arms are called 'a'"),
+        (["compare", "--arms", "a: --mixtur 3", "--out", "x"], "--mixtur"),
+        (["compare", "--arms", "a:", "--out", "x", "--levels", "train_loss=1"], "needs --full-train-loss"),
+        (["compare", "--arms", "a:", "--out", "x", "--run-dir", "y"], "name the folder of them all with --out"),
+        (["compare", "--arms", "a:", "--out", "x", "--until-levels"], "--until-levels needs --levels"),
+        (["compare", "nowhere"], "nowhere is not the folder of a study"),
+        (["compare", "--levels", "low", "--arms", "a:", "--out", "x"], "a level is a field and its values"),
+        (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
+    ],
+)
+def test_a_mistake_in_comparing_or_probing_is_one_sentence(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in sentence(arguments, capsys)
+    assert not list(tmp_path.iterdir())

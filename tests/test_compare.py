@@ -166,10 +166,10 @@ def test_a_study_is_trained_once_and_read_again(tmp_path: Path) -> None:
     said: list[str] = []
     made = compare.train(arms(tmp_path), seeds=1, folder=tmp_path / "s", say=said.append)
     assert list(made.curves) == ["uniform", "exact"]
-    assert len(said) == 2
+    assert [text.split(":")[0] for text in said] == 2 * ["uniform, seed 0"] + 2 * ["exact, seed 0"]
     assert made.curves["exact"][0][-1]["train_seconds"] > 0
     again = compare.train(arms(tmp_path), seeds=1, folder=tmp_path / "s", say=said.append)
-    assert (len(said), again) == (2, made)
+    assert (len(said), again) == (4, made)
     assert compare.read(tmp_path / "s") == made
     grouped = compare.group([tmp_path / "s" / "exact-0", tmp_path / "s" / "uniform-0"])
     assert grouped.curves == {f"mode={name}": made.curves[name] for name in ("exact", "uniform")}

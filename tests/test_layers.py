@@ -17,11 +17,13 @@ LEVELS = [
     | {"presets"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
     {"scorers", "sharded", "presample", "optimizers", "distributed"},
-    {"step", "designs", "engines", "data", "signals", "console", "figures"},
+    {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},
     {"evaluate", "report"},
     {"train"},
-    {"compare"},
+    {"compare", "probe"},
+    {"page"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

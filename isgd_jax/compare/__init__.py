@@ -17,8 +17,8 @@ Importing this package imports neither jax nor matplotlib; training and drawing 
 from isgd_jax.compare.intervals import Interval, geometric_mean, median, paired_ratio
 from isgd_jax.compare.levels import Level, first_seen, levels
 from isgd_jax.compare.plots import draw, quartiles
-from isgd_jax.compare.study import Arm, Curve, Study, group, read, train
-from isgd_jax.compare.tables import Row, markdown, rows, text
+from isgd_jax.compare.study import Arm, Curve, Say, Study, group, read, train
+from isgd_jax.compare.tables import Row, common_levels, markdown, rows, text
 
 __all__ = [
     "Arm",
@@ -26,7 +26,9 @@ __all__ = [
     "Interval",
     "Level",
     "Row",
+    "Say",
     "Study",
+    "common_levels",
     "draw",
     "first_seen",
     "geometric_mean",

@@ -1,9 +1,12 @@
 """Levels: the loss or error that a run is waited for to reach."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from isgd_jax.rundir import Record
+
+FIELDS = ("train_loss", "test_loss", "test_error")
 
 
 class Level(NamedTuple):
@@ -43,6 +46,28 @@ def first_seen(curve: list[Record], level: Level, against: str = "step") -> floa
         if curve and not any(line.get(name) is not None for line in curve):
             raise ValueError(f"the lines of progress have no {name!r}; they have {', '.join(_fields(curve))}")
     return next((float(line[against]) for line in curve if level.reached(line)), math.inf)
+
+
+def common(curves: Sequence[list[Record]], fields: Sequence[str] = FIELDS) -> tuple[Level, ...]:
+    """For each field that all runs measured, the lowest level that all of them reached, rounded up to two digits."""
+    seen = [[[line[field] for line in curve if line.get(field) is not None] for curve in curves] for field in fields]
+    return tuple(
+        Level(field, _rounded_up(max(map(min, runs))))
+        for field, runs in zip(fields, seen, strict=True)
+        if runs and all(runs)
+    )
+
+
+def _rounded_up(value: float) -> float:
+    """The next number of two digits that is not below a value.
+
+    >>> _rounded_up(0.07071), _rounded_up(0.5), _rounded_up(0.0)
+    (0.071, 0.5, 0.0)
+    """
+    if value <= 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(round(value / unit, 9)) * unit:.3g}")
 
 
 def _parse(text: str) -> list[Level]:

@@ -115,6 +115,8 @@ def _scale(axes: "Axes", field: str) -> None:
     """Logarithmic where a curve falls through decades; percent where it is a share."""
     from matplotlib.ticker import PercentFormatter
 
+    from isgd_jax import figures
+
     if field.endswith("_loss"):
         axes.set_yscale("log")
     elif field.endswith("_error"):
@@ -122,4 +124,5 @@ def _scale(axes: "Axes", field: str) -> None:
         axes.set_ylim(bottom=0)
     elif field == "variance_ratio":
         axes.set_yscale("log")
-        axes.axhline(1.0, color="#777777", linewidth=0.8)
+        figures.plain_log(axes.yaxis)
+        axes.axhline(1.0, color=figures.GREY, linewidth=0.8)

@@ -10,6 +10,8 @@ from isgd_jax.compare.levels import Level
 from isgd_jax.config import MAY_CHANGE_ON_RESUME, Config
 from isgd_jax.rundir import Record, RunDir
 
+SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
+
 Curve = list[Record]
 """The lines of progress of one run."""
 
@@ -21,6 +23,10 @@ class Fit(Protocol):
     def __call__(
         self, config: Config, /, *, resume: bool, observe: Callable[[Record], None], until: Callable[[Record], bool]
     ) -> Any: ...
+
+
+Say = Callable[[str], None]
+"""How a person is told what goes on."""
 
 
 class Arm(NamedTuple):
@@ -56,7 +62,7 @@ def train(
     seeds: int | Sequence[int],
     folder: Path,
     levels: Sequence[Level] = (),
-    say: Callable[[str], None] = print,
+    say: Say = print,
     observe: Callable[[Record], None] = lambda record: None,
 ) -> Study:
     """Train what is missing, seed by seed, and read everything.
@@ -132,7 +138,7 @@ def _train_one(
     arm: Arm,
     config: Config,
     levels: Sequence[Level],
-    say: Callable[[str], None],
+    say: Say,
     observe: Callable[[Record], None],
 ) -> None:
     def until(record: Record) -> bool:
@@ -145,6 +151,7 @@ def _train_one(
     resume = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
     result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
     stopped_by = getattr(result, "stopped_by", None)
+    say(f"{name}, seed {seed}: {_last(run)}")
     if stopped_by is not None:
         say(f"stopped by signal {stopped_by}; the same command goes on")
         raise SystemExit(128 + stopped_by)
@@ -170,6 +177,13 @@ def _fit() -> Fit:
 
 def _curve(folder: Path) -> Curve:
     return list(RunDir(folder).records("progress"))
+
+
+def _last(run: RunDir) -> str:
+    """Where a run stands, in words."""
+    line = (_curve(run.path) or [{"step": 0}])[-1]
+    seen = [f"{name.replace('_', ' ')} {line[name]:.4g}" for name in SAID if line.get(name) is not None]
+    return ", ".join([f"{line['step']:,} updates", *seen])
 
 
 def _plain(value: Any) -> str:

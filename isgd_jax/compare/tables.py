@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from isgd_jax.compare.intervals import Interval, median, paired_ratio
-from isgd_jax.compare.levels import Level, first_seen
+from isgd_jax.compare.levels import Level, common, first_seen
 from isgd_jax.compare.study import Study
 
 UNITS = {"step": "updates", "train_seconds": "seconds"}
@@ -34,6 +34,11 @@ def rows(study: Study, levels: Sequence[Level], against: Sequence[str] = ("step"
     return [_row(study, arm, level, field) for level in levels for field in against for arm in study.curves]
 
 
+def common_levels(study: Study) -> tuple[Level, ...]:
+    """The lowest levels of loss and error that every run of the study has reached."""
+    return common([curve for by_seed in study.curves.values() for curve in by_seed.values()])
+
+
 def text(rows: Sequence[Row]) -> str:
     """The rows as aligned lines."""
     lines = [HEADS, *map(cells, rows)]
@@ -53,7 +58,7 @@ HEADS = ("level", "arm", "to reach it: median [95 %]", "over the first arm's [95
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as a person reads it, one text for each of `HEADS`."""
-    places = 0 if row.unit == "updates" else 1
+    places = 0 if row.unit == "updates" else 2 if row.median.value < 10 else 1
     low, value, high = (_number(x, places) for x in (row.median.low, row.median.value, row.median.high))
     return (
         str(row.level),

@@ -92,7 +92,13 @@ _FACTORIES: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
 
 
 def by_name(name: str, num_classes: int, **options: Any) -> Model:
-    """The model called "mlp" or "cnn", or what the user's ``factory(num_classes)`` at "pkg.module:factory" returns."""
+    """The model called "mlp" or "cnn", or what the user's ``factory(num_classes)`` at "pkg.module:factory" returns.
+
+    Raises:
+        ValueError: there is no model of this name.
+        TypeError: the factory cannot be called so, or returns something without ``init`` and ``apply``.
+        ImportError, AttributeError: the reference leads nowhere.
+    """
     if name not in _FACTORIES and ":" not in name:
         raise ValueError(f"unknown model {name!r}: expected {', '.join(_FACTORIES)} or 'pkg.module:factory'")
     factory = _FACTORIES.get(name) or from_reference(name)
@@ -111,7 +117,14 @@ def by_name(name: str, num_classes: int, **options: Any) -> Model:
 
 
 def from_reference(reference: str) -> Any:
-    """The callable at "pkg.module:name"; modules in the current folder are found too, as ``python -m`` would."""
+    """The callable at "pkg.module:name"; modules in the current folder are found too, as ``python -m`` would.
+
+    Raises:
+        ValueError: it is not of this form.
+        ImportError: there is no such module.
+        AttributeError: the module has no such name.
+        TypeError: what it names cannot be called.
+    """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"expected 'pkg.module:name', got {reference!r}")
@@ -136,6 +149,10 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
       - a model that keeps variables other than "params" (BatchNorm's statistics) is refused;
       - a model that needs random numbers when applied (dropout that is not deterministic) is refused;
       - with ``num_classes``, a model whose output for one example is not of shape [num_classes] is refused.
+
+    Raises:
+        ValueError: one of these is refused.
+        TypeError: ``model.init`` does not return a dict with ``params``.
     """
     variables = jax.eval_shape(model.init, key, example)
     _check_collections(variables)

@@ -54,6 +54,9 @@ def propose(
     target sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
     ``calibration`` what counts as the score is what it has learnt of the norm from score and age, ``horizon`` updates
     from now: about the life of the law, if it is to be frozen.
+
+    Raises:
+        ValueError: ``mixture`` and ``additive`` are both 0, or one of the numbers is out of range.
     """
     if mixture == 0.0 and additive == 0.0:
         raise ValueError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
@@ -100,7 +103,11 @@ def smooth(
     power: float = 1.0,
     example_weights: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
-    """Probabilities [n] from scores of one's own, and whether they had nothing to say (then they are uniform)."""
+    """Probabilities [n] from scores of one's own, and whether they had nothing to say (then they are uniform).
+
+    Raises:
+        ValueError: ``mixture`` is not in [0, 1], ``additive`` is negative, or ``power`` is not positive.
+    """
     if not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
     if not (additive >= 0.0 and power > 0.0):

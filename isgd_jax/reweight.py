@@ -39,6 +39,11 @@ def importance_weighting(
     sum(a_n g_n) in place of the mean; ``indices=draw.indices`` then says whose weights apply.
 
     >>> tx = optax.chain(importance_weighting(60_000), optax.sgd(0.01))  # doctest: +SKIP
+
+    Raises:
+        ValueError: ``num_examples`` is not positive, or the weights are not of shape [num_examples]; from ``update``:
+            gradients that are not one a draw.
+        TypeError: from ``update``, without ``probs``, or without ``indices`` where there are example weights.
     """
     if num_examples < 1:
         raise ValueError(f"num_examples must be the size of the data set, at least 1, got {num_examples}")

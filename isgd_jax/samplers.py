@@ -51,7 +51,11 @@ LawLike: TypeAlias = Float[Array, " n"] | Law
 
 
 def prepare(probs: Float[Array, " n"], order: Int[Array, " n"] | None = None) -> Law:
-    """The law of ``probs`` [n] (any non-negative masses), laid along the permutation ``order`` [n]. O(n)."""
+    """The law of ``probs`` [n] (any non-negative masses), laid along the permutation ``order`` [n]. O(n).
+
+    Raises:
+        ValueError: there are no examples, or 2^31 or more.
+    """
     _check_size(probs.shape[0])
     masses = probs.astype(jnp.float32)
     if order is None:
@@ -138,6 +142,9 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     ``num_draws`` is the room. The expected size is chosen so that the room is too small less than once in a million
     draws (Chernoff's bound); a random excess is then left out, which shifts expected counts by less than 1e-6 of
     themselves. Source: Hajek, "Sampling from a finite population" (1981).
+
+    Raises:
+        ValueError: ``num_draws`` exceeds the number of examples.
     """
     law, size = _as_law(law), _poisson_size(num_draws)
     if num_draws > law.masses.shape[0]:
@@ -158,7 +165,11 @@ def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 
 
 def capped(law: LawLike, *, num_draws: int | float) -> Law:
-    """The law with no mass above 1/num_draws of the new total, smaller masses as they are: inclusion probabilities."""
+    """The law with no mass above 1/num_draws of the new total, smaller masses as they are: inclusion probabilities.
+
+    Raises:
+        ValueError: ``num_draws`` is not in 1..n.
+    """
     law = _as_law(law)
     if not 0 < num_draws <= law.masses.shape[0]:
         raise ValueError(f"num_draws must lie in 1..n={law.masses.shape[0]} to draw distinct indices, got {num_draws}")

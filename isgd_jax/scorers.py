@@ -38,6 +38,9 @@ def grad_norm(
 
     ``select``: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
     ``microbatch_size``: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+
+    Raises:
+        ValueError: ``microbatch_size`` is no positive integer; when called, ``select`` chose no parameter.
     """
 
     def score(params: Params, batch: Batch) -> Scores:

@@ -22,6 +22,9 @@ def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scor
       already replicated over the devices, copies nothing.
 
     Call it outside `jax.jit`: it places arrays on devices itself.
+
+    Raises:
+        TypeError: when called inside a jax transformation.
     """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:

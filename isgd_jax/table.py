@@ -32,7 +32,11 @@ class ScoreTable(NamedTuple):
 
 
 def create(num_examples: int) -> ScoreTable:
-    """A table in which nothing was ever scored."""
+    """A table in which nothing was ever scored.
+
+    Raises:
+        ValueError: ``num_examples`` is not positive.
+    """
     if num_examples < 1:
         raise ValueError(f"a score table needs at least one example, got num_examples={num_examples}")
     return ScoreTable(
@@ -55,6 +59,9 @@ def record(
 
     With augmentation each visit sees another picture of the example: ``memory`` is then the share of the old mean
     square that is kept, sqrt(memory old² + (1 - memory) new²), so that scores tend to the root mean square norm.
+
+    Raises:
+        ValueError: ``memory`` is not in [0, 1).
     """
     if not 0.0 <= memory < 1.0:
         raise ValueError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")

@@ -1,18 +1,96 @@
-"""The pages under docs/: the API reference builds without a warning."""
+"""The pages under docs/ and the README: code runs, commands parse, links lead somewhere, the reference builds."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from isgd_jax import cli
+
 ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *GUIDES]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def page_id(path: Path) -> str:
+    return path.stem
+
+
+def code_of(page: Path) -> str:
+    """The Python of a page, as its reader would type it: from top to bottom, in one session."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a page's indented blocks, those continued with a backslash as one."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [line.strip() for line in joined.splitlines() if line.startswith("    ")]
+
+
+def isgd_arguments(line: str) -> list[str] | None:
+    """What follows `isgd` on a line of a shell; None if the line does not call it. A VM of that name is no call."""
+    if "gcloud" in line:
+        return None
+    words = [re.sub(r"^\$\w+$", "0", word) for word in shlex.split(line, comments=True)]
+    at = next((place for place, word in enumerate(words) if word in ("isgd", ".venv/bin/isgd")), None)
+    if at is None:
+        return None
+    end = next((place for place in range(at, len(words)) if words[place] in ("&", "&&", ";", "|")), len(words))
+    return words[at + 1 : end]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in GUIDES if code_of(page)], ids=page_id)
+def test_the_code_of_a_guide_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a reader
+    done = subprocess.run(
+        [sys.executable, "-c", code_of(page)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_commands_of_a_page_parse(page: Path) -> None:
+    for line in commands(page.read_text()):
+        arguments = isgd_arguments(line)
+        if arguments is not None and "--resume" not in arguments and "--help" not in arguments:
+            cli._parse(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_what_a_page_tells_to_make_can_be_made(page: Path) -> None:
+    wanted = {target for line in commands(page.read_text()) for target in re.findall(r"\bmake ([a-z-]+)", line)}
+    wanted |= set(re.findall(r"`make ([a-z-]+)", page.read_text()))
+    assert wanted <= set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    named = set(re.findall(r"`((?:experiments|tests|isgd_jax|docs)/[\w/.-]+)`", page.read_text()))
+    assert missing + [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    assert isgd_arguments("for i in 0 1; do A=1 isgd train --seed $i --run-dir x & done") == [
+        "train", "--seed", "0", "--run-dir", "x",
+    ]  # fmt: skip
+    assert isgd_arguments("make train") is None
+    with pytest.raises(SystemExit):
+        cli._parse(["train", "--no-such-flag", "1"])
 
 
 @pytest.mark.slow
 def test_the_reference_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "build.py", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, ROOT / "docs" / "build.py", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=250
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "importance_weighting" in (tmp_path / "isgd_jax.html").read_text()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 
@@ -16,7 +18,18 @@ def run(code: str, cwd: Path) -> str:
 
 
 def test_there_is_code_to_test() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.slow
+def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
+    """The first block is my_model.py; the command below it, a little shorter, leaves the figures."""
+    (tmp_path / "my_model.py").write_text(BLOCKS[0])
+    command = re.search(r"^    \.venv/bin/isgd (train --model my_model.*)$", README.read_text(), flags=re.MULTILINE)
+    assert command is not None
+    arguments = [*command.group(1).split(), "--steps", "20", "--probe-size", "32", "--refresh-every", "20"]
+    run(f"from isgd_jax.cli import main; main({arguments})", tmp_path)
+    assert {"variance.png", "loss.png", "error.png"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
 
 
 def test_the_loop_of_ones_own_learns(tmp_path: Path) -> None:
@@ -24,13 +37,13 @@ def test_the_loop_of_ones_own_learns(tmp_path: Path) -> None:
         "mean_loss = lambda: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
         "first = mean_loss()\n"
     )  # fmt: skip
-    setup, loop = BLOCKS[0].split("for step in range")
+    setup, loop = BLOCKS[1].split("for step in range")
     out = run(f"{setup}{before_and_after}for step in range{loop}\nprint(mean_loss() / first)", tmp_path)
     assert float(out) < 0.8
 
 
 def test_arrays_of_ones_own(tmp_path: Path) -> None:
-    out = run(f"{BLOCKS[1]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
+    out = run(f"{BLOCKS[2]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
     assert out.split() == ["100", "True"]
 
 

@@ -65,6 +65,11 @@ def from_arrays(
         ...                    {"image": np.ones([1, 2]), "label": np.array([2])})
         >>> made.num_classes, made.input_key, len(made)
         (3, 'image', 3)
+
+    Raises:
+        TypeError: an array is of a type that is no input, or labels are not whole numbers.
+        ValueError: arrays of a split differ in length, splits in shapes, a label is outside [0, num_classes), or values
+            are not finite.
     """
     splits = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
     checked = {split: checks.converted(split, arrays) for split, arrays in splits.items()}
@@ -97,7 +102,12 @@ def from_source(train: Source, test: Source, *, valid: Source | None = None, **o
 
 
 def read(source: Any) -> dict[str, np.ndarray]:
-    """Brings a source into memory: its items, all with the same keys and shapes, stacked key by key."""
+    """Brings a source into memory: its items, all with the same keys and shapes, stacked key by key.
+
+    Raises:
+        TypeError: the source has not both methods, or its items are no dicts.
+        ValueError: it is empty, or its items differ in keys or shapes.
+    """
     if not isinstance(source, Source):
         raise TypeError(f"expected an object with __len__ and __getitems__, got {type(source).__name__}")
     if not len(source):

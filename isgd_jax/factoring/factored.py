@@ -78,6 +78,9 @@ def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "
     """The norm of each example's gradient, over the whole tree.
 
     Where the Gram sum of a leaf has cancelled, for any example, the leaf's products are formed after all.
+
+    Source: Goodfellow (arXiv 1510.01799) for layers used once; Li et al. (arXiv 2110.05679), section 4, for Gram sums
+    over positions.
     """
     squares = []
     for leaf in _leaves(grads):
@@ -120,7 +123,11 @@ def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGH
 
 
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
-    """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters."""
+    """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
+
+    Raises:
+        ValueError: there is not one weight an example.
+    """
     b = _batch_size(grads)
     if weights.shape != (b,):
         raise ValueError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
@@ -133,7 +140,7 @@ def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
 
 
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
-    """Inner products between the gradients of all pairs of examples."""
+    """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
 
 

@@ -159,7 +159,7 @@ def _defaults(resume: str | None, replay: str | None, arguments: list[str]) -> T
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for here, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for here, following in zip(arguments, [*arguments[1:], None], strict=False):
         if here == flag:
             return following
         if here.startswith(f"{flag}="):

@@ -99,6 +99,10 @@ def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
     assert "Go on with: isgd train --resume run" in out
 
 
+def test_the_bare_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Expected one of" in sentence([], capsys)
+
+
 def test_help_is_instant(tmp_path: Path) -> None:
     """It imports none of the heavy packages: that is what keeps it fast."""
     code = (

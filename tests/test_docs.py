@@ -83,6 +83,7 @@ def test_a_command_that_does_not_exist_is_found() -> None:
         "train", "--seed", "0", "--run-dir", "x",
     ]  # fmt: skip
     assert isgd_arguments("make train") is None
+    assert isgd_arguments("gcloud compute tpus tpu-vm ssh isgd --zone=here") is None
     with pytest.raises(SystemExit):
         cli._parse(["train", "--no-such-flag", "1"])
 

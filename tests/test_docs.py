@@ -59,7 +59,7 @@ def test_the_code_of_a_guide_runs_from_top_to_bottom(page: Path, tmp_path: Path)
 def test_the_commands_of_a_page_parse(page: Path) -> None:
     for line in commands(page.read_text()):
         arguments = isgd_arguments(line)
-        if arguments is not None and "--resume" not in arguments and "--help" not in arguments:
+        if arguments is not None and not {"--resume", "--replay", "--help"} & set(arguments):
             cli._parse(arguments)
 
 

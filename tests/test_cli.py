@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from isgd_jax.cli import main
+from isgd_jax.cli import _parse, main
+from isgd_jax.config import Config
+from isgd_jax.rundir import RunDir
 
 SMALL = [
     "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
@@ -101,6 +103,26 @@ def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
 
 def test_the_bare_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Expected one of" in sentence([], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--preset", "paper-2"], {"learning_rate": 0.001, "additive": 1.0, "mode": "relaxed", "run_dir": None}),
+        (
+            ["--preset", "paper-1", "--additive", "3", "--steps", "7"],
+            {"learning_rate": 0.01, "additive": 3.0, "steps": 7},
+        ),
+        (["--replay", "old"], {"seed": 5, "mode": "relaxed", "run_dir": None, "replay": "old"}),
+    ],
+)
+def test_presets_and_replays_begin_with_their_configuration(
+    arguments: list[str], expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDir.create(Config(mode="relaxed", seed=5, run_dir="old"))
+    config = _parse(["train", *arguments]).config
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_help_is_instant(tmp_path: Path) -> None:

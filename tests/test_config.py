@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from isgd_jax.config import MAY_CHANGE_ON_RESUME, Config
+from isgd_jax.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,12 @@ from isgd_jax.config import MAY_CHANGE_ON_RESUME, Config
         ("seed", -1, "--seed must be between"),
         ("epochs", 0.0, "--epochs must be above 0"),
         ("max_age", -1, "--max-age must be 0 or more"),
+        ("publish_every", 7, "--publish-every must be --refresh-every unless workers score in relaxed mode"),
+        ("refetch_every", 2, "--refetch-every must be 1 unless workers score in relaxed mode"),
+        ("chunk_patience", 0.0, "--chunk-patience must be above 0"),
+        ("coin", 1.5, "--coin must be between 0 and 1"),
+        ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
+        ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),
         ("weight_decay", 0.1, "--weight-decay must be 0 unless --optimizer adamw"),
         ("sampler", "shuffled", "--sampler must be one of auto, independent, stratified in exact mode"),
     ],
@@ -44,6 +51,19 @@ def test_a_value_out_of_range_is_named(field: str, value: object, expected: str)
 def test_a_wrong_type_is_named(field: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"--{field.replace('_', '-')} must be .*; got"):
         Config(**{field: value})
+
+
+def test_without_a_mixture_the_additive_constant_must_keep_all_drawable() -> None:
+    assert Config(mixture=0.0, additive=10.0).mixture == 0.0
+
+
+def test_the_presets_have_the_values_of_the_paper() -> None:
+    first, second = PRESETS["paper-1"], PRESETS["paper-2"]
+    assert (first.learning_rate, first.additive, second.learning_rate, second.additive) == (0.01, 10.0, 0.001, 1.0)
+    for preset in (first, second):
+        assert (preset.batch_size, preset.chunk_size, preset.momentum, preset.refresh_every) == (128, 2048, 0.95, 32)
+        assert (preset.max_age_seconds, preset.min_trusted, preset.priorities) == (20.0, 0.1, (20, 1, 1))
+        assert Config.from_dict(preset.to_dict()) == preset
 
 
 def test_json_brings_the_same_configuration_back() -> None:

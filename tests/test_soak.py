@@ -1,18 +1,27 @@
 """Long and random trials, by hand: `make soak`."""
 
+import os
 import random
+import signal
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from problems import blobs, small_config
 from test_cli import SMALL, finished, isgd
 
-from isgd_jax.rundir import RunDir
+from isgd_jax.engines.local import Device
+from isgd_jax.rundir import Record, RunDir
+from isgd_jax.train import Result, fit
+from isgd_jax.typing import WorkersGone
 
 KILLS = 20
 ARGUMENTS = ["--data-dir", "data", *SMALL, "--steps", "8000", "--mode", "relaxed", "--log-every", "100"]
@@ -62,3 +71,81 @@ def test_killed_at_random_moments_each_resume_succeeds(tmp_path: Path) -> None:
         jax.tree.map(np.asarray, last_arrays(tmp_path / "killed")["state"]["params"]),
         jax.tree.map(np.asarray, last_arrays(tmp_path / "whole")["state"]["params"]),
     )
+
+
+FAULTS = 100
+Finish = Callable[[Device, Any], np.ndarray]
+HONEST: Finish = Device.finish
+
+
+def dies(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+    if rng.random() < 0.2:
+        raise RuntimeError("a worker died in mid-chunk")
+    return scores
+
+
+def all_gone(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+    raise RuntimeError("nobody is left")
+
+
+def slow(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+    threading.Event().wait(rng.choice([0.0, 0.0, 0.5]))
+    return scores
+
+
+def not_a_number(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(scores)) == rng.randrange(len(scores)), np.nan, scores).astype(scores.dtype)
+
+
+def wrong_shape(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+    return scores[: rng.randrange(len(scores) + 1)]
+
+
+IN_PROCESS = [dies, all_gone, slow, not_a_number, wrong_shape]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_faults_and_every_run_ends_right_or_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run has a fault of its workers at random moments; some are stopped by SIGTERM and resumed as well.
+
+    A relaxed run always ends; its parameters are finite, and its replay, without any fault, gives them bit for bit. An
+    exact run ends with the very parameters of a run without faults, or says that nobody is left.
+    """
+    rng, counted = random.Random(0), dict.fromkeys([fault.__name__ for fault in IN_PROCESS], 0)
+    exact = fit(small_config(tmp_path / "exact", mode="exact"), dataset=blobs())
+    for trial in range(FAULTS):
+        fault, mode, folder = rng.choice(IN_PROCESS), rng.choice(["relaxed", "relaxed", "exact"]), tmp_path / str(trial)
+        begins, stops = rng.randrange(40), rng.choice([None, 10, 20, 30])
+        counted[fault.__name__] += 1
+        trouble = threading.Event()
+
+        def finish(self: Device, started: Any, fault: Any = fault, trouble: Any = trouble) -> np.ndarray:
+            scores = HONEST(self, started)
+            return fault(rng, self, scores) if trouble.is_set() else scores
+
+        def observe(record: Record, begins: int = begins, stops: int | None = stops, trouble: Any = trouble) -> None:
+            if record.get("step", 0) >= begins:
+                trouble.set()
+            if record["event"] == "progress" and record["step"] == stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        config = small_config(folder, mode=mode, engine="local", chunk_size=10, chunk_patience=0.3)
+        monkeypatch.setattr(Device, "finish", finish)
+        try:
+            result: Result | None = fit(config, dataset=blobs(), observe=observe)
+        except WorkersGone:
+            assert mode == "exact"
+            result = None
+        monkeypatch.setattr(Device, "finish", HONEST)
+        if result is None or result.stopped_by is not None:
+            result = fit(config, dataset=blobs(), resume=True)
+        assert result.step == 40
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(result.params)))
+        if mode == "exact" and fault in (dies, all_gone, slow, wrong_shape):
+            chex.assert_trees_all_equal(result.params, exact.params)
+        if mode == "relaxed" and fault is not not_a_number:
+            again = small_config(tmp_path / f"{trial}-again", mode=mode, engine="local", chunk_size=10,
+                                 chunk_patience=0.3, replay=str(folder))  # fmt: skip
+            chex.assert_trees_all_equal(fit(again, dataset=blobs()).params, result.params)
+    print(f"faults: {counted}")

@@ -206,8 +206,10 @@ class _Sweep:
     def hand_out(self, worker: str, version: int) -> int:
         chunk = self._next_lost(version)
         if chunk is None:
-            ahead = np.concatenate([self._busy[self.cursor :], self._busy[: self.cursor]]) < version
-            chunk = (self.cursor + int(ahead.argmax())) % len(self)
+            chunk = self.cursor
+            if self._busy[chunk] >= version:  # rarely: a sweep over all chunks costs as much as there are
+                ahead = np.concatenate([self._busy[chunk:], self._busy[:chunk]]) < version
+                chunk = (chunk + int(ahead.argmax())) % len(self)
             self.cursor = (chunk + 1) % len(self)
         else:
             self.again += 1

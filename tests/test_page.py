@@ -71,7 +71,7 @@ def make_run(
         run.append(line(step, **more))
     run.append({"event": "warning", "step": 20, "seconds": 2.0, "text": "3 scores were not finite"})
     run.append({"event": "finished", "step": 20, "seconds": 2.5, "spent": {"scoring": 0.5, "updating": 1.5}})
-    run.write_environment(["TPU_0"])
+    run.write_environment(["TPU_0"], "abc123")
     if scores is not None:
         versions = np.where(scores > 0, 17, -1).astype(np.int32)
         checkpoints = Checkpoints(run.checkpoints, identity={"data set": dataset.fingerprint if dataset else "other"})

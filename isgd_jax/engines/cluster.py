@@ -29,7 +29,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL
 
 MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
 
-POLITENESS = 10
+POLITENESS = 5
 """Added to the niceness of workers: on a host that also trains, training comes first."""
 
 PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -42,17 +42,15 @@ LOOK = 1.0
 class Scorer:
     """The actor: one process, one device, one version of the parameters."""
 
-    def __init__(self, make_jobs: MakeJobs) -> None:
-        os.nice(POLITENESS)
-        self._jobs, self._fingerprint = make_jobs()
+    def prepare(self, make_jobs: MakeJobs) -> str:
+        """Load the data; returns the fingerprint of the training set. Called first, again after each restart."""
+        self._jobs, fingerprint = make_jobs()
         self._device = jax.local_devices()[0]
         self._scorers = {name: jax.jit(job.scorer) for name, job in self._jobs.items()}
         self._params: Params = None
         self._version: int | None = None
-
-    def fingerprint(self) -> str:
-        """Of the training set this process has loaded."""
-        return self._fingerprint
+        os.nice(max(0, POLITENESS - os.nice(0)))
+        return fingerprint
 
     def load(self, params: Params, version: int) -> int:
         """Take parameters, NumPy arrays in the shared memory of this node; returns their bytes."""
@@ -73,6 +71,10 @@ class Refused(ValueError):
     """A worker that can never help: it has another data set, or cannot load it."""
 
 
+class Failed(RuntimeError):
+    """What a worker was asked to do raised an error there."""
+
+
 class Lost(RuntimeError):
     """A worker that Ray restarts, here or on another node."""
 
@@ -82,7 +84,8 @@ class Actor:
 
     def __init__(self, name: str, make_jobs: MakeJobs, *, fingerprint: str, needs: Mapping[str, Any]) -> None:
         self.name, self.fingerprint = name, fingerprint
-        self.handle: Any = ray.remote(Scorer).options(max_restarts=-1, **needs).remote(make_jobs)
+        self.handle: Any = ray.remote(Scorer).options(max_restarts=-1, **needs).remote()
+        self._make_jobs = make_jobs
         self._closed, self._refused, self._known = threading.Event(), False, False
 
     def load(self, shipment: ray.ObjectRef, version: int) -> int:
@@ -108,7 +111,11 @@ class Actor:
 
     def _meet(self) -> None:
         """Wait until it has loaded its data, however long there is no room for it, and compare."""
-        theirs = self._get(self.handle.fingerprint.remote())
+        try:
+            theirs = self._get(self.handle.prepare.remote(self._make_jobs))
+        except Failed as error:
+            self._refused = True
+            raise Refused(f"it could not begin: {error}") from error
         if theirs != self.fingerprint:
             self._refused = True
             raise Refused(
@@ -125,11 +132,8 @@ class Actor:
                 if ready:
                     return ray.get(ref)
             raise Lost("the engine was closed")
-        except exceptions.ActorDiedError as error:
-            self._refused = True  # Ray restarts whatever died of another cause than its own constructor
-            raise Refused(f"it could not begin: {_last_line(error)}") from error
         except exceptions.RayTaskError as error:
-            raise Lost(f"{type(error.cause).__name__}: {error.cause}") from error
+            raise Failed(f"{type(error.cause).__name__}: {error.cause}") from error
         except exceptions.RayError as error:
             raise Lost(f"its process or its node is gone ({type(error).__name__}); Ray restarts it") from error
 

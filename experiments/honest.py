@@ -46,8 +46,8 @@ most of all with wrong labels; only with rare classes is a test error below unif
     ours-free  +0.51 pt  0.42         +0.76 pt  0.60         +2.35 pt   0.86         +0.24 pt  0.36
 
 At equal seconds (same problems; a pass of larger batches cost 0.9 of uniform's, of ranks, ours and ours-free 1.2, of
-such small steps; the machine was shared, and the prices of the clean problem, of three runs then, were disturbed: left
-out). The training set is still learnt faster with rare classes; with 40 % wrong labels hardly anything is left of it:
+such small steps; the machine was shared, and the prices of the clean problem were disturbed in all runs: left out).
+The training set is still learnt faster with rare classes; with 40 % wrong labels hardly anything is left of it:
 
     method     wrong 10 %                                    wrong 40 %                classes 1:100
     larger     +0.76 [+0.45, +1.07]  1.03 [1.01, 1.04]       -0.40 pt  0.99            +1.18 pt  1.39 [1.21, 1.59]

@@ -53,7 +53,7 @@ def config(data_dir: str | None, **changes: str) -> Config:
     return Config(
         dataset="fashion_mnist", data_dir=data_dir, hidden=(512, 512, 512, 512), batch_size=128, learning_rate=0.01,
         momentum=0.95, refresh_every=200, mixture=0.1, steps=MOST_STEPS, full_train_loss=True, log_every=100,
-        checkpoint_every=1000, probe_size=256, **changes,
+        checkpoint_every=1000, calibrate="off", gate="off", **{"order": "index"} | changes,
     )  # fmt: skip
 
 

@@ -167,7 +167,15 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
     scored = common | {"mode": "relaxed", "refresh_every": 32, "refresh_share": scale.refresh_share}
     configs = {
         "uniform": Config(**common, mode="uniform", sampler="shuffled"),
-        "paper": Config(**scored, sampler="independent", additive=setting.additive, mixture=1e-6),
+        "paper": Config(
+            **scored,
+            sampler="independent",
+            order="index",
+            calibrate="off",
+            gate="off",
+            additive=setting.additive,
+            mixture=1e-6,
+        ),
         "ours": Config(**scored, sampler="stratified"),
     }
     return {

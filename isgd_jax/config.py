@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Mode = Literal["uniform", "exact", "relaxed"]
-SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified"]
-OrderName = Literal["index", "label", "score", "label-score"]
+Mode = Literal["uniform", "exact", "relaxed", "static", "presample"]
+SamplerName = Literal[
+    "auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement", "poisson"
+]
+OrderName = Literal["auto", "index", "label", "score", "label-score", "cells"]
+Switch = Literal["on", "off"]
 ScorerName = Literal["grad_norm", "loss", "logit_bound"]
 EngineName = Literal["inline", "local", "cluster"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
@@ -34,6 +37,16 @@ MAY_CHANGE_ON_RESUME = PER_HOST | {
 }
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
+_BY_SCORE = ("stratified", "independent", "systematic", "without_replacement", "poisson")
+FITTING: dict[str, tuple[str, ...]] = {
+    "uniform": ("shuffled", "uniform"),
+    "exact": _BY_SCORE,
+    "relaxed": _BY_SCORE,
+    "static": _BY_SCORE,
+    "presample": ("stratified",),
+}
+"""The samplers of each mode, its default first."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,6 +61,9 @@ class Config:
     """Name of the data set: digits (embedded), fashion_mnist, or another that `isgd_jax.data.load` knows."""
     data_dir: str | None = None
     """Where prepared data sets are kept. Default: TFDS's own folder, or $TFDS_DATA_DIR."""
+    hold: Literal["device", "host", "disk"] = "device"
+    """Where the training set is: on the device; in the memory of the host; or on disk, written once beside the prepared
+    data set as memory-mapped arrays. From host and disk a thread fetches the drawn examples ahead of the steps."""
     raw_dir: str | None = None
     """Where the original files of the data set already lie, when they need not be downloaded."""
 
@@ -61,12 +77,16 @@ class Config:
     """pkg.module:fn of your own, fn(outputs, example) -> scalar. Default: softmax cross-entropy with the label."""
 
     mode: Mode = "exact"
-    """uniform: plain SGD; exact: all scores at the current parameters, every refresh; relaxed: a share of them."""
+    """uniform: plain SGD; exact: all scores at the current parameters, every refresh; relaxed: a share of them;
+    static: scores of your own, for ever (--static-scores); presample: no table, each step scores candidates."""
     sampler: SamplerName = "auto"
     """How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
-    exact and relaxed mode: stratified (the default) or independent."""
-    order: OrderName = "label-score"
-    """The line along which stratified draws cut: neighbours should have similar gradients."""
+    Modes with scores: stratified (the default), independent, systematic, without_replacement, or poisson (a batch of
+    random size, in the room of --batch-size). presample: stratified."""
+    order: OrderName = "auto"
+    """The line along which stratified and systematic draws cut: neighbours should have similar gradients. cells: of
+    sketches of the last layer's gradients, no labels needed, refreshed with the scores (exact and relaxed mode; their
+    default). Elsewhere the default is label-score."""
     scorer: ScorerName = "grad_norm"
     """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
     engine: EngineName = "inline"
@@ -98,10 +118,36 @@ class Config:
     """Folder of an earlier relaxed run: its schedule is followed, and the same parameters come out, bit for bit."""
     refresh_share: float = 0.25
     """Share of the data set scored anew at each refresh, in turn (relaxed mode, inline; exact scores all of it)."""
+    score_budget: float | None = None
+    """In place of --refresh-share: the share of all examples differentiated, drawn ones and scored ones, that scoring
+    may be (relaxed mode, inline)."""
+    rescore: Literal["turn", "benefit"] = "turn"
+    """Which examples are scored anew (relaxed mode, inline). turn: round and round; benefit: the chunks whose scores
+    have lost most, by age and by how far norms of their score and age lie apart."""
+    refresh_when: Literal["always", "worth"] = "always"
+    """worth: leave a refresh out while scoring takes more time than it gains. That makes a run depend on the speed of
+    the machine; each decision is recorded."""
     chunk_size: int = 2048
     """Examples scored in one call on one device."""
-    mixture: float = 0.1
-    """Share of the uniform law in the proposal: the largest weight is 1/mixture."""
+    mixture: float | Literal["auto"] = "auto"
+    """Share of the uniform law in the proposal: the largest weight is 1/mixture. auto: the share that the draws so far
+    show to be best, between 0.03 and 0.5, and 0.3 until they show anything."""
+    power: float = 1.0
+    """The proposal is made of scores to this power: below 1 it trusts them less."""
+    calibrate: Switch = "on"
+    """Draw by what old scores have turned out to be worth, once two periods have taught it: √E[norm² | score, age]."""
+    gate: Switch = "on"
+    """Uniform draws while the scores do harm. Each switch is logged with its reason."""
+    static_scores: str | None = None
+    """A .npy file with one number of at least 0 for each training example (static mode)."""
+    example_weights: str | None = None
+    """A .npy file with a weight a_n for each training example: the gradient is then that of sum(a_n L_n)."""
+    candidates: int = 4
+    """Candidates scored for each draw (presample mode)."""
+    augment: str | None = None
+    """pkg.module:fn of your own, fn(key, example) -> example: another picture of an example, at each draw."""
+    score_memory: float = 0.7
+    """With --augment: the share of the old mean square that a score keeps when a fresh one arrives."""
     additive: float = 0.0
     """Constant added to every score, as in the paper (it used 1 and 10)."""
     max_age: int | None = None
@@ -134,8 +180,12 @@ class Config:
     """Steps between two lines of progress: loss, variance, ages, held-out loss and error."""
     full_train_loss: bool = False
     """Also measure loss and error on the whole training set at each of these lines."""
+    monitor: Switch = "on"
+    """Estimate the variance of uniform, present and ideal proposals from the draws of training themselves."""
+    probe_every: int | None = None
+    """Steps between two probes of the same by draws of their own: dearer, and free of the monitor's window."""
     probe_size: int = 1024
-    """Examples drawn at each line to estimate the variance of uniform, present and ideal proposals."""
+    """Examples drawn at each probe."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     tensorboard: bool = False
@@ -158,7 +208,15 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Config).items():
             _check_type(name, getattr(self, name), hint)
-        for name in ("refresh_every", "chunk_size", "batch_size", "steps", "log_every", "checkpoint_every"):
+        for name in (
+            "refresh_every",
+            "chunk_size",
+            "batch_size",
+            "steps",
+            "log_every",
+            "checkpoint_every",
+            "candidates",
+        ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("heartbeat_timeout", "initialization_timeout"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1 second")
@@ -193,8 +251,14 @@ class Config:
                "left out in uniform mode, which has no schedule")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
         _check("epochs", self.epochs, self.epochs is None or 0 < self.epochs < math.inf, "above 0")
-        _check("mixture", self.mixture, 0 < self.mixture <= 1 or (self.mixture == 0 and self.additive > 0),
-               "above 0 and at most 1 (or 0 with --additive above 0): an example could starve")  # fmt: skip
+        _check("mixture", self.mixture, self.mixture == "auto" or 0 < self.mixture <= 1
+               or (self.mixture == 0 and self.additive > 0),
+               "above 0 and at most 1, or auto (or 0 with --additive above 0): an example could starve")  # fmt: skip
+        _check("power", self.power, 0 < self.power < math.inf, "above 0")
+        _check("score_memory", self.score_memory, 0 <= self.score_memory < 1, "at least 0 and below 1")
+        _check("probe_every", self.probe_every, self.probe_every is None or self.probe_every >= 1, "at least 1")
+        _check("replay", self.replay, self.replay is None or self.refresh_when == "always",
+               "left out with --refresh-when worth")  # fmt: skip
         _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
         _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
         _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
@@ -208,15 +272,49 @@ class Config:
         _check("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
         _check("weight_decay", self.weight_decay, self.weight_decay == 0 or self.optimizer == "adamw",
                "0 unless --optimizer adamw, whose decay is decoupled")  # fmt: skip
-        fitting = ("auto", "shuffled", "uniform") if self.mode == "uniform" else ("auto", "independent", "stratified")
+        fitting = ("auto", *FITTING[self.mode])
         _check("sampler", self.sampler, self.sampler in fitting, f"one of {', '.join(fitting)} in {self.mode} mode")
+        _check("refresh_when", self.refresh_when, self.refresh_when == "always" or not self.distributed,
+               "always with --distributed, whose clocks differ")  # fmt: skip
+        for name, other in (("mode", "presample"), ("full_train_loss", True), ("distributed", True)):
+            _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
+                   f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
+        _check("hold", self.hold, self.hold == "device" or self.probe_every is None, "device with --probe-every")
+        _check("score_budget", self.score_budget, self.score_budget is None or 0 < self.score_budget < 1,
+               "above 0 and below 1")  # fmt: skip
+        is_inline = self.mode == "relaxed" and self.engine == "inline"
+        _check("score_budget", self.score_budget, self.score_budget is None or is_inline,
+               "left out but in relaxed mode, inline")  # fmt: skip
+        _check("rescore", self.rescore, self.rescore == "turn" or (is_inline and not self.distributed),
+               "turn but in relaxed mode, inline, on one host")  # fmt: skip
+        _check("order", self.order, self.order != "cells" or self.is_scored,
+               "another than cells but in exact and relaxed mode, which sketch the gradients")  # fmt: skip
+        _check("static_scores", self.static_scores, (self.static_scores is not None) == (self.mode == "static"),
+               "a file in static mode, and in no other")  # fmt: skip
 
     @property
     def sampler_in_use(self) -> str:
         """The sampler, with `auto` resolved."""
         if self.sampler != "auto":
             return self.sampler
-        return "shuffled" if self.mode == "uniform" else "stratified"
+        return FITTING[self.mode][0]
+
+    def share_scored(self, num_examples: int) -> float:
+        """The share of the data set scored at each refresh of relaxed mode."""
+        if self.score_budget is None:
+            return self.refresh_share
+        scored = self.score_budget / (1 - self.score_budget) * self.refresh_every * self.batch_size
+        return min(max(scored, 1) / num_examples, 1.0)
+
+    @property
+    def order_in_use(self) -> str:
+        """The order, with `auto` resolved."""
+        return ("cells" if self.is_scored else "label-score") if self.order == "auto" else self.order
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether an engine scores examples for a table."""
+        return self.mode in ("exact", "relaxed")
 
     @property
     def publishes_every(self) -> int:

@@ -28,9 +28,10 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
     "loss": ("loss", 9, _number),
     "test_loss": ("held-out", 9, _number),
     "test_error": ("error", 6, _percent),
-    "sd_uniform": ("uniform", 8, _number),
-    "sd_stale": ("stale", 8, _number),
-    "sd_ideal": ("ideal", 8, _number),
+    "sd_uniform": ("uniform", 10, _number),
+    "sd_stale": ("stale", 10, _number),
+    "sd_ideal": ("ideal", 10, _number),
+    "sd_drawn": ("drawn", 10, _number),
     "variance_ratio": ("ratio", 6, "{:.2f}".format),
     "age_mean": ("age", 5, _whole),
     "age_p95": ("95 %", 5, _whole),
@@ -43,10 +44,11 @@ COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
 """A line of progress: field of the record, head of the column, width, how it is written."""
 
 LEGEND = (
-    "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient. ratio: variance of stale "
-    "over uniform, below 1 the scores help. age: of the scores, in steps. trust: share of scores young enough to be "
-    "used. weight: the largest 1/(Nq). scoring, updating: shares of the time after start-up; measuring these numbers "
-    "took the rest."
+    "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient, with its 95 % band; drawn: "
+    "the same of batches as they were drawn, √(M Tr Cov). ratio: variance of stale over uniform, below 1 the "
+    "scores help. age: of the scores, in steps. trust: share of scores young enough to be used. weight: the largest "
+    "1/(Nq). "
+    "scoring, updating: shares of the time after start-up; measuring these numbers took the rest."
 )
 
 
@@ -73,6 +75,7 @@ class RunConsole:
             "plan": self._plan,
             "progress": self._progress,
             "warning": self._warning,
+            "gate": self._gate,
             "finished": self._end,
             "stopped": self._end,
             "wrote": self._wrote,
@@ -90,13 +93,17 @@ class RunConsole:
         self._bar.start()
 
     def _progress(self, record: Record) -> None:
-        written = {field: write(record[field]) for field, (_, _, write) in COLUMNS.items() if record[field] is not None}
+        fields = [field for field in COLUMNS if record[field] is not None]
+        written = {field: COLUMNS[field][2](record[field]) + _band(record, field) for field in fields}
         self._print(_row(written))
         self._bar.update(self._task, completed=record["step"])
         self._last = record
 
     def _warning(self, record: Record) -> None:
         self._print(f"warning at step {record['step']}: {record['text']}", style="yellow")
+
+    def _gate(self, record: Record) -> None:
+        self._print(f"gate {'opened' if record['is_open'] else 'shut'} at step {record['at']}: {record['reason']}")
 
     def _end(self, record: Record) -> None:
         self._bar.stop()
@@ -121,6 +128,14 @@ class RunConsole:
         self._console.print(line, style=style, soft_wrap=True, highlight=False)
 
 
+def _band(record: Record, field: str) -> str:
+    """Half the width of a number's 95 % band, in percent of it."""
+    low, high = record.get(f"{field}_low"), record.get(f"{field}_high")
+    if low is None or high is None or not record[field]:
+        return ""
+    return f"±{50 * (high - low) / record[field]:.0f}%"
+
+
 def _row(written: dict[str, str]) -> str:
     return " ".join(written.get(field, "-").rjust(width) for field, (_, width, _) in COLUMNS.items())
 
@@ -140,7 +155,7 @@ def _describe(plan: Record) -> list[tuple[str, str]]:
     if config["mode"] != "uniform":
         scored = "all examples" if config["mode"] == "exact" else f"{_percent(config['refresh_share'])} of the examples"
         rows += [
-            ("proposal", f"{config['scorer']} scores, mixture {config['mixture']:g}, additive {config['additive']:g}"),
+            ("proposal", f"{config['scorer']} scores, mixture {config['mixture']}, additive {config['additive']:g}"),
             ("scoring", f"{scored} every {every} updates; expected to take "
                         f"{_percent(refresh / (refresh + every * update))} of the training time "
                         f"({refresh:.2g} s beside {every} updates of {1000 * update:.2g} ms)"),

@@ -70,3 +70,9 @@ def observe(
 def apply(gate: Gate, probs: Float[Array, " n"]) -> Float[Array, " n"]:
     """The probabilities [n] to draw with: the proposal's, or uniform ones while the gate is shut."""
     return jnp.where(gate.is_open, probs, 1.0 / probs.shape[0])
+
+
+def reason(is_open: bool, ratio: Band) -> str:
+    """In words, why the gate has moved."""
+    band = f"STALE/UNIFORM is {float(ratio.value):.2f} [{float(ratio.low):.2f}, {float(ratio.high):.2f}]"
+    return f"{band}: the scores help again" if is_open else f"{band}: the scores do harm, draws are uniform"

@@ -1,17 +1,23 @@
 """Where the law of the next step comes from: an epoch's permutation, the uniform law, or the scores of an engine."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from isgd_jax import designs, samplers, schedule, table
+from isgd_jax import designs, monitor, rescoring, samplers, schedule, table, watch
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
+from isgd_jax.draws import WATCH_EVERY, Choice, Choose
+from isgd_jax.proposal import Frozen, Proposal
 from isgd_jax.step import TrainState
-from isgd_jax.typing import TRAIN, Draw, Engine, Key, ScoredChunk
+from isgd_jax.thrift import Decision, Thrift, decide
+from isgd_jax.typing import TRAIN, Draw, Engine, Key, Params, ScoredChunk
 
 
 class Refresh(NamedTuple):
@@ -24,8 +30,47 @@ class Refresh(NamedTuple):
     """The chunks that came in and the versions they were scored with: what `--replay` follows."""
     scored: int
     rejected: int
-    trusted_share: float
-    is_uniform: bool
+    trusted_share: float | None
+    is_uniform: bool | None
+    decision: Decision | None = None
+    """Whether scoring paid, where the clock is asked: a refresh that does not is left out."""
+
+    def as_record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self._asdict() | {"decision": None if self.decision is None else self.decision._asdict()}
+
+
+class Sketcher(NamedTuple):
+    """How the order by cells sees examples: ``of_rows(params, ids [c]) -> [c, dims]``."""
+
+    of_rows: Callable[[Params, np.ndarray], Float[Array, "c dims"]]
+    dims: int
+
+
+@runtime_checkable
+class Choosable(Protocol):
+    """An engine that scores the chunks it is told to."""
+
+    chunks: Any
+    chunks_per_collect: int
+
+    def score(self, turn: list[int]) -> list[ScoredChunk]: ...
+
+
+class Account(NamedTuple):
+    """What scoring has cost, by the clock; all zero where nobody asks."""
+
+    refreshes: int = 0
+    scoring: float = 0.0
+    """Seconds of the last refresh."""
+    refreshed: float = 0.0
+    """The clock after it, and what had been spent elsewhere by then."""
+    elsewhere: float = 0.0
+    thrift: Thrift = Thrift()
+
+    def after(self, seconds: float, *, elsewhere: float, now: float) -> "Account":
+        """The account after a refresh of so many seconds."""
+        return Account(self.refreshes + 1, seconds, now, elsewhere, self.thrift)
 
 
 @runtime_checkable
@@ -34,6 +79,8 @@ class Laws(Protocol):
 
     law: Any
     """What the sampler takes. It decides the next step, so it is saved with the run."""
+    notes: dict[str, Any]
+    """What else decides the next law: saved too."""
 
     @property
     def proposal(self) -> samplers.Law:
@@ -42,6 +89,10 @@ class Laws(Protocol):
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
         """Bring the law up to date before a step; say so if scores were refreshed."""
+        ...
+
+    def steps_left(self, step: int) -> int:
+        """For how many steps the law stays as it is, this one included."""
         ...
 
 
@@ -59,11 +110,22 @@ def shuffled(key: Key, law: Epoch, *, num_draws: int) -> Draw:
     return Draw(indices, jnp.full(num_draws, 1.0 / num_examples), jnp.ones(num_draws, bool))
 
 
+def choose_shuffled(num_draws: int) -> Choose:
+    """How a step takes its part of the epoch; by its number alone, so that it can be asked ahead."""
+
+    def choose(key: Key, law: Epoch, state: TrainState, data: Any) -> Choice:
+        start = state.step % (len(law.permutation) // num_draws) * num_draws
+        draw = shuffled(key, law._replace(start=start), num_draws=num_draws)
+        return Choice(draw, draw.probs, state.step % WATCH_EVERY == 0)
+
+    return choose
+
+
 class ShuffledLaws:
     """A new permutation each epoch, from the seed and the epoch alone; what does not fill a batch is left out of it."""
 
     def __init__(self, key: Key, num_examples: int, batch_size: int) -> None:
-        self._key = key
+        self._key, self.notes = key, dict[str, Any]()
         self._num_examples, self._batch_size = num_examples, batch_size
         self.proposal = uniform_law(num_examples)
         self.law = self._begin(0)
@@ -75,19 +137,25 @@ class ShuffledLaws:
         self.law = self.law._replace(start=jnp.int32(batch * self._batch_size))
         return state, None
 
+    def steps_left(self, step: int) -> int:
+        return self._num_examples // self._batch_size - step % (self._num_examples // self._batch_size)
+
     def _begin(self, epoch: int) -> Epoch:
         permutation = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._num_examples)
         return Epoch(permutation, jnp.int32(0))
 
 
-class UniformLaws:
-    """The uniform law, for ever: SGD with replacement."""
+class FixedLaws:
+    """One law for ever: the uniform one of SGD with replacement, or one of scores that the user brought."""
 
-    def __init__(self, num_examples: int) -> None:
-        self.law = self.proposal = uniform_law(num_examples)
+    def __init__(self, law: Any, proposal: samplers.Law) -> None:
+        self.law, self.proposal, self.notes = law, proposal, dict[str, Any]()
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
         return state, None
+
+    def steps_left(self, step: int) -> int:
+        return sys.maxsize
 
 
 class ScoredLaws:
@@ -95,8 +163,11 @@ class ScoredLaws:
 
     Args:
         engine: who scores.
-        config: K, and the options of the proposal.
-        labels: the label of each example, for the order of stratified draws.
+        config: K, and the options of the design.
+        labels: the label of each example, for the orders by label.
+        sketch: how the order by cells sees examples; None where no order needs it.
+        published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
+        example_weights: a_n [n] of a weighted target.
         replayed: the schedule that is followed, if the engine is a `Replay`.
     """
 
@@ -107,30 +178,51 @@ class ScoredLaws:
         labels: Int[Array, " n"],
         *,
         replayed: schedule.Schedule | None = None,
+        sketch: Sketcher | None = None,
+        published: Callable[[Params, int], Any] = lambda params, step: params,
+        example_weights: Float[Array, " n"] | None = None,
     ) -> None:
-        self._engine = engine
-        self._replayed = replayed
-        self._is_first = True
+        self._engine, self._config, self._labels, self._sketch = engine, config, labels, sketch
+        self._published, self._example_weights = published, example_weights
+        self._replayed, self._is_first = replayed, True
         self.measured: list[ScoredChunk] = []
         """What workers brought of other segments: for whoever keeps the books of held-out data to take away."""
-        self._config = config
-        self._labels = labels
         self._make = designs.make_maker(config)
-        self._record = jax.jit(table.record)
-        self.law, _ = self._make(table.create(len(labels)), 0, 0.0, labels)
+        self._record = jax.jit(partial(table.record, memory=config.score_memory if config.augment else 0.0))
+        self._write = jax.jit(lambda rows, ids, new: rows.at[ids].set(new, mode="drop"), donate_argnums=0)
+        self._is_kept = sketch is not None and config.mode == "relaxed"  # exact mode sketches all anew each time
+        self._lost = jax.jit(partial(rescoring.lost, horizon=config.refresh_every // 2))
+        self._account = Account()
+        self.law = self._frozen(table.create(len(labels)), watch.create(config.batch_size), 0, 0.0, None)[0]
 
     @property
     def proposal(self) -> samplers.Law:
-        return self.law
+        return self.law.law
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What decides about the next refresh beside the law."""
+        return self._account._asdict() | {"thrift": list(self._account.thrift)}
+
+    @notes.setter
+    def notes(self, saved: dict[str, Any]) -> None:
+        self._account = Account(**saved | {"thrift": Thrift(*saved["thrift"])})
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
-        refreshes = step % self._config.refresh_every == 0
+        refreshes, decision = step % self._config.refresh_every == 0, None
         if refreshes:
             jax.block_until_ready(state)  # else the time of steps still in flight would count as scoring
+            decision = self._decide(state, clock)
+            if decision is not None and not decision.is_worth:
+                return state, Refresh(clock(), self._engine.chunk_size, [], 0, 0, None, None, decision)
         with clock.spending("scoring"):
+            began = clock()
             if self._publishes(step):
-                self._engine.publish(state.params, step)
-            return self._refresh(step, state, clock) if refreshes else (state, None)
+                self._engine.publish(self._published(state.params, step), step)
+            after, refresh = self._refresh(step, state, clock, decision) if refreshes else (state, None)
+        if refresh is not None:
+            self._account = self._account.after(clock() - began, elsewhere=_elsewhere(clock), now=clock())
+        return after, refresh
 
     def _publishes(self, step: int) -> bool:
         """Every so many steps; also at once where a run begins or goes on, so that no worker waits or scores the old.
@@ -142,30 +234,84 @@ class ScoredLaws:
             return step in self._replayed.versions
         return step % self._config.publishes_every == 0 or (first and self._config.mode == "relaxed")
 
-    def _refresh(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh]:
-        collected = self._engine.collect()
+    def _refresh(
+        self, step: int, state: TrainState, clock: Clock, decision: Decision | None
+    ) -> tuple[TrainState, Refresh]:
+        collected = self._collected(state, step)
         chunks = [chunk for chunk in collected if chunk.segment == TRAIN]
         self.measured += [chunk for chunk in collected if chunk.segment != TRAIN]
         now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
         scores, rejected = self._recorded(state.table, chunks, now)
-        self.law, made = self._make(scores, step, now, self._labels)
+        sketches = self._sketched(state.params, chunks)
+        self.law, made = self._frozen(scores, state.watch, step, now, sketches)
         share, is_uniform = float(made.trusted_share), bool(made.is_uniform)
         size = self._engine.chunk_size
         runs, count = schedule.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
-        return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform)
+        return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform, decision)
+
+    def _collected(self, state: TrainState, step: int) -> list[ScoredChunk]:
+        """What the engine has scored; or what it is told to, where scores have lost most."""
+        if self._config.rescore == "turn" or not isinstance(self._engine, Choosable):
+            return self._engine.collect()
+        chunks, count = self._engine.chunks, self._engine.chunks_per_collect
+        lost = self._lost(state.table, state.watch.calibration, step)
+        return self._engine.score(rescoring.worst_chunks(np.asarray(lost), chunk_size=chunks.size, count=count))
+
+    def steps_left(self, step: int) -> int:
+        return self._config.refresh_every - step % self._config.refresh_every
+
+    def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
+        """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""
+        if self._config.refresh_when == "always":
+            return None
+        found = monitor.report(state.watch.monitor)
+        ratio = float(found.stale.value / found.uniform.value) if bool(found.uniform.value > 0) else None
+        updating = clock() - self._account.refreshed - (_elsewhere(clock) - self._account.elsewhere)
+        seconds = self._account.scoring if self._account.refreshes > 1 else None  # the first one compiles
+        thrift, decision = decide(self._account.thrift, ratio=ratio, scoring_seconds=seconds, update_seconds=updating)
+        self._account = self._account._replace(thrift=thrift)
+        return decision
+
+    def _frozen(
+        self, scores: table.ScoreTable, seen: watch.Watch, step: int, now: float, sketches: Array | None
+    ) -> tuple[Frozen, Proposal]:
+        if sketches is None and self._sketch is not None:
+            sketches = jnp.zeros((len(self._labels), self._sketch.dims), jnp.float32)
+        law, made = self._make(scores, seen, step, now, self._labels, sketches, self._example_weights)
+        return law._replace(sketches=sketches if self._is_kept else None), made
+
+    def _sketched(self, params: Params, chunks: list[ScoredChunk]) -> Array | None:
+        """The sketches with those of the examples just scored brought up to date."""
+        if self._sketch is None:
+            return None
+        size, rows = len(self._labels), self.law.sketches
+        empty = np.zeros((size, self._sketch.dims), np.float32)
+        rows = jnp.asarray(empty) if rows is None else jnp.copy(rows)
+        for chunk in chunks:
+            ids = self._padded(chunk.ids)
+            rows = self._write(rows, ids, self._sketch.of_rows(params, np.minimum(ids, size - 1)))
+        return rows
+
+    def _padded(self, ids: np.ndarray) -> np.ndarray:
+        """One shape for all chunks, so that what takes them compiles once: rows of index n are dropped."""
+        padding = (0, self._engine.chunk_size - len(ids))
+        return np.pad(ids, padding, constant_values=len(self._labels)).astype(np.int32)
 
     def _recorded(
         self, scores: table.ScoreTable, chunks: list[ScoredChunk], seconds: float
     ) -> tuple[table.ScoreTable, int]:
-        size, rejected = len(scores.scores), 0
+        rejected = 0
         for chunk in chunks:
-            # One shape for all chunks, so that recording compiles once: the table drops rows of index n.
-            padding = (0, self._engine.chunk_size - len(chunk.ids))
-            ids = np.pad(chunk.ids, padding, constant_values=size).astype(np.int32)
-            values = np.pad(chunk.scores, padding).astype(np.float32)
+            ids = self._padded(chunk.ids)
+            values = np.pad(chunk.scores, (0, len(ids) - len(chunk.scores))).astype(np.float32)
             scores, bad = self._record(scores, ids, values, version=chunk.version, seconds=seconds)
             rejected += int(bad)
         return scores, rejected
+
+
+def _elsewhere(clock: Clock) -> float:
+    """Seconds spent on other tasks than updating."""
+    return sum(seconds for task, seconds in clock.spent.items() if task != "updating")
 
 
 def uniform_law(num_examples: int) -> samplers.Law:

@@ -1,6 +1,8 @@
 """The Optax chains that the command line offers: the reweighting first, an optimiser behind it."""
 
+import jax
 import optax
+from jaxtyping import Float
 
 from isgd_jax.config import Config
 from isgd_jax.parallel import OneDevice
@@ -8,10 +10,15 @@ from isgd_jax.reweight import importance_weighting
 
 
 def make(
-    config: Config, *, num_examples: int, num_steps: int, place: OneDevice | None = None
+    config: Config,
+    *,
+    num_examples: int,
+    num_steps: int,
+    place: OneDevice | None = None,
+    example_weights: Float[jax.Array, " n"] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The chain of a configuration. Decoupled weight decay stands behind the reweighting: it is no part of it."""
-    reweighting = (place or OneDevice()).averaged(importance_weighting(num_examples))
+    reweighting = (place or OneDevice()).averaged(importance_weighting(num_examples, example_weights))
     return optax.chain(reweighting, behind(config, num_steps=num_steps))
 
 

@@ -43,5 +43,12 @@ def is_worth_it(
 
     Costs are in forward passes of one example: a score is one, a step about three.
     """
-    spent = scores.shape[0] * score_cost + num_draws * step_cost
-    return num_draws * step_cost * speedup(scores) > spent
+    share = scores.shape[0] / num_draws
+    return pays(speedup(scores), candidates=share, score_cost=score_cost, step_cost=step_cost)
+
+
+def pays(
+    promise: Float[Array, ""], *, candidates: int | float, score_cost: float = 1.0, step_cost: float = 3.0
+) -> Bool[Array, ""]:
+    """`is_worth_it`, for a ``promise`` (`speedup`) known already and so many candidates a draw."""
+    return step_cost * promise > candidates * score_cost + step_cost

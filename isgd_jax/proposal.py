@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax import calibration as calibrations
 from isgd_jax import table as tables
 from isgd_jax.calibration import Calibration
+from isgd_jax.samplers import Law
 from isgd_jax.sums import tree_sum
 from isgd_jax.table import ScoreTable
 
@@ -33,12 +34,23 @@ class Proposal(NamedTuple):
     is_uniform: Bool[Array, ""]
 
 
+class Frozen(NamedTuple):
+    """A law in use until the next refresh, and the scores [n] it was made of, so that draws can tell their worth."""
+
+    law: Law
+    mixture: Float[Array, ""]
+    scores: Float[Array, " n"]
+    versions: Int[Array, " n"]
+    sketches: Float[Array, "n dims"] | None = None
+    """What the order was made of, where the next refresh renews only a part of it."""
+
+
 def propose(
     table: ScoreTable,
     *,
     version: int | Int[Array, ""],
     seconds: float | Float[Array, ""] = 0.0,
-    mixture: float = 0.1,
+    mixture: float | Float[Array, ""] = 0.1,
     additive: float = 0.0,
     power: float = 1.0,
     max_age: int | None = None,
@@ -58,7 +70,7 @@ def propose(
     Raises:
         ValueError: ``mixture`` and ``additive`` are both 0, or one of the numbers is out of range.
     """
-    if mixture == 0.0 and additive == 0.0:
+    if isinstance(mixture, float | int) and mixture == 0.0 and additive == 0.0:
         raise ValueError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
     trusted = trust(table, version=version, seconds=seconds, max_age=max_age, max_age_seconds=max_age_seconds)
     share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
@@ -98,7 +110,7 @@ def fill_untrusted(scores: Float[Array, " n"], trusted: Bool[Array, " n"]) -> Fl
 def smooth(
     scores: Float[Array, " n"],
     *,
-    mixture: float = 0.1,
+    mixture: float | Float[Array, ""] = 0.1,
     additive: float = 0.0,
     power: float = 1.0,
     example_weights: Float[Array, " n"] | None = None,
@@ -108,7 +120,7 @@ def smooth(
     Raises:
         ValueError: ``mixture`` is not in [0, 1], ``additive`` is negative, or ``power`` is not positive.
     """
-    if not 0.0 <= mixture <= 1.0:
+    if isinstance(mixture, float | int) and not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
     if not (additive >= 0.0 and power > 0.0):
         raise ValueError(f"additive must not be negative and power must be positive, got {additive} and {power}")

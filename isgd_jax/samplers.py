@@ -96,6 +96,13 @@ def probabilities(law: Law) -> Float[Array, " n"]:
     return probs if law.positions is None else probs[law.positions]
 
 
+def probabilities_of(law: Law, indices: Int[Array, " m"]) -> Float[Array, " m"]:
+    """The probability [m] of each of these examples: O(m)."""
+    at = indices if law.positions is None else law.positions[indices]
+    total = law.tree.hi[1]
+    return jnp.where(total == 0.0, 1.0 / law.masses.shape[0], law.masses[at] / total)
+
+
 def order_by(*keys: Array) -> Int[Array, " n"]:
     """The permutation that sorts by the first key [n], ties by the second, and so on: an order for a law."""
     return jnp.lexsort(keys[::-1]).astype(jnp.int32)

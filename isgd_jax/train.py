@@ -13,43 +13,37 @@ import numpy as np
 from jax import Array
 
 from isgd_jax import (
+    assembly,
     data,
-    designs,
     distributed,
     evaluate,
+    gate,
     laws,
     models,
-    optimizers,
+    monitor,
     report,
     samplers,
     schedule,
-    scorers,
     step,
     table,
     task,
 )
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
-from isgd_jax.engines.choose import MakeJobs, make_engine
+from isgd_jax.engines.choose import MakeJobs
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.local import Job
 from isgd_jax.engines.pool import Pool
 from isgd_jax.engines.rates import Rates
+from isgd_jax.feed import Feed
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
 from isgd_jax.tensorboard import require_tensorboard, with_events
-from isgd_jax.typing import TRAIN, Params, Sampler, Scorer
+from isgd_jax.typing import TRAIN, Batch, Params
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
-
-SAMPLERS: dict[str, Sampler] = {
-    "shuffled": laws.shuffled,
-    "uniform": samplers.uniform,
-    "independent": samplers.independent,
-    "stratified": samplers.stratified,
-}
 
 ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
@@ -108,7 +102,9 @@ def fit(
         RunDir(Path(config.replay)).check_replayable(config)
     if dataset is None:
         with clock.spending("data"):
-            dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+            dataset = data.load(
+                config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir, on_disk=config.hold == "disk"
+            )
     if config.batch_size > len(dataset):
         raise ValueError(
             f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
@@ -174,46 +170,32 @@ class Trainer:
         self.num_steps = config.num_steps(work.num_examples)
         self.step = 0
         self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
-        self.train_data, self.test_data = place.spread(dict(work.train)), jax.device_put(dict(work.test))
-        self.init_key, self.draw_key, self.epoch_key, self.probe_key = jax.random.split(jax.random.key(config.seed), 4)
-        tx = optimizers.make(config, num_examples=work.num_examples, num_steps=self.num_steps, place=place)
-        self.state = place.spread(step.init_state(work.init(self.init_key), tx, work.num_examples))
-        scorer, fresh_scores = make_scorer(config, work)
-        self.replayed = None
+        self.train_data: Batch = dict(work.train) if config.hold != "device" else place.spread(dict(work.train))
+        self.test_data = jax.device_put(dict(work.test))
+        _, self.draw_key, _, self.probe_key = assembly.keys(config)
+        replayed = None
         if config.replay is not None:
-            self.replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
-            self.replayed.check_covers(self.num_steps, config.refresh_every)
-        self.engine, self.remarks = make_engine(
-            config, scorer, work.train, fingerprint=work.fingerprint, replayed=self.replayed,
-            held_out=held_out_jobs(config, work), make_jobs=make_jobs,
+            replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
+            replayed.check_covers(self.num_steps, config.refresh_every)
+        jobs = held_out_jobs(config, work)
+        parts = assembly.assemble(
+            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, held_out=jobs,
+            make_jobs=make_jobs,
         )  # fmt: skip
+        self.state, self.engine, self.laws, self.updates, self.remarks = parts
+        self.feed = None if config.hold == "device" else Feed(self.train_data, self.updates, self.draw_key)
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
         self.held_out: dict[str, evaluate.HeldOut] = {}
         if config.held_out_by == "workers" and isinstance(self.engine, Pool):
-            sizes = {name: job.chunks.num_examples for name, job in held_out_jobs(config, work).items()}
-            self.held_out = {name: evaluate.HeldOut(size) for name, size in sizes.items()}
-        self.laws = self._make_laws()
-        self.update = step.make_update(
-            work.loss_fn,
-            tx,
-            designs.with_coin(SAMPLERS[config.sampler_in_use], 1.0 if config.mode == "uniform" else config.coin),
-            num_draws=config.batch_size,
-            fresh_scores=None if config.mode == "uniform" else fresh_scores,
-            place=place,
-        )
+            self.held_out = {name: evaluate.HeldOut(job.chunks.num_examples) for name, job in jobs.items()}
         self.evaluate = evaluate.make_evaluate(work)
         self.probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
+        self.report = jax.jit(monitor.report)
         self.checkpoints = distributed.checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
         self.infos: list[step.StepInfo] = []
+        self.noted = 0  # the last step of which a move of the gate has been recorded
         self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress
-
-    def _make_laws(self) -> laws.Laws:
-        if self.config.mode != "uniform":
-            return laws.ScoredLaws(self.engine, self.config, self.train_data["label"], replayed=self.replayed)
-        if self.config.sampler_in_use == "shuffled":
-            return laws.ShuffledLaws(self.epoch_key, self.work.num_examples, self.config.batch_size)
-        return laws.UniformLaws(self.work.num_examples)
 
     def resume(self) -> None:
         """Take up the newest checkpoint, and forget the records written after it.
@@ -226,10 +208,13 @@ class Trainer:
             return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
+        self.laws.notes = notes["laws"]
+        if self.feed is not None:
+            self.feed.notes = notes["feed"]
         self.engine.restore(notes["engine"])
         self.reading = notes["reading"]
         self.clock.go_on_from(notes["seconds"], notes["spent"])
-        self.step = int(self.state.step)
+        self.step = self.noted = int(self.state.step)
         self.run.forget_after(self.step)
         self._record("resumed")
 
@@ -256,6 +241,8 @@ class Trainer:
     def close(self) -> None:
         """Release the engine and the checkpoint folder."""
         self.engine.close()
+        if self.feed is not None:
+            self.feed.close()
         self.checkpoints.close()
 
     def _is_over(self, stop: Stop) -> bool:
@@ -269,7 +256,7 @@ class Trainer:
         self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
             self.reading, self.trusted_share = refresh.clock, refresh.trusted_share
-            self._record("refresh", **refresh._asdict())
+            self._record("refresh", **refresh.as_record())
             self._warn_of_rejected(refresh.rejected)
             self._warn(*self.engine.notices())
         self.state, info = self._update(self.state)
@@ -283,7 +270,11 @@ class Trainer:
             self._save()
 
     def _update(self, state: step.TrainState) -> tuple[step.TrainState, step.StepInfo]:
-        return self.update(state, self.laws.law, self.train_data, self.draw_key, jnp.float32(self.reading))
+        law, seconds = self.laws.law, jnp.float32(self.reading)
+        if self.feed is not None:
+            choice, batch = self.feed.next(self.step, state, law, self.laws.steps_left(self.step))
+            return self.updates.update_drawn(state, law, choice, batch, self.draw_key, seconds)
+        return self.updates.update(state, law, self.train_data, self.draw_key, seconds)
 
     def _log(self) -> None:
         """Measure, and write one line of progress."""
@@ -309,6 +300,7 @@ class Trainer:
         """Fetch what the steps left on the device since the last call, and see that the loss is finite."""
         infos = jax.device_get(self.infos)
         self.infos.clear()
+        self._note_switches(infos)
         for i, info in enumerate(infos):
             if not np.isfinite(info.loss):
                 raise FloatingPointError(
@@ -331,10 +323,7 @@ class Trainer:
         for name, split in splits.items():
             fit = self.evaluate(params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
-        key = jax.random.fold_in(self.probe_key, self.step)
-        traces = self.probe(params, proposal, train, key)
-        measured |= {f"sd_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()}
-        measured["variance_ratio"] = _finite(traces.stale / traces.uniform)
+        measured |= self._variance(params, proposal, train)
         versions = np.asarray(self.state.table.versions)
         ages = self.step - versions[versions != table.NEVER]
         mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
@@ -353,15 +342,44 @@ class Trainer:
             measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
         return measured
 
+    def _variance(self, params: Params, proposal: samplers.Law, train: Batch) -> Record:
+        """√Tr Cov under the proposals with 95 % bands, from the draws of training, and by own draws if asked."""
+        measured: Record = {}
+        watched = self.place.local(self.state.watch.monitor)
+        bands, is_known = jax.device_get(self.report(watched))._asdict(), int(watched.steps.seen) > 0
+        for name in ("uniform", "stale", "ideal", "drawn"):
+            for bound, value in bands[name]._asdict().items():
+                field = f"sd_{name}" if bound == "value" else f"sd_{name}_{bound}"
+                measured[field] = _finite(math.sqrt(max(value, 0.0))) if is_known else None
+        measured["variance_ratio"] = _finite(bands["stale"].value / bands["uniform"].value) if is_known else None
+        if self.config.probe_every is not None and self.step % self.config.probe_every == 0:
+            key = jax.random.fold_in(self.probe_key, self.step)
+            traces = self.probe(params, proposal, train, key)
+            measured |= {
+                f"probe_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()
+            }
+        return measured
+
+    def _note_switches(self, infos: list[step.StepInfo]) -> None:
+        """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
+        for at, info in enumerate(infos, start=self.step - len(infos) + 1):
+            if self.config.gate == "on" and at > self.noted and bool(info.verdict.switched):
+                ratio = info.verdict.ratio
+                self._record("gate", at=at, is_open=bool(info.is_open), reason=gate.reason(bool(info.is_open), ratio))
+        self.noted = self.step
+
     def _save(self) -> None:
-        if not all(np.isfinite(info.loss) for info in jax.device_get(self.infos)):
+        infos = jax.device_get(self.infos)
+        self._note_switches(infos)
+        if not all(np.isfinite(info.loss) for info in infos):
             self._drain()  # says at which step the loss was lost, and saves nothing
         with self.clock.spending("saving"):
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        notes = {"seconds": self.clock(), "spent": dict(self.clock.spent), "reading": self.reading}
-        notes |= {"engine": self.engine.state()}
+        notes: Record = {"engine": self.engine.state(), "laws": self.laws.notes, "reading": self.reading}
+        notes |= {"feed": None if self.feed is None else self.feed.notes}
+        notes |= {"seconds": self.clock(), "spent": dict(self.clock.spent)}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
 
     def _warn_of_rejected(self, count: int) -> None:
@@ -398,15 +416,6 @@ class Trainer:
         }
 
 
-def make_scorer(config: Config, work: task.Task) -> tuple[Scorer, step.FreshScores | None]:
-    """The scorer of a configuration, for the engine to jit, and how a step scores what it has drawn."""
-    if config.scorer == "grad_norm":
-        return scorers.grad_norm(work.loss_fn), step.norms_as_scores
-    if config.scorer == "loss":
-        return scorers.loss(work.loss_fn), step.losses_as_scores
-    return scorers.logit_bound(work.logits_fn), None
-
-
 def worker_jobs(
     config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
 ) -> tuple[dict[str, Job], str]:
@@ -415,7 +424,7 @@ def worker_jobs(
         dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
     work = task.make(config, dataset, model=model, loss=loss)
     chunks = Chunks(work.num_examples, config.chunk_size)
-    train = Job(make_scorer(config, work)[0], work.train, chunks, config.priorities[0])
+    train = Job(assembly.engine_scorer(config, work), work.train, chunks, config.priorities[0])
     return {TRAIN: train, **held_out_jobs(config, work)}, work.fingerprint
 
 
@@ -432,7 +441,7 @@ def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:
     }
 
 
-def _finite(number: Array) -> float | None:
+def _finite(number: Array | np.generic | float) -> float | None:
     """The number, or None where there is none: JSON knows neither NaN nor infinity."""
     return float(number) if np.isfinite(number) else None
 

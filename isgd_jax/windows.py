@@ -6,6 +6,7 @@ draws too. Everything is a fixed-size ring, so it lives inside a jitted step and
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -48,25 +49,90 @@ def filled(window: Window) -> Bool[Array, " w"]:
     return jnp.arange(window.values.shape[0], dtype=jnp.int32) < window.seen
 
 
-def means(window: Window) -> Float[Array, " k"]:
-    """The mean of each measurement over the steps in the window; zero when there are none."""
-    return _mean(window.values, filled(window)[:, None])
+def means(window: Window, recent: Bool[Array, " w"] | None = None) -> Float[Array, " k"]:
+    """The mean of each measurement over the steps in the window, or the recent ones; zero when there are none."""
+    return _mean(window.values, (filled(window) if recent is None else recent)[:, None])
 
 
 def band(
-    window: Window, value: Float[Array, ""], influence: Float[Array, " w"], noise: Float[Array, " w"] | None = None
+    window: Window,
+    value: Float[Array, ""],
+    influence: Float[Array, " w"],
+    noise: Float[Array, " w"] | None = None,
+    recent: Bool[Array, " w"] | None = None,
 ) -> Band:
     """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method).
 
     Without ``noise`` it is a band for the mean over the window. With ``noise``, the variance that chance alone gives
-    each step's influence, it is a band for the value now: steps that differ by more than chance are moving.
+    each step's influence, it is a band for the value now: steps that differ by more than chance are moving. The value
+    may be that of the ``recent`` steps alone; how much steps move is told by all, a stretch as long as the recent one
+    at a time.
     """
-    seen = filled(window)
-    steps = jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32)
-    spread = jnp.sum(jnp.where(seen, jnp.square(influence - _mean(influence, seen)), 0.0))
-    variance = spread / jnp.maximum(steps - 1.0, 1.0)
-    moving = 0.0 if noise is None else jnp.maximum(variance - _mean(noise, seen), 0.0)
+    used = filled(window) if recent is None else recent
+    steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    variance = _variance(influence, used)
+    moving = jnp.zeros(()) if noise is None else _moving(window, influence, noise, steps)
     half = jnp.where(steps > 1.0, Z_95 * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving), jnp.inf)
+    return Band(value, value - half, value + half)
+
+
+END_FROM_MEAN = 2.0
+"""How far the end of a stretch lies from its mean, squared, in variances within it: 1 if values come and go, 2 for a
+random walk, 3 for a trend."""
+
+
+def _moving(window: Window, influence: Float[Array, " w"], noise: Float[Array, " w"], steps: Array) -> Array:
+    """The variance of the value now about its mean over a stretch of so many steps, over what chance alone gives."""
+    age = ages(window)
+    stretch = jnp.minimum(age // jnp.maximum(steps.astype(jnp.int32), 1), influence.shape[0] - 1)
+    seen = filled(window).astype(jnp.float32)
+
+    def of_stretches(values: Array) -> Array:
+        return jax.ops.segment_sum(values * seen, stretch, influence.shape[0])
+
+    count = of_stretches(jnp.ones_like(seen))
+    mean = of_stretches(influence) / jnp.maximum(count, 1.0)
+    within = of_stretches(jnp.square(influence - mean[stretch])) / jnp.maximum(count - 1.0, 1.0)
+    excess = within - of_stretches(noise) / jnp.maximum(count, 1.0)
+    known = jnp.where(count > 1.0, count, 0.0)
+    return END_FROM_MEAN * jnp.maximum(jnp.sum(known * excess) / jnp.maximum(jnp.sum(known), 1.0), 0.0)
+
+
+def _variance(values: Float[Array, " w"], used: Bool[Array, " w"]) -> Array:
+    steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    spread = jnp.sum(jnp.where(used, jnp.square(values - _mean(values, used)), 0.0))
+    return spread / jnp.maximum(steps - 1.0, 1.0)
+
+
+def ages(window: Window) -> Int[Array, " w"]:
+    """How many steps ago each row was pushed, 0 for the last; meaningless for rows that hold no step."""
+    size = window.values.shape[0]
+    return (window.seen - 1 - jnp.arange(size, dtype=jnp.int32)) % size
+
+
+def latest(window: Window, count: int) -> Bool[Array, " w"]:
+    """Which rows hold one of the last ``count`` steps."""
+    return filled(window) & (ages(window) < count)
+
+
+def band_of_series(window: Window) -> Band:
+    """The first measurement now: its mean over the window, with a band that widens when it moves.
+
+    What chance alone gives a step is taken from the differences of successive steps.
+    """
+    size, seen = window.values.shape[0], filled(window)
+    oldest = jnp.where(window.seen > size, window.seen % size, 0)
+    series = jnp.roll(window.values[:, 0], -oldest)
+    pairs = seen[1:]  # rows fill from the first on, and all are seen once the ring turns
+    noise = jnp.sum(jnp.where(pairs, jnp.square(jnp.diff(series)), 0.0)) / 2.0
+    noise = noise / jnp.maximum(jnp.sum(pairs, dtype=jnp.int32).astype(jnp.float32), 1.0)
+    return band(window, _mean(series, seen), series, jnp.full(size, noise))
+
+
+def less(first: Band, second: Band) -> Band:
+    """The difference of two estimates that know nothing of each other."""
+    half = jnp.hypot(first.high - first.value, second.high - second.value)
+    value = first.value - second.value
     return Band(value, value - half, value + half)
 
 
@@ -77,10 +143,13 @@ def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Arra
 
 
 def ratio_of_means(
-    window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]
+    window: Window,
+    numerator: Float[Array, " w"],
+    denominator: Float[Array, " w"],
+    recent: Bool[Array, " w"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The ratio, and one over the mean of the denominator."""
-    seen = filled(window)
+    seen = filled(window) if recent is None else recent
     below = _mean(denominator, seen)
     scale = 1.0 / jnp.where(below > 0.0, below, 1.0)
     return _mean(numerator, seen) * scale, scale

@@ -27,8 +27,18 @@ from isgd_jax.presets import PRESETS
         ("coin", 1.5, "--coin must be between 0 and 1"),
         ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
         ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),
+        ("power", 0.0, "--power must be above 0"),
+        ("candidates", 0, "--candidates must be at least 1"),
+        ("probe_every", 0, "--probe-every must be at least 1"),
+        ("score_memory", 1.0, "--score-memory must be at least 0 and below 1"),
+        ("mode", "static", "--static-scores must be a file in static mode, and in no other"),
+        ("static_scores", "scores.npy", "--static-scores must be a file in static mode, and in no other"),
         ("weight_decay", 0.1, "--weight-decay must be 0 unless --optimizer adamw"),
-        ("sampler", "shuffled", "--sampler must be one of auto, independent, stratified in exact mode"),
+        (
+            "sampler",
+            "shuffled",
+            "--sampler must be one of auto, stratified, independent, systematic",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_named(field: str, value: object, expected: str) -> None:
@@ -90,3 +100,10 @@ def test_auto_sampler_is_the_best_of_its_mode() -> None:
 
 def test_fields_free_on_resume_exist() -> None:
     assert {field.name for field in dataclasses.fields(Config)} >= MAY_CHANGE_ON_RESUME
+
+
+def test_cells_need_scores_that_an_engine_brings() -> None:
+    with pytest.raises(ValueError, match="--order must be another than cells but in exact and relaxed mode"):
+        Config(mode="uniform", order="cells")
+    assert Config(mode="relaxed").order_in_use == "cells"
+    assert Config(mode="presample").order_in_use == "label-score"

@@ -22,7 +22,8 @@ def state() -> step.TrainState:
 
 def scored(chunks_per_collect: int | None = None, **changes: object) -> laws.ScoredLaws:
     _, data = linear_problem(NUM_EXAMPLES)
-    config = small_config("unused", chunk_size=16, refresh_every=5, **changes)
+    settings = {"chunk_size": 16, "refresh_every": 5, "order": "label-score", "mixture": 0.1}
+    config = small_config("unused", **settings | changes)
     engine = Inline(
         scorers.grad_norm(linear_loss),
         jax.tree.map(np.asarray, data),
@@ -93,7 +94,7 @@ def test_the_proposal_is_uniform_until_enough_is_scored() -> None:
     current, first = relaxed.before(0, state(), Clock())
     assert first is not None
     assert first.is_uniform
-    chex.assert_trees_all_close(relaxed.law.masses, jnp.full(NUM_EXAMPLES, 1 / NUM_EXAMPLES))
+    chex.assert_trees_all_close(relaxed.proposal.masses, jnp.full(NUM_EXAMPLES, 1 / NUM_EXAMPLES))
     _, second = relaxed.before(5, current, Clock())
     assert second is not None
     assert not second.is_uniform
@@ -114,17 +115,17 @@ def test_large_scores_are_drawn_more_often_and_none_starves() -> None:
     exact.before(0, state(), Clock())
     norms = np.asarray(scorers.grad_norm(linear_loss)(params, data))
     expected = 0.9 * norms / norms.sum() + 0.1 / NUM_EXAMPLES
-    order = np.asarray(exact.law.order)
-    np.testing.assert_allclose(exact.law.masses, expected[order], rtol=1e-5)
+    order = np.asarray(exact.proposal.order)
+    np.testing.assert_allclose(exact.proposal.masses, expected[order], rtol=1e-5)
 
 
 def test_neighbours_on_the_line_share_their_label() -> None:
     by_label = scored(order="label")
     by_label.before(0, state(), Clock())
     labels = np.arange(NUM_EXAMPLES) % 3
-    assert (np.diff(labels[np.asarray(by_label.law.order)]) >= 0).all()
+    assert (np.diff(labels[np.asarray(by_label.proposal.order)]) >= 0).all()
 
 
 def test_a_law_made_of_no_scores_is_uniform(key: jax.Array) -> None:
-    draw = samplers.independent(key, scored().law, num_draws=4)
+    draw = samplers.independent(key, scored().proposal, num_draws=4)
     chex.assert_trees_all_close(draw.probs, jnp.full(4, 1 / NUM_EXAMPLES))

@@ -12,13 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "rollcall"},
-    {"factoring", "table", "samplers", "variance", "calibration", "gate", "orders", "models", "checkpoint", "rundir"}
-    | {"presets"},
+    {"typing", "config", "sums", "windows", "clock", "rollcall", "thrift", "userfiles"},
+    {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
+    | {"rundir", "presets"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
-    {"scorers", "sharded", "presample", "optimizers", "distributed"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
+    {"watch", "candidates"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},
+    {"assembly", "feed"},
     {"evaluate", "report"},
     {"train"},
     {"compare", "probe"},
@@ -27,7 +29,7 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
-CORE_LEVELS = 4
+CORE_LEVELS = 5
 """The levels below `step` know trees and functions only."""
 NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
 CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}

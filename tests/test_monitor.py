@@ -30,7 +30,9 @@ def probs(grads: jax.Array) -> jax.Array:
 def watched(sampler: Callable, steps: int, runs: int) -> Callable[[jax.Array, jax.Array], monitor.Report]:
     """Reports of ``runs`` windows of ``steps`` steps each; ‖mean gradient‖² by two half-batches drawn apart."""
 
-    def step(probs: jax.Array, grads: jax.Array, watch: windows.Window, key: jax.Array) -> tuple[windows.Window, None]:
+    def step(
+        probs: jax.Array, grads: jax.Array, watch: monitor.Monitor, key: jax.Array
+    ) -> tuple[monitor.Monitor, None]:
         halves = [sampler(k, samplers.prepare(probs), num_draws=DRAWS // 2) for k in jax.random.split(key)]
         means = [jnp.mean(grads[d.indices] / (N * d.probs)[:, None], axis=0) for d in halves]
         draw = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
@@ -69,7 +71,7 @@ def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Arr
 
 def test_a_step_that_is_not_finite_is_left_out() -> None:
     watch = monitor.observe(monitor.create(4), jnp.ones(3), jnp.asarray([1.0, jnp.nan, 2.0]), jnp.float32(0))
-    assert int(watch.seen) == 0
+    assert int(watch.steps.seen) == 0
     watch = monitor.observe(watch, jnp.ones(3), jnp.ones(3), jnp.float32(0))
     assert float(monitor.report(watch).uniform.value) == 1.0
 

@@ -22,7 +22,11 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, raw_dir: str | os.PathLike[str] | None = None
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    raw_dir: str | os.PathLike[str] | None = None,
+    on_disk: bool = False,
 ) -> Dataset:
     """A data set by name, in memory.
 
@@ -32,26 +36,27 @@ def load(
       data_dir: where prepared data sets are kept; by default TFDS's own folder, ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``. Written once, when one of `names` is first asked for.
       raw_dir: where the original files are, if they are to be neither looked for nor downloaded.
+      on_disk: map the training set from disk, instead of reading it into memory.
     """
     root = _data_dir(data_dir)
     raw = None if raw_dir is None else _existing(Path(raw_dir).expanduser())
     if name in _RECIPES:
-        return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw)
+        return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw, on_disk=on_disk)
     folder = _newest_version(root / name) if name else None
     if folder is None:
         raise ValueError(_unknown(name, root))
     _require_tfds()
     from isgd_jax.data.prepared import load_folder
 
-    return load_folder(name, folder)
+    return load_folder(name, folder, on_disk=on_disk)
 
 
-def load_recipe(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None) -> Dataset:
+def load_recipe(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None, on_disk: bool = False) -> Dataset:
     """Like `load`, for a recipe."""
     _require_tfds()
     from isgd_jax.data.prepare import load_prepared
 
-    splits = load_prepared(recipe, data_dir=data_dir, raw_dir=raw_dir)
+    splits = load_prepared(recipe, data_dir=data_dir, raw_dir=raw_dir, on_disk=on_disk)
     return from_arrays(
         splits["train"],
         splits["test"],

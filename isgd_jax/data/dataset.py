@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,13 +93,16 @@ def from_arrays(
     )
 
 
-def from_source(train: Source, test: Source, *, valid: Source | None = None, **options: Any) -> Dataset:
+def from_source(
+    train: Source, test: Source, *, valid: Source | None = None, spill: Path | None = None, **options: Any
+) -> Dataset:
     """Like `from_arrays`, from objects with ``__len__`` and ``__getitems__``, such as ``tfds.data_source`` gives.
 
-    An item is a dict of arrays or numbers, ``label`` among them. Everything is read once, here.
+    An item is a dict of arrays or numbers, ``label`` among them. Everything is read once, here; a training set larger
+    than memory into the folder ``spill``.
     """
     held_out = None if valid is None else read(valid)
-    return from_arrays(read(train), read(test), valid=held_out, **options)
+    return from_arrays(read(train) if spill is None else spilled(train, spill), read(test), valid=held_out, **options)
 
 
 def read(source: Any) -> dict[str, np.ndarray]:
@@ -115,6 +119,43 @@ def read(source: Any) -> dict[str, np.ndarray]:
     everything = range(len(source))
     stacks = [_stacked(source, [*everything[rows]]) for rows in blocks(len(source), rows=_READ_TOGETHER)]
     return {key: np.concatenate([stack[key] for stack in stacks]) for key in stacks[0]}
+
+
+def spilled(source: Any, folder: Path) -> dict[str, np.ndarray]:
+    """Like `read`, for what is larger than memory: written to ``folder`` once, as arrays that are mapped from disk.
+
+    Each file is complete when it has its name. float64
+    becomes float32, as in `from_arrays`, which then copies nothing.
+    """
+    names = sorted(_stacked(source, [0]))
+    if not all(_file(folder, name).is_file() for name in names):
+        folder.mkdir(parents=True, exist_ok=True)
+        _spill(source, folder)
+    found = {name: np.load(_file(folder, name), mmap_mode="r") for name in names}
+    if any(len(array) != len(source) for array in found.values()):
+        raise ValueError(f"{folder} holds another data set, of another size: delete it and try again")
+    return found
+
+
+def _spill(source: Any, folder: Path) -> None:
+    partial: dict[str, np.memmap] = {}
+    for rows in blocks(len(source), rows=_READ_TOGETHER):
+        ids = range(len(source))[rows]
+        for name, values in _stacked(source, [*ids]).items():
+            kind = np.dtype(np.float32) if values.dtype == np.float64 else values.dtype
+            if name not in partial:
+                shape = (len(source), *values.shape[1:])
+                partial[name] = np.lib.format.open_memmap(
+                    _file(folder, f".{name}.partial"), mode="w+", dtype=kind, shape=shape
+                )
+            partial[name][rows] = values
+    for name, array in partial.items():
+        array.flush()
+        _file(folder, f".{name}.partial").replace(_file(folder, name))
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
 
 
 def fingerprint(arrays: Arrays) -> str:

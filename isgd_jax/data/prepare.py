@@ -14,13 +14,13 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.data import checks
-from isgd_jax.data.dataset import read
+from isgd_jax.data.dataset import read, spilled
 from isgd_jax.data.files import locate
 from isgd_jax.data.recipe import Recipe, Splits
 
@@ -83,16 +83,21 @@ def _examples(arrays: Mapping[str, np.ndarray], rows: range) -> Iterator[tuple[i
         yield row, {key: array[row] for key, array in arrays.items()}
 
 
-def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None) -> Splits:
-    """The recipe's splits from ``data_dir``, prepared there first if they are not yet."""
+def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None, on_disk: bool = False) -> Splits:
+    """The recipe's splits from ``data_dir``, prepared there first if they are not yet; ``on_disk``: train mapped."""
     folder = data_dir / f"isgd_{recipe.name}" / recipe.version
     if not is_prepared(folder):
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
     sources = open_folder(folder).as_data_source()
     with told_if_damaged(folder):
-        splits = {split: read(source) for split, source in sources.items()}
+        splits = {split: read_split(split, source, folder, on_disk=on_disk) for split, source in sources.items()}
     _check(recipe, splits, where=folder)
     return splits
+
+
+def read_split(split: str, source: Any, folder: Path, *, on_disk: bool) -> dict[str, np.ndarray]:
+    """A split in memory; the training set, if asked, mapped from a copy beside what TFDS prepared in ``folder``."""
+    return spilled(source, folder / "mapped") if on_disk and split == "train" else read(source)
 
 
 def is_prepared(folder: Path) -> bool:

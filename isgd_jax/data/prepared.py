@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from isgd_jax.data.dataset import Dataset, from_arrays, read
-from isgd_jax.data.prepare import open_folder, told_if_damaged
+from isgd_jax.data.dataset import Dataset, from_arrays
+from isgd_jax.data.prepare import open_folder, read_split, told_if_damaged
 
 
 class _Pairs:
@@ -27,7 +27,7 @@ class _Pairs:
         return [{self._input: item[self._input], "label": item[self._label]} for item in items]
 
 
-def load_folder(name: str, folder: Path) -> Dataset:
+def load_folder(name: str, folder: Path, *, on_disk: bool = False) -> Dataset:
     """The data set in ``folder``, whose features are an input and a class; it is tested on ``test``, else on
     ``validation``."""
     builder = open_folder(folder)
@@ -41,7 +41,8 @@ def load_folder(name: str, folder: Path) -> Dataset:
             "download_and_prepare(file_format='array_record')"
         ) from error
     with told_if_damaged(folder):
-        splits = {part: read(_Pairs(source, input_key, label_key)) for part, source in sources.items()}
+        pairs = {part: _Pairs(source, input_key, label_key) for part, source in sources.items()}
+        splits = {part: read_split(part, source, folder, on_disk=on_disk) for part, source in pairs.items()}
     return from_arrays(
         splits["train"],
         splits["test"],

@@ -91,8 +91,8 @@ def _cluster(
 
 def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Engine:
     """Exact mode scores everything at each refresh, relaxed mode its share; of several processes each scores a part."""
-    share = config.refresh_share if config.mode == "relaxed" else 1.0
-    wanted = math.ceil(share * len(jax.tree.leaves(data)[0]))
+    size = len(jax.tree.leaves(data)[0])
+    wanted = math.ceil(config.share_scored(size) * size) if config.mode == "relaxed" else size
     chunk_size = min(config.chunk_size, wanted)
     per_collect, processes = math.ceil(wanted / chunk_size), jax.process_count()
     mine = math.ceil(per_collect / processes)

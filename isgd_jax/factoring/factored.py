@@ -139,6 +139,17 @@ def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
     return _map(lambda leaf: _stack(leaf, precision).astype(leaf.dtype), grads)
 
 
+def first(grads: Grads, count: int) -> Grads:
+    """The gradients of the first ``count`` examples of the batch."""
+
+    def part(leaf: Any) -> Any:
+        if not is_factored(leaf):
+            return leaf[:count]
+        return replace(jax.tree.map(lambda x: x[:count], replace(leaf, shared=None)), shared=leaf.shared)
+
+    return _map(part, grads)
+
+
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
     """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])

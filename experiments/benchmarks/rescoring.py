@@ -1,0 +1,58 @@
+"""Which scores to renew, when only a few can be?
+
+Claim under test: at equal budget, chunks chosen by what their scores have lost (`--rescore benefit`) leave the proposal
+a lower variance than chunks in turn. 20,000 examples of Fashion-MNIST, MLP 784-512x4-10, batches of 128, relaxed mode,
+refreshes every 50 updates, chunks of 100; STALE/UNIFORM from all the data, every 100 updates from 300 to 1,200.
+
+Result: not yet measured.
+
+Command: python experiments/benchmarks/rescoring.py [--data-dir DIR]
+Time: about four minutes on two CPU cores.
+"""
+
+import argparse
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from estimation import full_truth
+from watching import BASE, Run, part_of
+
+from isgd_jax import samplers, variance
+
+BUDGETS, STEPS, CHECK, FROM = (0.05, 0.15), 1200, 100, 300
+
+
+def main() -> None:
+    """A line for each budget and policy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default=None)
+    dataset = part_of(parser.parse_args().data_dir)
+    for budget in BUDGETS:
+        for policy in ("turn", "benefit"):
+            config = dataclasses.replace(
+                BASE, mode="relaxed", refresh_every=50, chunk_size=100, score_budget=budget, rescore=policy, gate="off"
+            )
+            found = np.array(ratios(Run(config, dataset)))
+            print(
+                f"budget {budget:.2f}, by {policy:8} STALE/UNIFORM median {np.median(found):.3f}, "
+                f"worst {found.max():.3f}, each {np.round(found, 2)}",
+                flush=True,
+            )
+
+
+def ratios(run: Run) -> list[float]:
+    found = []
+    for _ in range(STEPS // CHECK):
+        run.advance(CHECK)
+        if run.step < FROM:
+            continue
+        truth = full_truth(run.problem, run.state.params)
+        moments = variance.moments(jnp.asarray(truth.norms), samplers.probabilities(run.parts.laws.proposal))
+        traces = variance.trace_covariance(moments, truth.square)
+        found.append(float(traces.stale / traces.uniform))
+    return found
+
+
+if __name__ == "__main__":
+    main()

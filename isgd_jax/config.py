@@ -280,6 +280,7 @@ class Config:
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
         _check("hold", self.hold, self.hold == "device" or self.probe_every is None, "device with --probe-every")
+        _check("hold", self.hold, self.hold == "device" or self.train_devices == 1, "device with --train-devices")
         _check("score_budget", self.score_budget, self.score_budget is None or 0 < self.score_budget < 1,
                "above 0 and below 1")  # fmt: skip
         is_inline = self.mode == "relaxed" and self.engine == "inline"

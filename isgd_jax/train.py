@@ -111,7 +111,7 @@ def fit(
             f"got {config.batch_size}"
         )
     with distributed.joined(config, dataset.fingerprint):
-        place = _place(config)
+        place = AllDevices(config.batch_size) if config.distributed else OneDevice()
         work = task.make(config, dataset, model=model, loss=loss)
         run = _run_dir(config, resume, place)
         trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_jobs)
@@ -122,16 +122,6 @@ def fit(
                 return trainer.train(stop)
         finally:
             trainer.close()
-
-
-def _place(config: Config) -> OneDevice:
-    """Where steps are made."""
-    if config.train_devices > 1:
-        devices, wanted = jax.local_devices(), config.train_devices
-        if wanted >= len(devices):
-            raise ValueError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
-        return AllDevices(config.batch_size, devices[:wanted])
-    return AllDevices(config.batch_size) if config.distributed else OneDevice()
 
 
 def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:

@@ -23,7 +23,6 @@ from isgd_jax.presets import PRESETS
         ("publish_every", 7, "--publish-every must be --refresh-every unless workers score in relaxed mode"),
         ("refetch_every", 2, "--refetch-every must be 1 unless workers score in relaxed mode"),
         ("chunk_patience", 0.0, "--chunk-patience must be above 0"),
-        ("train_devices", 2, "--train-devices must be 1 unless --engine local"),
         ("coin", 1.5, "--coin must be between 0 and 1"),
         ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
         ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),

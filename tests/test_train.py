@@ -299,15 +299,3 @@ def test_one_device_says_that_it_scores_inline(tmp_path: Path, monkeypatch: pyte
     seen: list[Record] = []
     fit(small_config(tmp_path / "run", steps=1, mode="relaxed", **LOCAL), dataset=blobs(), observe=seen.append)
     assert any("it scores inline" in record["text"] for record in seen if record["event"] == "warning")
-
-
-@pytest.mark.slow
-def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
-    """The batch in parts: the same draws and losses as with one device, to rounding."""
-    one = fit(small_config(tmp_path / "one", **LOCAL), dataset=blobs())
-    two = fit(small_config(tmp_path / "two", **LOCAL, train_devices=2), dataset=blobs())
-    chex.assert_trees_all_close(jax.device_get(two.params), jax.device_get(one.params), rtol=1e-3, atol=1e-4)
-    losses = [[line["loss"] for line in progress(run.run_dir)[1:]] for run in (one, two)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    with pytest.raises(ValueError, match="--train-devices 10 leaves no device to score: this host has 8"):
-        fit(small_config(tmp_path / "no", **LOCAL, train_devices=10), dataset=blobs())

@@ -1,0 +1,176 @@
+"""One thing changed at a time: what does each part of importance sampling contribute?
+
+Every arm is the library's default with one option changed, against epoch-shuffled SGD with the same model, optimiser,
+rate and first parameters. Two things are told: the updates (and seconds, scoring included) to a full-set train loss of
+0.05 over those of uniform draws, with 95 % intervals over seeds, and the median of Tr Cov STALE/UNIFORM over the
+checkpoints with a train loss below 0.3: exact, of one draw from the law in use, so blind to what a sampler adds to it.
+
+Commands: python experiments/ablations.py                                   (digits, three seeds)
+          python experiments/ablations.py --dataset fashion_mnist --seeds 5
+          python experiments/ablations.py --groups sampler order            (a part of it)
+It goes on where it was stopped.
+
+Results: none yet. The arms are checked by tests; nobody has had the hour of a quiet machine that the whole takes.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import paper
+
+from isgd_jax import compare, data
+from isgd_jax.config import Config
+from isgd_jax.data import Dataset
+
+LEVELS = compare.levels("train_loss=0.05")
+Changes = dict[str, Any]
+
+
+class Scale(NamedTuple):
+    """The size of an experiment."""
+
+    examples: int
+    hidden: tuple[int, ...]
+    batch_size: int
+    steps: int
+    log_every: int
+    variance_every: int
+
+
+SCALES = {
+    ("digits", "tiny"): Scale(300, (8,), 16, 40, 20, 20),
+    ("digits", "small"): Scale(1_437, (64, 64), 32, 2_000, 20, 100),
+    ("fashion_mnist", "tiny"): Scale(600, (8,), 16, 40, 20, 20),
+    ("fashion_mnist", "small"): Scale(10_000, (128, 128), 64, 5_000, 50, 500),
+    ("fashion_mnist", "full"): Scale(60_000, (512,) * 4, 128, 20_000, 100, 1_000),
+}
+
+RAW: Changes = {"calibrate": "off", "gate": "off", "mixture": 0.1}
+"""The scores themselves, as they are."""
+
+GROUPS: dict[str, dict[str, Changes]] = {
+    "sampler": {
+        name: {"sampler": name}
+        for name in ("independent", "stratified", "systematic", "without_replacement", "poisson")
+    },
+    "order": {name: {"order": name} for name in ("index", "label", "score", "label-score", "cells")},
+    "proposal": {
+        "calibrated, gated": {},
+        "calibrated": {"gate": "off"},
+        "as scored": RAW,
+        "power 0.5": RAW | {"power": 0.5},
+        "additive 0.1": RAW | {"additive": 0.1, "mixture": 1e-6},
+        "additive 1": RAW | {"additive": 1.0, "mixture": 1e-6},
+        "additive 10": RAW | {"additive": 10.0, "mixture": 1e-6},
+    },
+    "mixture": {str(share): {"mixture": share} for share in ("auto", 0.03, 0.1, 0.3, 0.5)},
+    "refresh period": {str(period): {"refresh_every": period} for period in (1, 10, 100, 1_000, 5_000)},
+    "refresh period, as scored": {
+        str(period): RAW | {"refresh_every": period} for period in (1, 10, 100, 1_000, 5_000)
+    },
+    "scorer": {name: {"scorer": name} for name in ("grad_norm", "loss", "logit_bound")},
+    "momentum": {
+        str(momentum): {"momentum": momentum, "learning_rate": round(0.1 * (1 - momentum), 4)}
+        for momentum in (0.0, 0.5, 0.9, 0.95)
+    },
+    "optimizer": {
+        "nesterov": {},
+        "sgd": {"optimizer": "sgd", "learning_rate": 0.1},
+        "adam": {"optimizer": "adam", "learning_rate": 0.001},
+        "adamw": {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.01},
+    },
+    "model": {"mlp": {}, "cnn": {"model": "cnn"}, "transformer": {"model": "small_transformer:factory"}},
+}
+KEPT_BY_UNIFORM = ("model", "optimizer", "learning_rate", "momentum", "weight_decay")
+
+
+class Pair(NamedTuple):
+    """An arm and the uniform arm that it is compared to, by their names in the study."""
+
+    group: str
+    label: str
+    arm: str
+    base: str
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then print a table for each group."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=sorted({name for name, _ in SCALES}), default="digits")
+    parser.add_argument("--scale", choices=("tiny", "small", "full"), default="small")
+    parser.add_argument("--groups", nargs="+", choices=tuple(GROUPS), default=list(GROUPS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--data-dir", default=None)
+    options = parser.parse_args(arguments)
+    if (options.dataset, options.scale) not in SCALES:
+        parser.error(f"no scale {options.scale} for {options.dataset}; there are {', '.join(map(' '.join, SCALES))}")
+    folder = options.folder / f"{options.dataset}-{options.scale}"
+    if jax.config.jax_compilation_cache_dir is None:  # runs share their programs
+        jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))
+    scale = SCALES[options.dataset, options.scale]
+    dataset = paper.shortened(data.load(options.dataset, data_dir=options.data_dir), scale.examples)
+    for group in options.groups:
+        arms, pairs = arms_of(group, dataset, scale)
+        study = compare.train(arms, seeds=options.seeds, folder=folder, levels=LEVELS, say=lambda text: None)
+        print(f"\n{group}\n{table(study, pairs)}", flush=True)
+
+
+def arms_of(group: str, dataset: Dataset, scale: Scale) -> tuple[dict[str, compare.Arm], list[Pair]]:
+    """The arms of a group with the uniform arms they need, each under a name that tells what it is."""
+    arms, pairs = {}, []
+    for label, changes in GROUPS[group].items():
+        plain = {name: value for name, value in changes.items() if name in KEPT_BY_UNIFORM}
+        names = []
+        for these in (plain | {"mode": "uniform"}, changes):
+            config = configuration(dataset, scale, these)
+            measure = functools.partial(paper.fit, dataset=dataset, variance_every=scale.variance_every)
+            names.append(_name(these))
+            arms[names[-1]] = compare.Arm(config, measure)
+        base, arm = names
+        pairs.append(Pair(group, label, arm, base))
+    return arms, pairs
+
+
+def configuration(dataset: Dataset, scale: Scale, changes: Changes) -> Config:
+    """The default of the library at this scale, with something changed."""
+    common: Changes = {
+        "dataset": dataset.name, "hidden": scale.hidden, "batch_size": scale.batch_size, "momentum": 0.9,
+        "learning_rate": 0.01, "steps": scale.steps, "log_every": scale.log_every, "checkpoint_every": scale.steps,
+        "full_train_loss": True, "monitor": "off",
+    }  # fmt: skip
+    return Config(**common | changes)
+
+
+def _name(changes: Changes) -> str:
+    """A folder's name: the changes, or what they are changed from."""
+    told = ", ".join(f"{name} {value}" for name, value in sorted(changes.items()))
+    return told.replace(":", ".") or "default"
+
+
+def table(study: compare.Study, pairs: Sequence[Pair]) -> str:
+    """A line an arm: updates and seconds to the level over uniform's, and STALE/UNIFORM."""
+    lines = [("arm", "updates over uniform's [95 %]", "seconds over uniform's [95 %]", "STALE/UNIFORM", "seeds there")]
+    for pair in pairs:
+        alone = compare.Study({name: study.curves[name] for name in (pair.base, pair.arm)})
+        updates, seconds = (row for row in compare.rows(alone, LEVELS) if row.arm == pair.arm)
+        ratios = [line["full_ratio"] for curve in study.curves[pair.arm].values() for line in paper.settled(curve)
+                  if "full_ratio" in line]  # fmt: skip
+        worth = f"{np.median(ratios):.2f}" if ratios else "-"
+        spans = (_span(row.ratio) for row in (updates, seconds))
+        lines.append((pair.label, *spans, worth, f"{updates.reached}/{updates.seeds}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _span(ratio: compare.Interval) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
+
+
+if __name__ == "__main__":
+    main()

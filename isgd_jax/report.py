@@ -122,13 +122,12 @@ def _error(lines: Sequence[Record]) -> Figure:
 def _variance(lines: Sequence[Record]) -> Figure:
     figure = Figure()
     axes = figure.subplots()
+    axes.set_yscale("log")
     _line(axes, lines, "sd_uniform", "uniform: plain SGD", GREY, "--")
     _line(axes, lines, "sd_stale", "stale: the proposal in use", BLUE)
     _line(axes, lines, "sd_ideal", "ideal: the least for independent draws", GREEN, ":")
     _line(axes, lines, "sd_drawn", "drawn: whole batches, by the sampler in use", ORANGE, "-.")
-    for field, colour in (("sd_uniform", GREY), ("sd_stale", BLUE), ("sd_ideal", GREEN), ("sd_drawn", ORANGE)):
-        _shade(axes, lines, field, colour)
-    axes.set(title="Variance of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov", yscale="log")
+    axes.set(title="Variance of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov")
     _legend(axes)
     return figure
 
@@ -222,19 +221,11 @@ def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: s
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linestyle=style)
     low, high = f"{field}_low", f"{field}_high"
     bounds = [(line["step"], line[low], line[high]) for line in lines if None not in (line.get(low), line.get(high))]
+    if axes.get_yscale() == "log":
+        bounds = [bound for bound in bounds if bound[1] > 0]
     if bounds:
         steps, lows, highs = np.array(bounds, np.float64).T
         axes.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
-
-
-def _shade(axes: Axes, lines: Sequence[Record], field: str, colour: str) -> None:
-    """The 95 % band of a curve, where both its ends are known."""
-    names = ("step", f"{field}_low", f"{field}_high")
-    points = [tuple(line[name] for name in names) for line in lines if None not in map(line.get, names)]
-    points = [point for point in points if point[1] > 0]  # the scale is logarithmic
-    if points:
-        steps, low, high = zip(*points, strict=True)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _legend(axes: Axes) -> None:

@@ -14,6 +14,8 @@ from isgd_jax.clock import Clock
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 
+pytestmark = pytest.mark.slow
+
 
 def flipped(key: jax.Array, example: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Another picture: the features, or their reverse."""
@@ -37,7 +39,6 @@ def mean_update(config: Any, runs: int, *, learning_rate: float) -> tuple[Any, A
     return jax.tree.map(lambda x: (jnp.mean(x, 0), jnp.std(x, 0) / runs**0.5), found), work, state
 
 
-@pytest.mark.slow
 def test_weighted_targets_are_unbiased(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(size=90).astype(np.float32)
     np.save(tmp_path / "a.npy", weights)
@@ -54,7 +55,6 @@ def test_weighted_targets_are_unbiased(tmp_path: Path) -> None:
         assert float(jnp.max(jnp.abs(mean - true) / (error + 1e-6))) < 5  # some 100 numbers
 
 
-@pytest.mark.slow
 def test_augmented_draws_are_unbiased_for_the_augmented_loss(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", augment="test_assembly:flipped", optimizer="sgd", learning_rate=0.1)
     found, work, state = mean_update(config, 2000, learning_rate=0.1)
@@ -97,7 +97,6 @@ def test_a_wrong_file_is_found_before_the_first_step(tmp_path: Path, values: np.
         fit(config, dataset=blobs())
 
 
-@pytest.mark.slow
 def test_refreshes_that_do_not_pay_are_left_out_and_recorded(tmp_path: Path) -> None:
     """Scores that are all alike gain nothing, so scoring never pays."""
     np.random.default_rng(0)

@@ -8,6 +8,8 @@ from oracle import check
 
 from isgd_jax.factoring.factored import Factored, is_factored
 
+pytestmark = pytest.mark.slow
+
 slow = pytest.mark.slow
 
 

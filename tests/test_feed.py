@@ -11,6 +11,8 @@ from isgd_jax import data
 from isgd_jax.data.dataset import spilled
 from isgd_jax.train import fit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mode", ["uniform", pytest.param("exact", marks=pytest.mark.slow)])
 def test_where_the_data_are_changes_nothing(tmp_path: Path, mode: str) -> None:
@@ -19,7 +21,6 @@ def test_where_the_data_are_changes_nothing(tmp_path: Path, mode: str) -> None:
     chex.assert_trees_all_close(here.params, there.params, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_run_broken_within_a_block_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = fit(small_config(tmp_path / "whole", hold="host"), dataset=blobs())
     fit(small_config(tmp_path / "broken", hold="host", steps=21), dataset=blobs())

@@ -10,6 +10,8 @@ import pytest
 
 from isgd_jax import models
 
+pytestmark = pytest.mark.slow
+
 
 def logits(model, key, shape):
     example = jnp.ones(shape)

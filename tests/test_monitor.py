@@ -11,6 +11,8 @@ import pytest
 from isgd_jax import gate, monitor, proposal, samplers, variance, windows
 from isgd_jax.typing import Draw
 
+pytestmark = pytest.mark.slow
+
 N, DRAWS = 500, 32
 
 
@@ -48,7 +50,6 @@ def watched(sampler: Callable, steps: int, runs: int) -> Callable[[jax.Array, ja
     return jax.jit(lambda probs, grads: jax.vmap(partial(run, probs, grads))(keys))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [samplers.independent, samplers.stratified])
 def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Array, sampler: Callable) -> None:
     # 600 windows of 40 steps: each mean within 4 standard errors; bands for the value now cover in 92 % at least.

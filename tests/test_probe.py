@@ -16,6 +16,8 @@ from isgd_jax.page import probe_page
 from isgd_jax.probe import Period, findings, measure, periods, probe, verdict
 from isgd_jax.train import fit
 
+pytestmark = pytest.mark.slow
+
 
 def rows(params: Any, data: Any) -> np.ndarray:
     """All gradients, one a row, by definition."""
@@ -110,7 +112,6 @@ def test_the_remarks_of_a_verdict() -> None:
     assert "initialisation" not in " ".join(verdict(1.2, 1.3, table[:1], num_updates=5))
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", mode="exact", steps=20)
     result = fit(config, dataset=blobs())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 
@@ -21,7 +23,6 @@ def test_there_is_code_to_test() -> None:
     assert len(BLOCKS) == 3
 
 
-@pytest.mark.slow
 def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
     """The first block is my_model.py; the command below it, a little shorter, leaves the figures."""
     (tmp_path / "my_model.py").write_text(BLOCKS[0])

@@ -20,6 +20,8 @@ from isgd_jax.engines.local import Device
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
 
+pytestmark = pytest.mark.slow
+
 MODES = [
     {"mode": "uniform"},
     {"mode": "uniform", "sampler": "uniform"},
@@ -209,7 +211,6 @@ def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
 LOCAL: dict[str, Any] = {"engine": "local"}
 
 
-@pytest.mark.slow
 def test_exact_mode_gives_the_same_parameters_on_every_engine(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 200, "probe_size": 4, "log_every": 200, "checkpoint_every": 200}
     inline = fit(small_config(tmp_path / "inline", **changes), dataset=blobs())
@@ -221,7 +222,6 @@ def arrivals(folder: Path) -> list[Any]:
     return [(record["step"], record["arrived"]) for record in RunDir(folder).records("refresh")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -76,5 +76,5 @@ $(VENV)/.flights: $(VENV)/.dev
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable ".[train,dev,notebooks,docs$(ACCELERATOR)]"
+	$(PIP) --editable ".[train,cluster,notebooks,docs,dev$(ACCELERATOR)]"
 	touch $@

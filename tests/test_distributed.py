@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from problems import blobs, small_config
@@ -34,8 +33,6 @@ def processes(cwd: Path, *arguments: str, count: int = 2, devices: int = 4) -> l
     places = ["--distributed", "--coordinator", address, "--num-processes", str(count)]
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16", "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }  # fmt: skip
     return [
         isgd("train", *arguments, *flags, *places, "--process-id", str(i), cwd=cwd, **environment) for i in range(count)

@@ -75,22 +75,23 @@ def _head(here: Period, elsewhere: Period) -> str:
     return "Importance sampling does not pay here: plain SGD, or a larger batch, is the better use of the time."
 
 
+def _effect(ratio: float) -> str:
+    """What a ratio of variances at equal time means."""
+    return f"{1 - ratio:.0%} less variance" if ratio <= 1 else f"{ratio - 1:.0%} more variance"
+
+
 def _here(best: Period) -> str:
-    gained = 1 - best.at_equal_time
-    effect = f"{gained:.0%} less variance" if gained >= 0 else f"{-gained:.0%} more variance"
     return (
-        f"Scored on the training devices every {best.every} updates, the best of the periods tried: {effect} than "
-        f"uniform draws for the same time (variance {best.variance:.2f} of uniform's, a step's time {best.time:.2f} of "
-        "plain SGD's)."
+        f"Scored on the training devices every {best.every} updates, the best of the periods tried: "
+        f"{_effect(best.at_equal_time)} than uniform draws for the same time (variance "
+        f"{best.variance:.2f} of uniform's, a step's time {best.time:.2f} of plain SGD's)."
     )
 
 
 def _there(best: Period) -> str:
-    gained = 1 - best.at_equal_time_elsewhere
-    effect = f"{gained:.0%} less variance" if gained >= 0 else f"{-gained:.0%} more variance"
     return (
-        f"Scored by other devices every {best.every} updates: {effect} for the same time "
-        f"(variance {best.variance:.2f} of uniform's, a step's time {best.time_elsewhere:.2f} of plain SGD's)."
+        f"Scored by other devices every {best.every} updates: {_effect(best.at_equal_time_elsewhere)} for the same "
+        f"time (variance {best.variance:.2f} of uniform's, a step's time {best.time_elsewhere:.2f} of plain SGD's)."
     )
 
 

@@ -95,27 +95,23 @@ class Laws(Protocol):
         """For how many steps the law stays as it is, this one included."""
         ...
 
-
-class Epoch(NamedTuple):
-    """A permutation of the data set, and where its unused part begins."""
-
-    permutation: Int[Array, " n"]
-    start: Int[Array, ""]
+    def seconds_per_refresh(self, params: Params) -> float:
+        """What scoring costs at each refresh, measured; nothing where nobody scores."""
+        ...
 
 
-def shuffled(key: Key, law: Epoch, *, num_draws: int) -> Draw:
-    """The next ``num_draws`` indices of the epoch; over the random permutations each index is equally likely."""
-    num_examples = len(law.permutation)
-    indices = jax.lax.dynamic_slice_in_dim(law.permutation, law.start, num_draws)
-    return Draw(indices, jnp.full(num_draws, 1.0 / num_examples), jnp.ones(num_draws, bool))
+def shuffled(permutation: Int[Array, " n"], step: Int[Array, ""] | int, *, num_draws: int) -> Draw:
+    """A step's part of its epoch, by its number alone; over the random permutations each index is equally likely."""
+    size = len(permutation)
+    indices = jax.lax.dynamic_slice_in_dim(permutation, step % (size // num_draws) * num_draws, num_draws)
+    return Draw(indices, jnp.full(num_draws, 1.0 / size), jnp.ones(num_draws, bool))
 
 
 def choose_shuffled(num_draws: int) -> Choose:
-    """How a step takes its part of the epoch; by its number alone, so that it can be asked ahead."""
+    """How a step takes its part of the epoch; the law is the epoch's permutation."""
 
-    def choose(key: Key, law: Epoch, state: TrainState, data: Any) -> Choice:
-        start = state.step % (len(law.permutation) // num_draws) * num_draws
-        draw = shuffled(key, law._replace(start=start), num_draws=num_draws)
+    def choose(key: Key, law: Int[Array, " n"], state: TrainState, data: Any) -> Choice:
+        draw = shuffled(law, state.step, num_draws=num_draws)
         return Choice(draw, draw.probs, state.step % WATCH_EVERY == 0)
 
     return choose
@@ -126,23 +122,24 @@ class ShuffledLaws:
 
     def __init__(self, key: Key, num_examples: int, batch_size: int) -> None:
         self._key, self.notes = key, dict[str, Any]()
-        self._num_examples, self._batch_size = num_examples, batch_size
+        self._num_examples, self._num_batches = num_examples, num_examples // batch_size
         self.proposal = uniform_law(num_examples)
         self.law = self._begin(0)
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
-        epoch, batch = divmod(step, self._num_examples // self._batch_size)
+        epoch, batch = divmod(step, self._num_batches)
         if batch == 0:
             self.law = self._begin(epoch)
-        self.law = self.law._replace(start=jnp.int32(batch * self._batch_size))
         return state, None
 
     def steps_left(self, step: int) -> int:
-        return self._num_examples // self._batch_size - step % (self._num_examples // self._batch_size)
+        return self._num_batches - step % self._num_batches
 
-    def _begin(self, epoch: int) -> Epoch:
-        permutation = jax.random.permutation(jax.random.fold_in(self._key, epoch), self._num_examples)
-        return Epoch(permutation, jnp.int32(0))
+    def seconds_per_refresh(self, params: Params) -> float:
+        return 0.0
+
+    def _begin(self, epoch: int) -> Int[Array, " n"]:
+        return jax.random.permutation(jax.random.fold_in(self._key, epoch), self._num_examples)
 
 
 class FixedLaws:
@@ -156,6 +153,9 @@ class FixedLaws:
 
     def steps_left(self, step: int) -> int:
         return sys.maxsize
+
+    def seconds_per_refresh(self, params: Params) -> float:
+        return 0.0
 
 
 class ScoredLaws:
@@ -259,6 +259,9 @@ class ScoredLaws:
 
     def steps_left(self, step: int) -> int:
         return self._config.refresh_every - step % self._config.refresh_every
+
+    def seconds_per_refresh(self, params: Params) -> float:
+        return self._engine.seconds_per_collect(self._published(params, 0))
 
     def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
         """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""

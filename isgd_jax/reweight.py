@@ -52,7 +52,8 @@ def importance_weighting(
 
     def init(params: Any) -> ReweightState:
         del params
-        return ReweightState(example_weights)
+        # A copy: whoever donates the state must not lose the caller's array.
+        return ReweightState(None if example_weights is None else jnp.array(example_weights))
 
     def update(
         updates: Any,

@@ -390,7 +390,7 @@ class Trainer:
         """What is about to be done, with the cost of scoring measured on this machine."""
         with self.clock.spending("planning"):
             update = _seconds(lambda: self._update(jax.tree.map(jnp.copy, self.state)))
-            refresh = 0.0 if self.config.mode == "uniform" else self.engine.seconds_per_collect(self.state.params)
+            refresh = self.laws.seconds_per_refresh(self.state.params)
         return {
             "event": "plan",
             "run_dir": str(self.run.path),

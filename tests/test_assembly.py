@@ -108,3 +108,19 @@ def test_refreshes_that_do_not_pay_are_left_out_and_recorded(tmp_path: Path) -> 
     assert left_out
     assert all(record["scored"] == 0 for record in left_out)
     assert all(decision["gain"] < 0.2 for decision in decided)
+
+
+def test_a_run_with_augmentation_learns_and_plans_what_its_scoring_costs(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    config = small_config(tmp_path / "run", augment="test_assembly:flipped", steps=20)
+    result = fit(config, dataset=blobs(), observe=seen.append)
+    assert result.step == 20
+    assert seen[0]["event"] == "plan"
+    assert seen[0]["seconds_per_refresh"] > 0
+
+
+def test_a_run_with_weighted_examples_outlives_its_first_refreshes(tmp_path: Path) -> None:
+    """The state of the transform is donated at each step; the weights themselves are needed at each refresh."""
+    np.save(tmp_path / "weights.npy", np.linspace(-1.0, 2.0, 90))
+    config = small_config(tmp_path / "run", example_weights=str(tmp_path / "weights.npy"), refresh_every=10, steps=20)
+    assert fit(config, dataset=blobs()).step == 20

@@ -38,7 +38,7 @@ def test_an_epoch_draws_each_example_at_most_once_and_the_next_is_another(key: j
     drawn: list[int] = []
     for i in range(8):
         epochs.before(i, state(), Clock())
-        drawn += laws.shuffled(key, epochs.law, num_draws=5).indices.tolist()
+        drawn += laws.shuffled(epochs.law, i, num_draws=5).indices.tolist()
     first, second = drawn[:20], drawn[20:]
     assert len(set(first)) == 20
     assert len(set(second)) == 20

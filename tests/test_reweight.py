@@ -129,3 +129,10 @@ def test_multi_steps_stands_outside(batch: tuple) -> None:
         second, state = tx.update(stacked(batch), state, PARAMS, probs=probs)
     np.testing.assert_array_equal(first["w"], np.zeros(3))
     np.testing.assert_allclose(second["w"], -0.1 * jnp.mean(stacked(batch)["w"], axis=0), rtol=1e-5)
+
+
+def test_donating_the_state_leaves_the_example_weights() -> None:
+    weights = jnp.arange(3.0)
+    tx = reweight.importance_weighting(3, example_weights=weights)
+    jax.jit(lambda state: state, donate_argnums=0)(tx.init({}))
+    assert weights.tolist() == [0.0, 1.0, 2.0]

@@ -2,8 +2,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
 
 
 class Clock:
@@ -35,3 +39,16 @@ class Clock:
         """The share of each task in the time spent on all of them so far, as ``share_<task>``."""
         total = sum(self.spent[task] for task in tasks)
         return {f"share_{task}": self.spent[task] / total if total else 0.0 for task in tasks}
+
+
+def middle_seconds(*runs: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of one call of each, compilation left out: medians, taken in turn so that a busy spell strikes all."""
+    for run in runs:
+        jax.block_until_ready(run())  # compiles
+    return [float(x) for x in np.median([[_seconds(run) for run in runs] for _ in range(repeats)], axis=0)]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    jax.block_until_ready(run())
+    return time.monotonic() - began

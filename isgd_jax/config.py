@@ -293,7 +293,9 @@ class Config:
         return FITTING[self.mode][0]
 
     def share_scored(self, num_examples: int) -> float:
-        """The share of the data set scored at each refresh of relaxed mode."""
+        """The share of the data set scored at each refresh; 0 where nothing is."""
+        if self.mode != "relaxed":
+            return 1.0 if self.is_scored else 0.0
         if self.score_budget is None:
             return self.refresh_share
         scored = self.score_budget / (1 - self.score_budget) * self.refresh_every * self.batch_size

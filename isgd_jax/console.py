@@ -152,8 +152,9 @@ def _describe(plan: Record) -> list[tuple[str, str]]:
         ("optimiser", f"{config['optimizer']}, rate {config['learning_rate']:g} ({config['schedule']})"),
         ("mode", f"{config['mode']}, {plan['sampler']} draws"),
     ]
-    if config["mode"] != "uniform":
-        scored = "all examples" if config["mode"] == "exact" else f"{_percent(config['refresh_share'])} of the examples"
+    share = plan["share_scored"]
+    if share > 0:
+        scored = "all examples" if share == 1 else f"{_percent(share)} of the examples"
         rows += [
             ("proposal", f"{config['scorer']} scores, mixture {config['mixture']}, additive {config['additive']:g}"),
             ("scoring", f"{scored} every {every} updates; expected to take "

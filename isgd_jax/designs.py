@@ -107,7 +107,7 @@ def learning_time(config: Config, num_examples: int) -> int:
 
     In relaxed mode a period is a whole sweep of the data.
     """
-    sweeps = 1 if config.mode == "exact" else -(-1 // config.share_scored(num_examples))
+    sweeps = -(-1 // config.share_scored(num_examples))
     return int(2 * sweeps * config.refresh_every)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from isgd_jax import designs, monitor, rescoring, samplers, schedule, table, watch
-from isgd_jax.clock import Clock
+from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.draws import WATCH_EVERY, Choice, Choose
 from isgd_jax.proposal import Frozen, Proposal
@@ -95,8 +95,8 @@ class Laws(Protocol):
         """For how many steps the law stays as it is, this one included."""
         ...
 
-    def seconds_per_refresh(self, params: Params) -> float:
-        """What scoring costs at each refresh, measured; nothing where nobody scores."""
+    def seconds_per_refresh(self, state: TrainState) -> float:
+        """What each refresh costs, measured; nothing where nobody scores."""
         ...
 
 
@@ -135,7 +135,7 @@ class ShuffledLaws:
     def steps_left(self, step: int) -> int:
         return self._num_batches - step % self._num_batches
 
-    def seconds_per_refresh(self, params: Params) -> float:
+    def seconds_per_refresh(self, state: TrainState) -> float:
         return 0.0
 
     def _begin(self, epoch: int) -> Int[Array, " n"]:
@@ -154,7 +154,7 @@ class FixedLaws:
     def steps_left(self, step: int) -> int:
         return sys.maxsize
 
-    def seconds_per_refresh(self, params: Params) -> float:
+    def seconds_per_refresh(self, state: TrainState) -> float:
         return 0.0
 
 
@@ -260,8 +260,16 @@ class ScoredLaws:
     def steps_left(self, step: int) -> int:
         return self._config.refresh_every - step % self._config.refresh_every
 
-    def seconds_per_refresh(self, params: Params) -> float:
-        return self._engine.seconds_per_collect(self._published(params, 0))
+    def seconds_per_refresh(self, state: TrainState) -> float:
+        """Of scoring, of sketching what is scored, and of making the law."""
+        size, rows = len(self._labels), self._engine.chunk_size
+        (law,) = middle_seconds(lambda: self._frozen(state.table, state.watch, 0, 0.0, None), repeats=3)
+        seconds = self._engine.seconds_per_collect(self._published(state.params, 0)) + law
+        if self._sketch is None:
+            return seconds
+        of_rows, ids = self._sketch.of_rows, np.minimum(np.arange(rows), size - 1)
+        (chunk,) = middle_seconds(lambda: of_rows(state.params, ids), repeats=3)
+        return seconds + chunk * self._config.share_scored(size) * size / rows
 
     def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
         """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from isgd_jax import (
     table,
     task,
 )
-from isgd_jax.clock import Clock
+from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import MakeJobs
 from isgd_jax.engines.chunks import Chunks
@@ -47,6 +46,9 @@ STEPS_IN_FLIGHT = 8
 
 ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
+
+REHEARSED = 4
+"""Updates that the plan times together."""
 
 Observer = Callable[[Record], None]
 Measure = Callable[[step.TrainState, samplers.Law], Record]
@@ -218,6 +220,7 @@ class Trainer:
             self._log()
         while self.step < self.num_steps and not self._is_over(stop):
             self._advance()
+        self._warn(*self.engine.notices())
         self._save()
         self.checkpoints.wait()
         self._record(
@@ -265,6 +268,13 @@ class Trainer:
             choice, batch = self.feed.next(self.step, state, law, self.laws.steps_left(self.step))
             return self.updates.update_drawn(state, law, choice, batch, self.draw_key, seconds)
         return self.updates.update(state, law, self.train_data, self.draw_key, seconds)
+
+    def _rehearse(self) -> step.TrainState:
+        """A few updates that are forgotten, one dispatched behind the other as in training."""
+        state = jax.tree.map(jnp.copy, self.state)  # a step takes over the state that it is given
+        for _ in range(REHEARSED):
+            state, _ = self._update(state)
+        return state
 
     def _log(self) -> None:
         """Measure, and write one line of progress."""
@@ -389,8 +399,8 @@ class Trainer:
     def _plan(self) -> Record:
         """What is about to be done, with the cost of scoring measured on this machine."""
         with self.clock.spending("planning"):
-            update = _seconds(lambda: self._update(jax.tree.map(jnp.copy, self.state)))
-            refresh = self.laws.seconds_per_refresh(self.state.params)
+            (updates,) = middle_seconds(self._rehearse, repeats=1)
+            refresh = self.laws.seconds_per_refresh(self.state)
         return {
             "event": "plan",
             "run_dir": str(self.run.path),
@@ -401,8 +411,9 @@ class Trainer:
             "num_steps": self.num_steps,
             "config": self.config.to_dict(),
             "sampler": self.config.sampler_in_use,
-            "seconds_per_update": update,
+            "seconds_per_update": updates / REHEARSED,
             "seconds_per_refresh": refresh,
+            "share_scored": self.config.share_scored(self.work.num_examples),
         }
 
 
@@ -434,11 +445,3 @@ def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:
 def _finite(number: Array | np.generic | float) -> float | None:
     """The number, or None where there is none: JSON knows neither NaN nor infinity."""
     return float(number) if np.isfinite(number) else None
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one call, compilation left out."""
-    jax.block_until_ready(run())
-    began = time.monotonic()
-    jax.block_until_ready(run())
-    return time.monotonic() - began

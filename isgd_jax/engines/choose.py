@@ -92,7 +92,7 @@ def _cluster(
 def _inline(config: Config, scorer: Scorer, data: Batch, devices: list[jax.Device]) -> Engine:
     """Exact mode scores everything at each refresh, relaxed mode its share; of several processes each scores a part."""
     size = len(jax.tree.leaves(data)[0])
-    wanted = math.ceil(config.share_scored(size) * size) if config.mode == "relaxed" else size
+    wanted = math.ceil(config.share_scored(size) * size) or size
     chunk_size = min(config.chunk_size, wanted)
     per_collect, processes = math.ceil(wanted / chunk_size), jax.process_count()
     mine = math.ceil(per_collect / processes)

@@ -1,7 +1,6 @@
 """What a probe measures: the spread of the norms, what scoring costs beside a step, and how fast scores lose worth."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +9,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from isgd_jax import optimizers, proposal, samplers, scorers, variance
+from isgd_jax import assembly, optimizers, proposal, samplers, variance
+from isgd_jax.clock import middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.factoring import factored
 from isgd_jax.gradients import per_example_grads, per_example_value_and_grad
 from isgd_jax.sharded import sharded
 from isgd_jax.task import Task
-from isgd_jax.typing import Batch, Key, LossFn, Params, Scorer
+from isgd_jax.typing import Batch, Key, LossFn, Params
 
 CHUNK = 256
 """Examples differentiated together where a mean gradient is formed."""
@@ -96,11 +96,12 @@ def costs(config: Config, task: Task, params: Params) -> Costs:
     opt_state, key = steps.tx.init(params), jax.random.key(0)
     size = min(config.chunk_size, task.num_examples)
     chunk = jax.tree.map(lambda x: x[:size], task.train)
-    scorer = scorer_of(config, task)
-    plain, reweighted, scoring = middles(
+    scorer = sharded(assembly.make_scorer(config, task)[0])
+    plain, reweighted, scoring = middle_seconds(
         lambda: steps.plain(params, opt_state, data, key),
         lambda: steps.reweighted(params, opt_state, law, data, key),
         lambda: scorer(params, chunk),
+        repeats=REPEATS,
     )
     return Costs(plain, reweighted, scoring / size, scoring / size * task.num_examples)
 
@@ -121,7 +122,7 @@ def ageing(
     The scores and the norms are those of the ``sample``; the steps draw from the whole training set, with the batch
     size and the optimiser of the configuration. ``mixture`` is the share of the uniform law in the proposal.
     """
-    scorer = scorer_of(config, task)
+    scorer = sharded(assembly.make_scorer(config, task)[0])
     probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=mixture)
     found = {0: _ratio(task.loss_fn, params, sample, probs)}
     steps = Steps(config, task)
@@ -168,30 +169,6 @@ def run_plain(config: Config, task: Task, params: Params, *, num_steps: int, key
     first = (params, steps.tx.init(params))
     [(_, state)] = _after(steps, first, jax.device_put(dict(task.train)), [num_steps], key)
     return state
-
-
-def scorer_of(config: Config, task: Task) -> Scorer:
-    """The scorer of a configuration over all devices of this machine."""
-    made = {
-        "grad_norm": lambda: scorers.grad_norm(task.loss_fn),
-        "loss": lambda: scorers.loss(task.loss_fn),
-        "logit_bound": lambda: scorers.logit_bound(task.logits_fn),
-    }
-    return sharded(made[config.scorer]())
-
-
-def middles(*runs: Callable[[], Any]) -> list[float]:
-    """Seconds of one call of each: medians of `REPEATS` taken in turn, so that a busy spell strikes all alike."""
-    for run in runs:
-        jax.block_until_ready(run())  # compiles
-    measured = [[_seconds(run) for run in runs] for _ in range(REPEATS)]
-    return [float(x) for x in np.median(measured, axis=0)]
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
 
 
 def _after(

@@ -17,8 +17,8 @@ FEW_WORKERS = 8
 
 SHOWN = {
     "event", "step", "seconds", "train_seconds", "loss", "train_loss", "test_loss", "train_error", "test_error",
-    "sd_uniform", "sd_stale", "sd_ideal", "variance_ratio", "max_weight", "age_mean", "age_p95", "steps_per_second",
-    "scores_per_second", "trusted_share",
+    "sd_uniform", "sd_stale", "sd_ideal", "sd_drawn", "variance_ratio", "max_weight", "age_mean", "age_p95",
+    "steps_per_second", "scores_per_second", "trusted_share",
 }  # fmt: skip
 """Fields of a line of progress that have a place in a figure; the others go to `others`."""
 

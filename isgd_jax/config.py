@@ -85,17 +85,19 @@ class Config:
     random size, in the room of --batch-size). presample: stratified."""
     order: OrderName = "auto"
     """The line along which stratified and systematic draws cut: neighbours should have similar gradients. cells: of
-    sketches of the last layer's gradients, no labels needed, refreshed with the scores (exact and relaxed mode; their
-    default). Elsewhere the default is label-score."""
+    sketches of the last layer's gradients, no labels needed, refreshed with the scores (the default of exact mode, and
+    of relaxed mode with the inline engine). Elsewhere the default is label-score: nobody waits for sketches."""
     scorer: ScorerName = "grad_norm"
     """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
     engine: EngineName = "inline"
-    """Who scores. inline: all devices, between steps; local: the devices of this host but the first, during them;
-    cluster: actors on a Ray cluster, during them too."""
+    """Who scores. inline: all devices, between steps; local: the devices of this host that do not train, meanwhile;
+    cluster: actors on a Ray cluster, meanwhile too."""
     scorers: int = 4
     """Actors that score (--engine cluster), each with an accelerator while there are any, then with a CPU."""
     address: str | None = None
     """Of the Ray cluster (--engine cluster); auto: the one this host belongs to. Default: a Ray of this host alone."""
+    train_devices: int = 1
+    """Devices of this host that train (local engine), each a part of the batch; the others score."""
     refresh_every: int = 100
     """Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen."""
     publish_every: int | None = None
@@ -235,6 +237,11 @@ class Config:
                "--refresh-every unless workers score in relaxed mode")  # fmt: skip
         _check("refetch_every", self.refetch_every, free or self.refetch_every == 1,
                "1 unless workers score in relaxed mode")  # fmt: skip
+        _check("train_devices", self.train_devices, self.train_devices >= 1, "at least 1")
+        _check("train_devices", self.train_devices, self.train_devices == 1 or self.engine == "local",
+               "1 unless --engine local")  # fmt: skip
+        _check("batch_size", self.batch_size, self.batch_size % self.train_devices == 0,
+               f"a multiple of --train-devices {self.train_devices}")  # fmt: skip
         _check("coin", self.coin, 0 <= self.coin <= 1, "between 0 and 1")
         _check("held_out_by", self.held_out_by, self.held_out_by == "trainer" or self.engine != "inline",
                "trainer with --engine inline, which has no workers")  # fmt: skip
@@ -273,6 +280,7 @@ class Config:
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
         _check("hold", self.hold, self.hold == "device" or self.probe_every is None, "device with --probe-every")
+        _check("hold", self.hold, self.hold == "device" or self.train_devices == 1, "device with --train-devices")
         _check("score_budget", self.score_budget, self.score_budget is None or 0 < self.score_budget < 1,
                "above 0 and below 1")  # fmt: skip
         is_inline = self.mode == "relaxed" and self.engine == "inline"
@@ -303,8 +311,9 @@ class Config:
 
     @property
     def order_in_use(self) -> str:
-        """The order, with `auto` resolved."""
-        return ("cells" if self.is_scored else "label-score") if self.order == "auto" else self.order
+        """The order, with `auto` resolved: a trainer that never waits for scores does not make sketches either."""
+        is_waiting = self.is_scored and (self.engine == "inline" or self.mode == "exact")
+        return ("cells" if is_waiting else "label-score") if self.order == "auto" else self.order
 
     @property
     def is_scored(self) -> bool:

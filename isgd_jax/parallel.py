@@ -1,6 +1,6 @@
 """Where a step is made: on one device, or in parts on all devices of all processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -68,7 +68,7 @@ class OneDevice:
 
 
 class AllDevices(OneDevice):
-    """A step in equal parts on every device of every process: one program, the same draw everywhere.
+    """A step in equal parts on every device of every process, or on some of one: one program, the same draw everywhere.
 
     Guarantees:
         * State and law are the same bits on every device, so every process draws the same indices.
@@ -80,14 +80,15 @@ class AllDevices(OneDevice):
         ValueError: the batch cannot be cut into equal parts.
     """
 
-    def __init__(self, batch_size: int) -> None:
-        self.num_devices, self.num_processes = jax.device_count(), jax.process_count()
+    def __init__(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> None:
+        devices = devices or jax.devices()
+        self.num_devices, self.num_processes = len(devices), jax.process_count()
         self.writes = jax.process_index() == 0
-        self._mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        self._mesh = Mesh(np.array(devices), (AXIS,))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         if batch_size % self.num_devices:
             raise ValueError(
-                f"--batch-size must be a multiple of the {self.num_devices} devices of all processes, so that each "
+                f"--batch-size must be a multiple of the {self.num_devices} devices that train, so that each "
                 f"handles an equal part; got {batch_size}"
             )
 

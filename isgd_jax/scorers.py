@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.lax import Precision
 from jaxtyping import Float, PyTree
@@ -100,8 +101,8 @@ def loss(loss_fn: LossFn) -> Scorer:
 
 
 def softmax_cross_entropy(logits: Float[Array, " c"], example: Example) -> Float[Array, ""]:
-    """The loss that classifiers have: ``example["label"]`` is the index of the right class."""
-    return -jax.nn.log_softmax(logits)[example["label"]]
+    """The loss that classifiers have, in nats: ``example["label"]`` is the index of the right class."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
 
 def logit_bound(

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from isgd_jax import data, models
 from isgd_jax.config import Config
+from isgd_jax.scorers import softmax_cross_entropy
 from isgd_jax.typing import Batch, Example, LossFn, Params
 
 OutputLoss = Callable[[Array, Example], Float[Array, ""]]
@@ -32,11 +32,6 @@ class Task(NamedTuple):
     fingerprint: str
 
 
-def cross_entropy(outputs: Float[Array, " classes"], example: Example) -> Float[Array, ""]:
-    """Softmax cross-entropy with ``example["label"]``, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, example["label"])
-
-
 def make(
     config: Config, dataset: data.Dataset, *, model: models.Model | None = None, loss: OutputLoss | None = None
 ) -> Task:
@@ -49,7 +44,7 @@ def make(
         options = {"hidden": config.hidden, "initializer": config.initializer} if config.model == "mlp" else {}
         model = models.by_name(config.model, dataset.num_classes, **options)
     if loss is None:
-        loss = cross_entropy if config.loss is None else models.from_reference(config.loss)
+        loss = softmax_cross_entropy if config.loss is None else models.from_reference(config.loss)
 
     def logits_fn(params: Params, example: Example) -> Array:
         return model.apply({"params": params}, dataset.standardise(example[dataset.input_key]))
@@ -61,7 +56,8 @@ def make(
     inputs = jnp.asarray(dataset.standardise(example[dataset.input_key]))
 
     def init(key: Array) -> Params:
-        return models.init(model, key, inputs, num_classes=dataset.num_classes if loss is cross_entropy else None)
+        num_classes = dataset.num_classes if loss is softmax_cross_entropy else None
+        return models.init(model, key, inputs, num_classes=num_classes)
 
     _check_scalar(loss_fn, jax.eval_shape(init, jax.random.key(0)), example, config.loss)
     return Task(loss_fn, logits_fn, init, dataset.train, dataset.test, dataset.valid, len(dataset), dataset.fingerprint)

@@ -9,37 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from isgd_jax import (
-    assembly,
-    data,
-    distributed,
-    evaluate,
-    gate,
-    laws,
-    models,
-    monitor,
-    report,
-    samplers,
-    schedule,
-    step,
-    table,
-    task,
-)
+from isgd_jax import assembly, data, distributed, gate, models, report, schedule, step, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import MakeJobs
-from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.local import Job
 from isgd_jax.engines.pool import Pool
 from isgd_jax.engines.rates import Rates
 from isgd_jax.feed import Feed
+from isgd_jax.jobs import held_out_jobs, worker_jobs
 from isgd_jax.parallel import AllDevices, OneDevice
+from isgd_jax.progress import Measure, Measures
 from isgd_jax.rundir import Record, RunDir, Unwritten
 from isgd_jax.signals import Stop, stop_on_signals
 from isgd_jax.tensorboard import require_tensorboard, with_events
-from isgd_jax.typing import TRAIN, Batch, Params
+from isgd_jax.typing import Batch, Params
 
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
@@ -51,8 +35,6 @@ REHEARSED = 4
 """Updates that the plan times together."""
 
 Observer = Callable[[Record], None]
-Measure = Callable[[step.TrainState, samplers.Law], Record]
-"""More to measure: numbers by name, from the state and the law in use."""
 
 
 class Result(NamedTuple):
@@ -113,7 +95,7 @@ def fit(
             f"got {config.batch_size}"
         )
     with distributed.joined(config, dataset.fingerprint):
-        place = AllDevices(config.batch_size) if config.distributed else OneDevice()
+        place = _place(config)
         work = task.make(config, dataset, model=model, loss=loss)
         run = _run_dir(config, resume, place)
         trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_jobs)
@@ -124,6 +106,16 @@ def fit(
                 return trainer.train(stop)
         finally:
             trainer.close()
+
+
+def _place(config: Config) -> OneDevice:
+    """Where steps are made."""
+    if config.train_devices > 1:
+        devices, wanted = jax.local_devices(), config.train_devices
+        if wanted >= len(devices):
+            raise ValueError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
+        return AllDevices(config.batch_size, devices[:wanted])
+    return AllDevices(config.batch_size) if config.distributed else OneDevice()
 
 
 def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
@@ -154,7 +146,6 @@ class Trainer:
     ) -> None:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
-        self.measure = measure
         if config.tensorboard and place.writes:
             self.observe = with_events(run.path, observe)
         self.asked = 0.0  # the signal that asked to stop, or ENOUGH
@@ -163,8 +154,7 @@ class Trainer:
         self.step = 0
         self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
         self.train_data: Batch = dict(work.train) if config.hold != "device" else place.spread(dict(work.train))
-        self.test_data = jax.device_put(dict(work.test))
-        _, self.draw_key, _, self.probe_key = assembly.keys(config)
+        _, self.draw_key, _, probe_key = assembly.keys(config)
         replayed = None
         if config.replay is not None:
             replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
@@ -178,12 +168,8 @@ class Trainer:
         self.feed = None if config.hold == "device" else Feed(self.train_data, self.updates, self.draw_key)
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
-        self.held_out: dict[str, evaluate.HeldOut] = {}
-        if config.held_out_by == "workers" and isinstance(self.engine, Pool):
-            self.held_out = {name: evaluate.HeldOut(job.chunks.num_examples) for name, job in jobs.items()}
-        self.evaluate = evaluate.make_evaluate(work)
-        self.probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
-        self.report = jax.jit(monitor.report)
+        by_workers = jobs if isinstance(self.engine, Pool) else {}
+        self.measures = Measures(config, work, place, probe_key=probe_key, jobs=by_workers, measure=measure)
         self.checkpoints = distributed.checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
         self.infos: list[step.StepInfo] = []
         self.noted = 0  # the last step of which a move of the gate has been recorded
@@ -284,7 +270,7 @@ class Trainer:
         elsewhere = sum(self.clock.spent.values()) - sum(spent_before.values())
         self.clock.spent["updating"] += elapsed - elsewhere
         with self.clock.spending("measuring"):
-            measured = self._measure()
+            measured = self.measures.at(self.step, self.state, self.laws, self.train_data)
         rate = (self.step - step_before) / elapsed if self.step > step_before else None
         shares = self.clock.shares("scoring", "updating", "measuring")
         training = {"train_seconds": round(self.clock.spent["scoring"] + self.clock.spent["updating"], 3)}
@@ -312,53 +298,6 @@ class Trainer:
         self._warn_of_rejected(sum(int(info.rejected) for info in infos))
         losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
         return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
-
-    def _measure(self) -> Record:
-        """Loss and error on held-out data, √Tr Cov of three proposals, and the ages of the scores."""
-        measured = self._measured_by_workers()
-        params, proposal, train = self.place.local((self.state.params, self.laws.proposal, self.train_data))
-        splits = ({} if self.held_out else {"test": self.test_data}) | (
-            {"train": train} if self.config.full_train_loss else {}
-        )
-        for name, split in splits.items():
-            fit = self.evaluate(params, split)
-            measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
-        measured |= self._variance(params, proposal, train)
-        versions = np.asarray(self.state.table.versions)
-        ages = self.step - versions[versions != table.NEVER]
-        mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
-        return measured | {"age_mean": mean, "age_p95": late} | self.measure(self.state, self.laws.proposal)
-
-    def _measured_by_workers(self) -> Record:
-        """Loss and error on the segments that workers walk through, with the mean age of these measurements."""
-        if isinstance(self.laws, laws.ScoredLaws):
-            for chunk in self.laws.measured:
-                self.held_out[chunk.segment].record(chunk)
-            self.laws.measured.clear()
-        measured: Record = {}
-        for name, kept in self.held_out.items():
-            fit, age = kept.fit(), kept.mean_age(self.step)
-            loss, error = (None, None) if fit is None else (_finite(fit.loss), _finite(fit.error))
-            measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
-        return measured
-
-    def _variance(self, params: Params, proposal: samplers.Law, train: Batch) -> Record:
-        """√Tr Cov under the proposals with 95 % bands, from the draws of training, and by own draws if asked."""
-        measured: Record = {}
-        watched = self.place.local(self.state.watch.monitor)
-        bands, is_known = jax.device_get(self.report(watched))._asdict(), int(watched.steps.seen) > 0
-        for name in ("uniform", "stale", "ideal", "drawn"):
-            for bound, value in bands[name]._asdict().items():
-                field = f"sd_{name}" if bound == "value" else f"sd_{name}_{bound}"
-                measured[field] = _finite(math.sqrt(max(value, 0.0))) if is_known else None
-        measured["variance_ratio"] = _finite(bands["stale"].value / bands["uniform"].value) if is_known else None
-        if self.config.probe_every is not None and self.step % self.config.probe_every == 0:
-            key = jax.random.fold_in(self.probe_key, self.step)
-            traces = self.probe(params, proposal, train, key)
-            measured |= {
-                f"probe_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()
-            }
-        return measured
 
     def _note_switches(self, infos: list[step.StepInfo]) -> None:
         """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
@@ -415,33 +354,3 @@ class Trainer:
             "seconds_per_refresh": refresh,
             "share_scored": self.config.share_scored(self.work.num_examples),
         }
-
-
-def worker_jobs(
-    config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
-) -> tuple[dict[str, Job], str]:
-    """What a worker on another host does to be ready: it loads the data itself; also the fingerprint of what it has."""
-    if dataset is None:
-        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
-    work = task.make(config, dataset, model=model, loss=loss)
-    chunks = Chunks(work.num_examples, config.chunk_size)
-    train = Job(assembly.engine_scorer(config, work), work.train, chunks, config.priorities[0])
-    return {TRAIN: train, **held_out_jobs(config, work)}, work.fingerprint
-
-
-def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:
-    """What workers measure beside their scoring, if they are asked to."""
-    if config.held_out_by == "trainer":
-        return {}
-    splits = {"valid": (work.valid, config.priorities[1]), "test": (work.test, config.priorities[2])}
-    measure = evaluate.make_measure(work)
-    return {
-        name: Job(measure, split, Chunks(len(split["label"]), config.chunk_size), priority, (2,))
-        for name, (split, priority) in splits.items()
-        if split is not None
-    }
-
-
-def _finite(number: Array | np.generic | float) -> float | None:
-    """The number, or None where there is none: JSON knows neither NaN nor infinity."""
-    return float(number) if np.isfinite(number) else None

@@ -23,6 +23,7 @@ from isgd_jax.presets import PRESETS
         ("publish_every", 7, "--publish-every must be --refresh-every unless workers score in relaxed mode"),
         ("refetch_every", 2, "--refetch-every must be 1 unless workers score in relaxed mode"),
         ("chunk_patience", 0.0, "--chunk-patience must be above 0"),
+        ("train_devices", 2, "--train-devices must be 1 unless --engine local"),
         ("coin", 1.5, "--coin must be between 0 and 1"),
         ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
         ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),
@@ -105,4 +106,6 @@ def test_cells_need_scores_that_an_engine_brings() -> None:
     with pytest.raises(ValueError, match="--order must be another than cells but in exact and relaxed mode"):
         Config(mode="uniform", order="cells")
     assert Config(mode="relaxed").order_in_use == "cells"
+    assert Config(mode="exact", engine="local").order_in_use == "cells"
+    assert Config(mode="relaxed", engine="local").order_in_use == "label-score"
     assert Config(mode="presample").order_in_use == "label-score"

@@ -99,7 +99,7 @@ def test_a_signal_at_one_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Pat
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="--batch-size must be a multiple of the 8 devices of all processes"):
+    with pytest.raises(ValueError, match="--batch-size must be a multiple of the 8 devices that train"):
         AllDevices(12)
 
 

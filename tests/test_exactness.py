@@ -9,7 +9,8 @@ from oracle import flat
 import isgd_jax as isgd
 from isgd_jax import scorers
 from isgd_jax.factoring import factored
-from isgd_jax.factoring.factored import Factored, Outer
+from isgd_jax.factoring.factored import Factored
+from isgd_jax.factoring.terms import Outer
 
 
 def sequence_loss(w, x):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import isgd_jax as isgd
-from isgd_jax.factoring.factored import Factored, Outer
+from isgd_jax.factoring.factored import Factored
+from isgd_jax.factoring.terms import Outer
 
 
 def test_plain_stacked_arrays_are_leaves_too():

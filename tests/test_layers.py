@@ -22,6 +22,7 @@ LEVELS = [
     {"laws", "task"},
     {"assembly", "feed"},
     {"evaluate", "report"},
+    {"jobs", "progress"},
     {"train"},
     {"compare", "probe"},
     {"page"},
@@ -36,7 +37,8 @@ CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
 
 FACTORING = [
     {"program", "factors", "costs", "slices"},
-    {"contraction", "factored"},
+    {"contraction", "terms"},
+    {"factored"},
     {"regions"},
     {"cuts"},
     {"plans"},

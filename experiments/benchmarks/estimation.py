@@ -13,7 +13,7 @@ import optax
 
 import isgd_jax as isgd
 from isgd_jax import data, models, samplers, variance
-from isgd_jax.task import cross_entropy
+from isgd_jax.scorers import softmax_cross_entropy
 from isgd_jax.typing import Batch, Draw, LossFn, Params
 
 M, SLICE, SEED = 128, 2000, 0
@@ -51,7 +51,7 @@ def load(data_dir: str | None, raw_dir: str | None) -> Problem:
         return models.init(model, key, jnp.asarray(dataset.standardise(dataset.train["image"][0])))
 
     def loss_fn(params: Params, example: Batch) -> jax.Array:
-        return cross_entropy(logits_fn(params, example), example)
+        return softmax_cross_entropy(logits_fn(params, example), example)
 
     return Problem(jax.tree.map(jnp.asarray, dataset.train), init, logits_fn, loss_fn, len(dataset))
 

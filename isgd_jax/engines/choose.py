@@ -61,7 +61,7 @@ def make_engine(
         return _inline(config, scorer, data, devices), [f"{text}it scores inline, between the steps"]
     engine = local(
         jobs,
-        devices[1:],
+        devices[config.train_devices :],
         fingerprint=fingerprint,
         exact=config.mode == "exact",
         refetch_every=config.refetch_every,

@@ -160,7 +160,7 @@ def _swap(axes: Sequence[Axis], old: Axis, new: Sequence[Axis]) -> tuple[Axis, .
 
 @dataclass(frozen=True)
 class Canonical:
-    """A contraction brought to the form of `factored.Outer`, for one example.
+    """A contraction brought to the form of `terms.Outer`, for one example.
 
     ``right`` is [k, t, o]; ``left`` is [k, t, i], or the indices [k, t], or the image [k, c, *spatial, i] of the view.
     """

@@ -6,7 +6,6 @@ that array itself, or a `Factored`, a sum of contractions whose factors are kept
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,30 +19,14 @@ from jaxtyping import Bool, Float, PyTree
 
 from isgd_jax.factoring import costs
 from isgd_jax.factoring.factors import (
-    Factor,
     OneHot,
     Windows,
-    as_one_example,
     einsum,
-    likeness,
     products,
-    pulled,
-    total,
     wide,
 )
 from isgd_jax.factoring.slices import by_slices
-
-Axes: TypeAlias = tuple[tuple[int, str], ...]
-"""A parameter's axes in order, split as finely as needed: (size, "k" shared | "w", "i" left factor's | "o" right's)."""
-
-
-@dataclass(frozen=True)
-class Outer:
-    """One contraction, ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out by ``axes``."""
-
-    left: Factor
-    right: Any
-    axes: Axes
+from isgd_jax.factoring.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,6 @@ class Factored:
         return self.formed.shape[0] if self.formed is not None else self.terms[0].right.shape[0]
 
 
-jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fields=["axes"])
 jax.tree_util.register_dataclass(Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype"])
 
 Grads: TypeAlias = PyTree
@@ -191,12 +173,7 @@ def _sum(arrays: Sequence[Array]) -> Array:
 
 
 def _shapes(leaf: Factored) -> list[costs.Shape]:
-    return [_shape(term) for term in leaf.terms]
-
-
-def _shape(term: Outer) -> costs.Shape:
-    b, k, t, i = term.left.shape
-    return costs.Shape(b, k, t, i, term.right.shape[-1], type(term.left).__name__, term.right.dtype.itemsize)
+    return [shape(term) for term in leaf.terms]
 
 
 def _by_gram(leaf: Factored) -> bool:
@@ -231,7 +208,7 @@ def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array
         return _sum_squares(leaf.astype(wide(leaf.dtype))), None
     if not _by_gram(leaf):
         return _formed_squares(leaf, precision), None
-    squares, sizes = _gram_squares(leaf.terms, precision)
+    squares, sizes = gram_squares(leaf.terms, precision)
     if leaf.shared is None:
         return squares, sizes
     own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
@@ -244,30 +221,6 @@ def _root(squares: Sequence[Array]) -> Float[Array, " b"]:
 
 def _formed_squares(leaf: Factored, precision: Any) -> Float[Array, " b"]:
     return _in_slices(lambda part: _sum_squares(_products(part, precision)), leaf)
-
-
-def _gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
-    first = terms[0]
-    if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        return jnp.sum(_sum_last(first.left) * _sum_last(first.right), axis=(1, 2)), None
-    if len(terms) == 1 and isinstance(first.left, OneHot):
-        return _rows_squares(first, precision), None
-    squares, sizes = [], []
-    for place, one in enumerate(terms):
-        for times, other in zip([1] + [2] * len(terms), terms[place:], strict=False):
-            alike = einsum("bkto,bkso->bkts", one.right, other.right, precision=precision)
-            pairs = times * alike * likeness(one.left, other.left, precision).astype(alike.dtype)
-            squares.append(jnp.sum(pairs, axis=(1, 2, 3)))
-            sizes.append(jnp.sum(jnp.abs(pairs), axis=(1, 2, 3)))
-    return _sum(squares), _sum(sizes)
-
-
-def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
-    """Rows taken by index: those of the same index are added up, and counted once; nothing can cancel."""
-    same = likeness(term.left, term.left, precision).astype(term.right.dtype)
-    sums = einsum("bkts,bkso->bkto", same, term.right, precision=precision)
-    times = jnp.maximum(jnp.sum(same.astype(sums.dtype), axis=3), 1)
-    return jnp.sum(_sum_last(sums) / times, axis=(1, 2))
 
 
 def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b"]:
@@ -283,10 +236,6 @@ def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b
 
 def _sum_squares(array: Array) -> Float[Array, " b"]:
     return jnp.sum(jnp.square(array), axis=tuple(range(1, array.ndim)))
-
-
-def _sum_last(array: Array) -> Array:
-    return jnp.sum(jnp.square(array.astype(wide(array.dtype))), axis=-1)
 
 
 def _products(leaf: Any, precision: Any) -> Array:
@@ -308,59 +257,24 @@ def _stack(leaf: Any, precision: Any) -> Array:
 def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
     if not is_factored(leaf):
         return einsum("b,b...->...", weights, leaf, precision=precision)
-    parts = [_weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]
+    parts = [weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]
     parts += [] if leaf.formed is None else [einsum("b,b...->...", weights, leaf.formed, precision=precision)]
     parts += [] if leaf.shared is None else [jnp.sum(weights) * leaf.shared.astype(wide(leaf.dtype))]
     return _sum(parts)
 
 
-def _weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b"], precision: Any) -> Array:
-    right = term.right.astype(wide(term.right.dtype)) * weights[:, None, None, None]
-    return fold(total(term.left, right, precision), term.axes, shape)
-
-
 def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
     if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and leaf.formed is None and leaf.shared is None:
-        return _sum([_gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
+        return _sum([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
     flat = _stack(leaf, precision)
     flat = flat.reshape(flat.shape[0], -1)
     return einsum("ap,bp->ab", flat, flat, precision=precision)
 
 
-def _gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
-    b = one.right.shape[0]
-    rights = einsum("zkto,zkso->zkts", as_one_example(one.right), as_one_example(other.right), precision=precision)
-    lefts = likeness(as_one_example(one.left), as_one_example(other.left), precision).astype(rights.dtype)
-    return jnp.sum(
-        (lefts * rights).reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2]), axis=(0, 2, 4)
-    )
-
-
 def _inner(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:
     if not is_factored(leaf):
         return einsum("bp,p->b", leaf.reshape(leaf.shape[0], -1), other.reshape(-1), precision=precision)
-    parts = []
-    for term in leaf.terms:
-        slopes = pulled(term.left, unfold(other, term.axes), precision)
-        parts.append(einsum("bkto,bkto->b", slopes, term.right, precision=precision))
+    parts = [inner_term(term, other, precision) for term in leaf.terms]
     parts += [] if leaf.formed is None else [_inner(leaf.formed, other, precision)]
     parts += [] if leaf.shared is None else [_inner(leaf.shared[None], other, precision)]
     return _sum(parts)
-
-
-def fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
-    """``[..., k, i, o]`` laid out as the parameter: ``[..., *shape]``."""
-    lead, order = folded.shape[:-3], _by_role(axes)
-    split = folded.reshape(*lead, *(axes[place][0] for place in order))
-    places = [len(lead) + order.index(place) for place in range(len(axes))]
-    return split.transpose(*range(len(lead)), *places).reshape(*lead, *shape)
-
-
-def unfold(array: Array, axes: Axes) -> Float[Array, "k i o"]:
-    """The inverse of `fold`, for one array shaped like the parameter."""
-    k, o = (math.prod(size for size, role in axes if role == which) for which in "ko")
-    return array.reshape([size for size, _ in axes]).transpose(_by_role(axes)).reshape(k, -1, o)
-
-
-def _by_role(axes: Axes) -> list[int]:
-    return sorted(range(len(axes)), key=lambda place: "kwio".index(axes[place][1]))

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from isgd_jax.factoring.contraction import Canonical, Contraction, Whole, canonical
 from isgd_jax.factoring.cuts import cut
-from isgd_jax.factoring.factored import Factored, Outer, formed_if_cheaper
+from isgd_jax.factoring.factored import Factored, formed_if_cheaper
 from isgd_jax.factoring.program import Node, Program, Value, dependent, program, run
+from isgd_jax.factoring.terms import Outer
 
 
 @dataclass(frozen=True)

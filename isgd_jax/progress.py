@@ -1,0 +1,98 @@
+"""What a line of progress measures: held-out loss and error, √Tr Cov of the proposals, and the ages of the scores."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from isgd_jax import evaluate, laws, monitor, samplers, step, table, task
+from isgd_jax.config import Config
+from isgd_jax.engines.local import Job
+from isgd_jax.parallel import OneDevice
+from isgd_jax.rundir import Record
+from isgd_jax.typing import Batch, Key
+
+Measure = Callable[[step.TrainState, samplers.Law], Record]
+"""More to measure: numbers by name, from the state and the law in use."""
+
+
+class Measures:
+    """The functions that measure, built once.
+
+    Args:
+        jobs: the held-out segments that workers measure, by name; the trainer measures none then.
+        measure: what to measure besides.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        work: task.Task,
+        place: OneDevice,
+        *,
+        probe_key: Key,
+        jobs: Mapping[str, Job],
+        measure: Measure,
+    ) -> None:
+        self._config, self._place, self._measure, self._probe_key = config, place, measure, probe_key
+        self._test_data = jax.device_put(dict(work.test))
+        self._held_out = {name: evaluate.HeldOut(job.chunks.num_examples) for name, job in jobs.items()}
+        self._evaluate = evaluate.make_evaluate(work)
+        self._probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
+        self._report = jax.jit(monitor.report)
+
+    def at(self, at: int, state: step.TrainState, law_source: laws.Laws, train_data: Batch) -> Record:
+        """Everything, after step ``at``, which the state has reached."""
+        measured = self._by_workers(at, law_source)
+        params, proposal, train = self._place.local((state.params, law_source.proposal, train_data))
+        splits = ({} if self._held_out else {"test": self._test_data}) | (
+            {"train": train} if self._config.full_train_loss else {}
+        )
+        for name, split in splits.items():
+            fit = self._evaluate(params, split)
+            measured |= {f"{name}_loss": finite(fit.loss), f"{name}_error": finite(fit.error)}
+        measured |= self._bands(state)
+        if self._config.probe_every is not None and at % self._config.probe_every == 0:
+            traces = self._probe(params, proposal, train, jax.random.fold_in(self._probe_key, at))
+            measured |= {f"probe_{name}": finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()}
+        return measured | _ages(at, state) | self._measure(state, law_source.proposal)
+
+    def _by_workers(self, at: int, law_source: laws.Laws) -> Record:
+        """Loss and error on the segments that workers walk through, with the mean age of these measurements."""
+        if isinstance(law_source, laws.ScoredLaws):
+            for chunk in law_source.measured:
+                self._held_out[chunk.segment].record(chunk)
+            law_source.measured.clear()
+        measured: Record = {}
+        for name, kept in self._held_out.items():
+            fit, age = kept.fit(), kept.mean_age(at)
+            loss, error = (None, None) if fit is None else (finite(fit.loss), finite(fit.error))
+            measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
+        return measured
+
+    def _bands(self, state: step.TrainState) -> Record:
+        """√Tr Cov under the proposals with 95 % bands, from the draws of training."""
+        measured: Record = {}
+        watched = self._place.local(state.watch.monitor)
+        bands, is_known = jax.device_get(self._report(watched))._asdict(), int(watched.steps.seen) > 0
+        for name in ("uniform", "stale", "ideal", "drawn"):
+            for bound, value in bands[name]._asdict().items():
+                field = f"sd_{name}" if bound == "value" else f"sd_{name}_{bound}"
+                measured[field] = finite(math.sqrt(max(value, 0.0))) if is_known else None
+        measured["variance_ratio"] = finite(bands["stale"].value / bands["uniform"].value) if is_known else None
+        return measured
+
+
+def _ages(at: int, state: step.TrainState) -> Record:
+    versions = np.asarray(state.table.versions)
+    ages = at - versions[versions != table.NEVER]
+    mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
+    return {"age_mean": mean, "age_p95": late}
+
+
+def finite(number: Array | np.generic | float) -> float | None:
+    """The number, or None where there is none: JSON knows neither NaN nor infinity."""
+    return float(number) if np.isfinite(number) else None

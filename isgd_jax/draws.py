@@ -1,4 +1,4 @@
-"""How a step draws: by its proposal or, while the gate is shut, uniformly; every few steps as two half-batches.
+"""How a step draws: by its proposal or, with the gate shut, all examples alike; every few steps as two half-batches.
 
 Two half-batches drawn apart are what an unbiased estimate of ‖mean gradient‖² needs where the draws of a batch depend
 on each other. They are a valid design like any other, some 5 % less good than one whole batch: so only every fourth
@@ -52,11 +52,15 @@ def make_choose(sampler: Sampler, *, num_draws: int, is_watched: bool, is_apart:
     def choose(key: Key, law: Any, state: Any, data: Batch) -> Choice:
         is_turn = state.step % WATCH_EVERY == 0
         is_scored, law = isinstance(law, Frozen), law.law if isinstance(law, Frozen) else law
-        draw = sampler(key, law, num_draws=num_draws)
-        if halve:
-            draw = _where(is_turn, in_halves(sampler, key, law, num_draws=num_draws), draw)
-        if is_gated:
-            draw = _where(state.watch.gate.is_open, draw, samplers.uniform(key, law, num_draws=num_draws))
+
+        def drawn(sampler: Sampler) -> Draw:
+            draw = sampler(key, law, num_draws=num_draws)
+            return _where(is_turn, in_halves(sampler, key, law, num_draws=num_draws), draw) if halve else draw
+
+        draw = drawn(sampler)
+        if is_gated:  # the order of the line stays good when its probabilities do harm
+            plain = samplers.uniform if is_apart else samplers.uniform_strata
+            draw = _where(state.watch.gate.is_open, draw, drawn(plain))
         proposed = samplers.probabilities_of(law, draw.indices) if is_scored else draw.probs
         return Choice(draw, proposed, is_turn)
 

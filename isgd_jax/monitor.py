@@ -46,7 +46,7 @@ class Report(NamedTuple):
     """STALE/UNIFORM of second moments: above 1 the proposal hurts."""
 
 
-STRETCHES = 4
+STRETCHES = 16
 """How far the monitor looks back to see how fast values move, in windows."""
 
 
@@ -106,14 +106,14 @@ def report(monitor: Monitor) -> Report:
     ratio, scale = windows.ratio_of_means(steps, stale, second, recent)
     noise_ratio = jnp.square(scale) * (noise_stale - 2.0 * ratio * noise_both + jnp.square(ratio) * noise_second)
 
-    def band(value: Array, influence: Array, noise: Array) -> Band:
-        return windows.band(steps, value, influence, noise, recent)
+    def band(value: Array, influence: Array, noise: Array, level: Array) -> Band:
+        return windows.band(steps, value, influence, noise, recent, level)
 
     return Report(
-        uniform=windows.less(band(mean[0], second, noise_second), square),
-        stale=windows.less(band(mean[1], stale, noise_stale), square),
-        ideal=windows.less(band(ideal, slope * mean_norm, jnp.square(slope) * noise_norm), square),
+        uniform=windows.less(band(mean[0], second, noise_second, second), square),
+        stale=windows.less(band(mean[1], stale, noise_stale, stale), square),
+        ideal=windows.less(band(ideal, slope * mean_norm, jnp.square(slope) * noise_norm, mean_norm), square),
         drawn=windows.band_of_series(monitor.batches),
         mean_grad_norm_sq=square,
-        ratio=band(ratio, (stale - ratio * second) * scale, noise_ratio),
+        ratio=band(ratio, (stale - ratio * second) * scale, noise_ratio, second),
     )

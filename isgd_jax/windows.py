@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-Z_95 = 1.96
-
 
 class Window(NamedTuple):
     """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""
@@ -60,29 +58,37 @@ def band(
     influence: Float[Array, " w"],
     noise: Float[Array, " w"] | None = None,
     recent: Bool[Array, " w"] | None = None,
+    level: Float[Array, " w"] | None = None,
 ) -> Band:
     """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method).
 
     Without ``noise`` it is a band for the mean over the window. With ``noise``, the variance that chance alone gives
     each step's influence, it is a band for the value now: steps that differ by more than chance are moving. The value
     may be that of the ``recent`` steps alone; how much steps move is told by all, a stretch as long as the recent one
-    at a time.
+    at a time, in proportion to the ``level`` of the stretch if one is given.
     """
     used = filled(window) if recent is None else recent
     steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
     variance = _variance(influence, used)
-    moving = jnp.zeros(()) if noise is None else _moving(window, influence, noise, steps)
-    half = jnp.where(steps > 1.0, Z_95 * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving), jnp.inf)
+    moving = jnp.zeros(()) if noise is None else _moving(window, influence, noise, steps, level)
+    half = _student_95(steps - 1.0) * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving)
+    half = jnp.where(steps > 1.0, half, jnp.inf)
     return Band(value, value - half, value + half)
 
 
-END_FROM_MEAN = 2.0
-"""How far the end of a stretch lies from its mean, squared, in variances within it: 1 if values come and go, 2 for a
-random walk, 3 for a trend."""
+def _student_95(freedom: Array) -> Array:
+    """The 97.5 % point of Student's t, to 1 % from 3 degrees of freedom on (Abramowitz & Stegun 26.7.5)."""
+    freedom = jnp.maximum(freedom, 1.0)
+    return 1.960 + 2.372 / freedom + 2.823 / freedom**2 + 2.556 / freedom**3
 
 
-def _moving(window: Window, influence: Float[Array, " w"], noise: Float[Array, " w"], steps: Array) -> Array:
-    """The variance of the value now about its mean over a stretch of so many steps, over what chance alone gives."""
+def _moving(
+    window: Window, influence: Float[Array, " w"], noise: Float[Array, " w"], steps: Array, level: Array | None
+) -> Array:
+    """The variance of the value now about its mean over a stretch of so many steps, over what chance alone gives.
+
+    That of steps within a stretch: values come and go. (A random walk would end twice as far from its mean.)
+    """
     age = ages(window)
     stretch = jnp.minimum(age // jnp.maximum(steps.astype(jnp.int32), 1), influence.shape[0] - 1)
     seen = filled(window).astype(jnp.float32)
@@ -94,8 +100,11 @@ def _moving(window: Window, influence: Float[Array, " w"], noise: Float[Array, "
     mean = of_stretches(influence) / jnp.maximum(count, 1.0)
     within = of_stretches(jnp.square(influence - mean[stretch])) / jnp.maximum(count - 1.0, 1.0)
     excess = within - of_stretches(noise) / jnp.maximum(count, 1.0)
+    if level is not None:
+        levels = of_stretches(level) / jnp.maximum(count, 1.0)
+        excess = excess * jnp.square(jnp.where(levels > 0.0, levels[0] / jnp.where(levels > 0.0, levels, 1.0), 1.0))
     known = jnp.where(count > 1.0, count, 0.0)
-    return END_FROM_MEAN * jnp.maximum(jnp.sum(known * excess) / jnp.maximum(jnp.sum(known), 1.0), 0.0)
+    return jnp.maximum(jnp.sum(known * excess) / jnp.maximum(jnp.sum(known), 1.0), 0.0)
 
 
 def _variance(values: Float[Array, " w"], used: Bool[Array, " w"]) -> Array:

@@ -11,7 +11,7 @@ from isgd_jax.samplers import Law
 from isgd_jax.typing import Draw
 
 EXACT = [samplers.independent, samplers.stratified, samplers.systematic]
-ALL = [*EXACT, samplers.without_replacement, samplers.poisson, samplers.uniform]
+ALL = [*EXACT, samplers.without_replacement, samplers.poisson, samplers.uniform, samplers.uniform_strata]
 
 
 @cache
@@ -61,6 +61,18 @@ def test_probs_is_the_expected_count_by_enumeration(
     expected = counts(draw, 8) / (5000 * num_draws)
     np.testing.assert_allclose(expected, masses, atol=2 / 5000)
     np.testing.assert_allclose(np.asarray(draw.probs), masses[np.asarray(draw.indices)], rtol=1e-6)
+
+
+def test_uniform_strata_are_equal_parts_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 8 examples, 3 draws: a stratum is 8/3 of an example long, whatever the masses are.
+    order = np.array([3, 1, 0, 7, 6, 5, 4, 2], np.int32)
+    law = samplers.prepare(jnp.asarray([0.3, 0.0, 0.02, 0.4, 0.05, 0.05, 0.1, 0.08]), jnp.asarray(order))
+    draw = at_offsets(monkeypatch, samplers.uniform_strata, law, 3, GRID)
+    np.testing.assert_allclose(counts(draw, 8) / (5000 * 3), 1 / 8, atol=2 / 5000)
+    np.testing.assert_array_equal(draw.probs, np.float32(1 / 8))
+    places = np.argsort(order)[np.asarray(draw.indices)]
+    np.testing.assert_array_equal(places.min(axis=0), [0, 2, 5])
+    np.testing.assert_array_equal(places.max(axis=0), [2, 5, 7])
 
 
 def test_inclusion_probabilities_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:

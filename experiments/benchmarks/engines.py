@@ -1,18 +1,31 @@
 """Scoring while training: what it costs the trainer, how old the scores are, and how many scorers a task needs.
 
-Claims under test, on two forced CPU devices of a machine with two cores, Fashion-MNIST, MLP 784-512x4-10, M = 128:
+Claims under test, on a machine with two cores, Fashion-MNIST, MLP 784-512x4-10, M = 128, refresh every 50 updates:
 
-* ``speed``: with the local engine, the trainer's steps/s and the scores/s, each relative to running alone, sum to at
-  least 0.85, and scores/s is at least 0.30 of alone; the virtual-time model predicts the age that is measured;
-* ``loss``: the final train loss with the local engine is that of inline relaxed scoring at the same mean age: the 95 %
+* ``speed``: with the local engine (two forced CPU devices), and with three actors of a Ray on this host, the trainer's
+  steps/s and the scores/s, each relative to running alone, sum to at least 0.85, and scores/s is at least 0.30 of
+  alone; the virtual-time model predicts the age that is measured;
+* ``loss``: the final train loss with either engine is that of inline relaxed scoring at the same mean age: the 95 %
   interval of the paired difference contains 0, its half-width is at most 10 %;
 * ``plan``: what the model says of larger tasks: how many scorers keep the mean age under a target.
 
-Commands: python experiments/benchmarks/engines.py speed | loss [--seeds 5] | plan [--examples N --rate R ...]
-Times: 2 minutes; 8 minutes; a minute. Before measuring, see that nothing else runs on the machine.
+Commands: python experiments/benchmarks/engines.py speed [--engine cluster --scorers 3] | loss | plan [--rate R ...]
+Times: a minute a period; 8 minutes; a minute. Before measuring, see that nothing else runs on the machine.
 
-Result: `speed` and `loss` are still to be measured on a quiet machine. `plan` with its defaults (100,000 scores/s a
-scorer, 75.6 MB of parameters at 1 GB/s, published every second) says, for the mean age in seconds:
+Result of `speed`, alone and together in turn, medians of three rounds (sum: least to most):
+
+    engine       refresh   steps/s of alone   scores/s of alone   sum                   mean age   model
+    local        50        0.58               0.58                1.16 (1.11 to 1.18)   111        109
+    local        400       0.74               0.28                1.03 (1.02 to 1.09)   400        440
+    3 actors     50        0.83               0.31                1.12 (1.05 to 1.18)   307        293
+
+Beyond 1, because neither keeps two cores busy alone. At 400 the device that scores has scored all and rests. Actors are
+a little more polite than the trainer (`POLITENESS`); with 5 in place of 2 they came to 0.25 and the sum to 0.87.
+
+RESULT OF LOSS
+
+`plan` with its defaults (100,000 scores/s a scorer, 75.6 MB of parameters at 1 GB/s, published every second) says, for
+the mean age in seconds:
 
     examples         1 scorer    10      100     1,000
     1,000,000             6.0     1.1     0.6      0.6
@@ -23,7 +36,7 @@ the period is all that is left.
 """
 
 import argparse
-import dataclasses
+import functools
 import heapq
 import math
 import os
@@ -39,20 +52,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax import data, laws, optimizers, samplers, step, task
+from isgd_jax.assembly import make_scorer
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import make_engine
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.desk import Desk, Segment
+from isgd_jax.jobs import worker_jobs
 from isgd_jax.rundir import RunDir
-from isgd_jax.train import fit, make_scorer
-from isgd_jax.typing import TRAIN, Engine
+from isgd_jax.train import fit
+from isgd_jax.typing import TRAIN, Engine, EngineStats, Params, ScoredChunk
 
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """97.5 % point of Student's t for so many seeds."""
 
 SETTING: dict[str, Any] = {
-    "dataset": "fashion_mnist", "mode": "relaxed", "engine": "local", "batch_size": 128, "learning_rate": 0.01,
+    "dataset": "fashion_mnist", "mode": "relaxed", "batch_size": 128, "learning_rate": 0.01,
     "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "probe_size": 64,
 }  # fmt: skip
 
@@ -119,114 +134,157 @@ def scorers_needed(world: World, target: float) -> int | None:
     return next((count for count in counts if simulate(world._replace(scorers=count)).mean <= target), None)
 
 
+class Mute:
+    """An engine that is never asked: the trainer alone, its refreshes included."""
+
+    chunk_size = 2048
+
+    def publish(self, params: Params, version: int) -> None: ...
+
+    def collect(self) -> list[ScoredChunk]:
+        return []
+
+    def notices(self) -> list[str]:
+        return []
+
+    def stats(self) -> EngineStats:
+        return EngineStats({}, 0, 0, 0, 0)
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def restore(self, state: dict[str, int]) -> None: ...
+
+    def seconds_per_collect(self, params: Params) -> float:
+        return 0.0
+
+    def close(self) -> None: ...
+
+
+class Together(NamedTuple):
+    """Training and scoring at once."""
+
+    steps: float
+    """A second."""
+    scores: float
+    """A second."""
+    age: float
+    """Mean age of the scores, in steps."""
+
+
 class Bench:
-    """A trainer without measuring and saving: its steps, its refreshes, and nothing else."""
+    """A trainer that neither measures nor saves, and an engine whose workers are kept."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.work = task.make(config, data.load(config.dataset))
+        self.work = task.make(config, data.load(config.dataset, data_dir=config.data_dir))
         tx = optimizers.make(config, num_examples=self.work.num_examples, num_steps=config.steps)
         self.state = step.init_state(self.work.init(jax.random.key(0)), tx, self.work.num_examples)
-        self.scorer, fresh = make_scorer(config, self.work)
+        scorer, fresh = make_scorer(config, self.work)
         self.update = step.make_update(
             self.work.loss_fn, tx, samplers.stratified, num_draws=config.batch_size, fresh_scores=fresh
         )
         self.data, self.key, self.clock = jax.device_put(dict(self.work.train)), jax.random.key(1), Clock()
         self.step = 0
+        jobs = functools.partial(worker_jobs, config, None, None, None)
+        self.engine, remarks = make_engine(
+            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_jobs=jobs
+        )
+        print(*remarks, sep="\n", end="")
+        self._mute, self._scoring = self._laws(Mute()), self._laws(self.engine)
+        self.train(0.0, self._mute)
+        self.engine.publish(self.state.params, self.step)
+        while self.scored() < config.scorers * self.engine.chunk_size:
+            time.sleep(0.1)
 
-    def engine(self) -> Engine:
-        """A local engine of its own: device 0 trains, device 1 scores."""
-        return make_engine(self.config, self.scorer, self.work.train)[0]
+    def _laws(self, engine: Engine) -> laws.ScoredLaws:
+        return laws.ScoredLaws(engine, self.config, self.data["label"])
 
-    def train(self, engine: Engine, seconds: float, watch: Callable[[laws.Refresh], None] = lambda r: None) -> float:
-        """Train for so long; steps a second. The first 50 steps, where programs are compiled, are not counted."""
-        source = laws.ScoredLaws(engine, self.config, self.data["label"])
-        start = self.step + 50
-        began = math.inf
-        while self.clock() - began < seconds:
+    def train(
+        self, seconds: float, source: laws.ScoredLaws, watch: Callable[[laws.Refresh], None] = lambda r: None
+    ) -> float:
+        """Train for so long, and to the end of a period; steps a second, refreshes included."""
+        first, began = self.step, self.clock()
+        while self.clock() - began < seconds or self.step % self.config.refresh_every or self.step == first:
             self.state, refresh = source.before(self.step, self.state, self.clock)
-            if refresh is not None and self.step > start:
+            if refresh is not None:
                 watch(refresh)
             self.state, info = self.update(self.state, source.law, self.data, self.key, jnp.float32(0.0))
             self.step += 1
             if self.step % 8 == 0:
                 jax.block_until_ready(info.loss)
-            if self.step == start:
-                began = self.clock()
-        return (self.step - start) / (self.clock() - began)
+        return (self.step - first) / (self.clock() - began)
 
+    def train_alone(self, seconds: float) -> float:
+        """Steps a second while the workers, who have scored all that there is, rest."""
+        before = -1
+        while before != (before := self.scored()):
+            time.sleep(1.0)
+        return self.train(seconds, self._mute)
 
-class Resting:
-    """An engine whose workers do nothing: the trainer alone, its refreshes included."""
-
-    chunk_size = 1
-
-    def publish(self, params: Any, version: int) -> None: ...
-
-    def collect(self) -> list[Any]:
-        return []
-
-
-def scored(engine: Engine) -> int:
-    """Examples that an engine has scored so far."""
-    return sum(engine.stats().scored.values())
-
-
-def score_alone(bench: Bench, seconds: float) -> float:
-    """Scores a second while nobody trains; published anew so often that the workers never rest."""
-    engine, version = bench.engine(), 0
-    try:
-        engine.publish(bench.state.params, version)
-        while not engine.collect():
-            time.sleep(0.01)
-        first, began = scored(engine), time.monotonic()
+    def score_alone(self, seconds: float) -> float:
+        """Scores a second while nobody trains: published anew so often that the workers never rest."""
+        before, began = self.scored(), time.monotonic()
         while time.monotonic() - began < seconds:
-            version += 1
-            engine.publish(bench.state.params, version)
-            engine.collect()
+            self.step += self.config.refresh_every
+            self.engine.publish(self.state.params, self.step)
+            self.engine.collect()
             time.sleep(0.25)
-        return (scored(engine) - first) / (time.monotonic() - began)
-    finally:
-        engine.close()
+        return (self.scored() - before) / (time.monotonic() - began)
+
+    def together(self, seconds: float) -> Together:
+        """Both at once; ages are those of the second half."""
+        chunks = Chunks(self.work.num_examples, self.engine.chunk_size)
+        versions, ages = np.full(len(chunks), -1), []
+
+        def watch(refresh: laws.Refresh) -> None:
+            for version, first, last in refresh.arrived:
+                versions[first : last + 1] = version
+            ages.append(self.step - versions[versions >= 0].mean())
+
+        before, began = self.scored(), time.monotonic()
+        steps = self.train(seconds, self._scoring, watch)
+        scores = (self.scored() - before) / (time.monotonic() - began)
+        return Together(steps, scores, float(np.mean(ages[len(ages) // 2 :])))
+
+    def scored(self) -> int:
+        """Examples scored so far."""
+        return sum(self.engine.stats().scored.values())
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Alone, together, and what the model makes of it."""
-    bench = Bench(Config(**SETTING))
-    steps_alone = bench.train(Resting(), options.seconds)  # type: ignore[arg-type]
-    scores_alone = score_alone(bench, options.seconds)
+    """Alone and together in turn, round after round, so that a busy machine favours neither; what the model says."""
     for every in options.refresh:
-        together(bench, every, steps_alone, scores_alone, options.seconds)
+        more = {"engine": options.engine, "scorers": options.scorers, "refresh_every": every}
+        bench = Bench(Config(**SETTING | more))
+        try:
+            print_speed(bench, options)
+        finally:
+            bench.engine.close()
 
 
-def together(bench: Bench, every: int, steps_alone: float, scores_alone: float, seconds: float) -> None:
-    """One line: training and scoring at once, with a refresh every so many steps."""
-    bench.config = dataclasses.replace(bench.config, refresh_every=every)
-    engine, seen = bench.engine(), [(0.0, 0)]
-    chunks = Chunks(bench.work.num_examples, engine.chunk_size)
-    versions, ages = np.full(len(chunks), -1), []
-
-    def watch(refresh: laws.Refresh) -> None:
-        for version, first, last in refresh.arrived:
-            versions[first : last + 1] = version
-        seen.append((bench.clock(), scored(engine)))
-        if (versions >= 0).all():
-            ages.append(bench.step - versions.mean())
-
-    try:
-        steps = bench.train(engine, seconds, watch)
-    finally:
-        engine.close()
-    (began, before), (ended, after) = seen[1], seen[-1]
-    scores = (after - before) / (ended - began)
-    relative = (steps / steps_alone, scores / scores_alone)
-    param_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state.params))
-    predicted = simulate(World(chunks.num_examples, chunks.size, 1, scores, param_bytes, 1e9, every / steps))
-    age = float(np.mean(ages[len(ages) // 2 :])) if ages else math.nan
+def print_speed(bench: Bench, options: argparse.Namespace) -> None:
+    """One line: the medians of the rounds."""
+    alone, both = [], []
+    for _ in range(options.rounds):
+        alone.append((bench.train_alone(options.seconds), bench.score_alone(options.seconds)))
+        both.append(bench.together(options.seconds))
+    shares = np.array(both)[:, :2] / np.array(alone)
+    (steps, scores), sums = np.median(shares, axis=0), shares.sum(axis=1)
+    middle, every = Together(*np.median(both, axis=0)), bench.config.refresh_every
+    world = World(
+        bench.work.num_examples,
+        bench.engine.chunk_size,
+        bench.config.scorers,
+        middle.scores / bench.config.scorers,
+        sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state.params)),
+        options.bandwidth,
+        every / middle.steps,
+    )
     print(
-        f"refresh every {every:4}: {steps:6.1f} steps/s ({relative[0]:.2f} of {steps_alone:.1f} alone), "
-        f"{scores:8,.0f} scores/s ({relative[1]:.2f} of {scores_alone:,.0f} alone), sum {sum(relative):.2f}; "
-        f"mean age {age:5.0f} steps, model {predicted.mean * steps:5.0f}",
+        f"refresh every {every:4}: {middle.steps:6.1f} steps/s ({steps:.2f} of alone), {middle.scores:8,.0f} scores/s "
+        f"({scores:.2f} of alone), sum {np.median(sums):.2f} ({sums.min():.2f} to {sums.max():.2f}); "
+        f"mean age {middle.age:5.0f} steps, model {simulate(world).mean * middle.steps:5.0f}",
         flush=True,
     )
 
@@ -235,24 +293,27 @@ def loss(options: argparse.Namespace) -> None:
     """Final train loss, local and inline, at the same mean age."""
     dataset, differences = data.load(SETTING["dataset"]), []
     for seed in range(options.seeds):
-        ours, age = final_loss(dataset, seed, options.steps)
+        ours, age = final_loss(dataset, seed, options.steps, engine=options.engine, scorers=options.scorers)
         share = min(1.0, SETTING["refresh_every"] / (2 * age))
         theirs, other_age = final_loss(dataset, seed, options.steps, engine="inline", refresh_share=share)
         differences.append((ours - theirs) / theirs)
         print(
-            f"seed {seed}: local {ours:.4f} at mean age {age:.0f}, inline {theirs:.4f} at {other_age:.0f}", flush=True
+            f"seed {seed}: {options.engine} {ours:.4f} at mean age {age:.0f}, inline {theirs:.4f} at {other_age:.0f}",
+            flush=True,
         )
     mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
     half = STUDENT_95[options.seeds] * deviation / math.sqrt(options.seeds)
-    print(f"local over inline: {100 * mean:+.1f} % [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]")
+    print(f"{options.engine} over inline: {100 * mean:+.1f} % [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]")
 
 
-def final_loss(dataset: data.Dataset, seed: int, steps: int, **changes: Any) -> tuple[float, float]:
+def final_loss(dataset: data.Dataset, seed: int, steps: int, *, engine: str, **changes: Any) -> tuple[float, float]:
     """The full-set train loss after the last step, and the mean age over the second half of the run."""
     with tempfile.TemporaryDirectory() as folder:
         log_every = steps // 8
         fixed: dict[str, Any] = {"steps": steps, "seed": seed, "log_every": log_every, "checkpoint_every": steps}
-        config = Config(**(SETTING | fixed | {"full_train_loss": True, "run_dir": f"{folder}/run"} | changes))
+        config = Config(
+            **(SETTING | fixed | {"full_train_loss": True, "run_dir": f"{folder}/run", "engine": engine} | changes)
+        )
         run = RunDir(fit(config, dataset=dataset).run_dir)
         lines = list(run.records("progress"))
         return lines[-1]["train_loss"], float(np.mean([line["age_mean"] for line in lines[len(lines) // 2 :]]))
@@ -276,12 +337,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     speeds = commands.add_parser("speed")
-    speeds.add_argument("--seconds", type=float, default=15.0)
+    speeds.add_argument("--seconds", type=float, default=6.0)
+    speeds.add_argument("--rounds", type=int, default=3)
     speeds.add_argument("--refresh", type=int, nargs="+", default=[25, 50, 100, 400])
+    speeds.add_argument("--engine", choices=("local", "cluster"), default="local")
+    speeds.add_argument("--scorers", type=int, default=1, help="actors of the cluster")
+    speeds.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second to one scorer, for the model")
     speeds.set_defaults(run=speed)
     losses = commands.add_parser("loss")
     losses.add_argument("--seeds", type=int, default=5)
     losses.add_argument("--steps", type=int, default=2000)
+    losses.add_argument("--engine", choices=("local", "cluster"), default="local")
+    losses.add_argument("--scorers", type=int, default=1, help="actors of the cluster")
     losses.set_defaults(run=loss)
     plans = commands.add_parser("plan")
     plans.add_argument("--rate", type=float, default=100_000.0, help="examples a second that one scorer scores")

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Iterator
 
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -20,15 +21,25 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, some in processes of their own: once a session is enough.
-compiled = tempfile.TemporaryDirectory(prefix="isgd-compiled-")
+# Many tests compile the same programs, in several workers and in processes of their own: once a session is enough.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="isgd-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 for name, value in {
-    "jax_compilation_cache_dir": compiled.name,
+    "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module")
+def hardly_optimised() -> Iterator[None]:
+    """For tests of many small programs, each run once: compiling takes longer than running, and half as long so."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from oracle import check
 
 from isgd_jax.factoring.factored import Factored, is_factored
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 
 slow = pytest.mark.slow
 

@@ -4,11 +4,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from oracle import check
 
 import isgd_jax as isgd
 from isgd_jax.factoring.factored import is_factored
+
+pytestmark = pytest.mark.usefixtures("hardly_optimised")
 
 
 class Net(nnx.Module):

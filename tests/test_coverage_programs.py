@@ -11,6 +11,8 @@ from oracle import check
 import isgd_jax as isgd
 from isgd_jax.factoring.factored import is_factored
 
+pytestmark = pytest.mark.usefixtures("hardly_optimised")
+
 slow = pytest.mark.slow
 KEY = jax.random.key(1)
 

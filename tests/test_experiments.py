@@ -1,5 +1,7 @@
 """The experiments run, at their tiniest, and the rival methods are what they say they are."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import honest
@@ -189,3 +191,12 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     np.testing.assert_allclose(square, jnp.sum(jnp.square(jnp.mean(flat, axis=0))), rtol=1e-4)
     found = paper.spreads(norms, square, {"stale": norms})
     assert found["full_sd_stale"] == pytest.approx(found["full_sd_ideal"], rel=1e-4)
+
+
+def test_every_experiment_can_be_imported() -> None:
+    folder = Path(paper.__file__).parent
+    scripts = [path for path in sorted(folder.rglob("*.py")) if path.name != "norms_torch.py"]
+    code = f"import runpy, sys; sys.path[:0] = [{str(folder)!r}, {str(folder / 'benchmarks')!r}]\n" + "\n".join(
+        f"runpy.run_path({str(path)!r}, run_name='imported')" for path in scripts
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -28,22 +28,23 @@ MODES = [
     {"mode": "exact"},
     {"mode": "exact", "sampler": "independent"},
     {"mode": "relaxed", "refresh_share": 0.3},
+    {"mode": "exact", "sampler": "poisson", "batch_size": 40},
     {"mode": "presample", "scorer": "loss"},
 ]
-POISSON = {"mode": "exact", "sampler": "poisson", "batch_size": 40}
 
 
 def progress(folder: Path) -> list[Record]:
     return list(RunDir(folder).records("progress"))
 
 
-@pytest.mark.parametrize("changes", [*MODES, POISSON], ids=lambda changes: "-".join(map(str, changes.values())))
-def test_each_mode_learns_and_leaves_its_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
-    result = fit(small_config(tmp_path / "run", **changes), dataset=blobs())
-    lines = progress(result.run_dir)
+@pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Stopped at step 23, in the middle of a refresh period and of an epoch, and gone on with."""
+    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    lines = progress(whole.run_dir)
     assert [line["step"] for line in lines] == [0, 10, 20, 30, 40]
     assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
-    names = {path.name for path in result.run_dir.iterdir()}
+    names = {path.name for path in whole.run_dir.iterdir()}
     is_scored = changes["mode"] in ("exact", "relaxed")
     figures = {"loss.png", "error.png", "variance.png"} | ({"scores.png"} if is_scored else set())
     assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints"} | figures
@@ -52,11 +53,6 @@ def test_each_mode_learns_and_leaves_its_folder(tmp_path: Path, changes: dict[st
     for line in lines:
         assert (line["age_mean"] is None) == (not is_scored or line["step"] == 0)
 
-
-@pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
-def test_resuming_is_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Stopped at step 23, in the middle of a refresh period and of an epoch, and gone on with."""
-    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
     fit(small_config(tmp_path / "broken", **changes | {"steps": 23}), dataset=blobs())
     resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
     assert resumed.step == 40
@@ -65,7 +61,7 @@ def test_resuming_is_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", [*(pytest.param(x, marks=pytest.mark.soak) for x in ("sgd", "adam")), "adamw"])
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: str) -> None:
     changes: dict[str, Any] = {"optimizer": optimizer, "schedule": "cosine"}
@@ -80,20 +76,21 @@ def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: st
     chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(tmp_path: Path, signum: int) -> None:
+def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
     whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / signum.name
 
-    def interrupt(record: Record) -> None:
-        if record["event"] == "progress" and record["step"] == 20:
-            os.kill(os.getpid(), signum)
+        def interrupt(record: Record, signum: int = signum) -> None:
+            if record["event"] == "progress" and record["step"] == 20:
+                os.kill(os.getpid(), signum)
 
-    stopped = fit(small_config(tmp_path / "stopped"), dataset=blobs(), observe=interrupt)
-    assert stopped.stopped_by == signum
-    assert 20 <= stopped.step < 40
-    assert [record["event"] for record in RunDir(stopped.run_dir).records()][-1] == "stopped"
-    resumed = fit(small_config(tmp_path / "stopped"), dataset=blobs(), resume=True)
-    chex.assert_trees_all_equal(resumed.params, whole.params)
+        stopped = fit(small_config(folder), dataset=blobs(), observe=interrupt)
+        assert stopped.stopped_by == signum
+        assert 20 <= stopped.step < 40
+        assert [record["event"] for record in RunDir(stopped.run_dir).records()][-1] == "stopped"
+        resumed = fit(small_config(folder), dataset=blobs(), resume=True)
+        chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
 def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
@@ -304,3 +301,19 @@ def test_one_device_says_that_it_scores_inline(tmp_path: Path, monkeypatch: pyte
     seen: list[Record] = []
     fit(small_config(tmp_path / "run", steps=1, mode="relaxed", **LOCAL), dataset=blobs(), observe=seen.append)
     assert any("it scores inline" in record["text"] for record in seen if record["event"] == "warning")
+
+
+@pytest.mark.slow
+def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
+    """The batch in parts: the losses of one device, to rounding (which moves draws later on); the same bits each time."""
+    changes: dict[str, Any] = {**LOCAL, "steps": 10, "log_every": 10}
+    one = fit(small_config(tmp_path / "one", **changes), dataset=blobs())
+    two, again = (
+        fit(small_config(tmp_path / name, **changes, train_devices=2), dataset=blobs()) for name in ("two", "again")
+    )
+    chex.assert_trees_all_equal(jax.device_get(two.params), jax.device_get(again.params))
+    expected, got = progress(one.run_dir)[-1], progress(two.run_dir)[-1]
+    for name in ("loss", "test_loss", "sd_stale", "max_weight"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+    with pytest.raises(ValueError, match="--train-devices 10 leaves no device to score: this host has 8"):
+        fit(small_config(tmp_path / "no", **LOCAL, train_devices=10), dataset=blobs())

@@ -305,7 +305,7 @@ def test_one_device_says_that_it_scores_inline(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
-    """The batch in parts: the losses of one device, to rounding (which moves draws later on); the same bits each time."""
+    """The batch in parts: the losses of one device, to rounding (which moves later draws); the same bits each time."""
     changes: dict[str, Any] = {**LOCAL, "steps": 10, "log_every": 10}
     one = fit(small_config(tmp_path / "one", **changes), dataset=blobs())
     two, again = (

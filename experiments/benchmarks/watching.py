@@ -47,11 +47,11 @@ Result (JAX 0.10.2, two CPU cores).
       helpful, default against helpful, default, ungated: +0.0000 +- 0.0000
       helpful, default against uniform: -0.7042 +- 0.0247
 
-The default design (calibrated, mixture chosen) meets the claims: it is shut some 150 updates after the scores have become
-worthless, calibration having made them nearly uniform before, and never while they help. Raw scores with a mixture of
-0.1 are shut for a while in the first period, when scores of the first parameters really do harm, and lose more until
-the gate is shut for good. A shut gate keeps the strata of the line: with plain uniform draws in their place "helpful,
-raw" ended 9 % above the ungated runs.
+The default design (calibrated, mixture chosen) meets the claims: it is shut some 150 updates after the scores have
+become worthless, calibration having made them nearly uniform before, and never while they help. Raw scores with a
+mixture of 0.1 are shut for a while in the first period, when scores of the first parameters really do harm, and lose
+more until the gate is shut for good. A shut gate keeps the strata of the line: with plain
+uniform draws in their place "helpful, raw" ended 9 % above the ungated runs.
 
 MIXTURE RESULT
 

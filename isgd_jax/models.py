@@ -136,7 +136,8 @@ def from_reference(reference: str) -> Any:
         raise ImportError(f"{reference!r}: cannot import {module_name!r} from {os.getcwd()}: {error}") from error
     found = getattr(module, attribute, None)
     if found is None:
-        raise AttributeError(f"{reference!r}: the module {module_name!r} ({module.__file__}) has no {attribute!r}")
+        where = getattr(module, "__file__", None) or "built in"
+        raise AttributeError(f"{reference!r}: the module {module_name!r} ({where}) has no {attribute!r}")
     if not callable(found):
         raise TypeError(f"{reference!r}: expected a function, got {type(found).__name__}")
     return found

@@ -135,7 +135,8 @@ def test_scores_that_are_not_finite_are_set_aside_and_said(tmp_path: Path) -> No
         ({"batch_size": 91}, "--batch-size must be at most 90, the training examples of blobs; got 91"),
         ({"model": "nowhere:factory"}, "cannot import 'nowhere'"),
         ({"model": "mpl"}, "unknown model 'mpl'"),
-        ({"loss": "math:nothing"}, "has no 'nothing'"),
+        ({"loss": "json:nothing"}, r"json.__init__.py\) has no 'nothing'"),
+        ({"loss": "sys:nothing"}, r"\(built in\) has no 'nothing'"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
     ],
 )

@@ -321,9 +321,8 @@ def final_loss(dataset: data.Dataset, seed: int, steps: int, *, engine: str, **c
     with tempfile.TemporaryDirectory() as folder:
         log_every = steps // 8
         fixed: dict[str, Any] = {"steps": steps, "seed": seed, "log_every": log_every, "checkpoint_every": steps}
-        config = Config(
-            **(SETTING | fixed | {"full_train_loss": True, "run_dir": f"{folder}/run", "engine": engine} | changes)
-        )
+        fixed |= {"full_train_loss": True, "run_dir": f"{folder}/run", "engine": engine, "schedule": "cosine"}
+        config = Config(**(SETTING | fixed | changes))
         run = RunDir(fit(config, dataset=dataset).run_dir)
         lines = list(run.records("progress"))
         return lines[-1]["train_loss"], float(np.mean([line["age_mean"] for line in lines[len(lines) // 2 :]]))

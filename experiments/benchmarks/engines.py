@@ -33,8 +33,8 @@ seed, and nothing can be told; in the same order on both sides, which inline sco
     local over inline: -0.3 % [-2.9, +2.3]
 
 With three actors the claim does not hold so far (three seeds): 0.162, 0.157 and 0.155 against 0.139, 0.131 and 0.131.
-The 2,000 updates take ten seconds, and for most of these the actors are still starting, so that draws are uniform; and
-the ages, 230 to 247 against 173 to 213, are not the same. Longer runs (`--steps`) are to tell.
+The ages, 230 to 247 against 173 to 213, were not the same; and the 2,000 updates take some ten seconds, of which actors
+need several to start, so that draws are uniform meanwhile. Longer runs (`--steps`) are to tell.
 
 `plan` with its defaults (100,000 scores/s a scorer, 75.6 MB of parameters at 1 GB/s, published every second) says, for
 the mean age in seconds:

@@ -31,9 +31,9 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -n 0 -rA
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python experiments/notebooks/run.py

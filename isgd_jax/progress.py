@@ -53,11 +53,13 @@ class Measures:
         )
         for name, split in splits.items():
             fit = self._evaluate(params, split)
-            measured |= {f"{name}_loss": finite(fit.loss), f"{name}_error": finite(fit.error)}
+            measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
         measured |= self._bands(state)
         if self._config.probe_every is not None and at % self._config.probe_every == 0:
             traces = self._probe(params, proposal, train, jax.random.fold_in(self._probe_key, at))
-            measured |= {f"probe_{name}": finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()}
+            measured |= {
+                f"probe_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()
+            }
         return measured | _ages(at, state) | self._measure(state, law_source.proposal)
 
     def _by_workers(self, at: int, law_source: laws.Laws) -> Record:
@@ -69,7 +71,7 @@ class Measures:
         measured: Record = {}
         for name, kept in self._held_out.items():
             fit, age = kept.fit(), kept.mean_age(at)
-            loss, error = (None, None) if fit is None else (finite(fit.loss), finite(fit.error))
+            loss, error = (None, None) if fit is None else (_finite(fit.loss), _finite(fit.error))
             measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
         return measured
 
@@ -81,8 +83,8 @@ class Measures:
         for name in ("uniform", "stale", "ideal", "drawn"):
             for bound, value in bands[name]._asdict().items():
                 field = f"sd_{name}" if bound == "value" else f"sd_{name}_{bound}"
-                measured[field] = finite(math.sqrt(max(value, 0.0))) if is_known else None
-        measured["variance_ratio"] = finite(bands["stale"].value / bands["uniform"].value) if is_known else None
+                measured[field] = _finite(math.sqrt(max(value, 0.0))) if is_known else None
+        measured["variance_ratio"] = _finite(bands["stale"].value / bands["uniform"].value) if is_known else None
         return measured
 
 
@@ -93,6 +95,6 @@ def _ages(at: int, state: step.TrainState) -> Record:
     return {"age_mean": mean, "age_p95": late}
 
 
-def finite(number: Array | np.generic | float) -> float | None:
+def _finite(number: Array | np.generic | float) -> float | None:
     """The number, or None where there is none: JSON knows neither NaN nor infinity."""
     return float(number) if np.isfinite(number) else None

@@ -119,8 +119,7 @@ def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     How much less depends on the order: neighbours on the line should have similar gradients. Source: Cochran,
     "Sampling Techniques", chapter 5, for strata; laying them along an order of gradients is ours.
     """
-    strata = sums.exact(jnp.arange(num_draws, dtype=jnp.float32))
-    return _draw(law, sums.add(strata, _unit_pair(key, num_draws)), num_draws)
+    return _draw(law, _one_a_stratum(key, num_draws), num_draws)
 
 
 def systematic(key: Key, law: LawLike, *, num_draws: int) -> Draw:
@@ -177,8 +176,7 @@ def uniform_strata(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     Never more variance than `uniform`: what is left of a good order when its probabilities are not to be trusted. Ours.
     """
     law = _as_law(law)
-    strata = sums.exact(jnp.arange(num_draws, dtype=jnp.float32))
-    at = _scaled_index(law, sums.add(strata, _unit_pair(key, num_draws)), num_draws)
+    at = _scaled_index(law, _one_a_stratum(key, num_draws), num_draws)
     probs = jnp.full((num_draws,), 1.0 / law.masses.shape[0], jnp.float32)
     return Draw(_example(law, at), probs, jnp.ones((num_draws,), bool))
 
@@ -324,6 +322,11 @@ def _num_blocks(law: Law) -> int:
 
 def _depth(num_blocks: int) -> int:
     return num_blocks.bit_length() - 1
+
+
+def _one_a_stratum(key: Key, num_draws: int) -> Pair:
+    """A random place in each of ``num_draws`` strata of length one."""
+    return sums.add(sums.exact(jnp.arange(num_draws, dtype=jnp.float32)), _unit_pair(key, num_draws))
 
 
 def _unit_pair(key: Key, size: int) -> Pair:

@@ -119,10 +119,7 @@ def cube(rng: np.random.Generator, chances: np.ndarray, sums: np.ndarray) -> np.
         # One more unknown than equations: the last is set to 1, the others solve for it.
         rows = constraints[at].T
         direction = np.append(solved(rows[:, :-1], -rows[:, -1]), 1.0)
-        up = np.where(direction > 0, (1.0 - left[at]) / np.maximum(direction, 1e-300), np.inf)
-        up = np.minimum(up, np.where(direction < 0, left[at] / np.maximum(-direction, 1e-300), np.inf)).min()
-        down = np.where(direction < 0, (1.0 - left[at]) / np.maximum(-direction, 1e-300), np.inf)
-        down = np.minimum(down, np.where(direction > 0, left[at] / np.maximum(direction, 1e-300), np.inf)).min()
+        up, down = room(left[at], direction), room(left[at], -direction)
         move = up if rng.random() < down / (up + down) else -down
         left[at] = np.clip(left[at] + move * direction, 0.0, 1.0)
         open_ = [i for i in open_ if SHORT < left[i] < 1.0 - SHORT]
@@ -130,6 +127,12 @@ def cube(rng: np.random.Generator, chances: np.ndarray, sums: np.ndarray) -> np.
             open_.append(order[following])
             following += 1
     return pivots(rng, left, open_)
+
+
+def room(left: np.ndarray, direction: np.ndarray) -> float:
+    """How far chances can move in a direction before one of them is 0 or 1."""
+    far = np.where(direction > 0, 1.0 - left, left) / np.maximum(np.abs(direction), 1e-300)
+    return far[direction != 0].min()
 
 
 def solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -18,13 +18,7 @@ from jax.lax import Precision
 from jaxtyping import Bool, Float, PyTree
 
 from isgd_jax.factoring import costs
-from isgd_jax.factoring.factors import (
-    OneHot,
-    Windows,
-    einsum,
-    products,
-    wide,
-)
+from isgd_jax.factoring.factors import OneHot, Windows, einsum, products, wide
 from isgd_jax.factoring.slices import by_slices
 from isgd_jax.factoring.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
 

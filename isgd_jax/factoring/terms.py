@@ -32,16 +32,18 @@ jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fiel
 
 
 def shape(term: Outer) -> costs.Shape:
+    """What `costs` counts with."""
     b, k, t, i = term.left.shape
     return costs.Shape(b, k, t, i, term.right.shape[-1], type(term.left).__name__, term.right.dtype.itemsize)
 
 
 def gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    """Squared norms of the sum of the terms, pair by pair; the sums of the pairs' sizes, where these can cancel."""
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        return jnp.sum(sum_last(first.left) * sum_last(first.right), axis=(1, 2)), None
+        return jnp.sum(_sum_last(first.left) * _sum_last(first.right), axis=(1, 2)), None
     if len(terms) == 1 and isinstance(first.left, OneHot):
-        return rows_squares(first, precision), None
+        return _rows_squares(first, precision), None
     squares, sizes = [], []
     for place, one in enumerate(terms):
         for times, other in zip([1] + [2] * len(terms), terms[place:], strict=False):
@@ -52,20 +54,22 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, "
     return sum(squares[1:], start=squares[0]), sum(sizes[1:], start=sizes[0])
 
 
-def rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
+def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
     """Rows taken by index: those of the same index are added up, and counted once; nothing can cancel."""
     same = likeness(term.left, term.left, precision).astype(term.right.dtype)
     sums = einsum("bkts,bkso->bkto", same, term.right, precision=precision)
     times = jnp.maximum(jnp.sum(same.astype(sums.dtype), axis=3), 1)
-    return jnp.sum(sum_last(sums) / times, axis=(1, 2))
+    return jnp.sum(_sum_last(sums) / times, axis=(1, 2))
 
 
 def weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b"], precision: Any) -> Array:
+    """The weighted sum over examples, laid out as the parameter, which has this ``shape``."""
     right = term.right.astype(wide(term.right.dtype)) * weights[:, None, None, None]
     return fold(total(term.left, right, precision), term.axes, shape)
 
 
 def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
+    """Inner products of the one term's products with the other's, between all pairs of examples."""
     b = one.right.shape[0]
     rights = einsum("zkto,zkso->zkts", as_one_example(one.right), as_one_example(other.right), precision=precision)
     lefts = likeness(as_one_example(one.left), as_one_example(other.left), precision).astype(rights.dtype)
@@ -80,7 +84,7 @@ def inner_term(term: Outer, other: Array, precision: Any) -> Float[Array, " b"]:
     return einsum("bkto,bkto->b", slopes, term.right, precision=precision)
 
 
-def sum_last(array: Array) -> Array:
+def _sum_last(array: Array) -> Array:
     return jnp.sum(jnp.square(array.astype(wide(array.dtype))), axis=-1)
 
 

@@ -73,12 +73,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.stats import t as student
 from selection import contest, problems, rivals
 from selection.contest import Problem
 
 from isgd_jax import data
-from isgd_jax.compare import Interval, median, paired_ratio
+from isgd_jax.compare import Interval, mean, median, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
 TUNING_SEEDS = (1000, 1001)
@@ -194,11 +193,7 @@ def rows(bench: Bench, budgets: dict[str, float], seeds: int) -> list[Row]:
 
 def difference(ours: Sequence[Record], base: Sequence[Record], name: str) -> Interval:
     """The mean paired difference of a measurement, with Student's 95 % interval."""
-    gaps = _column(ours, name) - _column(base, name)
-    if len(gaps) < 2 or not np.isfinite(gaps).all():
-        return Interval(float(gaps.mean()), -math.inf, math.inf)
-    half = student.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
-    return Interval(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half))
+    return mean(_column(ours, name) - _column(base, name))
 
 
 def table(found: Sequence[Row], prices: dict[str, float]) -> str:

@@ -66,6 +66,14 @@ def test_the_geometric_mean_by_hand() -> None:
     )
 
 
+def test_the_mean_by_hand_and_without_bounds_where_none_are_known() -> None:
+    half = 4.302653 / math.sqrt(3)
+    assert compare.mean([-1.0, 0.0, 1.0]) == pytest.approx((0.0, -half, half), rel=1e-6)
+    assert compare.mean([3.0]) == (3.0, -math.inf, math.inf)
+    assert compare.mean([3.0, math.inf]) == (math.inf, -math.inf, math.inf)
+    assert all(map(math.isnan, compare.mean([])))
+
+
 def test_ratios_are_paired_by_seed() -> None:
     """Ours is 0.8 of its own base each time: strangers would differ by far more."""
     base = np.array([10.0, 100.0, 1000.0])

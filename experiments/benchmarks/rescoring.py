@@ -21,12 +21,8 @@ Time: about four minutes on two CPU cores.
 import argparse
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-from estimation import full_truth
 from watching import BASE, Run, part_of
-
-from isgd_jax import samplers, variance
 
 BUDGETS, STEPS, CHECK, FROM = (0.05, 0.15), 1200, 100, 300
 
@@ -55,10 +51,8 @@ def ratios(run: Run) -> list[float]:
         run.advance(CHECK)
         if run.step < FROM:
             continue
-        truth = full_truth(run.problem, run.state.params)
-        moments = variance.moments(jnp.asarray(truth.norms), samplers.probabilities(run.parts.laws.proposal))
-        traces = variance.trace_covariance(moments, truth.square)
-        found.append(float(traces.stale / traces.uniform))
+        true = run.true_traces()
+        found.append(float(true.stale / true.uniform))
     return found
 
 

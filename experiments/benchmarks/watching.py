@@ -78,7 +78,7 @@ import jax.numpy as jnp
 import numpy as np
 from estimation import Problem, all_norms, full_truth, load, sliced, uniform_checkpoints
 
-from isgd_jax import assembly, data, gate, monitor, proposal, samplers, task, variance, watch
+from isgd_jax import assembly, compare, data, gate, monitor, proposal, samplers, task, variance, watch
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.typing import ScoredChunk
@@ -86,8 +86,6 @@ from isgd_jax.typing import ScoredChunk
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
 MONITORED_SEEDS = 3
 SHARES = ("auto", 0.03, 0.1, 0.3)
-STUDENT_95 = 2.78
-"""97.5 % point of Student's t, 5 seeds."""
 BASE = Config(
     dataset="fashion_mnist", batch_size=128, learning_rate=0.01, momentum=0.95, refresh_every=200, steps=GATE_STEPS
 )
@@ -146,6 +144,13 @@ class Run:
                 jax.block_until_ready(info.loss)
         return jax.device_get(infos)
 
+    def true_traces(self) -> variance.Moments:
+        """Tr Cov of one draw by the law in use, from all the data at the parameters of now."""
+        truth, size = full_truth(self.problem, self.state.params), self.problem.size
+        is_open = bool(self.state.watch.gate.is_open)
+        probs = samplers.probabilities(self.parts.laws.proposal) if is_open else jnp.full(size, 1 / size)
+        return variance.trace_covariance(variance.moments(jnp.asarray(truth.norms), probs), truth.square)
+
 
 def shut(seen: watch.Watch) -> watch.Watch:
     return seen._replace(gate=seen.gate._replace(is_open=jnp.asarray(False)))
@@ -188,10 +193,7 @@ def print_monitor(dataset: data.Dataset, options: argparse.Namespace) -> None:
             if check == 0:
                 continue  # the window is not full yet
             found = jax.device_get(report(run.state.watch.monitor))._asdict()
-            truth = full_truth(run.problem, run.state.params)
-            is_open = bool(run.state.watch.gate.is_open)
-            probs = samplers.probabilities(run.parts.laws.proposal) if is_open else jnp.full(SIZE, 1 / SIZE)
-            true = variance.trace_covariance(variance.moments(jnp.asarray(truth.norms), probs), truth.square)._asdict()
+            true = run.true_traces()._asdict()
             inside.append([float(found[n].low) < float(true[n]) < float(found[n].high) for n in names])
             widths.append([float(found[n].high - found[n].value) / float(true[n]) for n in names])
             shares.append([float(found[n].value) / float(true[n]) for n in names])
@@ -241,9 +243,8 @@ def print_gate(dataset: data.Dataset, options: argparse.Namespace) -> None:
         ("helpful, default", "helpful, default, ungated"),
         ("helpful, default", "uniform"),
     ):
-        share = losses[arm] / losses[other] - 1.0
-        half = STUDENT_95 * share.std(ddof=1) / np.sqrt(SEEDS)
-        print(f"  {arm} against {other}: {share.mean():+.4f} +- {half:.4f}")
+        share = compare.mean(losses[arm] / losses[other] - 1.0)
+        print(f"  {arm} against {other}: {share.value:+.4f} +- {share.high - share.value:.4f}")
 
 
 def final_loss(dataset: data.Dataset, folder: Path, arm: str, seed: int) -> float:
@@ -277,10 +278,8 @@ def print_mixture(dataset: data.Dataset, options: argparse.Namespace) -> None:
             run.advance(BASE.refresh_every)
             for _ in range(7):
                 run.advance(BASE.refresh_every)
-                truth = full_truth(run.problem, run.state.params)
-                probs = samplers.probabilities(run.parts.laws.proposal)
-                moments = variance.moments(jnp.asarray(truth.norms), probs)
-                found.append(float(moments.stale / moments.uniform))
+                true = run.true_traces()
+                found.append(float(true.stale / true.uniform))
         print(
             f"  {share!s:5} median {np.median(found):.3f}, mean {np.mean(found):.3f}, worst {max(found):.3f}",
             flush=True,

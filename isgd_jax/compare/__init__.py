@@ -14,7 +14,7 @@ An *arm* is a configuration under a name, a *study* is every arm trained from th
 Importing this package imports neither jax nor matplotlib; training and drawing do.
 """
 
-from isgd_jax.compare.intervals import Interval, geometric_mean, median, paired_ratio
+from isgd_jax.compare.intervals import Interval, geometric_mean, mean, median, paired_ratio
 from isgd_jax.compare.levels import Level, first_seen, levels
 from isgd_jax.compare.plots import draw, quartiles
 from isgd_jax.compare.study import Arm, Curve, Say, Study, group, read, train
@@ -35,6 +35,7 @@ __all__ = [
     "group",
     "levels",
     "markdown",
+    "mean",
     "median",
     "paired_ratio",
     "quartiles",

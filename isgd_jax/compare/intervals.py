@@ -42,22 +42,30 @@ def median(values: Any) -> Interval:
     return Interval(float(np.median(values)), float(low), float(high))
 
 
+def mean(values: Any) -> Interval:
+    """The mean of one number a seed, with Student's interval; boundless for a single seed or an infinite number."""
+    from scipy.stats import t as student
+
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        return UNKNOWN
+    centre = float(values.mean())
+    if len(values) == 1 or not np.isfinite(values).all():
+        return Interval(centre, -math.inf, math.inf)
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(centre, centre - half, centre + half)
+
+
 def geometric_mean(values: Any) -> Interval:
     """The geometric mean of positive numbers, one a seed, with Student's interval of their logarithms.
 
     Raises:
         ValueError: a number is not positive and finite.
     """
-    from scipy.stats import t as student
-
     values = np.asarray(values, np.float64)
     if not len(values) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"a geometric mean needs positive finite numbers, got {values}: take the median")
-    logs = np.log(values)
-    if len(logs) == 1:
-        return Interval(float(values[0]), 0.0, math.inf)
-    half = student.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return Interval(*(float(x) for x in np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])))
+    return Interval(*(float(x) for x in np.exp(mean(np.log(values)))))
 
 
 def paired_ratio(ours: Any, base: Any) -> Interval:

@@ -41,6 +41,8 @@ notebooks: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
 
+BENCHMARKS := estimators watching rescoring balanced ranks sampling norms
+
 # Both go on where they were stopped; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev
 	$(BIN)/python experiments/paper.py --dataset fashion_mnist --scale small --settings 1 --copy-to experiments/figures
@@ -55,7 +57,12 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/honest.py tables --dataset nycflights13
 	$(BIN)/python experiments/ablations.py
 	$(BIN)/python experiments/fashion_mnist.py
-	for file in estimators ranks sampling norms; do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
+	for file in $(BENCHMARKS); do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
+	$(BIN)/python experiments/benchmarks/engines.py speed
+	$(BIN)/python experiments/benchmarks/engines.py speed --engine cluster --scorers 1 2 3 --refresh 50
+	$(BIN)/python experiments/benchmarks/engines.py loss
+	$(BIN)/python experiments/benchmarks/engines.py loss --engine cluster --scorers 3 --steps 3000 --head-start 20
+	$(BIN)/python experiments/benchmarks/engines.py plan
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,6 +19,8 @@ SMALL = [
     "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
     "--probe-size", "32", "--chunk-size", "512",
 ]  # fmt: skip
+PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
+"""Where the sampling does not matter: less to compile."""
 
 
 def isgd(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
@@ -75,7 +77,7 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
 def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(tmp_path: Path) -> None:
     """Writing is refused past a size, as by a quota: the run ends with a sentence, and goes on when there is room."""
     large = ["--hidden", "512"]  # a checkpoint of it is larger than the limit, a figure is not
-    assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, *large, cwd=tmp_path))[0] == 0
+    assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, *large, cwd=tmp_path))[0] == 0
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
     code = f"{limit}from isgd_jax.cli import main; main()"
     more = ["train", "--resume", "run", "--steps", "100"]
@@ -92,7 +94,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(tmp_path: P
 
 @pytest.mark.slow
 def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
-    process = isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, "--steps", "100000", cwd=tmp_path)
+    process = isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, "--steps", "100000", cwd=tmp_path)
     deadline = time.monotonic() + 150
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.is_file() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:

@@ -9,8 +9,10 @@ Claims under test, on a machine with two cores, Fashion-MNIST, MLP 784-512x4-10,
   interval of the paired difference contains 0, its half-width is at most 10 %;
 * ``plan``: what the model says of larger tasks: how many scorers keep the mean age under a target.
 
-Commands: python experiments/benchmarks/engines.py speed [--engine cluster --scorers 3] | loss | plan [--rate R ...]
-Times: a minute a period; 8 minutes; a minute. Before measuring, see that nothing else runs on the machine.
+Commands: python experiments/benchmarks/engines.py speed [--engine cluster --scorers 1 2 3 --refresh 50]
+          python experiments/benchmarks/engines.py loss [--engine cluster --scorers 3 --steps 3000 --head-start 20]
+          python experiments/benchmarks/engines.py plan [--rate R ...]
+Times: a minute a line; 8 to 12 minutes; a minute. Before measuring, see that nothing else runs on the machine.
 
 Result of `speed`, alone and together in turn, medians of three rounds (sum: least to most):
 
@@ -32,9 +34,15 @@ seed, and nothing can be told; in the same order on both sides, which inline sco
     seed 4: local 0.1241 at mean age 130, inline 0.1260 at 130
     local over inline: -0.3 % [-2.9, +2.3]
 
-With three actors the claim does not hold so far (three seeds): 0.162, 0.157 and 0.155 against 0.139, 0.131 and 0.131.
-The ages, 230 to 247 against 173 to 213, were not the same; and the 2,000 updates take some ten seconds, of which actors
-need several to start, so that draws are uniform meanwhile. Longer runs (`--steps`) are to tell.
+With three actors (`--engine cluster --scorers 3 --steps 3000 --head-start 20`; a run this short is half over before
+actors that start with it have scored anything: three such runs of 2,000 steps ended 17 to 20 % higher):
+
+    seed 0: cluster 0.0794 at mean age 268, inline 0.0763 at 267
+    seed 1: cluster 0.0671 at mean age 211, inline 0.0704 at 217
+    seed 2: cluster 0.0659 at mean age 216, inline 0.0666 at 217
+    seed 3: cluster 0.0629 at mean age 210, inline 0.0639 at 209
+    seed 4: cluster 0.0718 at mean age 266, inline 0.0682 at 254
+    cluster over inline: +0.3 % [-4.8, +5.6]
 
 `plan` with its defaults (100,000 scores/s a scorer, 75.6 MB of parameters at 1 GB/s, published every second) says, for
 the mean age in seconds:
@@ -50,6 +58,7 @@ the period is all that is left.
 import argparse
 import functools
 import heapq
+import itertools
 import math
 import os
 import tempfile
@@ -62,6 +71,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from estimation import problem_of, true_traces
 
 from isgd_jax import compare, data, laws, optimizers, samplers, step, task
 from isgd_jax.assembly import make_scorer
@@ -179,6 +189,8 @@ class Together(NamedTuple):
     """A second."""
     age: float
     """Mean age of the scores, in steps."""
+    ratio: float
+    """Tr Cov STALE/UNIFORM of the law in use at the end, from all the data."""
 
 
 class Bench:
@@ -254,7 +266,13 @@ class Bench:
         before, began = self.scored(), time.monotonic()
         steps = self.train(seconds, self._scoring, watch)
         scores = (self.scored() - before) / (time.monotonic() - began)
-        return Together(steps, scores, float(np.mean(ages[len(ages) // 2 :])))
+        return Together(steps, scores, float(np.mean(ages[len(ages) // 2 :])), self.ratio())
+
+    def ratio(self) -> float:
+        """Tr Cov STALE/UNIFORM of the law in use, at the parameters of now."""
+        probs = samplers.probabilities(self._scoring.proposal)
+        traces = true_traces(problem_of(self.work, self.data), self.state.params, probs)
+        return float(traces.stale / traces.uniform)
 
     def scored(self) -> int:
         """Examples scored so far."""
@@ -263,8 +281,8 @@ class Bench:
 
 def speed(options: argparse.Namespace) -> None:
     """Alone and together in turn, round after round, so that a busy machine favours neither; what the model says."""
-    for every in options.refresh:
-        more = {"engine": options.engine, "scorers": options.scorers, "refresh_every": every}
+    for scorers, every in itertools.product(options.scorers, options.refresh):
+        more = {"engine": options.engine, "scorers": scorers, "refresh_every": every}
         bench = Bench(Config(**SETTING | more))
         try:
             print_speed(bench, options)
@@ -291,9 +309,11 @@ def print_speed(bench: Bench, options: argparse.Namespace) -> None:
         every / middle.steps,
     )
     print(
-        f"refresh every {every:4}: {middle.steps:6.1f} steps/s ({steps:.2f} of alone), {middle.scores:8,.0f} scores/s "
+        f"{bench.config.engine} {bench.config.scorers}, refresh every {every:4}: "
+        f"{middle.steps:6.1f} steps/s ({steps:.2f} of alone), {middle.scores:8,.0f} scores/s "
         f"({scores:.2f} of alone), sum {np.median(sums):.2f} ({sums.min():.2f} to {sums.max():.2f}); "
-        f"mean age {middle.age:5.0f} steps, model {simulate(world).mean * middle.steps:5.0f}",
+        f"mean age {middle.age:5.0f} steps, model {simulate(world).mean * middle.steps:5.0f}; "
+        f"STALE/UNIFORM {middle.ratio:.2f}",
         flush=True,
     )
 
@@ -362,7 +382,7 @@ def main() -> None:
     speeds.add_argument("--rounds", type=int, default=3)
     speeds.add_argument("--refresh", type=int, nargs="+", default=[25, 50, 100, 400])
     speeds.add_argument("--engine", choices=("local", "cluster"), default="local")
-    speeds.add_argument("--scorers", type=int, default=1, help="actors of the cluster")
+    speeds.add_argument("--scorers", type=int, nargs="+", default=[1], help="actors of the cluster")
     speeds.add_argument("--bandwidth", type=float, default=1e9, help="bytes a second to one scorer, for the model")
     speeds.set_defaults(run=speed)
     losses = commands.add_parser("loss")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import isgd_jax as isgd
-from isgd_jax import data, models, samplers, variance
+from isgd_jax import data, models, samplers, task, variance
 from isgd_jax.scorers import softmax_cross_entropy
 from isgd_jax.typing import Batch, Draw, LossFn, Params
 
@@ -38,6 +38,11 @@ class Truth(NamedTuple):
     mean_grad: Params
     square: float
     """‖mean gradient‖²"""
+
+
+def problem_of(work: task.Task, train: Batch) -> Problem:
+    """The problem of a run, its data where they are."""
+    return Problem(train, work.init, work.logits_fn, work.loss_fn, work.num_examples)
 
 
 def load(data_dir: str | None, raw_dir: str | None) -> Problem:
@@ -136,6 +141,12 @@ def full_truth(problem: Problem, params: Params) -> Truth:
     pieces = jnp.arange(problem.size).reshape(-1, SLICE)
     mean = mean_grad_of(problem.loss_fn)(params, problem.train, pieces)
     return Truth(params, all_norms(problem, params), mean, float(squared(mean)))
+
+
+def true_traces(problem: Problem, params: Params, probs: jax.Array) -> variance.Moments:
+    """Tr Cov of one draw by ``probs``, by the uniform and by the ideal law, from all the data."""
+    truth = full_truth(problem, params)
+    return variance.trace_covariance(variance.moments(jnp.asarray(truth.norms), probs), truth.square)
 
 
 def squared(tree: Params) -> jax.Array:

@@ -76,7 +76,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from estimation import Problem, all_norms, full_truth, load, sliced, uniform_checkpoints
+from estimation import all_norms, load, problem_of, sliced, true_traces, uniform_checkpoints
 
 from isgd_jax import assembly, compare, data, gate, monitor, proposal, samplers, task, variance, watch
 from isgd_jax.clock import Clock
@@ -146,18 +146,13 @@ class Run:
 
     def true_traces(self) -> variance.Moments:
         """Tr Cov of one draw by the law in use, from all the data at the parameters of now."""
-        truth, size = full_truth(self.problem, self.state.params), self.problem.size
-        is_open = bool(self.state.watch.gate.is_open)
+        is_open, size = bool(self.state.watch.gate.is_open), self.problem.size
         probs = samplers.probabilities(self.parts.laws.proposal) if is_open else jnp.full(size, 1 / size)
-        return variance.trace_covariance(variance.moments(jnp.asarray(truth.norms), probs), truth.square)
+        return true_traces(self.problem, self.state.params, probs)
 
 
 def shut(seen: watch.Watch) -> watch.Watch:
     return seen._replace(gate=seen.gate._replace(is_open=jnp.asarray(False)))
-
-
-def problem_of(work: task.Task, train: dict[str, jax.Array]) -> Problem:
-    return Problem(train, work.init, work.logits_fn, work.loss_fn, work.num_examples)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL
 
 MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
 
-POLITENESS = 2
+POLITENESS = 1
 """Added to the niceness of workers: on a host that also trains, training comes first."""
 
 PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

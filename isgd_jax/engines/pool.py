@@ -97,7 +97,7 @@ class Pool:
         self._changed = threading.Condition()  # guards all that follows, and the desk
         self._published: Published | None = None
         self._workers: dict[str, Worker] = {}  # all that work or may come back
-        self._failing: dict[str, int] = {}  # those of them that are in trouble: errors in a row
+        self._failing: dict[str, list[str]] = {}  # those of them that are in trouble: errors in a row
         self._threads: list[threading.Thread] = []
         self._scored: dict[str, int] = {}
         self._bytes = 0
@@ -253,11 +253,13 @@ class Pool:
     def _try_again(self, worker: Worker, error: Exception) -> bool:
         with self._changed:
             self._desk.give_back(worker.name)
-            failures = self._failing[worker.name] = self._failing.get(worker.name, 0) + 1
-            self._notices.append(f"worker {worker.name} failed ({type(error).__name__}: {error}); others take its work")
-            self._tell_if_alone("for now")
+            errors, text = self._failing.setdefault(worker.name, []), f"{type(error).__name__}: {error}"
+            if text not in errors:  # what is told once need not be told at each attempt
+                self._notices.append(f"worker {worker.name} failed ({text}); others take its work")
+                self._tell_if_alone("for now")
+            errors.append(text)
             self._changed.notify_all()
-        if worker.revive(failures):
+        if worker.revive(len(errors)):
             return True
         with self._changed:
             del self._workers[worker.name]

@@ -66,7 +66,6 @@ import argparse
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,8 +269,6 @@ def tables(options: argparse.Namespace) -> None:
             print(table(found, prices), verdict(found), sep="\n", flush=True)
     path = options.folder / f"{options.dataset}-{options.scale}.png"
     draw(everything, path, options.dataset)
-    if options.copy_to is not None:
-        shutil.copy(path, options.copy_to / f"honest-{options.dataset}.png")
 
 
 class Finish(NamedTuple):
@@ -408,7 +405,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", choices=("passes", "seconds"), default=["passes", "seconds"])
     parser.add_argument("--kinds", nargs="+", help="only these problems of the data set")
     parser.add_argument("--folder", type=Path, default=Path("runs/honest"))
-    parser.add_argument("--copy-to", type=Path, help="put the figure of the tables there too")
     parser.add_argument("--data-dir", default=None)
     options = parser.parse_args(arguments)
     if options.methods[0] != "uniform":

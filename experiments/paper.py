@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--copy-to", type=Path, help="put the figures there too, as paper-<name>.png")
+    parser.add_argument("--copy-to", type=Path, help="put the figure of the losses there too, as paper-loss.png")
     parser.add_argument("--data-dir", default=None)
     options = parser.parse_args(arguments)
     if (options.dataset, options.scale) not in SCALES:
@@ -126,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(compare.text(compare.rows(study, LEVELS)), worth(study), sep="\n", flush=True)
         for path in draw(study, folder):
             print(f"figure: {path}")
-            if options.copy_to is not None:
-                shutil.copy(path, options.copy_to / f"paper-{path.name}")
+        if options.copy_to is not None:
+            shutil.copy(folder / "loss.png", options.copy_to / "paper-loss.png")
 
 
 def shortened(dataset: Dataset, examples: int) -> Dataset:

@@ -29,9 +29,6 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL
 
 MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
 
-POLITENESS = 1
-"""Added to the niceness of workers: on a host that also trains, training comes first."""
-
 PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker that failed is tried again, longer each time. Ray restarts it meanwhile."""
 
@@ -49,7 +46,6 @@ class Scorer:
         self._scorers = {name: jax.jit(job.scorer) for name, job in self._jobs.items()}
         self._params: Params = None
         self._version: int | None = None
-        os.nice(max(0, POLITENESS - os.nice(0)))
         return fingerprint
 
     def load(self, params: Params, version: int) -> int:

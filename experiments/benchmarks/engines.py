@@ -14,15 +14,18 @@ Commands: python experiments/benchmarks/engines.py speed [--engine cluster --sco
           python experiments/benchmarks/engines.py plan [--rate R ...]
 Times: a minute a line; 8 to 12 minutes; a minute. Before measuring, see that nothing else runs on the machine.
 
-Result of `speed`, alone and together in turn, medians of three rounds (sum: least to most):
+Result of `speed`, alone and together in turn, medians of three rounds (sum: least to most; ages in steps):
 
-    engine       refresh   steps/s of alone   scores/s of alone   sum                   mean age   model
-    local        50        0.58               0.58                1.16 (1.11 to 1.18)   111        109
-    local        400       0.74               0.28                1.03 (1.02 to 1.09)   400        440
-    3 actors     50        0.83               0.31                1.12 (1.05 to 1.18)   307        293
+    engine     refresh   steps/s of alone   scores/s of alone   sum                   mean age   model   STALE/UNIFORM
+    local      50        0.54               0.54                1.07 (1.03 to 1.27)   113        109     0.62
+    local      400       0.79               0.29                1.09 (1.02 to 1.27)   400        441     0.95
+    1 actor    50        0.86               0.27                1.12 (1.05 to 1.17)   328        319     0.63
+    2 actors   50        0.96               0.29                1.21 (1.21 to 1.38)   376        346     0.96
+    3 actors   50        0.81               0.30                1.12 (1.05 to 1.21)   334        297     0.78
 
-Beyond 1, because neither keeps two cores busy alone. At 400 the device that scores has scored all and rests. Actors are
-a little more polite than the trainer (`POLITENESS`); with 5 in place of 2 they came to 0.25 and the sum to 0.87.
+Beyond 1, because neither keeps two cores busy alone. At 400 the device that scores has scored all and rests. More actors
+do not score more on two cores (20,000 scores/s each time): they share what the trainer leaves. STALE/UNIFORM is of raw
+scores at one moment, at the end of each round: it follows the age, and says little to the second digit.
 
 Result of `loss` with the local engine (cosine decay: at a constant rate the last loss differs by 15 % from seed to
 seed, and nothing can be told; in the same order on both sides, which inline scoring would otherwise have by cells):

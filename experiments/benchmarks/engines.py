@@ -23,7 +23,7 @@ Result of `speed`, alone and together in turn, medians of three rounds (sum: lea
     2 actors   50        0.96               0.29                1.21 (1.21 to 1.38)   376        346     0.96
     3 actors   50        0.81               0.30                1.12 (1.05 to 1.21)   334        297     0.78
 
-Beyond 1, because neither keeps two cores busy alone. At 400 the device that scores has scored all and rests. More actors
+Beyond 1: neither keeps two cores busy alone. At 400 the device that scores has scored all and rests. More actors
 do not score more on two cores (20,000 scores/s each time): they share what the trainer leaves. STALE/UNIFORM is of raw
 scores at one moment, at the end of each round: it follows the age, and says little to the second digit.
 

@@ -14,6 +14,7 @@ importlib.import_module("isgd_jax.config")  # before the hook: it checks its own
 install_import_hook("isgd_jax", "beartype.beartype")
 
 import tempfile
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -40,6 +41,13 @@ def hardly_optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` ends with figures that take a second: drawn by commands, and by tests marked `figures`."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("isgd_jax.train.report", SimpleNamespace(draw=lambda run: None))
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ import isgd_jax as isgd
 from isgd_jax import data, models
 
 
+pytestmark = pytest.mark.usefixtures("hardly_optimised")
+
+
 def tiny() -> tuple[data.Dataset, ablations.Scale]:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 90)

@@ -14,7 +14,7 @@ from isgd_jax.clock import Clock
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 
 
 def flipped(key: jax.Array, example: dict[str, jax.Array]) -> dict[str, jax.Array]:

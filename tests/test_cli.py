@@ -26,7 +26,7 @@ PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 def isgd(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", "from isgd_jax.cli import main; main()", *arguments],
-        cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=cwd, env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import paper
 import pytest
 from selection import contest, problems, rivals
 
+pytestmark = pytest.mark.usefixtures("hardly_optimised")
 SIZE, NUM_CLASSES, WIDTH = 96, 3, 4
 STEPS = 4_000
 

@@ -11,7 +11,7 @@ from isgd_jax import data
 from isgd_jax.data.dataset import spilled
 from isgd_jax.train import fit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 
 
 @pytest.mark.parametrize("mode", ["uniform", pytest.param("exact", marks=pytest.mark.slow)])

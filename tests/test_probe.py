@@ -16,7 +16,7 @@ from isgd_jax.page import probe_page
 from isgd_jax.probe import Period, findings, measure, periods, probe, verdict
 from isgd_jax.train import fit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 
 
 def rows(params: Any, data: Any) -> np.ndarray:

@@ -12,7 +12,6 @@ import small_transformer
 import isgd_jax as isgd
 from isgd_jax import data, models
 
-
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
 
 

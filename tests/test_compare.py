@@ -214,6 +214,22 @@ def test_a_run_ends_at_its_levels_and_goes_on_to_lower_ones(tmp_path: Path) -> N
     assert len(calls) == 2
 
 
+def test_a_run_that_diverges_counts_as_one_that_never_gets_there(tmp_path: Path) -> None:
+    calls: list[bool] = []
+
+    def lost(config: Config, **options: Any) -> Any:
+        fake_arm([0.9, 0.4], calls).fit(config, **options)
+        raise FloatingPointError("the training loss became nan at step 17")
+
+    level, said = compare.Level("test_loss", 0.1), list[str]()
+    both = {"lost": compare.Arm(small_config("", steps=20), lost), "ours": fake_arm([0.9, 0.05], calls)}
+    made = compare.train(both, seeds=1, folder=tmp_path, levels=[level], say=said.append)
+    assert [row.reached for row in compare.rows(made, [level], ["step"])] == [0, 1]
+    assert any(text.startswith("lost, seed 0: diverged") and "nan at step 17" in text for text in said)
+    compare.train(both, seeds=1, folder=tmp_path, levels=[level])
+    assert len(calls) == 2
+
+
 def test_a_signal_ends_the_study(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         compare.train({"mine": fake_arm([1.0], [], stopped_by=15)}, seeds=3, folder=tmp_path)

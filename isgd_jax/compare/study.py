@@ -68,7 +68,7 @@ def train(
     """Train what is missing, seed by seed, and read everything.
 
     A run that is whole is left alone, one that was stopped goes on. With ``levels`` a run ends when it has reached all
-    of them.
+    of them. One whose loss is lost ends there, and the others go on.
 
     Raises:
         ValueError: the folder holds an arm of this name with another configuration, or a name cannot be a folder's.
@@ -149,7 +149,13 @@ def _train_one(
         return
     say(f"{name}, seed {seed}: training in {run.path}")
     resume = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
-    result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
+    try:
+        result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
+    except FloatingPointError as error:
+        step = (_curve(run.path) or [{"step": 0}])[-1]["step"]
+        run.append({"event": "diverged", "step": step, "text": str(error)})
+        say(f"{name}, seed {seed}: diverged, so it counts as one that never gets there: {error}")
+        return
     stopped_by = getattr(result, "stopped_by", None)
     say(f"{name}, seed {seed}: {_last(run)}")
     if stopped_by is not None:
@@ -158,7 +164,9 @@ def _train_one(
 
 
 def _is_whole(run: RunDir, config: Config, until: Callable[[Record], bool]) -> bool:
-    """Finished, and nothing more was asked for since."""
+    """Finished, and nothing more was asked for since; or diverged, as it would again."""
+    if any(run.records("diverged")):
+        return True
     finished = list(run.records("finished"))
     if not finished:
         return False

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         sys.exit(_run(command))
+    except BrokenPipeError:  # whoever reads us has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except EXPECTED_ERRORS as error:
         if os.environ.get("ISGD_TRACEBACK"):
             raise

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +41,27 @@ class Clock:
         return {f"share_{task}": self.spent[task] / total if total else 0.0 for task in tasks}
 
 
+def account(spent: Mapping[str, float], seconds: float) -> list[tuple[str, float, float]]:
+    """Where the ``seconds`` of a run went, the most first: task, seconds, share. What no task counted is the last."""
+    counted = [("planning and compiling" if task == "planning" else task, spent[task]) for task in spent]
+    counted = sorted(counted, key=lambda item: -item[1])
+    rest = max(0.0, seconds - sum(amount for _, amount in counted))
+    total = max(seconds, 1e-9)
+    return [(task, amount, amount / total) for task, amount in [*counted, ("starting, and the rest", rest)]]
+
+
 def middle_seconds(*runs: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of one call of each, compilation left out: medians, taken in turn so that a busy spell strikes all."""
+    """Seconds of one call of each, compilation left out: medians, taken in turn so that a busy spell strikes all.
+
+    Each is called once unseen before it is timed: a large call leaves the next one caches and memory to fill again.
+    """
     for run in runs:
         jax.block_until_ready(run())  # compiles
     return [float(x) for x in np.median([[_seconds(run) for run in runs] for _ in range(repeats)], axis=0)]
 
 
 def _seconds(run: Callable[[], Any]) -> float:
+    jax.block_until_ready(run())
     began = time.monotonic()
     jax.block_until_ready(run())
     return time.monotonic() - began

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from isgd_jax.clock import account
 from isgd_jax.rundir import Record
 
 
@@ -110,9 +111,9 @@ class RunConsole:
         table = Table(title=f"{record['event'].capitalize()} at step {record['step']}", title_justify="left", box=None)
         table.add_column("where the time went")
         table.add_column("seconds", justify="right")
-        table.add_column("share", justify="right")
-        for task, seconds in sorted(record["spent"].items(), key=lambda item: -item[1]):
-            table.add_row(task, f"{seconds:.1f}", _percent(seconds / max(record["seconds"], 1e-9)))
+        table.add_column("of all", justify="right")
+        for task, seconds, share in account(record["spent"], record["seconds"]):
+            table.add_row(task, f"{seconds:.1f}", _percent(share))
         table.add_section()
         for field, label in (("test_loss", "held-out loss"), ("test_error", "held-out error")):
             if field in self._last:

@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
@@ -48,9 +49,24 @@ STYLE: Any = {
 }
 
 
+class PlainLogLocator(LogLocator):
+    """Ticks at powers of ten; where few of them are in view at 1, 2 and 5 of each decade, or at more."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        for subs in SUBDIVISIONS:
+            self.set_params(subs=subs)
+            ticks = list(super().tick_values(vmin, vmax))
+            if sum(vmin <= tick <= vmax for tick in ticks) >= 3:
+                break
+        return ticks
+
+
+SUBDIVISIONS = ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, *range(2, 10)), tuple(np.arange(10, 100) / 10))
+
+
 def plain_log(axis: Axis) -> None:
-    """A logarithmic axis over a decade or two: 0.2, 0.5, 1, 2 in place of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """A logarithmic axis, which may be short: 0.2, 0.5, 1, 2 in place of powers of ten."""
+    axis.set_major_locator(PlainLogLocator())
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(NullLocator())

@@ -100,7 +100,8 @@ def by_name(name: str, num_classes: int, **options: Any) -> Model:
         ImportError, AttributeError: the reference leads nowhere.
     """
     if name not in _FACTORIES and ":" not in name:
-        raise ValueError(f"unknown model {name!r}: expected {', '.join(_FACTORIES)} or 'pkg.module:factory'")
+        meant = f": did you mean '{name.removesuffix('.py')}:factory'?" if name.endswith(".py") else ""
+        raise ValueError(f"unknown model {name!r}: expected {', '.join(_FACTORIES)} or 'pkg.module:factory'{meant}")
     factory = _FACTORIES.get(name) or from_reference(name)
     try:
         inspect.signature(factory).bind(num_classes, **options)

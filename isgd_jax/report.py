@@ -55,7 +55,7 @@ def all_figures(lines: Sequence[Record]) -> dict[str, Figure]:
 
 
 def others(lines: Sequence[Record]) -> list[str]:
-    """The numbers in lines of progress that no figure of their own shows, in the order they first appear."""
+    """The numbers that change and have no figure of their own, in the order in which they first appear."""
     names = dict.fromkeys(name for line in lines for name in line)
     return [
         name
@@ -63,8 +63,14 @@ def others(lines: Sequence[Record]) -> list[str]:
         if name not in SHOWN
         and not name.startswith("share_")
         and not name.endswith(("_low", "_high"))
-        and any(isinstance(line.get(name), (int, float)) and not isinstance(line[name], bool) for line in lines)
+        and len(_numbers(lines, name)) > 1
     ]
+
+
+def _numbers(lines: Sequence[Record], name: str) -> set[float]:
+    """The values of a field; empty if it is not a number."""
+    values = [line.get(name) for line in lines]
+    return {float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
 def norms_figure(norms: np.ndarray, *, what: str = "norm of the gradient of an example") -> Figure:
@@ -103,6 +109,7 @@ def _loss(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "train_loss", "training set", BLUE, "--")
     _line(axes, lines, "test_loss", "held out", ORANGE)
     axes.set(title="Loss", xlabel="updates", ylabel="loss (nats)", yscale="log")
+    figures.plain_log(axes.yaxis)
     _legend(axes)
     return figure
 
@@ -128,6 +135,7 @@ def _variance(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "sd_ideal", "ideal: the least for independent draws", GREEN, ":")
     _line(axes, lines, "sd_drawn", "drawn: whole batches, by the sampler in use", ORANGE, "-.")
     axes.set(title="Variance of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov")
+    figures.plain_log(axes.yaxis)
     _legend(axes)
     return figure
 

@@ -40,7 +40,10 @@ class RunDir:
         """
         path = Path(config.run_dir or _default_name(config))
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise FileExistsError(f"{path} is there already: resume it with --resume {path}, or name another --run-dir")
+            raise FileExistsError(
+                f"{path} is there already: resume it with --resume {path}, or name another --run-dir "
+                "(in Python: resume=True, run_dir)"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
@@ -50,7 +53,7 @@ class RunDir:
         return run
 
     def read_config(self) -> Config:
-        """The configuration the run was started with.
+        """The configuration the run was started with, or resumed with last.
 
         Raises:
             FileNotFoundError: this is not the folder of a run.
@@ -69,6 +72,15 @@ class RunDir:
         if config.replay is not None:
             raise ValueError(f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again")
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
+
+    def resume(self, config: Config) -> None:
+        """Go on with a configuration that may differ in what does not decide the parameters: it is the run's from now.
+
+        Raises:
+            ValueError: as `check_resumable`.
+        """
+        self.check_resumable(config)
+        self.write("config.json", _pretty(config.as_saved().to_dict()))
 
     def check_replayable(self, config: Config) -> None:
         """Refuse to replay the run with other settings than it was started with.

@@ -125,7 +125,7 @@ def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
     if not resume:
         return RunDir.create(config)
     run = RunDir(Path(str(config.run_dir)))
-    run.check_resumable(config)
+    run.resume(config)
     return run
 
 
@@ -199,7 +199,10 @@ class Trainer:
     def train(self, stop: Stop) -> Result:
         """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
         self.run.write_environment([str(device) for device in jax.devices()], self.work.fingerprint)
-        self.observe(self._plan())
+        if self.step < self.num_steps:
+            self.observe(self._plan())
+        else:
+            self._warn(f"nothing is left to do: {self.step:,} updates were made; --steps N asks for more")
         self._warn(*self.remarks)
         self._set_mark()
         if self.step == 0:
@@ -338,7 +341,7 @@ class Trainer:
     def _plan(self) -> Record:
         """What is about to be done, with the cost of scoring measured on this machine."""
         with self.clock.spending("planning"):
-            (updates,) = middle_seconds(self._rehearse, repeats=1)
+            (updates,) = middle_seconds(self._rehearse, repeats=3)
             refresh = self.laws.seconds_per_refresh(self.state)
         return {
             "event": "plan",

@@ -130,6 +130,13 @@ def test_presets_and_replays_begin_with_their_configuration(
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_who_reads_us_may_stop_reading() -> None:
+    command = f"{sys.executable} -c 'from isgd_jax.cli import main; main()' train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: isgd train")
+    assert done.stderr == ""
+
+
 def test_help_is_instant(tmp_path: Path) -> None:
     """It imports none of the heavy packages: that is what keeps it fast."""
     code = (

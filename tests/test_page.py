@@ -164,7 +164,9 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 def test_fields_that_came_later_are_shown(tmp_path: Path) -> None:
     """Bands, new numbers, texts and lists: a line of progress may hold more than this code knows."""
-    run = make_run(tmp_path / "run", bytes_sent=7.0, sd_stale_low=1.5, sd_stale_high=2.5, note="x", many=[1, 2])
+    more: dict[str, Any] = {"sd_stale_low": 1.5, "sd_stale_high": 2.5, "note": "x", "many": [1, 2], "constant": 1.0}
+    run = make_run(tmp_path / "run", bytes_sent=7.0, **more)
+    run.append(line(30, bytes_sent=9.0, **more))
     lines = list(run.records("progress"))
     assert report.others(lines) == ["bytes_sent"]
     page = Page(run_page([run]))

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from problems import small_config
 
-from isgd_jax import report
+from isgd_jax import figures, report
 from isgd_jax.rundir import Record, RunDir
 
 
@@ -27,6 +28,15 @@ def test_the_figures_are_pictures_of_the_lines(tmp_path: Path, age: float | None
         picture = matplotlib.image.imread(path)
         assert picture.shape[1] > 900
         assert picture.std() > 0.02
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.55, 1.3), (1.9, 2.6), (0.03, 1.0), (1e-6, 10.0)])
+def test_a_logarithmic_axis_can_be_read_however_short(low: float, high: float) -> None:
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    figures.plain_log(axes.yaxis)
+    labels = [text.get_text() for text in axes.get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert 3 <= len(set(labels)) <= 8
 
 
 def test_a_run_without_lines_yet_draws_empty_axes(tmp_path: Path) -> None:

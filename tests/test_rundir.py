@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from problems import small_config
 
 from isgd_jax.config import Config
 from isgd_jax.rundir import RunDir
@@ -30,6 +31,15 @@ def test_what_decides_the_parameters_may_not_change_on_resume(tmp_path: Path) ->
     run.check_resumable(Config(run_dir="elsewhere", steps=9999, log_every=7))
     with pytest.raises(ValueError, match=r"--learning-rate is 0.5 but the run was started with"):
         run.check_resumable(Config(learning_rate=0.5))
+
+
+def test_a_resumed_run_is_that_of_its_last_configuration(tmp_path: Path) -> None:
+    run = RunDir.create(small_config(tmp_path / "run", steps=40))
+    run.resume(small_config(tmp_path / "run", steps=70))
+    assert run.read_config().steps == 70
+    with pytest.raises(ValueError, match="--batch-size is 5 but the run was started with 10"):
+        run.resume(small_config(tmp_path / "run", batch_size=5))
+    assert run.read_config().steps == 70
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: st
     chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
+def test_a_run_goes_on_to_more_steps_and_then_has_nothing_left_to_do(tmp_path: Path) -> None:
+    for steps in (20, 30):
+        fit(small_config(tmp_path / "run", steps=steps), dataset=blobs(), resume=steps == 30)
+    told: list[Record] = []
+    again = fit(RunDir(tmp_path / "run").read_config(), dataset=blobs(), resume=True, observe=told.append)
+    assert again.step == 30
+    assert [record["text"] for record in told if record["event"] == "warning"] == [
+        "nothing is left to do: 30 updates were made; --steps N asks for more"
+    ]
+    assert not any(record["event"] == "plan" for record in told)
+
+
 def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
     whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
     for signum in (signal.SIGTERM, signal.SIGINT):

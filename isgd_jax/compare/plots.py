@@ -119,6 +119,7 @@ def _scale(axes: "Axes", field: str) -> None:
 
     if field.endswith("_loss"):
         axes.set_yscale("log")
+        figures.plain_log(axes.yaxis)
     elif field.endswith("_error"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)

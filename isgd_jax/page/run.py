@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isgd_jax import figures, report
+from isgd_jax.clock import account
 from isgd_jax.config import Config
 from isgd_jax.page import hardest
 from isgd_jax.page.html import NOTHING, duration, inline, number, percent, render, words
@@ -87,7 +88,7 @@ def _tiles(lines: Sequence[Record], records: Sequence[Record]) -> list[tuple[str
         ("training-set loss", number(last.get("train_loss"))),
         ("variance over uniform's, median", f"{sorted(ratios)[len(ratios) // 2]:.2f}" if ratios else None),
         ("updates a second", number(last.get("steps_per_second"))),
-        ("time spent scoring", percent(last.get("share_scoring"))),
+        ("scoring, of the time after start-up", percent(last.get("share_scoring"))),
     ]
     return [(name, value) for name, value in tiles if value not in (None, NOTHING)]
 
@@ -104,9 +105,8 @@ def _spent(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     ends = [record for record in records if isinstance(record.get("spent"), dict)]
     if not ends:
         return []
-    spent, total = ends[-1]["spent"], max(ends[-1].get("seconds") or 0.0, 1e-9)
-    ordered = sorted(spent.items(), key=lambda item: -item[1])
-    return [(task, duration(seconds), percent(seconds / total)) for task, seconds in ordered]
+    rows = account(ends[-1]["spent"], ends[-1].get("seconds") or 0.0)
+    return [(task, duration(seconds), percent(share)) for task, seconds, share in rows]
 
 
 def _configuration(config: Config) -> list[tuple[str, str, bool]]:

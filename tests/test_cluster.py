@@ -97,8 +97,8 @@ def pids() -> list[int]:
     return found
 
 
-def wait_until(holds: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(holds: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)

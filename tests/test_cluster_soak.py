@@ -22,7 +22,12 @@ from isgd_jax.train import fit
 ray = pytest.importorskip("ray")
 cluster = pytest.importorskip("isgd_jax.engines.cluster")
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:os.fork"),  # Ray starts nodes by forking this process, which holds jax
+]
 MINUTES, EVERY, NUM_BLOBS, PATIENCE = 3.0, 20.0, 60_000, 300.0
 QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
@@ -158,7 +163,7 @@ def test_a_trainer_killed_while_its_actors_live_is_resumed(tmp_path: Path) -> No
         def scored() -> int:
             return sum(record["scored"] for record in run.records("refresh") if record["step"] > resumed)
 
-        wait_until(lambda: scored() > 2000)
+        wait_until(lambda: scored() > 2000, seconds=PATIENCE)
         process.send_signal(signal.SIGTERM)
         code, out, err = finished(process)
         assert (code, err) == (128 + signal.SIGTERM, ""), out

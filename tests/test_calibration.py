@@ -85,6 +85,7 @@ def test_predictions_have_a_floor() -> None:
     assert float(jnp.min(predicted)) > 0.019 * root_mean_square
 
 
+@pytest.mark.slow
 def test_the_fit_forgets() -> None:
     fit = calibration.observe(calibration.create(), jnp.ones(4), jnp.zeros(4, jnp.int32), jnp.ones(4), jnp.ones(4))
     later = fit

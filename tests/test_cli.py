@@ -77,7 +77,7 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(tmp_path: Path) -> None:
     """Writing is refused past a size, as by a quota: the run ends with a sentence, and goes on when there is room."""
-    large = ["--hidden", "512"]  # a checkpoint of it is larger than the limit, a figure is not
+    large = ["--hidden", "2048"]  # a checkpoint of it is larger than the limit, a figure is not
     assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, *large, cwd=tmp_path))[0] == 0
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
     code = f"{limit}from isgd_jax.cli import main; main()"
@@ -198,6 +198,7 @@ def test_an_existing_run_is_left_alone(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--model pkg.module:factory and --loss pkg.module:fn, found in the current folder."""
     (tmp_path / "mine.py").write_text(

@@ -55,6 +55,7 @@ def test_many_shards_keep_the_order(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("many/isgd_digits/1.0.0/*train*"))) == 4
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported(tmp_path):
     program = f"""
 import sys, isgd_jax.data as data
@@ -206,6 +207,7 @@ def test_a_file_in_place_of_the_data_dir_is_told(tmp_path):
         data.load("digits", data_dir=tmp_path / "taken" / "below")
 
 
+@pytest.mark.slow
 def test_a_preparation_killed_half_way_is_not_read_as_whole(tmp_path):
     program = f"""
 import os
@@ -226,6 +228,7 @@ data.load("digits", data_dir={str(tmp_path)!r})
     assert len(data.load("digits", data_dir=tmp_path)) == 1437
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_at_once(tmp_path):
     program = f"""
 import sys
@@ -281,6 +284,7 @@ def test_a_prepared_set_of_another_size_is_told(tmp_path):
         load_recipe(dataclasses.replace(DIGITS, counts={"train": 9, "test": 360}), data_dir=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"Debian's package dataset-fashion-mnist is not installed in {DEBIAN}")
 def test_fashion_mnist_from_debians_files(tmp_path):
     made = data.load("fashion_mnist", data_dir=tmp_path)

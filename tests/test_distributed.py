@@ -105,6 +105,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
         AllDevices(12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["relaxed"])
 def test_parts_of_one_process_make_the_same_run(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the network: a batch cut over 8 devices gives the losses of a batch on one, in every mode."""

@@ -62,6 +62,7 @@ def test_draws_from_candidates_are_unbiased(promise: float) -> None:
     assert np.all(np.abs(mean_of(choose, samplers.prepare(jnp.ones(N) / N), at, NORMS)) < 4.5)
 
 
+@pytest.mark.slow
 def test_candidates_are_scored_only_while_they_promise_enough() -> None:
     choose = candidates.make_choose(
         samplers.uniform, lambda params, batch: batch, num_draws=DRAWS, candidates=4, mixture=0.1, is_gated=True
@@ -73,6 +74,7 @@ def test_candidates_are_scored_only_while_they_promise_enough() -> None:
     assert float(jnp.std(choose(jax.random.key(0), law, eager, NORMS).draw.probs)) > 0
 
 
+@pytest.mark.slow
 def test_the_halves_of_a_watched_step_are_drawn_apart() -> None:
     """Stratified halves: 2 and 3 strata, so that the first two draws alone cover the whole line."""
     choose = draws.make_choose(samplers.stratified, num_draws=DRAWS, is_watched=True, is_apart=False, is_gated=False)

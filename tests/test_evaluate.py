@@ -23,6 +23,7 @@ def exact(scores: jax.Array) -> variance.Moments:
     return variance.trace_covariance(variance.moments(norms, scores), mean_sq)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", ["uniform", "norms", "wrong"])
 def test_the_probe_is_unbiased_whatever_the_law(scores: str, key: jax.Array) -> None:
     params, data = linear_problem(NUM_EXAMPLES)

@@ -194,6 +194,7 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     assert found["full_sd_stale"] == pytest.approx(found["full_sd_ideal"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_experiment_can_be_imported() -> None:
     folder = Path(paper.__file__).parent
     scripts = [path for path in sorted(folder.rglob("*.py")) if path.name != "norms_torch.py"]

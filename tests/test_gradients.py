@@ -45,18 +45,21 @@ def test_linear_model_has_the_norms_of_the_closed_form(key):
     np.testing.assert_allclose(isgd.norms(isgd.per_example_grads(linear_loss)(params, batch)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
 def test_dense_layers_agree_with_the_definition(key, shape):
     grads = check(mlp_loss, mlp(key, [12, 16, 16, 5]), images(key, *shape))
     assert all(isinstance(layer["w"], Factored) for layer in grads)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_loss_function(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
     losses, _ = isgd.per_example_value_and_grad(mlp_loss)(params, batch)
     np.testing.assert_allclose(losses, jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_of_one_give_the_gradient_of_the_mean_loss(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
 
@@ -80,12 +83,14 @@ def test_the_tree_has_the_structure_of_the_parameters_and_passes_through_jit_and
     assert isinstance(seen[0][1]["w"], optax.MaskedNode)
 
 
+@pytest.mark.slow
 def test_no_gradient_is_formed_for_the_norms_of_a_dense_net(key):
     params, batch = mlp(key, [64, 256, 256, 10]), images(key, 4, 64)
     jaxpr = jax.make_jaxpr(lambda p, x: isgd.norms(isgd.per_example_grads(mlp_loss)(p, x)))(params, batch)
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) <= 256 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
 def test_norms_and_mean_together_are_those_of_the_definition(key, shape):
     params, batch = mlp(key, [12, 16, 5]), images(key, *shape)
@@ -117,6 +122,7 @@ def test_a_loss_that_is_not_a_scalar_is_refused_with_advice(key):
         isgd.per_example_grads(lambda params, example: example["x"] * params)(jnp.float32(1), images(key, 4, 12))
 
 
+@pytest.mark.slow
 def test_a_loss_written_for_a_batch_is_adapted(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
 

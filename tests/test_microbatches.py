@@ -9,6 +9,7 @@ from test_gradients import images, mlp, mlp_loss
 from isgd_jax import scorers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_scores_are_the_same_for_any_size(key, size):
     params, batch = mlp(key, [12, 16, 5]), images(key, 7, 4, 12)
@@ -17,6 +18,7 @@ def test_scores_are_the_same_for_any_size(key, size):
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_automatic_size_stays_within_the_memory_of_an_ordinary_gradient(key):
     def loss_fn(w, x):  # 400 x 400 products of masked weights cannot stay in factors
         return jnp.sum(jnp.sin(x @ jnp.where(w > 0, w, 0)))

@@ -21,6 +21,7 @@ def scored(scores: np.ndarray, versions: np.ndarray) -> table.ScoreTable:
     return table.ScoreTable(jnp.asarray(scores, jnp.float32), jnp.asarray(versions, jnp.int32), jnp.zeros(N))
 
 
+@pytest.mark.slow
 def test_spread_is_learnt_by_score_and_age() -> None:
     found = calibration.spread(taught(), jnp.asarray([1.0, 1.0, 16.0, 16.0]), jnp.asarray([1, 100, 1, 100]))
     expected = 1 - np.exp(-0.5 * 1.5**2)  # of a log-normal: 1 - E/sqrt(E of the square)

@@ -75,6 +75,7 @@ def test_uniform_strata_are_equal_parts_of_the_line(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(places.max(axis=0), [2, 5, 7])
 
 
+@pytest.mark.slow
 def test_inclusion_probabilities_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
     # kappa = 5: two of the four draws are certain, and the rest shares the other two.
     masses = np.array([0.5, 0.3, 0.08, 0.06, 0.04, 0.02], np.float32)

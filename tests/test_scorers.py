@@ -61,6 +61,7 @@ def test_normalisation_layers_are_known_by_name(name):
     assert not scorers.normalisation(("params", "Dense_0", "kernel"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12,), (3, 12)], ids=["one row", "rows"])
 def test_preconditioned_norm_is_the_norm_of_the_scaled_gradient(key, shape):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, *shape)

@@ -18,6 +18,7 @@ def test_scores_are_those_of_the_wrapped_scorer_for_any_batch_size(key, size):
     np.testing.assert_allclose(isgd.sharded(score)(params, batch), jax.jit(score)(params, batch), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_definition_and_not_summed_over_devices(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 16, 12)
     expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
@@ -63,6 +64,7 @@ def test_batches_of_numpy_arrays_and_keys(key):
     np.testing.assert_allclose(isgd.sharded(noisy)(jnp.float32(2), batch), noisy(jnp.float32(2), batch), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_device_is_enough(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 5, 12)
     one = isgd.sharded(score, devices=jax.devices()[:1])

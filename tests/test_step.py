@@ -44,6 +44,7 @@ def test_it_traces_once(key: jax.Array) -> None:
     assert int(state.step) == 4
 
 
+@pytest.mark.slow
 def test_one_backward_pass_gives_update_and_fresh_scores(key: jax.Array) -> None:
     state, data, update = make()
     params = copied(state).params

@@ -9,8 +9,8 @@ Commands: python experiments/ablations.py                           (Fashion-MNI
           python experiments/ablations.py --groups sampler order    (a part of it)
 It goes on where it was stopped. Time: two hours on one core.
 
-Results (JAX 0.10.2, three seeds, shared cores: seconds were too noisy to tell). Updates to train loss 0.05 over those of
-uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and 0.27 wherever it appears:
+Results (JAX 0.10.2, three seeds, shared cores: seconds were too noisy to tell). Updates to train loss 0.05 over those
+of uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and 0.27 wherever it appears:
 
     sampler              updates            ratio      proposal         updates            ratio
     independent          0.42 [0.29, 0.61]  0.38       calibrated       0.35 [0.27, 0.45]  0.27
@@ -36,8 +36,8 @@ uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and 0.
     adamw                0.42 [0.30, 0.59]  0.38       0.5              0.55 [0.31, 0.96]  0.51
                                                        0.9              0.43 [0.23, 0.82]  0.34
 
-Calibrated scores matter most, then how old scores are. Poisson's batches hold 31 draws in the room of 64, so an update of
-it is half an update. With a small constant in place of a mixture weights have no bound, and runs diverge.
+Calibrated scores matter most, then how old scores are. Poisson's batches hold 31 draws in the room of 64, so an update
+of it is half an update. With a small constant in place of a mixture weights have no bound, and runs diverge.
 """
 
 import argparse

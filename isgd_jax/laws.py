@@ -261,15 +261,17 @@ class ScoredLaws:
         return self._config.refresh_every - step % self._config.refresh_every
 
     def seconds_per_refresh(self, state: TrainState) -> float:
-        """Of scoring, of sketching what is scored, and of making the law."""
+        """Of scoring, of recording and sketching what is scored, and of making the law."""
         size, rows = len(self._labels), self._engine.chunk_size
-        (law,) = middle_seconds(lambda: self._frozen(state.table, state.watch, 0, 0.0, None), repeats=3)
-        seconds = self._engine.seconds_per_collect(self._published(state.params, 0)) + law
-        if self._sketch is None:
-            return seconds
-        of_rows, ids = self._sketch.of_rows, np.minimum(np.arange(rows), size - 1)
-        (chunk,) = middle_seconds(lambda: of_rows(state.params, ids), repeats=3)
-        return seconds + chunk * self._config.share_scored(size) * size / rows
+        one = ScoredChunk(np.arange(min(rows, size), dtype=np.int32), np.ones(min(rows, size), np.float32), 0)
+        recording, sketching, making = middle_seconds(
+            lambda: self._recorded(state.table, [one], 0.0)[0],
+            lambda: self._sketched(state.params, [one]),
+            lambda: self._frozen(state.table, state.watch, 0, 0.0, None),
+            repeats=3,
+        )
+        collecting = self._engine.seconds_per_collect(self._published(state.params, 0))
+        return collecting + (recording + sketching) * self._config.share_scored(size) * size / rows + making
 
     def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
         """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""

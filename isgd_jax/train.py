@@ -1,6 +1,5 @@
 """The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
 
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from isgd_jax.engines.choose import MakeJobs
 from isgd_jax.engines.pool import Pool
 from isgd_jax.engines.rates import Rates
 from isgd_jax.feed import Feed
-from isgd_jax.jobs import held_out_jobs, worker_jobs
+from isgd_jax.jobs import held_out_jobs, jobs_elsewhere
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.progress import Measure, Measures
 from isgd_jax.rundir import Record, RunDir, Unwritten
@@ -77,7 +76,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
-    make_jobs = functools.partial(worker_jobs, config, dataset, model, loss)
+    make_jobs = jobs_elsewhere(config, dataset, model, loss)
     if config.tensorboard:
         require_tensorboard()
     if resume and not config.distributed:

@@ -59,7 +59,6 @@ the period is all that is left.
 """
 
 import argparse
-import functools
 import heapq
 import itertools
 import math
@@ -83,7 +82,7 @@ from isgd_jax.config import Config
 from isgd_jax.engines.choose import make_engine
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.desk import Desk, Segment
-from isgd_jax.jobs import worker_jobs
+from isgd_jax.jobs import jobs_elsewhere
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 from isgd_jax.typing import TRAIN, Engine, EngineStats, Params, ScoredChunk
@@ -210,7 +209,7 @@ class Bench:
         )
         self.data, self.key, self.clock = jax.device_put(dict(self.work.train)), jax.random.key(1), Clock()
         self.step = 0
-        jobs = functools.partial(worker_jobs, config, None, None, None)
+        jobs = jobs_elsewhere(config, None, None, None)
         self.engine, remarks = make_engine(
             config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_jobs=jobs
         )

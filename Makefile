@@ -43,15 +43,16 @@ docs: $(VENV)/.dev
 
 BENCHMARKS := estimators watching rescoring balanced ranks sampling norms
 
-# Both go on where they were stopped; what they made stays in runs/.
+# Both go on where they were stopped, but for the benchmarks; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev
-	[ -f runs/readme/variance.png ] || $(BIN)/isgd train --run-dir runs/readme
+	if [ -f runs/readme/config.json ]; then $(BIN)/isgd train --resume runs/readme; else $(BIN)/isgd train --run-dir runs/readme; fi
 	cp runs/readme/variance.png experiments/figures/
 	$(BIN)/python experiments/paper.py --settings 1 --seeds 3 --copy-to experiments/figures
 	$(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3
 
 experiments: experiments-quick $(VENV)/.flights
-	$(BIN)/python experiments/paper.py
+	$(BIN)/python experiments/paper.py --settings 1 --copy-to experiments/figures
+	$(BIN)/python experiments/paper.py --settings 2
 	$(BIN)/python experiments/paper.py --dataset digits --scale small
 	$(BIN)/python experiments/honest.py race --dataset fashion_mnist
 	$(BIN)/python experiments/honest.py tables --dataset digits

@@ -16,7 +16,7 @@ of uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and
     independent          0.42 [0.29, 0.61]  0.38       calibrated       0.35 [0.27, 0.45]  0.27
     stratified           0.35 [0.28, 0.44]  0.27       as scored        0.57 [0.39, 0.83]  0.33
     systematic           0.34 [0.28, 0.41]  0.27       power 0.5        0.37 [0.31, 0.43]  0.34
-    without_replacement  0.34 [0.28, 0.41]  0.27       additive 0.1     never: lost at once
+    without_replacement  0.34 [0.28, 0.41]  0.27       additive 0.1     never, see below
     poisson              0.95 [0.66, 1.36]  0.44       additive 1       0.65 [0.53, 0.80]  0.31
                                                        additive 10      0.66 [0.41, 1.05]  0.49
     order                                              mixture

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,13 +59,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         sys.exit(_run(command))
-    except BrokenPipeError:  # whoever reads us has enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except EXPECTED_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)
         if os.environ.get("ISGD_TRACEBACK"):
             raise
         sys.exit(f"isgd: {_one_sentence(error)}")
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output is gone, as `head` is early; then what is still to be written goes nowhere."""
+    ready = select.poll()
+    ready.register(1, 0)
+    is_gone = any(event & select.POLLERR for _, event in ready.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_gone
 
 
 def _run(command: Command) -> int:

@@ -28,12 +28,13 @@ def jobs_elsewhere(
     config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
 ) -> Callable[[], tuple[Mapping[str, Job], str]]:
     """`worker_jobs`, to be called in another process: folders are named from the root, as it works in another one."""
-    config = dataclasses.replace(config, data_dir=_absolute(config.data_dir), raw_dir=_absolute(config.raw_dir))
+    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR")
+    config = dataclasses.replace(config, data_dir=_absolute(data_dir), raw_dir=_absolute(config.raw_dir))
     return functools.partial(worker_jobs, config, dataset, model, loss)
 
 
 def _absolute(folder: str | None) -> str | None:
-    return folder if folder is None or "://" in folder else os.path.abspath(folder)
+    return os.path.abspath(os.path.expanduser(folder)) if folder else None
 
 
 def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:

@@ -264,14 +264,17 @@ class ScoredLaws:
         """Of scoring, of recording and sketching what is scored, and of making the law."""
         size, rows = len(self._labels), self._engine.chunk_size
         one = ScoredChunk(np.arange(min(rows, size), dtype=np.int32), np.ones(min(rows, size), np.float32), 0)
-        recording, sketching, making = middle_seconds(
-            lambda: self._recorded(state.table, [one], 0.0)[0],
-            lambda: self._sketched(state.params, [one]),
-            lambda: self._frozen(state.table, state.watch, 0, 0.0, None),
-            repeats=3,
+        # What is done once a refresh and what is done for each chunk: the difference is a chunk's.
+        once, with_a_chunk = middle_seconds(
+            lambda: self._made_of(state, []), lambda: self._made_of(state, [one]), repeats=3
         )
         collecting = self._engine.seconds_per_collect(self._published(state.params, 0))
-        return collecting + (recording + sketching) * self._config.share_scored(size) * size / rows + making
+        return collecting + once + max(0.0, with_a_chunk - once) * self._config.share_scored(size) * size / rows
+
+    def _made_of(self, state: TrainState, chunks: list[ScoredChunk]) -> Frozen:
+        """The law that these chunks would make, for a rehearsal."""
+        scores = self._recorded(state.table, chunks, 0.0)[0]
+        return self._frozen(scores, state.watch, 0, 0.0, self._sketched(state.params, chunks))[0]
 
     def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
         """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""

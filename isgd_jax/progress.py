@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ class Measures:
             measured |= {
                 f"probe_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()
             }
-        return measured | _ages(at, state) | self._measure(state, law_source.proposal)
+        more = self._measure(state, law_source.proposal)
+        return measured | _ages(at, state) | {name: _plain(value) for name, value in more.items()}
 
     def _by_workers(self, at: int, law_source: laws.Laws) -> Record:
         """Loss and error on the segments that workers walk through, with the mean age of these measurements."""
@@ -93,6 +95,11 @@ def _ages(at: int, state: step.TrainState) -> Record:
     ages = at - versions[versions != table.NEVER]
     mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
     return {"age_mean": mean, "age_p95": late}
+
+
+def _plain(value: Any) -> Any:
+    """What a user measured, as JSON has it."""
+    return _finite(value) if isinstance(value, (float, np.floating)) else value
 
 
 def _finite(number: Array | np.generic | float) -> float | None:

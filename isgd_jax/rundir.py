@@ -42,12 +42,12 @@ class RunDir:
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise FileExistsError(
                 f"{path} is there already: resume it with --resume {path}, or name another --run-dir "
-                "(in Python: resume=True, run_dir)"
+                "(in Python: fit(config, resume=True), or another run_dir)"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            run.write("config.json", _pretty(config.as_saved().to_dict()))
+            run.write_config(config)
         except PermissionError as error:
             raise PermissionError(f"cannot write to {path}: choose a --run-dir where you may write") from error
         return run
@@ -75,13 +75,8 @@ class RunDir:
             raise ValueError(f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again")
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
 
-    def resume(self, config: Config) -> None:
-        """Go on with a configuration that may differ in what does not decide the parameters: it is the run's from now.
-
-        Raises:
-            ValueError: as `check_resumable`.
-        """
-        self.check_resumable(config)
+    def write_config(self, config: Config) -> None:
+        """The configuration that the run has from now on; of a resumed one it may differ in what decides nothing."""
         self.write("config.json", _pretty(config.as_saved().to_dict()))
 
     def check_replayable(self, config: Config) -> None:

@@ -101,6 +101,7 @@ def fit(
         try:
             if resume:
                 trainer.resume()
+                run.write_config(config)
             with stop_on_signals() as stop:
                 return trainer.train(stop)
         finally:
@@ -124,7 +125,7 @@ def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
     if not resume:
         return RunDir.create(config)
     run = RunDir(Path(str(config.run_dir)))
-    run.resume(config)
+    run.check_resumable(config)
     return run
 
 
@@ -201,7 +202,8 @@ class Trainer:
         if self.step < self.num_steps:
             self.observe(self._plan())
         else:
-            self._warn(f"nothing is left to do: {self.step:,} updates were made; --steps N asks for more")
+            flag = "--steps" if self.config.epochs is None else "--epochs"
+            self._warn(f"nothing is left to do: {self.step:,} updates were made; {flag} N asks for more")
         self._warn(*self.remarks)
         self._set_mark()
         if self.step == 0:
@@ -211,9 +213,7 @@ class Trainer:
         self._warn(*self.engine.notices())
         self._save()
         self.checkpoints.wait()
-        self._record(
-            "stopped" if self.asked >= 1 else "finished", spent=dict(self.clock.spent), num_steps=self.num_steps
-        )
+        self._record("stopped" if self.asked >= 1 else "finished", spent=self._spent(), num_steps=self.num_steps)
         if self.place.writes:
             report.draw(self.run)
             self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
@@ -266,11 +266,10 @@ class Trainer:
 
     def _log(self) -> None:
         """Measure, and write one line of progress."""
-        step_before, clock_before, spent_before = self.mark
+        step_before, clock_before, _ = self.mark
         stepped = self._drain()
         elapsed = self.clock() - clock_before
-        elsewhere = sum(self.clock.spent.values()) - sum(spent_before.values())
-        self.clock.spent["updating"] += elapsed - elsewhere
+        self.clock.spent.update(self._spent())
         with self.clock.spending("measuring"):
             measured = self.measures.at(self.step, self.state, self.laws, self.train_data)
         rate = (self.step - step_before) / elapsed if self.step > step_before else None
@@ -280,6 +279,14 @@ class Trainer:
         record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
         self.reached = self.until(record)
         self._set_mark()
+
+    def _spent(self) -> dict[str, float]:
+        """What time was spent on; all since the last line of progress that nothing else has claimed was updating."""
+        _, clock_before, spent_before = self.mark
+        elsewhere = sum(self.clock.spent.values()) - sum(spent_before.values())
+        return dict(self.clock.spent) | {
+            "updating": self.clock.spent["updating"] + self.clock() - clock_before - elsewhere
+        }
 
     def _set_mark(self) -> None:
         self.mark = (self.step, self.clock(), dict(self.clock.spent))
@@ -314,13 +321,14 @@ class Trainer:
         self._note_switches(infos)
         if not all(np.isfinite(info.loss) for info in infos):
             self._drain()  # says at which step the loss was lost, and saves nothing
+        spent = self._spent()
         with self.clock.spending("saving"):
-            self._write_checkpoint()
+            self._write_checkpoint(spent)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, spent: dict[str, float]) -> None:
         notes: Record = {"engine": self.engine.state(), "laws": self.laws.notes, "reading": self.reading}
         notes |= {"feed": None if self.feed is None else self.feed.notes}
-        notes |= {"seconds": self.clock(), "spent": dict(self.clock.spent)}
+        notes |= {"seconds": self.clock(), "spent": spent}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
 
     def _warn_of_rejected(self, count: int) -> None:
@@ -340,7 +348,7 @@ class Trainer:
     def _plan(self) -> Record:
         """What is about to be done, with the cost of scoring measured on this machine."""
         with self.clock.spending("planning"):
-            (updates,) = middle_seconds(self._rehearse, repeats=3)
+            (updates,) = middle_seconds(self._rehearse, repeats=1)
             refresh = self.laws.seconds_per_refresh(self.state)
         return {
             "event": "plan",

@@ -13,6 +13,7 @@ from problems import blobs, small_config
 
 from isgd_jax import compare, figures
 from isgd_jax.compare.plots import figure
+from isgd_jax.compare.study import _is_whole
 from isgd_jax.config import Config
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
@@ -228,6 +229,15 @@ def test_a_run_that_diverges_counts_as_one_that_never_gets_there(tmp_path: Path)
     assert any(text.startswith("lost, seed 0: diverged") and "nan at step 17" in text for text in said)
     compare.train(both, seeds=1, folder=tmp_path, levels=[level])
     assert len(calls) == 2
+
+
+def test_an_extension_that_was_broken_off_is_gone_on_with(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", epochs=3)
+    run = RunDir.create(config)
+    run.append({"event": "finished", "step": 18, "num_steps": 18})
+    assert _is_whole(run, config, lambda record: False)
+    run.append({"event": "resumed", "step": 18})
+    assert not _is_whole(run, config, lambda record: False)
 
 
 def test_a_signal_ends_the_study(tmp_path: Path) -> None:

@@ -9,11 +9,18 @@ from isgd_jax.jobs import jobs_elsewhere, worker_jobs
 
 
 def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders beside the trainer are named from the root; an address of a bucket stays as it is."""
+    """Folders beside the trainer, at home, and named by the environment are those of the trainer."""
     monkeypatch.chdir(tmp_path)
-    made = jobs_elsewhere(small_config("run", data_dir="data", raw_dir="gs://bucket/raw"), None, None, None)
-    assert made.func is worker_jobs
-    assert (made.args[0].data_dir, made.args[0].raw_dir) == (str(tmp_path / "data"), "gs://bucket/raw")
+    monkeypatch.setenv("TFDS_DATA_DIR", "prepared")
+
+    def folders(**named: str) -> tuple[str | None, str | None]:
+        made = jobs_elsewhere(small_config("run", **named), None, None, None)
+        assert made.func is worker_jobs
+        return made.args[0].data_dir, made.args[0].raw_dir
+
+    assert folders(data_dir="data") == (str(tmp_path / "data"), None)
+    assert folders(data_dir="~/data", raw_dir="raw") == (str(Path.home() / "data"), str(tmp_path / "raw"))
+    assert folders() == (str(tmp_path / "prepared"), None)
 
 
 def test_a_data_set_of_ones_own_is_sent_along() -> None:

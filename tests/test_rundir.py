@@ -41,10 +41,8 @@ def test_what_decides_the_parameters_may_not_change_on_resume(tmp_path: Path) ->
 
 def test_a_resumed_run_is_that_of_its_last_configuration(tmp_path: Path) -> None:
     run = RunDir.create(small_config(tmp_path / "run", steps=40))
-    run.resume(small_config(tmp_path / "run", steps=70))
-    assert run.read_config().steps == 70
-    with pytest.raises(ValueError, match="--batch-size is 5 but the run was started with 10"):
-        run.resume(small_config(tmp_path / "run", batch_size=5))
+    run.check_resumable(small_config(tmp_path / "run", steps=70))
+    run.write_config(small_config(tmp_path / "run", steps=70))
     assert run.read_config().steps == 70
 
 

@@ -61,9 +61,16 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize(("mode", "more"), [("uniform", set()), ("exact", {"scores.png"})])
-def test_a_run_ends_with_its_figures(tmp_path: Path, mode: str, more: set[str]) -> None:
-    run = fit(small_config(tmp_path / "run", mode=mode), dataset=blobs())
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"mode": "uniform"}, set()),
+        ({"mode": "relaxed"}, {"scores.png"}),
+        ({"mode": "presample", "scorer": "loss"}, set()),
+    ],
+)
+def test_a_run_ends_with_its_figures(tmp_path: Path, changes: dict[str, Any], more: set[str]) -> None:
+    run = fit(small_config(tmp_path / "run", **changes), dataset=blobs())
     assert {path.name for path in run.run_dir.glob("*.png")} == {"loss.png", "error.png", "variance.png"} | more
 
 

@@ -68,7 +68,8 @@ def train(
     """Train what is missing, seed by seed, and read everything.
 
     A run that is whole is left alone, one that was stopped goes on. With ``levels`` a run ends when it has reached all
-    of them. One whose loss is lost ends there, and the others go on.
+    of them. One whose loss becomes infinite or NaN ends there, and the others
+    go on.
 
     Raises:
         ValueError: the folder holds an arm of this name with another configuration, or a name cannot be a folder's.
@@ -165,16 +166,15 @@ def _train_one(
 
 def _is_whole(run: RunDir, config: Config, until: Callable[[Record], bool]) -> bool:
     """Finished, and nothing more was asked for since; or diverged, as it would again."""
-    if any(run.records("diverged")):
-        return True
-    finished = list(run.records("finished"))
-    if not finished:
+    turns = [record for record in run.records() if record["event"] in ("resumed", "stopped", "finished", "diverged")]
+    if not turns or turns[-1]["event"] not in ("finished", "diverged"):
         return False
-    if any(until(line) for line in _curve(run.path)[-1:]):
+    last = turns[-1]
+    if last["event"] == "diverged" or any(until(line) for line in _curve(run.path)[-1:]):
         return True
     if config.epochs is None:
-        return finished[-1]["step"] >= config.steps
-    return finished[-1]["step"] == finished[-1].get("num_steps") and config.epochs == run.read_config().epochs
+        return last["step"] >= config.steps
+    return last["step"] == last.get("num_steps") and config.epochs == run.read_config().epochs
 
 
 def _fit() -> Fit:

@@ -187,7 +187,8 @@ class Pool:
             if not self._workers:
                 raise WorkersGone(f"all workers are gone and {missing}: resume with other workers, or --engine inline")
             if time.monotonic() - self._last_result > self._patience:
-                raise WorkersGone(f"no worker has sent anything for {self._patience:g} s and {missing}")
+                why = "".join(f"; worker {name} failed ({errors[-1]})" for name, errors in self._failing.items())
+                raise WorkersGone(f"no worker has sent anything for {self._patience:g} s and {missing}{why}")
             self._changed.wait(timeout=POLL)
 
     def _serve(self, worker: Worker) -> None:

@@ -7,7 +7,7 @@ checkpoints with a train loss below 0.3: exact, of one draw from the law in use,
 
 Commands: python experiments/ablations.py                           (Fashion-MNIST, 9,500 examples, three seeds)
           python experiments/ablations.py --groups sampler order    (a part of it)
-It goes on where it was stopped. Time: two hours on one core.
+It goes on where it was stopped. Time: an hour on one core, and two more for the group `model`.
 
 Results (JAX 0.10.2, three seeds, shared cores: seconds were too noisy to tell). Updates to train loss 0.05 over those
 of uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and 0.27 wherever it appears:
@@ -40,6 +40,9 @@ of uniform draws [95 %], and STALE/UNIFORM; the default is 0.35 [0.28, 0.44] and
     100                  0.57 [0.39, 0.83]  0.33
     1,000                1.64 [1.37, inf]   1.35
     5,000                1.08 [1.00, 1.17]  1.02
+
+The models were run with one seed (seven minutes a run on one core): the CNN came to 0.05 after 650 updates, with
+uniform draws after 1,500; the small transformer after 3,850, with uniform draws it had 0.09 after all 6,000.
 
 Calibrated scores matter most where scores are old: 1,000 updates old as they are, they do harm (1.64), calibrated they
 still help (0.57); fresh ones need no calibration. Poisson's batches hold 31 draws in the room of 64, so an update

@@ -216,7 +216,7 @@ def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     mine = ["--model", "mine:factory", "--loss", "mine:squared", "--run-dir", "run", "--data-dir", "data"]
     with pytest.raises(SystemExit) as exit_info:
-        main(["train", *mine, *SMALL])
+        main(["train", *mine, *PLAIN])
     assert exit_info.value.code == 0
 
 

@@ -105,8 +105,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
         AllDevices(12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["relaxed"])
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["uniform", "exact", "relaxed"])
 def test_parts_of_one_process_make_the_same_run(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the network: a batch cut over 8 devices gives the losses of a batch on one, in every mode."""
     changes: dict[str, Any] = {"mode": mode, "batch_size": 16, "steps": 10, "log_every": 10}

@@ -31,9 +31,9 @@ losses, are faster still; neither presampling nor larger batches pay:
     ours       0.03  2.99 [2.68, 3.58]       0.74 [0.67, 0.83]      0.67 [0.65, 0.69]  0.57 [0.55, 0.58]
     ours-free  0.03  2.73 [2.45, 2.89]       0.66 [0.59, 0.75]      0.59 [0.57, 0.60]  0.59 [0.57, 0.60]
 
-On both cores (three seeds, `make experiments-quick` before it asked for one): the same passes, but seconds over uniform's
-ours 0.85 [0.58, 1.24], ours-free 0.83 [0.60, 1.13], ranks 0.61 [0.43, 0.86], prune 0.71 [0.60, 0.85]: plain steps make
-more of a second core.
+On both cores (three seeds, as `make experiments-quick` ran before it asked for one): the same passes, but seconds over
+uniform's ours 0.85 [0.58, 1.24], ours-free 0.83 [0.60, 1.13], ranks 0.61 [0.43, 0.86], prune 0.71 [0.60, 0.85]: plain
+steps make more of a second core.
 
 Results of the tables at equal passes, Fashion-MNIST (7,200 examples, MLP 784-128x2-10, batches of 64, 15 epochs), less
 uniform's test error and over its train loss. Selection learns the training set faster and pays for it on the test set,

@@ -28,7 +28,7 @@ MODES = [
     {"mode": "exact"},
     pytest.param({"mode": "exact", "sampler": "independent"}, marks=pytest.mark.soak),
     {"mode": "relaxed", "refresh_share": 0.3},
-    {"mode": "exact", "sampler": "poisson", "batch_size": 40},
+    pytest.param({"mode": "exact", "sampler": "poisson", "batch_size": 40}, marks=pytest.mark.soak),
     {"mode": "presample", "scorer": "loss"},
 ]
 

@@ -36,6 +36,7 @@ def nnx_loss():
     return isgd.from_batch_loss(batch_loss), params
 
 
+@pytest.mark.slow
 def test_nnx_with_a_loss_written_for_a_batch(key):
     loss_fn, params = nnx_loss()
     with jax.numpy_rank_promotion("allow"):
@@ -43,6 +44,7 @@ def test_nnx_with_a_loss_written_for_a_batch(key):
     assert sum(map(is_factored, jax.tree.leaves(grads, is_leaf=is_factored))) == 2
 
 
+@pytest.mark.slow
 def test_equinox(key):
     model = eqx.nn.MLP(4, 3, width_size=5, depth=2, key=key)
     params, static = eqx.partition(model, eqx.is_inexact_array)

@@ -67,6 +67,7 @@ def test_float64_to_twelve_digits(key):
         np.testing.assert_allclose(norms, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 32])
 def test_bfloat16_compute_to_two_digits_of_float64(key, rows):
     x, w = jax.random.normal(key, (5, rows, 16)), jax.random.normal(key, (16, 24)) / 4
@@ -93,6 +94,7 @@ def test_contractions_are_at_the_highest_precision_unless_told():
     assert "DEFAULT" not in str(jax.make_jaxpr(isgd.norms)(grads))
 
 
+@pytest.mark.slow
 def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
     left, right = cancelling(key, b=11)
 

@@ -21,6 +21,7 @@ def test_plain_stacked_arrays_are_leaves_too():
     assert isgd.stack(grads)["w"] is grads["w"]
 
 
+@pytest.mark.slow
 def test_an_outer_is_laid_out_as_its_axes_say(key):
     left, right = jax.random.normal(key, (2, 3, 4, 5)), jax.random.normal(key, (2, 3, 4, 6))
     leaf = Factored((Outer(left, right, ((2, "o"), (3, "k"), (5, "i"), (3, "o"))),), (6, 5, 3), jnp.float32)

@@ -119,6 +119,7 @@ def test_large_scores_are_drawn_more_often_and_none_starves() -> None:
     np.testing.assert_allclose(exact.proposal.masses, expected[order], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_neighbours_on_the_line_share_their_label() -> None:
     by_label = scored(order="label")
     by_label.before(0, state(), Clock())
@@ -126,6 +127,7 @@ def test_neighbours_on_the_line_share_their_label() -> None:
     assert (np.diff(labels[np.asarray(by_label.proposal.order)]) >= 0).all()
 
 
+@pytest.mark.slow
 def test_a_law_made_of_no_scores_is_uniform(key: jax.Array) -> None:
     draw = samplers.independent(key, scored().proposal, num_draws=4)
     chex.assert_trees_all_close(draw.probs, jnp.full(4, 1 / NUM_EXAMPLES))

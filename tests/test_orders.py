@@ -14,6 +14,7 @@ def blobs() -> tuple[jax.Array, np.ndarray]:
     return jnp.asarray(np.eye(8)[group] + 0.05 * rng.normal(size=(600, 8)), jnp.float32), group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blobs", "all alike", "zeros"])
 def test_an_order_is_a_permutation(blobs: tuple[jax.Array, np.ndarray], name: str) -> None:
     sketches = {"blobs": blobs[0], "all alike": jnp.ones((600, 8)), "zeros": jnp.zeros((600, 8))}[name]

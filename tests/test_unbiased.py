@@ -79,6 +79,7 @@ def estimates(sampler: Callable, probs: jax.Array, grads: np.ndarray, key: np.nd
     return np.asarray(estimator(sampler)(samplers.prepare(probs, order), jnp.asarray(grads)), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_enumeration(grads: np.ndarray, kind: str) -> None:
     # The sum over all examples of q_i g_i / (N q_i), through the transformation, one draw each.

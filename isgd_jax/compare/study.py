@@ -68,8 +68,7 @@ def train(
     """Train what is missing, seed by seed, and read everything.
 
     A run that is whole is left alone, one that was stopped goes on. With ``levels`` a run ends when it has reached all
-    of them. One whose loss becomes infinite or NaN ends there, and the others
-    go on.
+    of them. One whose loss becomes infinite or NaN ends there, and the others go on.
 
     Raises:
         ValueError: the folder holds an arm of this name with another configuration, or a name cannot be a folder's.

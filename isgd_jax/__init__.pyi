@@ -22,5 +22,14 @@ from .gradients import per_example_grads as per_example_grads
 from .gradients import per_example_value_and_grad as per_example_value_and_grad
 from .gradients import stacked_per_example_grads as stacked_per_example_grads
 from .reweight import importance_weighting as importance_weighting
+from .sampling.estimator import importance_sampler as importance_sampler
+from .sampling.estimator import share as share
+from .sampling.plain import fixed as fixed
+from .sampling.plain import shuffled_epochs as shuffled_epochs
+from .sampling.plain import uniform_draws as uniform_draws
+from .sampling.presampling import presampling as presampling
+from .sampling.state import BatchSampler as BatchSampler
+from .sampling.state import SamplerState as SamplerState
 from .sharded import sharded as sharded
+from .sketches import last_layer_sketch as last_layer_sketch
 from .typing import Draw as Draw

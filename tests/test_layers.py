@@ -17,7 +17,7 @@ LEVELS = [
     | {"rundir", "presets"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
     {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
-    {"watch", "candidates"},
+    {"watch", "candidates", "sampling"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},
     {"assembly", "feed"},

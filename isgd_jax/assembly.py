@@ -152,9 +152,7 @@ def _fixed_laws(config: Config, labels: Array, weights: Float[Array, " n"] | Non
         return laws.FixedLaws(laws.uniform_law(size), laws.uniform_law(size))
     scores = jnp.asarray(userfiles.numbers(str(config.static_scores), size, flag="--static-scores"))
     mixture = _mixture(config, otherwise=0.1)
-    probs, _ = proposal.smooth(
-        scores, mixture=mixture, additive=config.additive, power=config.power, example_weights=weights
-    )
+    probs, _ = proposal.smooth(scores, mixture=mixture, additive=config.additive, example_weights=weights)
     law = designs.prepared(config, probs, labels, None)
     frozen = proposal.Frozen(law, jnp.float32(mixture), scores, jnp.zeros(size, jnp.int32))
     return laws.FixedLaws(frozen, law)

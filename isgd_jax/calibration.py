@@ -2,8 +2,8 @@
 
 Every drawn example brings a triple (old score, its age, fresh norm). The mean square of fresh norms in a cell of
 (octave of the score, octave of the age), each draw weighted by 1/(N probs), is unbiased for all examples of the cell.
-The best independent proposal for what is known is its square root. It has no constant to tune, subsumes additive and
-power smoothing, and becomes uniform when scores are worthless.
+The best independent proposal for what is known is its square root. It has no constant to tune, subsumes additive
+smoothing, and becomes uniform when scores are worthless.
 
 Guarantees:
 

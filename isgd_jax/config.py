@@ -3,13 +3,12 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Mode = Literal["uniform", "exact", "relaxed", "static", "presample"]
-SamplerName = Literal[
-    "auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement", "poisson"
-]
+SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement"]
 OrderName = Literal["auto", "index", "label", "score", "label-score", "cells"]
 Switch = Literal["on", "off"]
 ScorerName = Literal["grad_norm", "loss", "logit_bound"]
@@ -37,7 +36,7 @@ MAY_CHANGE_ON_RESUME = PER_HOST | {
 }
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
-_BY_SCORE = ("stratified", "independent", "systematic", "without_replacement", "poisson")
+_BY_SCORE = ("stratified", "independent", "systematic", "without_replacement")
 FITTING: dict[str, tuple[str, ...]] = {
     "uniform": ("shuffled", "uniform"),
     "exact": _BY_SCORE,
@@ -46,6 +45,17 @@ FITTING: dict[str, tuple[str, ...]] = {
     "presample": ("stratified",),
 }
 """The samplers of each mode, its default first."""
+
+GONE = {
+    "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
+    "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "sampler poisson": "--sampler poisson went in 0.2: use stratified (the default) or independent; a loop of your own "
+    "can draw with samplers.poisson",
+}
+"""Options of earlier versions, and values of options (`name value`), with what to do instead."""
+
+_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0}
+"""What options that went were unless chosen. Runs that have it are as runs are now, and are still read."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,8 @@ class Config:
     static: scores of your own, for ever (--static-scores); presample: no table, each step scores candidates."""
     sampler: SamplerName = "auto"
     """How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
-    Modes with scores: stratified (the default), independent, systematic, without_replacement, or poisson (a batch of
-    random size, in the room of --batch-size). presample: stratified."""
+    Modes with scores: stratified (the default), independent, systematic or without_replacement. presample:
+    stratified."""
     order: OrderName = "auto"
     """The line along which stratified and systematic draws cut: neighbours should have similar gradients. cells: of
     sketches of the last layer's gradients, no labels needed, refreshed with the scores (the default of exact mode, and
@@ -106,9 +116,6 @@ class Config:
     """Chunks that a worker scores between two looks for newer parameters (relaxed mode)."""
     chunk_patience: float = 60.0
     """Seconds after which a chunk that a worker has not brought back is handed to another."""
-    coin: float = 1.0
-    """Probability that a step draws from the proposal; the others are uniform steps. Each draw is weighted with its own
-    probability, so this is unbiased too. It is the paper's coin; 1 is best."""
     held_out_by: Literal["trainer", "workers"] = "trainer"
     """Who measures loss and error on held-out data: the trainer, at each line of progress, or the workers, beside
     their scoring and with the parameters they have."""
@@ -132,8 +139,6 @@ class Config:
     mixture: float | Literal["auto"] = "auto"
     """Share of the uniform law in the proposal: the largest weight is 1/mixture. auto: the share that the draws so far
     show to be best, between 0.03 and 0.5, and 0.3 until they show anything."""
-    power: float = 1.0
-    """The proposal is made of scores to this power: below 1 it trusts them less."""
     calibrate: Switch = "on"
     """Draw by what old scores have turned out to be worth, once two periods have taught it: √E[norm² | score, age]."""
     gate: Switch = "on"
@@ -242,7 +247,6 @@ class Config:
                "1 unless --engine local")  # fmt: skip
         _check("batch_size", self.batch_size, self.batch_size % self.train_devices == 0,
                f"a multiple of --train-devices {self.train_devices}")  # fmt: skip
-        _check("coin", self.coin, 0 <= self.coin <= 1, "between 0 and 1")
         _check("held_out_by", self.held_out_by, self.held_out_by == "trainer" or self.engine != "inline",
                "trainer with --engine inline, which has no workers")  # fmt: skip
         _check("priorities", self.priorities, len(self.priorities) == 3 and min(self.priorities) >= 1,
@@ -254,7 +258,6 @@ class Config:
         _check("mixture", self.mixture, self.mixture == "auto" or 0 < self.mixture <= 1
                or (self.mixture == 0 and self.additive > 0),
                "above 0 and at most 1, or auto (or 0 with --additive above 0): an example could starve")  # fmt: skip
-        _check("power", self.power, 0 < self.power < math.inf, "above 0")
         _check("score_memory", self.score_memory, 0 <= self.score_memory < 1, "at least 0 and below 1")
         _check("probe_every", self.probe_every, self.probe_every is None or self.probe_every >= 1, "at least 1")
         _check("replay", self.replay, self.replay is None or self.refresh_when == "always",
@@ -344,7 +347,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. An unknown key is an error, never ignored."""
+        """The inverse of `to_dict`. An unknown key is an error, never ignored.
+
+        A key that went (`GONE`) is dropped where it was not chosen, and else refused by what to do instead.
+        """
+        values = _without_gone(values)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
@@ -353,6 +360,34 @@ class Config:
                 raise ValueError(f"unknown configuration key {key!r}{hint}")
         lists = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
         return cls(**(values | lists))
+
+
+def refuse_gone(arguments: Sequence[str]) -> None:
+    """Refuse flags of earlier versions, as ``--name value`` and as ``--name=value``.
+
+    Raises:
+        ValueError: one of the arguments is in `GONE`; it says what to do instead.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        for key in (name, f"{name} {value or following}"):
+            if flag.startswith("--") and key in GONE:
+                raise ValueError(GONE[key])
+
+
+def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run of any version, without those of options that went and had not been chosen.
+
+    Raises:
+        ValueError: one of them had been chosen.
+    """
+    for name, value in values.items():
+        if name in GONE and value != _UNCHOSEN[name]:
+            raise ValueError(GONE[name])
+        if f"{name} {value}" in GONE:
+            raise ValueError(GONE[f"{name} {value}"])
+    return {name: value for name, value in values.items() if name not in GONE}
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:

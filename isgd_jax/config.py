@@ -49,12 +49,13 @@ FITTING: dict[str, tuple[str, ...]] = {
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
     "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "rescore": "--rescore went in 0.2: chunks are scored in turn, as it was by default; leave it out",
     "sampler poisson": "--sampler poisson went in 0.2: use stratified (the default) or independent; a loop of your own "
     "can draw with samplers.poisson",
 }
 """Options of earlier versions, and values of options (`name value`), with what to do instead."""
 
-_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0}
+_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0, "rescore": "turn"}
 """What options that went were unless chosen. Runs that have it are as runs are now, and are still read."""
 
 
@@ -128,9 +129,6 @@ class Config:
     score_budget: float | None = None
     """In place of --refresh-share: the share of all examples differentiated, drawn ones and scored ones, that scoring
     may be (relaxed mode, inline)."""
-    rescore: Literal["turn", "benefit"] = "turn"
-    """Which examples are scored anew (relaxed mode, inline). turn: round and round; benefit: the chunks whose scores
-    have lost most, by age and by how far norms of their score and age lie apart."""
     refresh_when: Literal["always", "worth"] = "always"
     """worth: leave a refresh out while scoring takes more time than it gains. That makes a run depend on the speed of
     the machine; each decision is recorded."""
@@ -289,8 +287,6 @@ class Config:
         is_inline = self.mode == "relaxed" and self.engine == "inline"
         _check("score_budget", self.score_budget, self.score_budget is None or is_inline,
                "left out but in relaxed mode, inline")  # fmt: skip
-        _check("rescore", self.rescore, self.rescore == "turn" or (is_inline and not self.distributed),
-               "turn but in relaxed mode, inline, on one host")  # fmt: skip
         _check("order", self.order, self.order != "cells" or self.is_scored,
                "another than cells but in exact and relaxed mode, which sketch the gradients")  # fmt: skip
         _check("static_scores", self.static_scores, (self.static_scores is not None) == (self.mode == "static"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from isgd_jax import designs, monitor, rescoring, samplers, schedule, table, watch
+from isgd_jax import designs, monitor, samplers, schedule, table, watch
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.draws import WATCH_EVERY, Choice, Choose
@@ -45,16 +45,6 @@ class Sketcher(NamedTuple):
 
     of_rows: Callable[[Params, np.ndarray], Float[Array, "c dims"]]
     dims: int
-
-
-@runtime_checkable
-class Choosable(Protocol):
-    """An engine that scores the chunks it is told to."""
-
-    chunks: Any
-    chunks_per_collect: int
-
-    def score(self, turn: list[int]) -> list[ScoredChunk]: ...
 
 
 class Account(NamedTuple):
@@ -191,7 +181,6 @@ class ScoredLaws:
         self._record = jax.jit(partial(table.record, memory=config.score_memory if config.augment else 0.0))
         self._write = jax.jit(lambda rows, ids, new: rows.at[ids].set(new, mode="drop"), donate_argnums=0)
         self._is_kept = sketch is not None and config.mode == "relaxed"  # exact mode sketches all anew each time
-        self._lost = jax.jit(partial(rescoring.lost, horizon=config.refresh_every // 2))
         self._account = Account()
         self.law = self._frozen(table.create(len(labels)), watch.create(config.batch_size), 0, 0.0, None)[0]
 
@@ -237,7 +226,7 @@ class ScoredLaws:
     def _refresh(
         self, step: int, state: TrainState, clock: Clock, decision: Decision | None
     ) -> tuple[TrainState, Refresh]:
-        collected = self._collected(state, step)
+        collected = self._engine.collect()
         chunks = [chunk for chunk in collected if chunk.segment == TRAIN]
         self.measured += [chunk for chunk in collected if chunk.segment != TRAIN]
         now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
@@ -248,14 +237,6 @@ class ScoredLaws:
         size = self._engine.chunk_size
         runs, count = schedule.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
         return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform, decision)
-
-    def _collected(self, state: TrainState, step: int) -> list[ScoredChunk]:
-        """What the engine has scored; or what it is told to, where scores have lost most."""
-        if self._config.rescore == "turn" or not isinstance(self._engine, Choosable):
-            return self._engine.collect()
-        chunks, count = self._engine.chunks, self._engine.chunks_per_collect
-        lost = self._lost(state.table, state.watch.calibration, step)
-        return self._engine.score(rescoring.worst_chunks(np.asarray(lost), chunk_size=chunks.size, count=count))
 
     def steps_left(self, step: int) -> int:
         return self._config.refresh_every - step % self._config.refresh_every

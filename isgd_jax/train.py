@@ -33,6 +33,9 @@ ENOUGH = 0.5
 REHEARSED = 4
 """Updates that the plan times together."""
 
+FORMAT = "2"
+"""Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
+
 Observer = Callable[[Record], None]
 
 
@@ -170,7 +173,8 @@ class Trainer:
         self.trusted_share: float | None = None
         by_workers = jobs if isinstance(self.engine, Pool) else {}
         self.measures = Measures(config, work, place, probe_key=probe_key, jobs=by_workers, measure=measure)
-        self.checkpoints = distributed.checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
+        identity = {"format": FORMAT, "data set": work.fingerprint}
+        self.checkpoints = distributed.checkpoints(run.checkpoints, identity=identity)
         self.infos: list[step.StepInfo] = []
         self.noted = 0  # the last step of which a move of the gate has been recorded
         self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress

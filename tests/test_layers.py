@@ -16,7 +16,7 @@ LEVELS = [
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
-    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches"},
     {"watch", "candidates"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},

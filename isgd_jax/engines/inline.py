@@ -53,11 +53,6 @@ class Inline:
         return self._chunks
 
     @property
-    def chunks_per_collect(self) -> int:
-        """Chunks scored at each `collect`."""
-        return self._per_collect
-
-    @property
     def chunk_size(self) -> int:
         """Examples in a chunk."""
         return self._chunks.size

@@ -49,13 +49,15 @@ FITTING: dict[str, tuple[str, ...]] = {
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
     "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "refresh_when": "--refresh-when went in 0.2: scores are refreshed every --refresh-every steps; raise that where "
+    "scoring takes more time than it gains",
     "rescore": "--rescore went in 0.2: chunks are scored in turn, as it was by default; leave it out",
     "sampler poisson": "--sampler poisson went in 0.2: use stratified (the default) or independent; a loop of your own "
     "can draw with samplers.poisson",
 }
 """Options of earlier versions, and values of options (`name value`), with what to do instead."""
 
-_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0, "rescore": "turn"}
+_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0, "refresh_when": "always", "rescore": "turn"}
 """What options that went were unless chosen. Runs that have it are as runs are now, and are still read."""
 
 
@@ -129,9 +131,6 @@ class Config:
     score_budget: float | None = None
     """In place of --refresh-share: the share of all examples differentiated, drawn ones and scored ones, that scoring
     may be (relaxed mode, inline)."""
-    refresh_when: Literal["always", "worth"] = "always"
-    """worth: leave a refresh out while scoring takes more time than it gains. That makes a run depend on the speed of
-    the machine; each decision is recorded."""
     chunk_size: int = 2048
     """Examples scored in one call on one device."""
     mixture: float | Literal["auto"] = "auto"
@@ -258,8 +257,6 @@ class Config:
                "above 0 and at most 1, or auto (or 0 with --additive above 0): an example could starve")  # fmt: skip
         _check("score_memory", self.score_memory, 0 <= self.score_memory < 1, "at least 0 and below 1")
         _check("probe_every", self.probe_every, self.probe_every is None or self.probe_every >= 1, "at least 1")
-        _check("replay", self.replay, self.replay is None or self.refresh_when == "always",
-               "left out with --refresh-when worth")  # fmt: skip
         _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
         _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
         _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
@@ -275,8 +272,6 @@ class Config:
                "0 unless --optimizer adamw, whose decay is decoupled")  # fmt: skip
         fitting = ("auto", *FITTING[self.mode])
         _check("sampler", self.sampler, self.sampler in fitting, f"one of {', '.join(fitting)} in {self.mode} mode")
-        _check("refresh_when", self.refresh_when, self.refresh_when == "always" or not self.distributed,
-               "always with --distributed, whose clocks differ")  # fmt: skip
         for name, other in (("mode", "presample"), ("full_train_loss", True), ("distributed", True)):
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip

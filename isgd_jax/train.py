@@ -190,7 +190,6 @@ class Trainer:
             return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
-        self.laws.notes = notes["laws"]
         if self.feed is not None:
             self.feed.notes = notes["feed"]
         self.engine.restore(notes["engine"])
@@ -241,7 +240,7 @@ class Trainer:
         self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
             self.reading, self.trusted_share = refresh.clock, refresh.trusted_share
-            self._record("refresh", **refresh.as_record())
+            self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
             self._warn(*self.engine.notices())
         self.state, info = self._update(self.state)
@@ -330,7 +329,7 @@ class Trainer:
             self._write_checkpoint(spent)
 
     def _write_checkpoint(self, spent: dict[str, float]) -> None:
-        notes: Record = {"engine": self.engine.state(), "laws": self.laws.notes, "reading": self.reading}
+        notes: Record = {"engine": self.engine.state(), "reading": self.reading}
         notes |= {"feed": None if self.feed is None else self.feed.notes}
         notes |= {"seconds": self.clock(), "spent": spent}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)

@@ -88,6 +88,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion() -> None:
 OLD: dict[str, tuple[object, object]] = {
     "coin": (1.0, 0.8),
     "power": (1.0, 0.5),
+    "refresh_when": ("always", "worth"),
     "rescore": ("turn", "benefit"),
 }
 """Options that went, with the values they had in runs that had not chosen them, and in runs that had."""

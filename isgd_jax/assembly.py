@@ -67,7 +67,7 @@ def assemble(
         weights = jnp.asarray(
             userfiles.numbers(config.example_weights, size, flag="--example-weights", allow_negative=True)
         )
-    init_key, _, epoch_key, _ = keys(config)
+    init_key, _, epoch_key = keys(config)
     tx = optimizers.make(config, num_examples=size, num_steps=num_steps, place=place, example_weights=weights)
     state = step.init_state(work.init(init_key), tx, size, num_draws=config.batch_size)
     state = (place or OneDevice()).spread(state)
@@ -109,8 +109,8 @@ def assemble(
 
 
 def keys(config: Config) -> Array:
-    """The keys of a run: of the first parameters, the draws, the epochs, and the probe."""
-    return jax.random.split(jax.random.key(config.seed), 4)
+    """The keys of a run: of the first parameters, the draws, and the epochs."""
+    return jax.random.split(jax.random.key(config.seed), 3)
 
 
 def engine_scorer(config: Config, work: Task) -> Scorer:

@@ -49,6 +49,9 @@ FITTING: dict[str, tuple[str, ...]] = {
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
     "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "probe_every": "--probe-every went in 0.2: leave it out; --monitor on (the default) estimates the same from the "
+    "draws of training",
+    "probe_size": "--probe-size went in 0.2: leave it out; --monitor on (the default) draws no examples of its own",
     "refresh_when": "--refresh-when went in 0.2: scores are refreshed every --refresh-every steps; raise that where "
     "scoring takes more time than it gains",
     "rescore": "--rescore went in 0.2: chunks are scored in turn, as it was by default; leave it out",
@@ -57,8 +60,15 @@ GONE = {
 }
 """Options of earlier versions, and values of options (`name value`), with what to do instead."""
 
-_UNCHOSEN: dict[str, Any] = {"coin": 1.0, "power": 1.0, "refresh_when": "always", "rescore": "turn"}
-"""What options that went were unless chosen. Runs that have it are as runs are now, and are still read."""
+_UNCHOSEN: dict[str, Any] = {
+    "coin": 1.0,
+    "power": 1.0,
+    "probe_every": None,
+    "refresh_when": "always",
+    "rescore": "turn",
+}
+"""What options that went were unless chosen. Runs that have it are as runs are now, and are still read. The size of
+something that went along with it (`probe_size`) decided nothing by itself, and is not asked for."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +194,6 @@ class Config:
     """Also measure loss and error on the whole training set at each of these lines."""
     monitor: Switch = "on"
     """Estimate the variance of uniform, present and ideal proposals from the draws of training themselves."""
-    probe_every: int | None = None
-    """Steps between two probes of the same by draws of their own: dearer, and free of the monitor's window."""
-    probe_size: int = 1024
-    """Examples drawn at each probe."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     tensorboard: bool = False
@@ -256,7 +262,6 @@ class Config:
                or (self.mixture == 0 and self.additive > 0),
                "above 0 and at most 1, or auto (or 0 with --additive above 0): an example could starve")  # fmt: skip
         _check("score_memory", self.score_memory, 0 <= self.score_memory < 1, "at least 0 and below 1")
-        _check("probe_every", self.probe_every, self.probe_every is None or self.probe_every >= 1, "at least 1")
         _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
         _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
         _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
@@ -265,7 +270,6 @@ class Config:
         _check("max_age", self.max_age, self.max_age is None or self.max_age >= 0, "0 or more")
         _check("max_age_seconds", self.max_age_seconds, self.max_age_seconds is None or self.max_age_seconds > 0,
                "above 0")  # fmt: skip
-        _check("probe_size", self.probe_size, self.probe_size >= 4 and self.probe_size % 2 == 0, "even and at least 4")
         _check("hidden", self.hidden, all(width >= 1 for width in self.hidden), "widths of at least 1")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
         _check("weight_decay", self.weight_decay, self.weight_decay == 0 or self.optimizer == "adamw",
@@ -275,7 +279,6 @@ class Config:
         for name, other in (("mode", "presample"), ("full_train_loss", True), ("distributed", True)):
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
-        _check("hold", self.hold, self.hold == "device" or self.probe_every is None, "device with --probe-every")
         _check("hold", self.hold, self.hold == "device" or self.train_devices == 1, "device with --train-devices")
         _check("score_budget", self.score_budget, self.score_budget is None or 0 < self.score_budget < 1,
                "above 0 and below 1")  # fmt: skip
@@ -374,7 +377,7 @@ def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
         ValueError: one of them had been chosen.
     """
     for name, value in values.items():
-        if name in GONE and value != _UNCHOSEN[name]:
+        if name in GONE and value != _UNCHOSEN.get(name, value):
             raise ValueError(GONE[name])
         if f"{name} {value}" in GONE:
             raise ValueError(GONE[f"{name} {value}"])

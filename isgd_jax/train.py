@@ -157,7 +157,7 @@ class Trainer:
         self.step = 0
         self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
         self.train_data: Batch = dict(work.train) if config.hold != "device" else place.spread(dict(work.train))
-        _, self.draw_key, _, probe_key = assembly.keys(config)
+        _, self.draw_key, _ = assembly.keys(config)
         replayed = None
         if config.replay is not None:
             replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
@@ -172,7 +172,7 @@ class Trainer:
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
         by_workers = jobs if isinstance(self.engine, Pool) else {}
-        self.measures = Measures(config, work, place, probe_key=probe_key, jobs=by_workers, measure=measure)
+        self.measures = Measures(config, work, place, jobs=by_workers, measure=measure)
         identity = {"format": FORMAT, "data set": work.fingerprint}
         self.checkpoints = distributed.checkpoints(run.checkpoints, identity=identity)
         self.infos: list[step.StepInfo] = []

@@ -17,7 +17,7 @@ from isgd_jax.rundir import RunDir
 
 SMALL = [
     "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
-    "--probe-size", "32", "--chunk-size", "512",
+    "--chunk-size", "512",
 ]  # fmt: skip
 PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 """Where the sampling does not matter: less to compile."""

@@ -79,7 +79,7 @@ def test_a_random_actor_killed_every_20_seconds(tmp_path: Path) -> None:
 
     config = Config(
         engine="cluster", scorers=3, mode="relaxed", hidden=(512, 512), refresh_every=20, chunk_size=256, steps=10**7,
-        log_every=500, checkpoint_every=10_000, probe_size=32, run_dir=str(tmp_path / "run"),
+        log_every=500, checkpoint_every=10_000, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     killer = threading.Thread(target=kill)
     killer.start()

@@ -89,7 +89,7 @@ from isgd_jax.typing import TRAIN, Engine, EngineStats, Params, ScoredChunk
 
 SETTING: dict[str, Any] = {
     "dataset": "fashion_mnist", "mode": "relaxed", "batch_size": 128, "learning_rate": 0.01,
-    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "probe_size": 64, "order": "label-score",
+    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "order": "label-score",
 }  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """From a configuration and a task to the parts that a run is made of: scorer, engine, laws, and the jitted updates."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from isgd_jax import (
 )
 from isgd_jax.config import Config
 from isgd_jax.draws import Choose
-from isgd_jax.engines.choose import MakeJobs, make_engine
+from isgd_jax.engines.choose import MakeJob, make_engine
 from isgd_jax.parallel import OneDevice
 from isgd_jax.schedule import Schedule
 from isgd_jax.task import Task
@@ -50,13 +49,11 @@ def assemble(
     num_steps: int,
     place: OneDevice | None = None,
     replayed: Schedule | None = None,
-    held_out: Mapping[str, Any] | None = None,
-    make_jobs: MakeJobs | None = None,
+    make_job: MakeJob | None = None,
 ) -> Parts:
     """The parts of a run. ``train_data`` is the training set where the run keeps it, ``place`` where it makes steps.
 
-    ``replayed`` is the schedule to follow, ``held_out`` what workers measure beside their scoring,
-    ``make_jobs`` what a worker on another host does to be ready.
+    ``replayed`` is the schedule to follow, ``make_job`` what a worker on another host does to be ready.
 
     Raises:
         ValueError: a file of the user's does not fit the data.
@@ -79,8 +76,7 @@ def assemble(
         work.train,
         fingerprint=work.fingerprint,
         replayed=replayed,
-        held_out=held_out or {},
-        make_jobs=make_jobs,
+        make_job=make_job,
     )
     if config.is_scored:
         sketch = None

@@ -16,7 +16,7 @@ EngineName = Literal["inline", "local", "cluster"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
-TUPLES = ("hidden", "priorities")
+TUPLES = ("hidden",)
 """Fields that JSON has as lists."""
 
 PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "initialization_timeout")
@@ -48,7 +48,9 @@ FITTING: dict[str, tuple[str, ...]] = {
 
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
+    "held_out_by": "--held-out-by went in 0.2: the trainer measures, every --log-every steps; leave it out",
     "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "priorities": "--priorities went in 0.2: leave it out; workers score the training set alone",
     "probe_every": "--probe-every went in 0.2: leave it out; --monitor on (the default) estimates the same from the "
     "draws of training",
     "probe_size": "--probe-size went in 0.2: leave it out; --monitor on (the default) draws no examples of its own",
@@ -62,13 +64,14 @@ GONE = {
 
 _UNCHOSEN: dict[str, Any] = {
     "coin": 1.0,
+    "held_out_by": "trainer",
     "power": 1.0,
     "probe_every": None,
     "refresh_when": "always",
     "rescore": "turn",
 }
 """What options that went were unless chosen. Runs that have it are as runs are now, and are still read. The size of
-something that went along with it (`probe_size`) decided nothing by itself, and is not asked for."""
+something that went along with it (`priorities`, `probe_size`) decided nothing by itself, and is not asked for."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,6 @@ class Config:
     """Chunks that a worker scores between two looks for newer parameters (relaxed mode)."""
     chunk_patience: float = 60.0
     """Seconds after which a chunk that a worker has not brought back is handed to another."""
-    held_out_by: Literal["trainer", "workers"] = "trainer"
-    """Who measures loss and error on held-out data: the trainer, at each line of progress, or the workers, beside
-    their scoring and with the parameters they have."""
-    priorities: tuple[int, ...] = (20, 1, 1)
-    """Chunks of training, validation and test data that workers take in turn, with --held-out-by workers."""
     replay: str | None = None
     """Folder of an earlier relaxed run: its schedule is followed, and the same parameters come out, bit for bit."""
     refresh_share: float = 0.25
@@ -250,10 +248,6 @@ class Config:
                "1 unless --engine local")  # fmt: skip
         _check("batch_size", self.batch_size, self.batch_size % self.train_devices == 0,
                f"a multiple of --train-devices {self.train_devices}")  # fmt: skip
-        _check("held_out_by", self.held_out_by, self.held_out_by == "trainer" or self.engine != "inline",
-               "trainer with --engine inline, which has no workers")  # fmt: skip
-        _check("priorities", self.priorities, len(self.priorities) == 3 and min(self.priorities) >= 1,
-               "three numbers of at least 1")  # fmt: skip
         _check("replay", self.replay, self.replay is None or self.mode != "uniform",
                "left out in uniform mode, which has no schedule")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")

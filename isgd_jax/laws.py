@@ -16,7 +16,7 @@ from isgd_jax.config import Config
 from isgd_jax.draws import WATCH_EVERY, Choice, Choose
 from isgd_jax.proposal import Frozen, Proposal
 from isgd_jax.step import TrainState
-from isgd_jax.typing import TRAIN, Draw, Engine, Key, Params, ScoredChunk
+from isgd_jax.typing import Draw, Engine, Key, Params, ScoredChunk
 
 
 class Refresh(NamedTuple):
@@ -150,8 +150,6 @@ class ScoredLaws:
         self._engine, self._config, self._labels, self._sketch = engine, config, labels, sketch
         self._published, self._example_weights = published, example_weights
         self._replayed, self._is_first = replayed, True
-        self.measured: list[ScoredChunk] = []
-        """What workers brought of other segments: for whoever keeps the books of held-out data to take away."""
         self._make = designs.make_maker(config)
         self._record = jax.jit(partial(table.record, memory=config.score_memory if config.augment else 0.0))
         self._write = jax.jit(lambda rows, ids, new: rows.at[ids].set(new, mode="drop"), donate_argnums=0)
@@ -182,9 +180,7 @@ class ScoredLaws:
         return step % self._config.publishes_every == 0 or (first and self._config.mode == "relaxed")
 
     def _refresh(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh]:
-        collected = self._engine.collect()
-        chunks = [chunk for chunk in collected if chunk.segment == TRAIN]
-        self.measured += [chunk for chunk in collected if chunk.segment != TRAIN]
+        chunks = self._engine.collect()
         now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
         scores, rejected = self._recorded(state.table, chunks, now)
         sketches = self._sketched(state.params, chunks)

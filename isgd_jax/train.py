@@ -12,11 +12,10 @@ import numpy as np
 from isgd_jax import assembly, data, distributed, gate, models, report, schedule, step, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
-from isgd_jax.engines.choose import MakeJobs
-from isgd_jax.engines.pool import Pool
+from isgd_jax.engines.choose import MakeJob
 from isgd_jax.engines.rates import Rates
 from isgd_jax.feed import Feed
-from isgd_jax.jobs import held_out_jobs, jobs_elsewhere
+from isgd_jax.jobs import job_elsewhere
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.progress import Measure, Measures
 from isgd_jax.rundir import Record, RunDir, Unwritten
@@ -79,7 +78,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
-    make_jobs = jobs_elsewhere(config, dataset, model, loss)
+    make_job = job_elsewhere(config, dataset, model, loss)
     if config.tensorboard:
         require_tensorboard()
     if resume and not config.distributed:
@@ -100,7 +99,7 @@ def fit(
         place = _place(config)
         work = task.make(config, dataset, model=model, loss=loss)
         run = _run_dir(config, resume, place)
-        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_jobs)
+        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_job)
         try:
             if resume:
                 trainer.resume()
@@ -145,7 +144,7 @@ class Trainer:
         observe: Observer,
         until: Callable[[Record], bool],
         measure: Measure,
-        make_jobs: MakeJobs,
+        make_job: MakeJob,
     ) -> None:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
@@ -162,17 +161,14 @@ class Trainer:
         if config.replay is not None:
             replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
             replayed.check_covers(self.num_steps, config.refresh_every)
-        jobs = held_out_jobs(config, work)
         parts = assembly.assemble(
-            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, held_out=jobs,
-            make_jobs=make_jobs,
-        )  # fmt: skip
+            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, make_job=make_job
+        )
         self.state, self.engine, self.laws, self.updates, self.remarks = parts
         self.feed = None if config.hold == "device" else Feed(self.train_data, self.updates, self.draw_key)
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
-        by_workers = jobs if isinstance(self.engine, Pool) else {}
-        self.measures = Measures(config, work, place, jobs=by_workers, measure=measure)
+        self.measures = Measures(config, work, place, measure=measure)
         identity = {"format": FORMAT, "data set": work.fingerprint}
         self.checkpoints = distributed.checkpoints(run.checkpoints, identity=identity)
         self.infos: list[step.StepInfo] = []

@@ -23,8 +23,6 @@ from isgd_jax.presets import PRESETS
         ("refetch_every", 2, "--refetch-every must be 1 unless workers score in relaxed mode"),
         ("chunk_patience", 0.0, "--chunk-patience must be above 0"),
         ("train_devices", 2, "--train-devices must be 1 unless --engine local"),
-        ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
-        ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),
         ("candidates", 0, "--candidates must be at least 1"),
         ("score_memory", 1.0, "--score-memory must be at least 0 and below 1"),
         ("mode", "static", "--static-scores must be a file in static mode, and in no other"),
@@ -69,7 +67,7 @@ def test_the_presets_have_the_values_of_the_paper() -> None:
     assert (first.learning_rate, first.additive, second.learning_rate, second.additive) == (0.01, 10.0, 0.001, 1.0)
     for preset in (first, second):
         assert (preset.batch_size, preset.chunk_size, preset.momentum, preset.refresh_every) == (128, 2048, 0.95, 32)
-        assert (preset.max_age_seconds, preset.min_trusted, preset.priorities) == (20.0, 0.1, (20, 1, 1))
+        assert (preset.max_age_seconds, preset.min_trusted) == (20.0, 0.1)
         assert Config.from_dict(preset.to_dict()) == preset
 
 
@@ -85,13 +83,14 @@ def test_an_unknown_key_is_an_error_with_a_suggestion() -> None:
 
 OLD: dict[str, tuple[object, object]] = {
     "coin": (1.0, 0.8),
+    "held_out_by": ("trainer", "workers"),
     "power": (1.0, 0.5),
     "probe_every": (None, 100),
     "refresh_when": ("always", "worth"),
     "rescore": ("turn", "benefit"),
 }
 """Options that went, with the values they had in runs that had not chosen them, and in runs that had."""
-OLD_SIZES: dict[str, object] = {"probe_size": 4}
+OLD_SIZES: dict[str, object] = {"priorities": [5, 1, 1], "probe_size": 4}
 """Sizes that went along with one of them: without it they decided nothing, whatever they were."""
 
 

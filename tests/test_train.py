@@ -292,17 +292,6 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path, changes: dict[str, A
         fit(small_config(tmp_path / "no2", **relaxed, replay=str(tmp_path / "run")), dataset=blobs(seed=1))
 
 
-def test_workers_measure_held_out_data(tmp_path: Path) -> None:
-    """Once every parameter is the same, what workers measured is what the trainer measures."""
-    changes: dict[str, Any] = {"mode": "relaxed", "learning_rate": 1e-9, "optimizer": "sgd", "steps": 200}
-    theirs = fit(small_config(tmp_path / "run", **changes, **LOCAL, held_out_by="workers"), dataset=blobs())
-    ours = fit(small_config(tmp_path / "ours", **changes), dataset=blobs())
-    last, same = progress(theirs.run_dir)[-1], progress(ours.run_dir)[-1]
-    assert last["test_loss"] == pytest.approx(same["test_loss"], rel=1e-4)
-    assert last["test_error"] == pytest.approx(same["test_error"], rel=1e-4)
-    assert last["test_age"] >= 0
-
-
 def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

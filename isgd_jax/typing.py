@@ -75,17 +75,12 @@ class Source(Protocol):
     def __getitems__(self, indices: list[int], /) -> list[Example]: ...
 
 
-TRAIN = "train"
-"""The segment whose scores make the proposal; others (``test``, ``valid``) are only measured."""
-
-
 class ScoredChunk(NamedTuple):
-    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c, ...], measured at parameter ``version``."""
+    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``."""
 
     ids: np.ndarray
     scores: np.ndarray
     version: int
-    segment: str = TRAIN
 
 
 class EngineStats(NamedTuple):
@@ -137,7 +132,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, int]:
-        """Where the turn of the chunks is, by segment: saved with the run. Publish anew after a restore."""
+        """Whose turn is next: saved with the run, for a resumed one to go on from. Publish anew after a restore."""
         ...
 
     def restore(self, state: dict[str, int]) -> None:

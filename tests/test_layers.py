@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "rollcall", "thrift", "userfiles"},
+    {"typing", "config", "sums", "windows", "clock", "rollcall", "userfiles"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
     {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
-    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches"},
     {"watch", "candidates", "sampling"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},

@@ -23,18 +23,19 @@ from isgd_jax import (
 )
 from isgd_jax.config import Config
 from isgd_jax.draws import Choose
+from isgd_jax.engines.arrivals import Schedule
 from isgd_jax.engines.choose import MakeJob, make_engine
+from isgd_jax.engines.contract import FullEngine
 from isgd_jax.parallel import OneDevice
-from isgd_jax.schedule import Schedule
 from isgd_jax.task import Task
-from isgd_jax.typing import Batch, Engine, Params, Scorer
+from isgd_jax.typing import Batch, Params, Scorer
 
 
 class Parts(NamedTuple):
     """What a run is made of."""
 
     state: step.TrainState
-    engine: Engine
+    engine: FullEngine
     laws: laws.Laws
     updates: step.Updates
     remarks: list[str]

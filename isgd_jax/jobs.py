@@ -8,7 +8,7 @@ from collections.abc import Callable
 from isgd_jax import assembly, data, models, task
 from isgd_jax.config import Config
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.local import Job
+from isgd_jax.engines.local_engine import Job
 
 
 def worker_job(

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from isgd_jax import designs, samplers, schedule, table, watch
+from isgd_jax import designs, samplers, table, watch
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.draws import WATCH_EVERY, Choice, Choose
+from isgd_jax.engines import arrivals
+from isgd_jax.engines.contract import FullEngine, ScoredChunk
 from isgd_jax.proposal import Frozen, Proposal
 from isgd_jax.step import TrainState
-from isgd_jax.typing import Draw, Engine, Key, Params, ScoredChunk
+from isgd_jax.typing import Draw, Key, Params
 
 
 class Refresh(NamedTuple):
@@ -25,7 +27,7 @@ class Refresh(NamedTuple):
     clock: float
     """Seconds of the run when ages were judged; the updates until the next refresh carry it too."""
     chunk_size: int
-    arrived: list[schedule.Run]
+    arrived: list[arrivals.Run]
     """The chunks that came in and the versions they were scored with: what `--replay` follows."""
     scored: int
     rejected: int
@@ -133,16 +135,16 @@ class ScoredLaws:
         sketch: how the order by cells sees examples; None where no order needs it.
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
         example_weights: a_n [n] of a weighted target.
-        replayed: the schedule that is followed, if the engine is a `Replay`.
+        replayed: the schedule that is followed, if the engine is a `ReplayEngine`.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: FullEngine,
         config: Config,
         labels: Int[Array, " n"],
         *,
-        replayed: schedule.Schedule | None = None,
+        replayed: arrivals.Schedule | None = None,
         sketch: Sketcher | None = None,
         published: Callable[[Params, int], Any] = lambda params, step: params,
         example_weights: Float[Array, " n"] | None = None,
@@ -180,14 +182,14 @@ class ScoredLaws:
         return step % self._config.publishes_every == 0 or (first and self._config.mode == "relaxed")
 
     def _refresh(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh]:
-        chunks = self._engine.collect()
+        chunks = self._engine.collect(wait=self._config.mode == "exact")
         now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
         scores, rejected = self._recorded(state.table, chunks, now)
         sketches = self._sketched(state.params, chunks)
         self.law, made = self._frozen(scores, state.watch, step, now, sketches)
         share, is_uniform = float(made.trusted_share), bool(made.is_uniform)
         size = self._engine.chunk_size
-        runs, count = schedule.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
+        runs, count = arrivals.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
         return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform)
 
     def steps_left(self, step: int) -> int:
@@ -201,7 +203,9 @@ class ScoredLaws:
         once, with_a_chunk = middle_seconds(
             lambda: self._made_of(state, []), lambda: self._made_of(state, [one]), repeats=3
         )
-        collecting = self._engine.seconds_per_collect(self._published(state.params, 0))
+        collecting = self._engine.seconds_per_collect(
+            self._published(state.params, 0), wait=self._config.mode == "exact"
+        )
         return collecting + once + max(0.0, with_a_chunk - once) * self._config.share_scored(size) * size / rows
 
     def _made_of(self, state: TrainState, chunks: list[ScoredChunk]) -> Frozen:

@@ -160,7 +160,7 @@ class Trainer:
         replayed = None
         if config.replay is not None:
             replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
-            replayed.check_covers(self.num_steps, config.refresh_every)
+            schedule.check_covers(replayed, self.num_steps, config.refresh_every)
         parts = assembly.assemble(
             config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, make_job=make_job
         )

@@ -81,6 +81,7 @@ class ScoredChunk(NamedTuple):
     ids: np.ndarray
     scores: np.ndarray
     version: int
+    sketches: np.ndarray | None = None
 
 
 class EngineStats(NamedTuple):

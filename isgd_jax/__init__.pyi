@@ -33,4 +33,8 @@ from .sampling.state import BatchSampler as BatchSampler
 from .sampling.state import SamplerState as SamplerState
 from .sharded import sharded as sharded
 from .sketches import last_layer_sketch as last_layer_sketch
+from .training.background import refresher as refresher
+from .training.callbacks import Callback as Callback
+from .training.loop import fit as fit
+from .training.problem import Problem as Problem
 from .typing import Draw as Draw

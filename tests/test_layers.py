@@ -19,7 +19,7 @@ LEVELS = [
     {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches"},
     {"watch", "candidates", "sampling"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
-    {"laws", "task", "schedule"},
+    {"laws", "task", "schedule", "training"},
     {"assembly", "feed"},
     {"evaluate", "report"},
     {"jobs", "progress"},

@@ -183,9 +183,9 @@ class ImportanceSampler:
     def functions(self, **more: Any) -> BatchSampler:
         """The methods as they are handed out."""
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
-        return BatchSampler(
-            self.num_examples, self.batch_size, *parts, report.make_report(self.num_examples, self.batch_size), **more
-        )
+        reported = report.make_report(self.num_examples, self.batch_size)
+        more |= {"steps_per_update": self.options.steps_per_update}
+        return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
     def init(self, key: Key | None = None) -> SamplerState:
         """The state before the first step: nothing scored, all examples alike."""

@@ -119,6 +119,7 @@ class BatchSampler(NamedTuple):
     """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
     resample: Callable[..., Draw] | None = None
     """``resample(key, candidates, scores) -> draw``, its second step."""
+    steps_per_update: int = 1
     is_scored: bool = False
     """Whether scores make the proposal, so that scoring besides can help."""
 

@@ -3,6 +3,8 @@
 What a worker is, a device of this host or a process on another one, is its own business: see `Worker`.
 """
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -10,17 +12,27 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
+from isgd_jax.engines import exits
 from isgd_jax.engines.chunks import as_scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk, WorkersGone
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.typing import Params
+
+LOG = logging.getLogger("isgd_jax")
 
 IN_FLIGHT = 2
 """Items a worker has begun: while one is brought home the next is being scored. More would only make scores older."""
 
 POLL = 0.2
 """Seconds between two looks of a thread that waits, in case nobody wakes it: items become late in silence."""
+
+PATIENCE = 5.0
+"""Seconds after which `close` says whom it waits for."""
+
+CLOSING = 30.0
+"""Seconds after which `close` leaves a call that cannot be interrupted to itself; the program's end waits for it."""
 
 NOT_YET = 0
 """Versions begin here; what a worker holds before its first parameters is below."""
@@ -72,6 +84,10 @@ class WorkerPool(ClosesOnExit):
         * A worker with another data set is refused when it joins, and its results are refused afterwards.
         * An error in a worker costs the run nothing but time: its chunks go to others, it is tried again while
           `Worker.revive` allows it, and `notices` says so.
+        * So does any other end of a worker's thread, ``SystemExit`` included, but it is not tried again.
+        * Scores that are not finite, or negative, are passed on for the table to set aside; `notices` says so once.
+        * `close` closes every worker, whatever one of them raises, and waits for the calls that run: a compilation
+          cannot be interrupted, and the interpreter must not end under it. What takes long is waited for at exit.
         * A worker that hangs is left behind: its chunks go to others after the time-out of the queue.
 
     Args:
@@ -102,7 +118,9 @@ class WorkerPool(ClosesOnExit):
         self._bytes = 0
         self._notices: list[str] = []
         self._last_result = time.monotonic()
+        self._odd: set[str] = set()  # workers of whose scores that are no scores was told
         self._closed = False
+        exits.close_at_exit(self)
 
     def join(self, worker: Worker) -> None:
         """A worker begins, now or as soon as parameters are published.
@@ -136,6 +154,8 @@ class WorkerPool(ClosesOnExit):
         with self._changed:
             if self._published is None:
                 raise RuntimeError("nothing to score with: call publish(params, version) before collect()")
+            if wait and self._closed:
+                raise RuntimeError("the engine is closed: nobody scores what is waited for")
             if wait:
                 self._wait_for(self._published.version)
             chunks = self._queue.collect()
@@ -179,9 +199,21 @@ class WorkerPool(ClosesOnExit):
             workers = list(self._workers.values())
             self._changed.notify_all()
         for worker in workers:
-            worker.close()
-        for thread in self._threads:
-            thread.join(timeout=5.0)  # one that hangs is a daemon, and ends with the process
+            try:
+                worker.close()
+            except Exception as error:
+                self.tell(f"worker {worker.name} could not be closed ({type(error).__name__}: {error})")
+        if exits.joined(self._threads, PATIENCE):
+            return
+        busy = ", ".join(thread.name for thread in self._threads if thread.is_alive())
+        LOG.warning("closing waits for workers that still compile or score: %s", busy)
+        if not exits.joined(self._threads, CLOSING - PATIENCE):
+            LOG.warning("they are left to finish by themselves; when this program ends, it waits for them")
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Of the workers, those that have ended included."""
+        return list(self._threads)
 
     def _wait_for(self, version: int) -> None:
         """Until every chunk carries the version, or nobody is left to score the rest."""
@@ -200,7 +232,7 @@ class WorkerPool(ClosesOnExit):
         while not self._closed:
             try:
                 self._work(worker)
-            except Exception as error:  # whatever it is, it must not end the run
+            except BaseException as error:  # whatever it is, it must not end the run, nor the thread in silence
                 if self._closed or not self._try_again(worker, error):
                     return
 
@@ -220,6 +252,9 @@ class WorkerPool(ClosesOnExit):
                 self._complete(worker, done, worker.finish(started))
             elif not begun:
                 self._rest()
+        for _, started in begun:  # what runs must not outlive the interpreter
+            with contextlib.suppress(Exception):
+                worker.finish(started)
 
     def _refetch(self, worker: Worker, version: int) -> int:
         """The newest parameters, if they are newer than the worker's."""
@@ -244,6 +279,7 @@ class WorkerPool(ClosesOnExit):
             scored = as_scored(found)
             self._bytes += scored.nbytes
             self._scored[worker.name] += len(scored.scores)
+            self._tell_if_odd(worker.name, scored.scores)
             self._last_result = time.monotonic()
             if worker.name in self._failing:
                 del self._failing[worker.name]
@@ -256,7 +292,16 @@ class WorkerPool(ClosesOnExit):
             if not self._closed:
                 self._changed.wait(timeout=POLL)
 
-    def _try_again(self, worker: Worker, error: Exception) -> bool:
+    def _tell_if_odd(self, name: str, scores: np.ndarray) -> None:
+        bad = int(np.sum(~(np.isfinite(scores) & (scores >= 0))))
+        if bad and name not in self._odd:
+            self._odd.add(name)
+            self._notices.append(
+                f"worker {name} found what cannot be scores: {bad} of {len(scores)} in a chunk are NaN, infinite or "
+                "negative; they are passed on, and set aside where scores are recorded"
+            )
+
+    def _try_again(self, worker: Worker, error: BaseException) -> bool:
         with self._changed:
             self._queue.requeue(worker.name)
             errors, text = self._failing.setdefault(worker.name, []), f"{type(error).__name__}: {error}"
@@ -265,7 +310,7 @@ class WorkerPool(ClosesOnExit):
                 self._tell_if_alone("for now")
             errors.append(text)
             self._changed.notify_all()
-        if worker.revive(len(errors)):
+        if isinstance(error, Exception) and self._revives(worker, len(errors)):
             return True
         with self._changed:
             del self._workers[worker.name]
@@ -275,6 +320,13 @@ class WorkerPool(ClosesOnExit):
                 self._tell_if_alone("for good")
             self._changed.notify_all()
         return False
+
+    def _revives(self, worker: Worker, failures: int) -> bool:
+        try:
+            return worker.revive(failures)
+        except BaseException as error:
+            self.tell(f"worker {worker.name} could not be revived ({type(error).__name__}: {error})")
+            return False
 
     def _tell_if_alone(self, how_long: str) -> None:
         if len(self._failing) == len(self._workers):

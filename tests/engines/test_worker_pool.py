@@ -245,3 +245,70 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(pool: Callable[..., Worke
     threading.Timer(1.0, wake.set).start()
     engine.close()
     engine.publish(params, 1)  # nobody is there to mind
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=lambda e: type(e).__name__)
+def test_any_end_of_a_workers_thread_is_a_loss_that_is_told(pool: Callable[..., WorkerPool], error: Any) -> None:
+    def ends(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
+        raise error
+
+    engine, (params, _) = pool(ends, workers=1), linear_problem(NUM_EXAMPLES)
+    engine.publish(params, 0)
+    with pytest.raises(WorkersGone, match="all workers are gone"):
+        engine.collect(wait=True)
+    assert engine.stats().workers == 0
+    notices = engine.notices()
+    assert f"worker cpu:1 failed ({type(error).__name__}: {error}); others take its work" in notices
+    assert "worker cpu:1 is gone for good" in notices
+
+
+def test_a_worker_that_cannot_be_revived_is_lost_and_told(pool: Callable[..., WorkerPool]) -> None:
+    def dies(worker: Any, item: Any, scores: np.ndarray) -> np.ndarray:
+        def fails(failures: int) -> bool:
+            raise OSError("no power to revive")
+
+        worker.revive = fails
+        raise RuntimeError("no power")
+
+    engine, (params, _) = pool(dies, workers=1), linear_problem(NUM_EXAMPLES)
+    engine.publish(params, 0)
+    said(engine, "could not be revived (OSError: no power to revive)", "gone for good", params=params)
+    assert engine.stats().workers == 0
+
+
+def test_every_worker_is_closed_though_closing_one_raises(pool: Callable[..., WorkerPool]) -> None:
+    engine, closed = pool(lambda worker, item, scores: scores), list[str]()
+
+    def fails() -> None:
+        raise OSError("it does not close")
+
+    first, second = engine._workers.values()
+    first.close, second.close = fails, lambda: closed.append(second.name)  # type: ignore[method-assign]
+    engine.close()
+    assert closed == ["cpu:2"]
+    assert "worker cpu:1 could not be closed (OSError: it does not close)" in engine.notices()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_scores_that_are_no_scores_are_passed_on_and_told_once_a_worker(
+    pool: Callable[..., WorkerPool], value: float
+) -> None:
+    def odd(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(scores)) == 3, value, scores).astype(np.float32)
+
+    engine, (params, _) = pool(odd, workers=1), linear_problem(NUM_EXAMPLES)
+    for version in range(3):
+        engine.publish(params, version)
+        assert sum(chunk.scores[3] == value or np.isnan(chunk.scores[3]) for chunk in engine.collect(wait=True)) == 5
+    (notice,) = engine.notices()
+    assert notice.startswith(
+        "worker cpu:1 found what cannot be scores: 1 of 8 in a chunk are NaN, infinite or negative"
+    )
+
+
+def test_waiting_on_a_closed_engine_is_an_error(pool: Callable[..., WorkerPool]) -> None:
+    engine, (params, _) = pool(lambda worker, item, scores: scores), linear_problem(NUM_EXAMPLES)
+    engine.publish(params, 0)
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.collect(wait=True)

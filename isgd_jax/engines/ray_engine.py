@@ -1,25 +1,32 @@
 """Workers on a Ray cluster: actors wherever there is room, each with data that it was sent or loaded itself.
 
 Ray does the rest: placement, transport through its object store, restarts of what dies, nodes that come and go. Without
-an address a Ray of this host alone is started, and stopped again.
+an address a Ray of this host alone is started, and stopped again; it listens on the loopback interface, and asks for a
+token.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import math
 import os
+import secrets
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import ray
-from ray import exceptions
-from ray._private import worker
+
+try:
+    import ray
+    from ray import _raylet, exceptions
+    from ray._private import ray_constants, worker
+except ImportError as error:
+    raise ImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
 from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.contract import ScoredChunk, WorkersGone
@@ -28,8 +35,8 @@ from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
 from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Ray would print notices, and write a token into the home folder."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Ray would print notices."""
 
 MakeJob = Callable[[], tuple[Job, str]]
 
@@ -348,6 +355,7 @@ def _connect(address: str | None, num_workers: int) -> bool:
         return False
     try:
         if address is not None:
+            _unlock()
             ray.init(address=address, **quiet)
             return False
     except (ConnectionError, ValueError) as error:
@@ -355,9 +363,58 @@ def _connect(address: str | None, num_workers: int) -> bool:
             f"there is no Ray at address={address!r} ({_last_line(error)}): start one with `ray start --head` and join "
             "the other hosts with `ray start --address=HOST:6379`, or leave out address= to start one of this host"
         ) from error
+    _lock()
     # Workers share the cores that training leaves: each has its place, however few there are.
-    ray.init(address="local", num_cpus=max(num_workers, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    cores = max(num_workers, os.cpu_count() or 1)
+    with _on_loopback():
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     return True
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """The Ray that is started here listens on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+
+    ``_node_ip_address="127.0.0.1"`` does not do it: Ray replaces that by an address that others can reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    vars(ray_constants)["ENABLE_RAY_CLUSTER"] = False
+    try:
+        yield
+    finally:
+        vars(ray_constants)["ENABLE_RAY_CLUSTER"] = before
+
+
+_own_token: list[str] = []
+
+
+def _lock() -> None:
+    """Make the Ray that is started next ask for a token: without one, whoever reaches a port of it can run code here.
+
+    The token is made anew for each process and goes to Ray's processes in their environment alone: it is on no command
+    line, in no file and no log. A ``RAY_AUTH_MODE`` or token that the user has set is left as it is.
+    """
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        _own_token.append(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN"] = _own_token[-1]
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _read_authentication_anew()
+
+
+def _unlock() -> None:
+    """Forget a token of our own: a cluster that is joined has another one, or none."""
+    if _own_token and os.environ.get("RAY_AUTH_TOKEN") == _own_token[-1]:
+        del os.environ["RAY_AUTH_TOKEN"]
+        os.environ.pop("RAY_AUTH_MODE", None)
+        _own_token.clear()
+        _read_authentication_anew()
+
+
+def _read_authentication_anew() -> None:
+    """Ray reads the environment once, when it is imported."""
+    raylet: Any = _raylet  # compiled: it has no types
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class Places(NamedTuple):

@@ -1,8 +1,11 @@
 """The engine of actors, on a Ray of this host."""
 
+import contextlib
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,6 +242,30 @@ def test_workers_that_load_other_rows_are_refused() -> None:
         engine.publish(PARAMS, 0)
         with pytest.raises(WorkersGone, match="expected fingerprint '41 rows', got '40 rows'"):
             engine.collect(wait=True)
+
+
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"fun", timeout=10)
+print("let in")
+"""
+
+
+def test_a_ray_of_this_host_alone_lets_no_stranger_in(build: Callable[..., Any]) -> None:
+    """It asks for a token, which is on no command line, and listens on the loopback interface."""
+    build()
+    token, address = os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
+    for environment, is_let_in in ((without, False), (os.environ, True)):
+        asked = subprocess.run(
+            [sys.executable, "-c", STRANGER, address], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (asked.stdout == "let in\n") is is_let_in, asked.stderr
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert token.encode() not in entry.read_bytes()
 
 
 SETTINGS: dict[str, Any] = {"scorers": 2, "engine": "cluster", "refresh_every": 10, "steps": 200, "log_every": 100,

@@ -1,25 +1,14 @@
 """The Optax chains that the command line offers: the reweighting first, an optimiser behind it."""
 
-import jax
 import optax
-from jaxtyping import Float
 
 from isgd_jax.config import Config
-from isgd_jax.parallel import OneDevice
 from isgd_jax.reweight import importance_weighting
 
 
-def make(
-    config: Config,
-    *,
-    num_examples: int,
-    num_steps: int,
-    place: OneDevice | None = None,
-    example_weights: Float[jax.Array, " n"] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+def make(config: Config, *, num_examples: int, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """The chain of a configuration. Decoupled weight decay stands behind the reweighting: it is no part of it."""
-    reweighting = (place or OneDevice()).averaged(importance_weighting(num_examples, example_weights))
-    return optax.chain(reweighting, behind(config, num_steps=num_steps))
+    return optax.chain(importance_weighting(num_examples), behind(config, num_steps=num_steps))
 
 
 def behind(config: Config, *, num_steps: int) -> optax.GradientTransformationExtraArgs:

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from jax import Array
 
-from isgd_jax import evaluate, laws, monitor, samplers, step, table, task
+from isgd_jax import evaluate, monitor, table, task
 from isgd_jax.config import Config
-from isgd_jax.parallel import OneDevice
 from isgd_jax.rundir import Record
+from isgd_jax.training.data_parallel import local_copy
+from isgd_jax.training.train_step import TrainState
 from isgd_jax.typing import Batch
 
-Measure = Callable[[step.TrainState, samplers.Law], Record]
-"""More to measure: numbers by name, from the state and the law in use."""
+Measure = Callable[[TrainState], Record]
+"""More to measure: numbers by name, from the state."""
 
 
 class Measures:
@@ -25,49 +26,48 @@ class Measures:
         measure: what to measure besides.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        work: task.Task,
-        place: OneDevice,
-        *,
-        measure: Measure,
-    ) -> None:
-        self._config, self._place, self._measure = config, place, measure
+    def __init__(self, config: Config, work: task.Task, *, measure: Measure) -> None:
+        self._config, self._measure = config, measure
         self._test_data = jax.device_put(dict(work.test))
         self._evaluate = evaluate.make_evaluate(work)
         self._report = jax.jit(monitor.report)
 
-    def at(self, at: int, state: step.TrainState, law_source: laws.Laws, train_data: Batch) -> Record:
-        """Everything, after step ``at``, which the state has reached."""
+    def at(self, state: TrainState, train_data: Batch) -> Record:
+        """Everything, of the state as it is."""
         measured: Record = {}
-        params, train = self._place.local((state.params, train_data))
+        here, train = local_copy((state, train_data))
         splits = {"test": self._test_data} | ({"train": train} if self._config.full_train_loss else {})
         for name, split in splits.items():
-            fit = self._evaluate(params, split)
+            fit = self._evaluate(here.params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
-        measured |= self._bands(state)
-        more = self._measure(state, law_source.proposal)
-        return measured | _ages(at, state) | {name: _plain(value) for name, value in more.items()}
+        measured |= self._bands(here)
+        more = self._measure(here)
+        return measured | _ages(here) | {name: _plain(value) for name, value in more.items()}
 
-    def _bands(self, state: step.TrainState) -> Record:
+    def _bands(self, state: TrainState) -> Record:
         """√Tr Cov under the proposals with 95 % bands, from the draws of training."""
+        watched = state.sampler.monitor
+        is_known = watched is not None and int(watched.steps.seen) > 0
+        bands = jax.device_get(self._report(watched)) if is_known else None
         measured: Record = {}
-        watched = self._place.local(state.watch.monitor)
-        bands, is_known = jax.device_get(self._report(watched))._asdict(), int(watched.steps.seen) > 0
         for name in ("uniform", "stale", "ideal", "drawn"):
-            for bound, value in bands[name]._asdict().items():
+            for bound in ("value", "low", "high"):
                 field = f"sd_{name}" if bound == "value" else f"sd_{name}_{bound}"
-                measured[field] = _finite(math.sqrt(max(value, 0.0))) if is_known else None
-        measured["variance_ratio"] = _finite(bands["stale"].value / bands["uniform"].value) if is_known else None
+                value = None if bands is None else getattr(getattr(bands, name), bound)
+                measured[field] = None if value is None else _finite(math.sqrt(max(value, 0.0)))
+        measured["variance_ratio"] = None if bands is None else _ratio(bands.stale.value, bands.uniform.value)
         return measured
 
 
-def _ages(at: int, state: step.TrainState) -> Record:
-    versions = np.asarray(state.table.versions)
-    ages = at - versions[versions != table.NEVER]
+def _ages(state: TrainState) -> Record:
+    versions = np.asarray(state.sampler.table.versions)
+    ages = int(state.sampler.clock.version) - versions[versions != table.NEVER]
     mean, late = (float(ages.mean()), float(np.quantile(ages, 0.95))) if len(ages) else (None, None)
     return {"age_mean": mean, "age_p95": late}
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> float | None:
+    return float(above / below) if below > 0 else None
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax import calibration as calibrations
 from isgd_jax import table as tables
 from isgd_jax.calibration import Calibration
-from isgd_jax.samplers import Law
 from isgd_jax.sums import tree_sum
 from isgd_jax.table import ScoreTable
 
@@ -32,17 +31,6 @@ class Proposal(NamedTuple):
     probs: Float[Array, " n"]
     trusted_share: Float[Array, ""]
     is_uniform: Bool[Array, ""]
-
-
-class Frozen(NamedTuple):
-    """A law in use until the next refresh, and the scores [n] it was made of, so that draws can tell their worth."""
-
-    law: Law
-    mixture: Float[Array, ""]
-    scores: Float[Array, " n"]
-    versions: Int[Array, " n"]
-    sketches: Float[Array, "n dims"] | None = None
-    """What the order was made of, where the next refresh renews only a part of it."""
 
 
 def propose(

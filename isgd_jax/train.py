@@ -1,5 +1,6 @@
 """The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,30 +10,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import assembly, data, distributed, gate, models, report, schedule, step, task
+from isgd_jax import build, data, distributed, gate, models, report, schedule, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
-from isgd_jax.engines.choose import MakeJob
+from isgd_jax.engines.contract import Reports, Resumable, Timed
 from isgd_jax.engines.rates import Rates
-from isgd_jax.feed import Feed
-from isgd_jax.jobs import job_elsewhere
-from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.progress import Measure, Measures
 from isgd_jax.rundir import Record, RunDir, Unwritten
+from isgd_jax.sampling.gates import is_open
+from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.signals import Stop, stop_on_signals
 from isgd_jax.tensorboard import require_tensorboard, with_events
-from isgd_jax.typing import Batch, Params
-
-STEPS_IN_FLIGHT = 8
-"""Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
+from isgd_jax.training import loop
+from isgd_jax.training.background import Refresher, refresher
+from isgd_jax.training.callbacks import Callback
+from isgd_jax.training.data_parallel import agree, local_copy
+from isgd_jax.training.loop import STEPS_IN_FLIGHT, Run
+from isgd_jax.training.train_step import StepInfo, TrainState
+from isgd_jax.typing import Params
 
 ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
 
+NOBODY_SCORES: Record = {
+    "scores_per_second": 0.0,
+    "scores_per_second_by_worker": {},
+    "workers": 0,
+    "bytes_moved": 0,
+    "chunks_again": 0,
+    "results_refused": 0,
+}
+"""The figures of an engine where there is none."""
+
 REHEARSED = 4
 """Updates that the plan times together."""
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
 
 Observer = Callable[[Record], None]
@@ -57,7 +70,7 @@ def fit(
     resume: bool = False,
     observe: Observer = lambda record: None,
     until: Callable[[Record], bool] = lambda record: False,
-    measure: Measure = lambda state, law: {},
+    measure: Measure = lambda state: {},
 ) -> Result:
     """Train, and leave a folder with the configuration, metrics, figures and checkpoints of the run.
 
@@ -78,7 +91,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
-    make_job = job_elsewhere(config, dataset, model, loss)
+    make_job = build.job_elsewhere(config, dataset, model, loss)
     if config.tensorboard:
         require_tensorboard()
     if resume and not config.distributed:
@@ -96,33 +109,65 @@ def fit(
             f"got {config.batch_size}"
         )
     with distributed.joined(config, dataset.fingerprint):
-        place = _place(config)
         work = task.make(config, dataset, model=model, loss=loss)
-        run = _run_dir(config, resume, place)
-        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_job)
-        try:
-            if resume:
-                trainer.resume()
-                run.write_config(config)
-            with stop_on_signals() as stop:
-                return trainer.train(stop)
-        finally:
-            trainer.close()
+        folder = _run_dir(config, resume)
+        num_steps = config.num_steps(work.num_examples)
+        parts = build.build(
+            config, work, num_steps=num_steps, replayed=_replayed(config, work, num_steps), make_job=make_job
+        )
+        with contextlib.ExitStack() as stack:
+            if parts.engine is not None:
+                stack.callback(parts.engine.close)
+            stop = stack.enter_context(stop_on_signals())
+            recorder = Recorder(
+                config, work, parts, folder,
+                clock=clock, stop=stop, resume=resume, observe=observe, until=until, measure=measure,
+            )  # fmt: skip
+            result = loop.fit(
+                parts.problem,
+                parts.sampler,
+                parts.tx,
+                num_steps=num_steps,
+                key=jax.random.key(config.seed),
+                engine=parts.engine,
+                devices=_devices(config),
+                callbacks=[recorder],
+                fresh_scores=parts.fresh_scores,
+                make_refresher=recorder.make_refresher,
+            )
+    stopped_by = None if result.stopped is None else int(result.stopped) or None
+    return Result(result.params, folder.path, result.step, stopped_by)
 
 
-def _place(config: Config) -> OneDevice:
-    """Where steps are made."""
+def _replayed(config: Config, work: task.Task, num_steps: int) -> schedule.Schedule | None:
+    """The schedule to follow, if this is a replay."""
+    if config.replay is None:
+        return None
+    found = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
+    found.check_covers(num_steps, config.refresh_every)
+    return found
+
+
+def _devices(config: Config) -> list[jax.Device] | None:
+    """Those that train, each a part of the batch; None is one device."""
     if config.train_devices > 1:
         devices, wanted = jax.local_devices(), config.train_devices
         if wanted >= len(devices):
             raise ValueError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
-        return AllDevices(config.batch_size, devices[:wanted])
-    return AllDevices(config.batch_size) if config.distributed else OneDevice()
+        return devices[:wanted]
+    if not config.distributed:
+        return None
+    if config.batch_size % len(jax.devices()):
+        raise ValueError(
+            f"--batch-size must be a multiple of the {len(jax.devices())} devices that train, so that each handles an "
+            f"equal part; got {config.batch_size}"
+        )
+    return jax.devices()
 
 
-def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
+def _run_dir(config: Config, resume: bool) -> RunDir:
     """The folder of the run, new or old; of several processes one writes there."""
-    if not place.writes:
+    if jax.process_index() != 0:
         return Unwritten(Path(str(config.run_dir)))
     if not resume:
         return RunDir.create(config)
@@ -131,206 +176,230 @@ def _run_dir(config: Config, resume: bool, place: OneDevice) -> RunDir:
     return run
 
 
-class Trainer:
-    """One run in memory: its state, where its laws come from, and where its records go."""
+class Recorder(Callback):
+    """What a run of the command does beside its steps: it plans, measures, records, saves, and stops when asked to.
+
+    Args:
+        config: of the run.
+        work: what is trained.
+        parts: of the run.
+        folder: where it writes.
+        clock: of the run.
+        stop: set by a signal.
+        resume: whether to go on from the newest checkpoint.
+        observe: called with each record.
+        until: whether what was wanted is reached.
+        measure: what to measure besides.
+    """
 
     def __init__(
         self,
         config: Config,
         work: task.Task,
-        place: OneDevice,
-        run: RunDir,
+        parts: build.Parts,
+        folder: RunDir,
+        *,
         clock: Clock,
+        stop: Stop,
+        resume: bool,
         observe: Observer,
         until: Callable[[Record], bool],
         measure: Measure,
-        make_job: MakeJob,
     ) -> None:
-        self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
-        self.observe, self.until = observe if place.writes else lambda record: None, until
-        if config.tensorboard and place.writes:
-            self.observe = with_events(run.path, observe)
-        self.asked = 0.0  # the signal that asked to stop, or ENOUGH
-        self.reached = False
-        self.num_steps = config.num_steps(work.num_examples)
-        self.step = 0
-        self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
-        self.train_data: Batch = dict(work.train) if config.hold != "device" else place.spread(dict(work.train))
-        _, self.draw_key, _ = assembly.keys(config)
-        replayed = None
-        if config.replay is not None:
-            replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
-            replayed.check_covers(self.num_steps, config.refresh_every)
-        parts = assembly.assemble(
-            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, make_job=make_job
+        writes = jax.process_index() == 0
+        self._config, self._work, self._parts, self._folder = config, work, parts, folder
+        self._clock, self._stop, self._resume = clock, stop, resume
+        self._observe, self._until = observe if writes else lambda record: None, until
+        if config.tensorboard and writes:
+            self._observe = with_events(folder.path, observe)
+        self._measures = Measures(config, work, measure=measure)
+        self._rates = None if parts.engine is None else Rates(parts.engine)
+        self._checkpoints = distributed.checkpoints(
+            folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
         )
-        self.state, self.engine, self.laws, self.updates, self.remarks = parts
-        self.feed = None if config.hold == "device" else Feed(self.train_data, self.updates, self.draw_key)
-        self.rates = Rates(self.engine)
-        self.trusted_share: float | None = None
-        self.measures = Measures(config, work, place, measure=measure)
-        identity = {"format": FORMAT, "data set": work.fingerprint}
-        self.checkpoints = distributed.checkpoints(run.checkpoints, identity=identity)
-        self.infos: list[step.StepInfo] = []
-        self.noted = 0  # the last step of which a move of the gate has been recorded
-        self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress
+        self._infos: list[StepInfo] = []
+        self._step = self._noted = 0  # steps made, and the last of which a move of the gate has been recorded
+        self._quarantined = 0
+        self._trusted_share: float | None = None
+        self._was_open, self._reached = True, False
+        self._mark = (0, 0.0, dict(clock.spent))  # step, clock and time spent at the last line of progress
 
-    def resume(self) -> None:
+    def make_refresher(self, engine: Any, sampler: BatchSampler, **options: Any) -> Refresher:
+        """The refresher of the configuration, whose clock is agreed upon by all processes."""
+        config, replayed = self._config, self._parts.replayed
+        clock = (lambda: agree(self._clock())) if replayed is None else lambda: replayed.arrivals[self._step].clock
+        made = refresher(
+            engine,
+            sampler,
+            every=config.refresh_every,
+            publish_every=config.publishes_every,
+            wait=config.mode == "exact" and replayed is None,
+            published=self._parts.published,
+            clock=clock,
+            publish_at=None if replayed is None else lambda step: step in replayed.versions,
+        )
+        return ClockedRefresher(made, self._clock)
+
+    def begin(self, run: Run) -> None:
+        if self._resume:
+            self._restore(run)
+            self._folder.write_config(self._config)
+        self._folder.write_environment([str(device) for device in jax.devices()], self._work.fingerprint)
+        if self._step < run.num_steps:
+            self._observe(self._plan(run))
+        else:
+            flag = "--steps" if self._config.epochs is None else "--epochs"
+            self._warn(f"nothing is left to do: {self._step:,} updates were made; {flag} N asks for more")
+        self._warn(*self._parts.remarks)
+        self._set_mark()
+        if self._step == 0:
+            self._log(run)
+        self._ask(run)
+
+    def refreshed(self, run: Run) -> None:
+        found, engine = run.refresher.last, self._parts.engine
+        if found is None or engine is None:
+            return
+        proposal = local_copy(run.state.sampler.proposal)
+        self._trusted_share = float(proposal.trusted_share)
+        size = getattr(engine, "chunk_size", 1)
+        self._record(
+            "refresh",
+            clock=found.seconds,
+            chunk_size=size,
+            arrived=schedule.as_runs(found.chunks, size),
+            scored=sum(len(chunk.ids) for chunk in found.chunks),
+            trusted_share=self._trusted_share,
+            is_uniform=bool(proposal.is_uniform),
+        )
+        self._warn_of_quarantined(run)
+        self._warn(*_notices(engine))
+
+    def stepped(self, run: Run, info: StepInfo) -> None:
+        self._infos.append(info)
+        self._step = run.step
+        if run.step % self._config.log_every == 0 or run.step == run.num_steps:
+            self._log(run)
+        if run.step % self._config.checkpoint_every == 0:
+            self._save(run)
+        if jax.process_count() == 1 or run.step % STEPS_IN_FLIGHT == 0:
+            self._ask(run)
+
+    def end(self, run: Run) -> None:
+        self._warn(*_notices(self._parts.engine))
+        self._save(run)
+        self._checkpoints.wait()
+        stopped = run.stopped is not None and run.stopped >= 1
+        self._record("stopped" if stopped else "finished", spent=self._spent(), num_steps=run.num_steps)
+        if jax.process_index() == 0:
+            report.draw(self._folder)
+            self._observe({"event": "wrote", "paths": [str(path) for path in sorted(self._folder.path.iterdir())]})
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+    def _restore(self, run: Run) -> None:
         """Take up the newest checkpoint, and forget the records written after it.
 
         A run that was killed before its first checkpoint begins anew: its first parameters come from the seed.
         """
-        if self.checkpoints.latest_step() is None:
-            self.run.forget_after(-1)
+        if self._checkpoints.latest_step() is None:
+            self._folder.forget_after(-1)
             self._record("resumed")
             return
-        saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
-        self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
-        if self.feed is not None:
-            self.feed.notes = notes["feed"]
-        self.engine.restore(notes["engine"])
-        self.reading = notes["reading"]
-        self.clock.go_on_from(notes["seconds"], notes["spent"])
-        self.step = self.noted = int(self.state.step)
-        self.run.forget_after(self.step)
+        saved, notes = self._checkpoints.restore({"state": run.state})
+        run.state = saved["state"] if run.parallel is None else run.parallel.replicate(saved["state"])
+        if run.parallel is None:
+            run.state = jax.device_put(run.state)
+        if run.prefetch is not None and notes["prefetch"] is not None:
+            run.prefetch.load_state_dict(notes["prefetch"])
+        if isinstance(self._parts.engine, Resumable):
+            self._parts.engine.restore(notes["engine"])
+        self._clock.go_on_from(notes["seconds"], notes["spent"])
+        run.step = self._step = self._noted = int(local_copy(run.state.sampler.clock.step))
+        self._quarantined = int(local_copy(run.state.sampler.quarantined))
+        self._was_open = bool(local_copy(is_open(run.state.sampler)))
+        self._folder.forget_after(self._step)
         self._record("resumed")
 
-    def train(self, stop: Stop) -> Result:
-        """Make the updates, until the last one or until a signal asks to stop; save; draw the figures."""
-        self.run.write_environment([str(device) for device in jax.devices()], self.work.fingerprint)
-        if self.step < self.num_steps:
-            self.observe(self._plan())
-        else:
-            flag = "--steps" if self.config.epochs is None else "--epochs"
-            self._warn(f"nothing is left to do: {self.step:,} updates were made; {flag} N asks for more")
-        self._warn(*self.remarks)
-        self._set_mark()
-        if self.step == 0:
-            self._log()
-        while self.step < self.num_steps and not self._is_over(stop):
-            self._advance()
-        self._warn(*self.engine.notices())
-        self._save()
-        self.checkpoints.wait()
-        self._record("stopped" if self.asked >= 1 else "finished", spent=self._spent(), num_steps=self.num_steps)
-        if self.place.writes:
-            report.draw(self.run)
-            self.observe({"event": "wrote", "paths": [str(path) for path in sorted(self.run.path.iterdir())]})
-        return Result(self.state.params, self.run.path, self.step, int(self.asked) or None)
+    def _ask(self, run: Run) -> None:
+        """Whether a signal asked to stop, or what was wanted is reached; all processes agree."""
+        asked = agree(max(float(self._stop.signum or 0), ENOUGH if self._reached else 0.0))
+        if asked > 0:
+            run.stop(asked)
 
-    def close(self) -> None:
-        """Release the engine and the checkpoint folder."""
-        self.engine.close()
-        if self.feed is not None:
-            self.feed.close()
-        self.checkpoints.close()
-
-    def _is_over(self, stop: Stop) -> bool:
-        """Whether a signal asked to stop, or what was wanted is reached; looked at where all processes can agree."""
-        if self.place.num_processes == 1 or self.step % STEPS_IN_FLIGHT == 0:
-            self.asked = self.place.agree(max(float(stop.signum or 0), ENOUGH if self.reached else 0.0))
-        return self.asked > 0
-
-    def _advance(self) -> None:
-        """One step, and what falls due after it."""
-        self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
-        if refresh is not None:
-            self.reading, self.trusted_share = refresh.clock, refresh.trusted_share
-            self._record("refresh", **refresh._asdict())
-            self._warn_of_rejected(refresh.rejected)
-            self._warn(*self.engine.notices())
-        self.state, info = self._update(self.state)
-        self.infos.append(info)
-        self.step += 1
-        if self.step % STEPS_IN_FLIGHT == 0:
-            jax.block_until_ready(info.loss)
-        if self.step % self.config.log_every == 0 or self.step == self.num_steps:
-            self._log()
-        if self.step % self.config.checkpoint_every == 0:
-            self._save()
-
-    def _update(self, state: step.TrainState) -> tuple[step.TrainState, step.StepInfo]:
-        law, seconds = self.laws.law, jnp.float32(self.reading)
-        if self.feed is not None:
-            choice, batch = self.feed.next(self.step, state, law, self.laws.steps_left(self.step))
-            return self.updates.update_drawn(state, law, choice, batch, self.draw_key, seconds)
-        return self.updates.update(state, law, self.train_data, self.draw_key, seconds)
-
-    def _rehearse(self) -> step.TrainState:
-        """A few updates that are forgotten, one dispatched behind the other as in training."""
-        state = jax.tree.map(jnp.copy, self.state)  # a step takes over the state that it is given
-        for _ in range(REHEARSED):
-            state, _ = self._update(state)
-        return state
-
-    def _log(self) -> None:
+    def _log(self, run: Run) -> None:
         """Measure, and write one line of progress."""
-        step_before, clock_before, _ = self.mark
-        stepped = self._drain()
-        elapsed = self.clock() - clock_before
-        self.clock.spent.update(self._spent())
-        with self.clock.spending("measuring"):
-            measured = self.measures.at(self.step, self.state, self.laws, self.train_data)
-        rate = (self.step - step_before) / elapsed if self.step > step_before else None
-        shares = self.clock.shares("scoring", "updating", "measuring")
-        training = {"train_seconds": round(self.clock.spent["scoring"] + self.clock.spent["updating"], 3)}
-        watched = self.rates.since_last() | {"trusted_share": self.trusted_share}
+        step_before, clock_before, _ = self._mark
+        stepped = self._drain(run)
+        elapsed = self._clock() - clock_before
+        self._clock.spent.update(self._spent())
+        with self._clock.spending("measuring"):
+            measured = self._measures.at(run.state, run.data)
+        rate = (self._step - step_before) / elapsed if self._step > step_before else None
+        shares = self._clock.shares("scoring", "updating", "measuring")
+        training = {"train_seconds": round(self._clock.spent["scoring"] + self._clock.spent["updating"], 3)}
+        watched = NOBODY_SCORES if self._rates is None else self._rates.since_last()
+        watched = watched | {"trusted_share": self._trusted_share}
         record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
-        self.reached = self.until(record)
+        self._reached = self._until(record)
         self._set_mark()
 
     def _spent(self) -> dict[str, float]:
         """What time was spent on; all since the last line of progress that nothing else has claimed was updating."""
-        _, clock_before, spent_before = self.mark
-        elsewhere = sum(self.clock.spent.values()) - sum(spent_before.values())
-        return dict(self.clock.spent) | {
-            "updating": self.clock.spent["updating"] + self.clock() - clock_before - elsewhere
+        _, clock_before, spent_before = self._mark
+        elsewhere = sum(self._clock.spent.values()) - sum(spent_before.values())
+        return dict(self._clock.spent) | {
+            "updating": self._clock.spent["updating"] + self._clock() - clock_before - elsewhere
         }
 
     def _set_mark(self) -> None:
-        self.mark = (self.step, self.clock(), dict(self.clock.spent))
+        self._mark = (self._step, self._clock(), dict(self._clock.spent))
 
-    def _drain(self) -> Record:
+    def _drain(self, run: Run) -> Record:
         """Fetch what the steps left on the device since the last call, and see that the loss is finite."""
-        infos = jax.device_get(self.infos)
-        self.infos.clear()
+        infos = jax.device_get(self._infos)
+        self._infos.clear()
         self._note_switches(infos)
         for i, info in enumerate(infos):
             if not np.isfinite(info.loss):
+                at = self._step - len(infos) + i
                 raise FloatingPointError(
-                    f"the training loss became {info.loss} at step {self.step - len(infos) + i}: lower --learning-rate "
-                    f"(it was {self.config.learning_rate}); checkpoints from before stay in {self.run.checkpoints}"
+                    f"the training loss became {info.loss} at step {at}: lower --learning-rate "
+                    f"(it was {self._config.learning_rate}); checkpoints from before stay in {self._folder.checkpoints}"
                 )
         if not infos:
             return {"loss": None, "max_weight": None}
-        self._warn_of_rejected(sum(int(info.rejected) for info in infos))
+        self._warn_of_quarantined(run)
         losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
         return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
 
-    def _note_switches(self, infos: list[step.StepInfo]) -> None:
+    def _note_switches(self, infos: list[StepInfo]) -> None:
         """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
-        for at, info in enumerate(infos, start=self.step - len(infos) + 1):
-            if self.config.gate == "on" and at > self.noted and bool(info.verdict.switched):
-                ratio = info.verdict.ratio
-                self._record("gate", at=at, is_open=bool(info.is_open), reason=gate.reason(bool(info.is_open), ratio))
-        self.noted = self.step
+        was_open = self._was_open
+        for at, info in enumerate(infos, start=self._step - len(infos) + 1):
+            now_open = bool(info.gate_is_open)
+            if at > self._noted and now_open != was_open and info.gate_ratio is not None:
+                self._record("gate", at=at, is_open=now_open, reason=gate.reason(now_open, info.gate_ratio))
+            if at > self._noted:
+                was_open = now_open
+        self._was_open, self._noted = was_open, self._step
 
-    def _save(self) -> None:
-        infos = jax.device_get(self.infos)
+    def _save(self, run: Run) -> None:
+        infos = jax.device_get(self._infos)
         self._note_switches(infos)
         if not all(np.isfinite(info.loss) for info in infos):
-            self._drain()  # says at which step the loss was lost, and saves nothing
-        spent = self._spent()
-        with self.clock.spending("saving"):
-            self._write_checkpoint(spent)
+            self._drain(run)  # says at which step the loss was lost, and saves nothing
+        spent, engine = self._spent(), self._parts.engine
+        with self._clock.spending("saving"):
+            notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
+            notes |= {"prefetch": None if run.prefetch is None else run.prefetch.state_dict()}
+            notes |= {"seconds": self._clock(), "spent": spent}
+            self._checkpoints.save(self._step, {"state": run.state}, notes)
 
-    def _write_checkpoint(self, spent: dict[str, float]) -> None:
-        notes: Record = {"engine": self.engine.state(), "reading": self.reading}
-        notes |= {"feed": None if self.feed is None else self.feed.notes}
-        notes |= {"seconds": self.clock(), "spent": spent}
-        self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)
-
-    def _warn_of_rejected(self, count: int) -> None:
+    def _warn_of_quarantined(self, run: Run) -> None:
+        total = int(local_copy(run.state.sampler.quarantined))
+        count, self._quarantined = total - self._quarantined, total
         if count:
             self._warn(f"{count} scores were not finite and were set aside; what was known of these examples stays")
 
@@ -339,27 +408,71 @@ class Trainer:
             self._record("warning", text=text)
 
     def _record(self, event: str, **values: Any) -> Record:
-        record = {"event": event, "step": self.step, "seconds": round(self.clock(), 3), **values}
-        self.run.append(record)
-        self.observe(record)
+        record = {"event": event, "step": self._step, "seconds": round(self._clock(), 3), **values}
+        self._folder.append(record)
+        self._observe(record)
         return record
 
-    def _plan(self) -> Record:
+    def _plan(self, run: Run) -> Record:
         """What is about to be done, with the cost of scoring measured on this machine."""
-        with self.clock.spending("planning"):
-            (updates,) = middle_seconds(self._rehearse, repeats=1)
-            refresh = self.laws.seconds_per_refresh(self.state)
+
+        def updates() -> TrainState:
+            """A few updates that are forgotten, one dispatched behind the other as in training."""
+            state = jax.tree.map(jnp.copy, run.state)  # a step takes over the state that it is given
+            for _ in range(REHEARSED):
+                state, _ = run.advance(state, 0.0)
+            return state
+
+        with self._clock.spending("planning"):
+            (seconds,) = middle_seconds(updates, repeats=1)
+            refresh = 0.0 if self._parts.engine is None else self._seconds_per_refresh(run)
         return {
             "event": "plan",
-            "run_dir": str(self.run.path),
-            "num_examples": self.work.num_examples,
-            "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            "run_dir": str(self._folder.path),
+            "num_examples": self._work.num_examples,
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
             "devices": [str(device) for device in jax.devices()],
-            "first_step": self.step,
-            "num_steps": self.num_steps,
-            "config": self.config.to_dict(),
-            "sampler": self.config.sampler_in_use,
-            "seconds_per_update": updates / REHEARSED,
+            "first_step": self._step,
+            "num_steps": run.num_steps,
+            "config": self._config.to_dict(),
+            "sampler": self._config.sampler_in_use,
+            "seconds_per_update": seconds / REHEARSED,
             "seconds_per_refresh": refresh,
-            "share_scored": self.config.share_scored(self.work.num_examples),
+            "share_scored": self._config.share_scored(self._work.num_examples),
         }
+
+    def _seconds_per_refresh(self, run: Run) -> float:
+        """Of scoring, of recording what is scored, and of making the proposal."""
+        engine, size = self._parts.engine, self._work.num_examples
+        # What is done once a refresh and what is done for each chunk: the difference is a chunk's.
+        once, with_a_chunk = middle_seconds(
+            lambda: run.refresher.rehearse(run.state.sampler, chunks=0),
+            lambda: run.refresher.rehearse(run.state.sampler, chunks=1),
+            repeats=3,
+        )
+        each = (
+            max(0.0, with_a_chunk - once) * self._config.share_scored(size) * size / getattr(engine, "chunk_size", size)
+        )
+        params = self._parts.published(run.state.params, 0)
+        wait = self._config.mode == "exact"
+        collecting = engine.seconds_per_collect(params, wait=wait) if isinstance(engine, Timed) else 0.0
+        return collecting + once + each
+
+
+class ClockedRefresher(Refresher):
+    """A refresher whose time counts as scoring."""
+
+    def __init__(self, made: Refresher, clock: Clock) -> None:
+        vars(self).update(vars(made))
+        self._spent_on = clock
+
+    def __call__(self, step: int, params: Params, state: SamplerState) -> SamplerState:
+        if self.engine is None:
+            return super().__call__(step, params, state)
+        with self._spent_on.spending("scoring"):
+            return jax.block_until_ready(super().__call__(step, params, state))
+
+
+def _notices(engine: Any) -> list[str]:
+    """What a person should hear of an engine."""
+    return engine.notices() if isinstance(engine, Reports) else []

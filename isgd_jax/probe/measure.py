@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from isgd_jax import assembly, optimizers, proposal, samplers, variance
+from isgd_jax import build, optimizers, proposal, samplers, variance
 from isgd_jax.clock import middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.factoring import factored
@@ -96,7 +96,7 @@ def costs(config: Config, task: Task, params: Params) -> Costs:
     opt_state, key = steps.tx.init(params), jax.random.key(0)
     size = min(config.chunk_size, task.num_examples)
     chunk = jax.tree.map(lambda x: x[:size], task.train)
-    scorer = sharded(assembly.make_scorer(config, task)[0])
+    scorer = sharded(build.make_scorer(config, task)[0])
     plain, reweighted, scoring = middle_seconds(
         lambda: steps.plain(params, opt_state, data, key),
         lambda: steps.reweighted(params, opt_state, law, data, key),
@@ -122,7 +122,7 @@ def ageing(
     The scores and the norms are those of the ``sample``; the steps draw from the whole training set, with the batch
     size and the optimiser of the configuration. ``mixture`` is the share of the uniform law in the proposal.
     """
-    scorer = sharded(assembly.make_scorer(config, task)[0])
+    scorer = sharded(build.make_scorer(config, task)[0])
     probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=mixture)
     found = {0: _ratio(task.loss_fn, params, sample, probs)}
     steps = Steps(config, task)

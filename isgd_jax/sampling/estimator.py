@@ -277,7 +277,7 @@ class ImportanceSampler:
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:
-            at = jnp.where(draw.mask, draw.indices, self.num_examples)
+            at = evidence.places(state, draw)
             sketches = self._sketched(grads, axis_name)
             state = self._written(state, at, found.scores, state.version, sketches, seconds)
         moved = advanced(state.clock, steps_per_update=self.options.steps_per_update, seconds=seconds)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from isgd_jax import calibration, gate, mixtures, monitor, samplers, table
 from isgd_jax.factoring import factored
@@ -99,6 +99,19 @@ def target_of(draw: Draw) -> Float[Array, " m"]:
     if draw.target is None:
         raise TypeError("observe needs a draw that sample() of the same sampler made; this one has no target")
     return draw.target
+
+
+def places(state: SamplerState, draw: Draw) -> Int[Array, " m"]:
+    """Where to write what is learnt of the drawn examples: their rows, and n for padding.
+
+    Calibration has read these rows, and must be done before they are written over; else XLA copies the whole table at
+    each step, a third of a millisecond for a million examples. So the places are made to depend on its result, by a
+    comparison that is always true: weights are not negative.
+    """
+    used = draw.mask
+    if state.calibration is not None:
+        used &= jnp.all(state.calibration.weight >= 0.0)
+    return jnp.where(used, draw.indices, state.table.scores.shape[0])
 
 
 def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> SamplerState:

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.sampling.state import BatchSampler, SamplerState
-from isgd_jax.typing import Params, ScoredChunk
+from isgd_jax.typing import Params
 
 QUIET_REFRESHES = 3
 """Refreshes without any score after which a person should know."""
@@ -64,7 +65,7 @@ class Refresher:
         self.last: Refresh | None = None
         self._publish_every, self._wait, self._publish_at = publish_every or every, wait, publish_at
         self._published, self._clock = published, clock
-        self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0, static_argnames="has_sketches")
+        self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0)
         self._refresh = jax.jit(sampler.refresh, donate_argnums=0)
         self._is_first, self._scored, self._quiet = True, 0, 0
         self._expected: tuple[int, Array] | None = None
@@ -89,13 +90,13 @@ class Refresher:
         """For how many steps the proposal stays as it is, this one included."""
         return self.every - step % self.every
 
-    def rehearse(self, params: Params, state: SamplerState) -> SamplerState:
-        """What a refresh does beside collecting, with one chunk of ones, and forgets: to compile, and to be timed."""
-        copied = jax.tree.map(jnp.copy, state)
-        if self.engine is not None and self.sampler.is_scored:
-            size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
-            copied = self._take(copied, [ScoredChunk(np.arange(size), np.ones(size, np.float32), 0)], 0.0)
-        return self._refresh(copied)
+    def rehearse(self, state: SamplerState, *, chunks: int) -> SamplerState:
+        """What a refresh does beside collecting, with so many chunks of ones, and forgets: to be compiled and timed."""
+        copied, known = jax.tree.map(jnp.copy, state), state.ordering.sketches
+        size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
+        sketches = None if known is None else np.zeros((size, known.shape[1]), np.float32)
+        one = ScoredChunk(np.arange(size), np.ones(size, np.float32), 0, sketches)
+        return self._refresh(self._take(copied, [one] * chunks, 0.0))
 
     def publishes(self, step: int) -> bool:
         """Every so many steps; also at once where a loop begins or goes on, so that no worker waits or scores the old.
@@ -124,8 +125,7 @@ class Refresher:
             ids = np.pad(chunk.ids, (0, short), constant_values=self.sampler.num_examples).astype(np.int32)
             scores = np.pad(chunk.scores, (0, short)).astype(np.float32)
             rows = None if sketches is None else np.pad(np.asarray(sketches, np.float32), ((0, short), (0, 0)))
-            numbers = (np.int32(chunk.version), np.float32(now))
-            state = self._record(state, ids, scores, rows, *numbers, has_sketches=rows is not None)
+            state = self._record(state, ids, scores, rows, np.int32(chunk.version), np.float32(now))
         return state
 
     def _check_version(self, step: int, state: SamplerState) -> None:
@@ -203,8 +203,5 @@ def _recorded(
     sketches: Array | None,
     version: Array,
     seconds: Array,
-    *,
-    has_sketches: bool,
 ) -> SamplerState:
-    del has_sketches
     return sampler.record(state, ids, scores, version=version, sketches=sketches, seconds=seconds)

@@ -48,7 +48,8 @@ FITTING: dict[str, tuple[str, ...]] = {
 
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
-    "held_out_by": "--held-out-by went in 0.2: the trainer measures, every --log-every steps; leave it out",
+    "held_out_by": "--held-out-by went in 0.2: leave it out; the trainer measures held-out data, every --log-every "
+    "steps",
     "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
     "priorities": "--priorities went in 0.2: leave it out; workers score the training set alone",
     "probe_every": "--probe-every went in 0.2: leave it out; --monitor on (the default) estimates the same from the "

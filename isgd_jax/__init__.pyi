@@ -1,6 +1,7 @@
 # The public names, once: lazy_loader reads this file at run time, type checkers read it as it is.
 from . import calibration as calibration
 from . import data as data
+from . import engines as engines
 from . import gate as gate
 from . import models as models
 from . import monitor as monitor

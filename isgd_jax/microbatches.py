@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-from jax import Array
 
 from isgd_jax.factoring.slices import by_slices
 
-Scoring = Callable[[Any, Any], Array]
-"""``(params, batch) -> [b]``, each entry depending on one example alone."""
+Scoring = Callable[[Any, Any], Any]
+"""``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone."""
 
 _ALLOWANCE = 1.5
 """How much more temporary memory than the ordinary gradient an automatic size may take."""
@@ -26,7 +25,7 @@ def in_microbatches(
         raise ValueError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
     fitting: dict[Any, int] = {}
 
-    def scored(params: Any, batch: Any) -> Array:
+    def scored(params: Any, batch: Any) -> Any:
         if size != "auto":
             return _sliced(score, size)(params, batch)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))

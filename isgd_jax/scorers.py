@@ -6,7 +6,7 @@ examples alike, more or less: `experiments/benchmarks/ranks.py` measures how muc
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from isgd_jax.factoring import factored
 from isgd_jax.factoring.slices import by_slices
 from isgd_jax.gradients import per_example_grads
 from isgd_jax.microbatches import in_microbatches
-from isgd_jax.typing import Batch, Example, LossFn, Params, Scorer, Scores
+from isgd_jax.typing import Batch, Example, LossFn, Params, Scorer, Scores, SketchingScorer
 
 _SLICE = 8
 """Examples at a time, where products are formed after all."""
@@ -28,23 +28,63 @@ Select: TypeAlias = Callable[[tuple[str, ...]], bool]
 """Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
 
 
+@runtime_checkable
+class GradientSketch(Protocol):
+    """What makes sketches of per-example gradients, lazy or stacked: `isgd_jax.last_layer_sketch` makes one."""
+
+    def of_grads(self, grads: Any, /) -> Float[Array, "b dims"]:
+        """A row for each example."""
+        ...
+
+
+@overload
 def grad_norm(
     loss_fn: LossFn,
     *,
+    sketch: None = None,
     select: Select | None = None,
     microbatch_size: int | Literal["auto"] | None = None,
     precision: Any = Precision.HIGHEST,
-) -> Scorer:
-    """The exact norm of each example's gradient.
+) -> Scorer: ...
 
-    ``select``: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
-    ``microbatch_size``: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+
+@overload
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    sketch: GradientSketch,
+    select: None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> SketchingScorer: ...
+
+
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    sketch: GradientSketch | None = None,
+    select: Select | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> Any:
+    """The exact norm of each example's gradient; with a sketch, also where it points, of the same backward pass.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
+            ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
+        select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
+        microbatch_size: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+        precision: of the matrix products.
 
     Raises:
-        ValueError: ``microbatch_size`` is no positive integer; when called, ``select`` chose no parameter.
+        ValueError: ``microbatch_size`` is no positive integer, or ``sketch`` and ``select`` were both given; when
+            called, ``select`` chose no parameter.
     """
+    if sketch is not None and select is not None:
+        raise ValueError("a sketch needs the gradients of all parameters: give either sketch= or select=")
 
-    def score(params: Params, batch: Batch) -> Scores:
+    def score(params: Params, batch: Batch) -> Any:
         chosen, rebuild = _selected(params, select)
         if not chosen:
             return jnp.zeros(jax.tree.leaves(batch)[0].shape[0])
@@ -53,13 +93,15 @@ def grad_norm(
             return loss_fn(rebuild(chosen), example)
 
         grads = per_example_grads(part_loss, joint=False)
-        norms, cancelled = factored.unguarded_norms(grads(chosen, batch), precision=precision)
+        found = grads(chosen, batch)
+        norms, cancelled = factored.unguarded_norms(found, precision=precision)
 
         def over() -> Scores:
             safe = partial(factored.product_norms, precision=precision)
             return by_slices(lambda some: safe(grads(chosen, some)), batch, _SLICE)
 
-        return norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
+        norms = norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
+        return norms if sketch is None else (norms, sketch.of_grads(found))
 
     return in_microbatches(score, microbatch_size, reference=jax.grad(_mean(loss_fn)))
 

@@ -1,23 +1,32 @@
 """A scorer over all devices of this process: same type, values and placement as the scorer it wraps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from isgd_jax.typing import Batch, Params, Scorer, Scores
+from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
 
 
-def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scorer:
+@overload
+def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scorer: ...
+
+
+@overload
+def sharded(scorer: SketchingScorer, devices: Sequence[jax.Device] | None = None) -> SketchingScorer: ...
+
+
+def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     """``scorer`` mapped over ``devices`` (all local ones) with `jax.pmap`, a slice of the batch on each.
 
     Guarantees:
 
     * the scores are those of ``scorer``, to rounding, for any batch size (the last slice is padded);
     * the scores come home: one plain array where ``scorer`` would have left it, so that nothing downstream spreads;
+    * sketches, where ``scorer`` returns ``(scores, sketches)``, come home with them;
     * parameters are copied to the devices once, however often they are used: passing the same arrays again, or arrays
       already replicated over the devices, copies nothing.
 
@@ -34,14 +43,15 @@ def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scor
     replicate = _Replicator(NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("devices"))
 
-    def score(params: Params, batch: Batch) -> Scores:
+    def score(params: Params, batch: Batch) -> Any:
         _check_concrete(params, batch)
         size = jax.tree.leaves(batch)[0].shape[0]
         each = -(-size // len(devices))
         rows = np.minimum(np.arange(each * len(devices)), size - 1)  # the last example, again, is harmless padding
         slices = jax.tree.map(lambda x: x[rows].reshape(len(devices), each, *x.shape[1:]), batch)
-        scores = mapped(replicate(params), jax.device_put(slices, split))
-        return _bring_home(jax.device_get(scores).reshape(-1)[:size], params, batch)
+        found = jax.device_get(mapped(replicate(params), jax.device_put(slices, split)))
+        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
+        return _bring_home(joined, params, batch)
 
     return score
 
@@ -77,8 +87,8 @@ def _check_concrete(params: Params, batch: Batch) -> None:
         raise TypeError("a sharded scorer places arrays on devices itself: call it outside jit, vmap and grad")
 
 
-def _bring_home(scores: np.ndarray, params: Params, batch: Batch) -> Scores:
-    """A plain array on the device the inputs were committed to, else on the default one."""
+def _bring_home(found: Any, params: Params, batch: Batch) -> Any:
+    """Plain arrays on the device the inputs were committed to, else on the default one."""
     arrays = [x for x in jax.tree.leaves((batch, params)) if isinstance(x, jax.Array)]
     homes = {next(iter(x.devices())) for x in arrays if x.committed and len(x.devices()) == 1}
-    return jax.device_put(scores, homes.pop()) if len(homes) == 1 else jnp.asarray(scores)
+    return jax.device_put(found, homes.pop()) if len(homes) == 1 else jax.tree.map(jnp.asarray, found)

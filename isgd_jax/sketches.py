@@ -111,7 +111,7 @@ def of_gradient(key: Key, leaf: Any, *, dims: int) -> Float[Array, "b dims"]:
     return _normalized(product, leaf)
 
 
-def _widths(key: Key, outputs: int, dims: int) -> tuple[Key, int, int]:
+def _widths(key: Key, outputs: int, dims: int) -> tuple[Array, int, int]:
     """The keys of both projections, and to how many numbers inputs and outputs are projected."""
     short = min(outputs, max(1, math.isqrt(dims)))
     return jax.random.split(key), max(1, dims // short), short

@@ -5,7 +5,6 @@ Shapes use one letter each: ``n`` examples in the data set, ``b`` examples in a 
 
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -36,6 +35,13 @@ class Scorer(Protocol):
     """A pure function that scores a batch; the larger the score, the more often the example is drawn."""
 
     def __call__(self, params: Params, batch: Batch, /) -> Scores: ...
+
+
+@runtime_checkable
+class SketchingScorer(Protocol):
+    """A scorer that also sketches where each gradient points: engines carry both to where they are recorded."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> tuple[Scores, Float[Array, "b dims"]]: ...
 
 
 class Draw(NamedTuple):
@@ -73,77 +79,3 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: list[int], /) -> list[Example]: ...
-
-
-class ScoredChunk(NamedTuple):
-    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``."""
-
-    ids: np.ndarray
-    scores: np.ndarray
-    version: int
-    sketches: np.ndarray | None = None
-
-
-class EngineStats(NamedTuple):
-    """What an engine has done since it began: totals, so that whoever looks twice knows the rates between."""
-
-    scored: dict[str, int]
-    """Examples scored, by worker."""
-    workers: int
-    """Workers alive."""
-    bytes_moved: int
-    """Parameters handed to workers and scores brought back, between devices or over the network."""
-    again: int
-    """Chunks handed out again: their worker was late or gone."""
-    refused: int
-    """Results that could not be right, and were not used."""
-
-
-class WorkersGone(ConnectionError):
-    """No worker is left, and the mode is exact: waiting for scores would be for ever."""
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """All that training knows of scoring: who scores, where and when is the engine's own business."""
-
-    @property
-    def chunk_size(self) -> int:
-        """Examples in a chunk of the training set; the last one may have fewer."""
-        ...
-
-    def publish(self, params: Params, version: int) -> None:
-        """Hand the scorers newer parameters. The engine keeps a copy; the caller may donate its own."""
-        ...
-
-    def collect(self) -> list[ScoredChunk]:
-        """The chunks scored since the last call. Never blocks in relaxed mode; waits for the version in exact mode.
-
-        Raises:
-            WorkersGone: exact mode, and nobody is left who could score.
-        """
-        ...
-
-    def notices(self) -> list[str]:
-        """What a person should hear of, once: workers lost or refused, all workers gone, fewer devices than thought."""
-        ...
-
-    def stats(self) -> EngineStats:
-        """Figures for monitoring."""
-        ...
-
-    def state(self) -> dict[str, int]:
-        """Whose turn is next: saved with the run, for a resumed one to go on from. Publish anew after a restore."""
-        ...
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on from a saved `state`."""
-        ...
-
-    def seconds_per_collect(self, params: Params) -> float:
-        """What one `collect` is expected to cost training, measured."""
-        ...
-
-    def close(self) -> None:
-        """Release what the engine holds. Calling it twice is harmless."""
-        ...

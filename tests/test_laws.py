@@ -8,7 +8,7 @@ from problems import linear_loss, linear_problem, small_config
 
 from isgd_jax import laws, samplers, scorers, step, table
 from isgd_jax.clock import Clock
-from isgd_jax.engines.inline import Inline
+from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.reweight import importance_weighting
 
 NUM_EXAMPLES = 40
@@ -22,9 +22,10 @@ def state() -> step.TrainState:
 
 def scored(chunks_per_collect: int | None = None, **changes: object) -> laws.ScoredLaws:
     _, data = linear_problem(NUM_EXAMPLES)
-    settings = {"chunk_size": 16, "refresh_every": 5, "order": "label-score", "mixture": 0.1}
+    mode = "exact" if chunks_per_collect is None else "relaxed"
+    settings = {"mode": mode, "chunk_size": 16, "refresh_every": 5, "order": "label-score", "mixture": 0.1}
     config = small_config("unused", **settings | changes)
-    engine = Inline(
+    engine = InlineEngine(
         scorers.grad_norm(linear_loss),
         jax.tree.map(np.asarray, data),
         chunk_size=config.chunk_size,

@@ -69,3 +69,32 @@ def test_preconditioned_norm_is_the_norm_of_the_scaled_gradient(key, shape):
     stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
     expected = isgd.norms(jax.tree.map(lambda g, s: g * s[None], stacked, scale))
     np.testing.assert_allclose(scorers.preconditioned_norm(mlp_loss)((params, scale), batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4, "auto"])
+def test_norms_and_sketches_come_from_one_backward_pass(key, microbatch_size):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    sketch = isgd.last_layer_sketch(mlp_loss, params, jax.tree.map(lambda x: x[0], batch), dims=16)
+    both = jax.jit(scorers.grad_norm(mlp_loss, sketch=sketch, microbatch_size=microbatch_size))
+    norms, sketches = both(params, batch)
+    np.testing.assert_allclose(norms, jax.jit(scorers.grad_norm(mlp_loss))(params, batch), rtol=1e-6)
+    np.testing.assert_allclose(sketches, sketch.of_batch(params, batch), rtol=1e-4, atol=1e-5)
+    assert sketches.shape == (6, sketch.dims)
+
+
+def test_a_sketch_adds_no_second_backward_pass(key):
+    """The softmax is evaluated as often as without it."""
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    sketch = isgd.last_layer_sketch(mlp_loss, params, jax.tree.map(lambda x: x[0], batch), dims=16)
+    count = {}
+    for name, given in (("norms", None), ("both", sketch)):
+        text = str(jax.make_jaxpr(scorers.grad_norm(mlp_loss, sketch=given))(params, batch))
+        count[name] = text.count(" = exp ")
+    assert count["both"] == count["norms"] > 0
+
+
+def test_a_sketch_of_chosen_parameters_is_refused(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    sketch = isgd.last_layer_sketch(mlp_loss, params, jax.tree.map(lambda x: x[0], batch))
+    with pytest.raises(ValueError, match="either sketch= or select="):
+        scorers.grad_norm(mlp_loss, sketch=sketch, select=scorers.under("2"))

@@ -74,3 +74,14 @@ def test_one_device_is_enough(key):
 def test_tracers_are_refused(key):
     with pytest.raises(TypeError, match="outside jit"):
         jax.jit(isgd.sharded(score))(mlp(key, [12, 16, 5]), images(key, 8, 12))
+
+
+def test_sketches_come_home_with_the_scores(key):
+    def sketching(params, batch):
+        return score(params, batch), jnp.asarray(batch["x"]) * 2
+
+    params, batch = mlp(key, [12, 16, 5]), images(key, 21, 12)
+    norms, sketches = isgd.sharded(sketching)(params, batch)
+    np.testing.assert_allclose(norms, jax.jit(score)(params, batch), rtol=1e-6)
+    np.testing.assert_array_equal(sketches, 2 * batch["x"])
+    assert sketches.devices() == norms.devices() == {jax.devices()[0]}

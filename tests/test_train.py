@@ -17,7 +17,7 @@ import pytest
 from problems import blobs, small_config
 
 from isgd_jax import data, samplers, scorers, task, variance
-from isgd_jax.engines.local import Device
+from isgd_jax.engines.local_engine import DeviceWorker
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
 
@@ -298,7 +298,7 @@ def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
     """The devices fail from step 16 on; scores older than 10 steps are not trusted. The run lasts till all is told."""
     failing, told = threading.Event(), list[int]()
 
-    def finish(self: Device, started: Any, honest: Any = Device.finish) -> np.ndarray:
+    def finish(self: DeviceWorker, started: Any, honest: Any = DeviceWorker.finish) -> np.ndarray:
         if failing.is_set():
             raise RuntimeError("no power")
         return honest(self, started)
@@ -309,7 +309,7 @@ def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
         if record["event"] == "warning" and "no worker is left" in record["text"]:
             told.append(record["step"])
 
-    monkeypatch.setattr(Device, "finish", finish)
+    monkeypatch.setattr(DeviceWorker, "finish", finish)
     config = small_config(tmp_path / "run", mode="relaxed", steps=100_000, max_age=10, min_trusted=0.9, **LOCAL)
     enough = 60
     result = fit(

@@ -81,7 +81,7 @@ from estimation import all_norms, load, problem_of, sliced, true_traces, uniform
 from isgd_jax import assembly, compare, data, gate, monitor, proposal, samplers, task, variance, watch
 from isgd_jax.clock import Clock
 from isgd_jax.config import Config
-from isgd_jax.typing import ScoredChunk
+from isgd_jax.engines.contract import ScoredChunk
 
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
 MONITORED_SEEDS = 3
@@ -119,7 +119,7 @@ class Run:
         self.rng = np.random.default_rng(config.seed)
         if is_spoilt:
             collect = self.parts.engine.collect
-            self.parts.engine.collect = lambda: [self.spoilt(chunk) for chunk in collect()]
+            self.parts.engine.collect = lambda **how: [self.spoilt(chunk) for chunk in collect(**how)]
 
     def spoilt(self, chunk: ScoredChunk) -> ScoredChunk:
         if self.step < WORTHLESS_FROM:

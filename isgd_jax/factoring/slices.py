@@ -7,18 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 
-def by_slices(function: Callable[[Any], Array], batch: Any, size: int | None) -> Array:
-    """``function(batch)``, whose rows depend on one example each, called on ``size`` examples at a time."""
+def by_slices(function: Callable[[Any], Any], batch: Any, size: int | None) -> Any:
+    """``function(batch)``, called on ``size`` examples at a time.
+
+    The result may be any pytree; the rows of its arrays must depend on one example each.
+    """
     b = jax.tree.leaves(batch)[0].shape[0]
     if size is None or size >= b:
         return function(batch)
     count = b // size
     whole = jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), batch)
-    rows = lax.map(function, whole)
-    rows = rows.reshape(count * size, *rows.shape[2:])
+    rows = jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), lax.map(function, whole))
     if count * size == b:
         return rows
-    return jnp.concatenate([rows, function(jax.tree.map(lambda x: x[count * size :], batch))])
+    rest = function(jax.tree.map(lambda x: x[count * size :], batch))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), rows, rest)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from problems import blobs, linear_problem
 from test_cli import SMALL, finished, isgd
-from test_cluster import inline_scores, make_job, pids, scores_of, wait_until
+from test_ray_engine import TESTS, inline_scores, make_job, pids, scores_of, wait_until
 
 from isgd_jax.config import Config
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 
 ray = pytest.importorskip("ray")
-cluster = pytest.importorskip("isgd_jax.engines.cluster")
+ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
 
 pytestmark = [
     pytest.mark.soak,
@@ -105,16 +105,18 @@ def test_a_node_is_lost_and_another_joins() -> None:
     """Two nodes, an actor on each: one node dies, then a new one joins, and the actor begins there."""
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    for name, value in cluster.QUIET.items():
+    os.environ["PYTHONPATH"] = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
+    for name, value in ray_engine.QUIET.items():
         os.environ[name] = value
     hosts = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = hosts.add_node(num_cpus=1)
         hosts.wait_for_nodes()
-        engine, _ = cluster.cluster(
-            make_job()[0], make_job, scorers=2, address=hosts.address, fingerprint="same", exact=True
-        )
+        job = make_job()[0]
+        engine = ray_engine.ray_cluster(
+            job.scorer, job.data, num_workers=2, address=hosts.address, chunk_size=4, fingerprint="same",
+            make_job=make_job,
+        )  # fmt: skip
         params, told = linear_problem()[0], list[str]()
         engine.publish(params, 0)
         assert (scores_of(engine) == inline_scores(params)).all()
@@ -145,7 +147,7 @@ def test_a_node_is_lost_and_another_joins() -> None:
 def test_a_trainer_killed_while_its_actors_live_is_resumed(tmp_path: Path) -> None:
     """A Ray of its own outlives the trainer: what the trainer started is cleared away, and the run goes on."""
     ray_command = [sys.executable, "-m", "ray.scripts.scripts"]
-    environment = os.environ | cluster.QUIET | QUICK
+    environment = os.environ | ray_engine.QUIET | QUICK
     start = [*ray_command, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
     subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
     try:

@@ -16,18 +16,22 @@ import pytest
 from problems import NUM_EXAMPLES as NUM_BLOBS
 from problems import blobs, linear_loss, linear_problem, small_config
 
+import isgd_jax as isgd
 from isgd_jax import scorers, table
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.inline import Inline
-from isgd_jax.engines.local import Job
+from isgd_jax.engines.contract import Engine, WorkersGone
+from isgd_jax.engines.inline_engine import InlineEngine
+from isgd_jax.engines.local_engine import Job
 from isgd_jax.train import fit
-from isgd_jax.typing import Engine, WorkersGone
 
 ray = pytest.importorskip("ray")
-cluster = pytest.importorskip("isgd_jax.engines.cluster")
+ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 NUM_EXAMPLES = 40
+TESTS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+"""What a worker must be able to import: this file and the problems."""
+
 PARAMS, _ = linear_problem(NUM_EXAMPLES)
 
 
@@ -63,20 +67,21 @@ def nothing_there() -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_of_this_host() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    cluster.connect(None, 3)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
+    ray_engine.connect(None, 3)
     yield
     ray.shutdown()
 
 
 @pytest.fixture
 def build() -> Iterator[Callable[..., Any]]:
-    made: list[Engine] = []
+    made: list[Any] = []
 
-    def build(make: Callable[[], Any] = make_job, *, scorers: int = 1, **options: Any) -> Any:
-        engine, _ = cluster.cluster(make_job()[0], make, scorers=scorers, **({"fingerprint": "same"} | options))
-        made.append(engine)
-        return engine
+    def build(make: Callable[[], Any] = make_job, *, num_workers: int = 1, **options: Any) -> Any:
+        job = make_job()[0]
+        settings = {"fingerprint": "same", "chunk_size": 4, "make_job": make} | options
+        made.append(isgd.engines.ray_cluster(job.scorer, job.data, num_workers=num_workers, **settings))
+        return made[-1]
 
     yield build
     for engine in made:
@@ -88,7 +93,7 @@ def pids() -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if entry.read_bytes().startswith(b"ray::Scorer"):
+            if entry.read_bytes().startswith(b"ray::ScoringActor"):
                 found.append(int(entry.parent.name))
         except OSError:
             continue
@@ -104,14 +109,14 @@ def wait_until(holds: Callable[[], Any], seconds: float = 120) -> None:
 
 def scores_of(engine: Engine) -> np.ndarray:
     found = np.full(NUM_EXAMPLES, np.nan, np.float32)
-    for chunk in engine.collect():
+    for chunk in engine.collect(wait=True):
         found[chunk.ids] = chunk.scores
     return found
 
 
-def inline_scores(params: Any) -> np.ndarray:
+def inline_scores(params: Any, size: int = 4) -> np.ndarray:
     job, _ = make_job()
-    engine = Inline(job.scorer, job.data, chunk_size=4, devices=jax.local_devices()[:1])
+    engine = InlineEngine(job.scorer, job.data, chunk_size=size, devices=jax.local_devices()[:1])
     engine.publish(params, 0)
     return scores_of(engine)
 
@@ -120,8 +125,8 @@ def doubled(params: Any) -> Any:
     return jax.tree.map(lambda x: 2 * x, params)
 
 
-def test_exact_scores_are_those_of_inline_bit_for_bit_though_an_actor_is_killed(build: Callable[..., Any]) -> None:
-    engine = build(exact=True, scorers=2)
+def test_scores_waited_for_are_those_of_inline_bit_for_bit_though_an_actor_is_killed(build: Callable[..., Any]) -> None:
+    engine = build(num_workers=2)
     assert isinstance(engine, Engine)
     engine.publish(PARAMS, 0)
     np.testing.assert_array_equal(scores_of(engine), inline_scores(PARAMS))
@@ -151,10 +156,10 @@ def test_when_all_are_killed_training_goes_on_is_told_and_they_come_back(build: 
 
 
 def test_an_actor_with_other_data_is_refused(build: Callable[..., Any]) -> None:
-    engine = build(functools.partial(make_job, fingerprint="other"), exact=True)
+    engine = build(functools.partial(make_job, fingerprint="other"))
     engine.publish(PARAMS, 0)
     with pytest.raises(WorkersGone, match="all workers are gone and 10 chunks lack scores") as stopped:
-        engine.collect()
+        engine.collect(wait=True)
     told = str(stopped.value)
     assert "it has another data set: expected fingerprint 'same', got 'other'" in told
     assert "worker scorer-0 is gone for good" in told
@@ -162,18 +167,18 @@ def test_an_actor_with_other_data_is_refused(build: Callable[..., Any]) -> None:
 
 def test_a_slow_actor_holds_up_nobody(build: Callable[..., Any], tmp_path: Path) -> None:
     slow = functools.partial(make_job, chunks=SlowOnce(tmp_path / "flag"))
-    engine = build(slow, exact=True, scorers=2, patience=0.5)
+    engine = build(slow, num_workers=2, timeout=0.5)
     engine.publish(PARAMS, 0)
     np.testing.assert_array_equal(scores_of(engine), inline_scores(PARAMS))
     assert engine.stats().again > 0
 
 
 def test_scores_that_are_not_finite_come_through_to_be_set_aside(build: Callable[..., Any]) -> None:
-    engine = build(functools.partial(make_job, sometimes_nan), exact=True)
+    engine = build(functools.partial(make_job, sometimes_nan))
     engine.publish(PARAMS, 0)
     bad = int((linear_problem(NUM_EXAMPLES)[1]["y"] > 1.0).sum())
     rejected = 0
-    for chunk in engine.collect():
+    for chunk in engine.collect(wait=True):
         _, count = table.record(
             table.create(NUM_EXAMPLES), jnp.asarray(chunk.ids), jnp.asarray(chunk.scores), version=0
         )
@@ -181,35 +186,59 @@ def test_scores_that_are_not_finite_come_through_to_be_set_aside(build: Callable
     assert rejected == bad > 0
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_full_object_store_is_said(build: Callable[..., Any], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build(exact=exact)
+def test_a_full_object_store_is_said(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers go on with older parameters; only who waits for the newest learns of it by an error."""
+    engine = build()
 
     def full(value: Any) -> None:
         raise ray.exceptions.ObjectStoreFullError("no room")
 
     monkeypatch.setattr(ray, "put", full)
-    if exact:
-        with pytest.raises(OSError, match="Ray's object store has no room for the 20 bytes of the parameters"):
-            engine.publish(PARAMS, 0)
-    else:
-        engine.publish(PARAMS, 0)
-        assert "workers go on with older ones" in engine.notices()[0]
+    engine.publish(PARAMS, 0)
+    assert "workers go on with older ones" in engine.notices()[0]
+    assert engine.collect() == []
+    with pytest.raises(OSError, match="Ray's object store has no room for the 20 bytes of the parameters"):
+        engine.collect(wait=True)
 
 
 def test_accelerators_come_first_and_who_has_no_room_asks_for_what_there_is_most_of() -> None:
     gpu, cpu = {"num_gpus": 1}, {"num_cpus": 1}
-    assert cluster.places(3, {"CPU": 8.0, "GPU": 2.0}) == ([gpu, gpu, cpu], 10)
-    assert cluster.places(2, {"TPU": 1.0, "CPU": 0.0}).needs == [{"resources": {"TPU": 1}}] * 2
-    assert cluster.places(2, {}).room == 0
+    assert ray_engine.places(3, {"CPU": 8.0, "GPU": 2.0}) == ([gpu, gpu, cpu], 10)
+    assert ray_engine.places(2, {"TPU": 1.0, "CPU": 0.0}).needs == [{"resources": {"TPU": 1}}] * 2
+    assert ray_engine.places(2, {}).room == 0
 
 
 def test_an_actor_that_cannot_load_its_data_is_given_up_and_says_why(build: Callable[..., Any]) -> None:
-    """In exact mode the run ends there: its last sentence holds the reason."""
-    engine = build(nothing_there, exact=True)
+    """Who waits for scores learns of it at once: the last sentence holds the reason."""
+    engine = build(nothing_there)
     engine.publish(PARAMS, 0)
     with pytest.raises(WorkersGone, match=r"all workers are gone .*no data set in /nowhere"):
-        engine.collect()
+        engine.collect(wait=True)
+
+
+def sketching(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    return scorers.grad_norm(linear_loss)(params, batch), jnp.asarray(batch["x"]) * params["w"][None]
+
+
+def rows() -> Any:
+    return jax.tree.map(np.asarray, linear_problem(NUM_EXAMPLES)[1])
+
+
+@pytest.mark.parametrize(("data", "options"), [(rows(), {}), (rows, {}), (rows, {"num_examples": NUM_EXAMPLES})])
+def test_data_are_sent_or_loaded_by_the_workers_and_sketches_come_back(data: Any, options: dict[str, int]) -> None:
+    with isgd.engines.ray_cluster(sketching, data, num_workers=1, chunk_size=16, **options) as engine:
+        engine.publish(PARAMS, 2)
+        chunks = engine.collect(wait=True)
+    assert [chunk.version for chunk in chunks] == [2, 2, 2]
+    np.testing.assert_array_equal(np.concatenate([chunk.scores for chunk in chunks]), inline_scores(PARAMS, size=16))
+    np.testing.assert_array_equal(np.concatenate([chunk.sketches for chunk in chunks]), rows()["x"])
+
+
+def test_workers_that_load_other_rows_are_refused() -> None:
+    with isgd.engines.ray_cluster(sketching, rows, num_workers=1, num_examples=NUM_EXAMPLES + 1) as engine:
+        engine.publish(PARAMS, 0)
+        with pytest.raises(WorkersGone, match="expected fingerprint '41 rows', got '40 rows'"):
+            engine.collect(wait=True)
 
 
 SETTINGS: dict[str, Any] = {"scorers": 2, "engine": "cluster", "refresh_every": 10, "steps": 200, "log_every": 100,

@@ -11,17 +11,17 @@ from problems import linear_loss, linear_problem
 
 from isgd_jax import scorers, table
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.local import TRIES, Device, Job, local
-from isgd_jax.engines.pool import Pool
-from isgd_jax.typing import ScoredChunk, WorkersGone
+from isgd_jax.engines.contract import ScoredChunk, WorkersGone
+from isgd_jax.engines.local_engine import TRIES, DeviceWorker, Job, device_pool
+from isgd_jax.engines.worker_pool import WorkerPool
 
 NUM_EXAMPLES, CHUNK = 40, 8
 NUM_CHUNKS = NUM_EXAMPLES // CHUNK
 DEADLINE = 60.0
 
 
-class Faulty(Device):
-    """A device that does to each order what the test wants: ``fault(worker, order, scores) -> scores``, or raises."""
+class Faulty(DeviceWorker):
+    """A device that does to each item what the test wants: ``fault(worker, item, scores) -> scores``, or raises."""
 
     fault: Callable[["Faulty", Any, np.ndarray], np.ndarray]
 
@@ -30,14 +30,14 @@ class Faulty(Device):
 
 
 @pytest.fixture
-def pool() -> Iterator[Callable[..., Pool]]:
-    made: list[Pool] = []
+def pool() -> Iterator[Callable[..., WorkerPool]]:
+    made: list[WorkerPool] = []
 
-    def make(fault: Callable[..., np.ndarray], *, workers: int = 2, **options: Any) -> Pool:
+    def make(fault: Callable[..., np.ndarray], *, workers: int = 2, **options: Any) -> WorkerPool:
         _, data = linear_problem(NUM_EXAMPLES)
         job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
         kind = type("Fault", (Faulty,), {"fault": staticmethod(fault)})
-        made.append(local(job, jax.local_devices()[1 : workers + 1], make_worker=kind, **options))
+        made.append(device_pool(job, jax.local_devices()[1 : workers + 1], make_worker=kind, **options))
         return made[-1]
 
     yield make
@@ -45,7 +45,7 @@ def pool() -> Iterator[Callable[..., Pool]]:
         engine.close()
 
 
-def until(engine: Pool, enough: Callable[[list[ScoredChunk]], bool]) -> list[ScoredChunk]:
+def until(engine: WorkerPool, enough: Callable[[list[ScoredChunk]], bool]) -> list[ScoredChunk]:
     """Collect, as a trainer would, until it is enough."""
     got: list[ScoredChunk] = []
     pause = threading.Event()
@@ -71,7 +71,7 @@ def check_scores(chunks: list[ScoredChunk], params: Any) -> None:
         np.testing.assert_allclose(chunk.scores, true_scores(params)[chunk.ids], rtol=1e-5)
 
 
-def said(engine: Pool, *texts: str, params: Any) -> list[str]:
+def said(engine: WorkerPool, *texts: str, params: Any) -> list[str]:
     """The notices from now until each text was said; meanwhile training goes on, and publishes."""
     notices, pause, version = [], threading.Event(), 1000
     for _ in range(int(DEADLINE / 0.01)):
@@ -84,25 +84,25 @@ def said(engine: Pool, *texts: str, params: Any) -> list[str]:
     raise AssertionError(f"nobody said {texts}: {notices}")
 
 
-def test_without_a_fault_nothing_is_said_and_all_work(pool: Callable[..., Pool]) -> None:
-    engine, (params, _) = pool(lambda worker, order, scores: scores), linear_problem(NUM_EXAMPLES)
+def test_without_a_fault_nothing_is_said_and_all_work(pool: Callable[..., WorkerPool]) -> None:
+    engine, (params, _) = pool(lambda worker, item, scores: scores), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
     check_scores(until(engine, all_scored), params)
     assert engine.notices() == []
     assert engine.stats().workers == 2
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_worker_that_dies_in_mid_chunk_costs_nothing_but_time(pool: Callable[..., Pool], exact: bool) -> None:
-    def dies(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_worker_that_dies_in_mid_chunk_costs_nothing_but_time(pool: Callable[..., WorkerPool], wait: bool) -> None:
+    def dies(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         if worker.name.endswith(":1"):
             raise RuntimeError("the power is gone")
         return scores
 
-    engine, (params, _) = pool(dies, exact=exact), linear_problem(NUM_EXAMPLES)
+    engine, (params, _) = pool(dies), linear_problem(NUM_EXAMPLES)
     for version in range(3):
         engine.publish(params, version)
-        chunks = engine.collect() if exact else until(engine, all_scored)
+        chunks = engine.collect(wait=True) if wait else until(engine, all_scored)
         assert all_scored(chunks)
         check_scores(chunks, params)
     failed = "cpu:1 failed (RuntimeError: the power is gone); others take its work"
@@ -111,10 +111,10 @@ def test_a_worker_that_dies_in_mid_chunk_costs_nothing_but_time(pool: Callable[.
     assert engine.stats().again >= 1
 
 
-def test_an_error_that_passes_is_forgiven(pool: Callable[..., Pool]) -> None:
+def test_an_error_that_passes_is_forgiven(pool: Callable[..., WorkerPool]) -> None:
     failures = [RuntimeError("a hiccup")]
 
-    def once(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+    def once(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         if failures:
             raise failures.pop()
         return scores
@@ -126,8 +126,8 @@ def test_an_error_that_passes_is_forgiven(pool: Callable[..., Pool]) -> None:
     assert engine.stats().workers == 1
 
 
-def test_all_workers_gone_relaxed_collects_nothing_and_says_so(pool: Callable[..., Pool]) -> None:
-    def dies(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+def test_all_workers_gone_without_waiting_collects_nothing_and_says_so(pool: Callable[..., WorkerPool]) -> None:
+    def dies(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         raise RuntimeError("no power")
 
     engine, (params, _) = pool(dies), linear_problem(NUM_EXAMPLES)
@@ -139,63 +139,65 @@ def test_all_workers_gone_relaxed_collects_nothing_and_says_so(pool: Callable[..
     assert engine.stats().workers == 0
 
 
-def test_all_workers_gone_exact_is_an_error_not_a_wait(pool: Callable[..., Pool]) -> None:
-    def dies(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+def test_all_workers_gone_while_waiting_is_an_error(pool: Callable[..., WorkerPool]) -> None:
+    def dies(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         raise RuntimeError("no power")
 
-    engine, (params, _) = pool(dies, exact=True), linear_problem(NUM_EXAMPLES)
+    engine, (params, _) = pool(dies), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
-    with pytest.raises(WorkersGone, match="all workers are gone and 5 chunks lack scores at version 0: resume with"):
-        engine.collect()
+    with pytest.raises(WorkersGone, match="all workers are gone and 5 chunks lack scores at version 0: go on with"):
+        engine.collect(wait=True)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("wait", [False, True])
 def test_a_worker_that_hangs_is_left_behind_and_its_late_result_does_no_harm(
-    pool: Callable[..., Pool], exact: bool
+    pool: Callable[..., WorkerPool], wait: bool
 ) -> None:
     wake, hangs = threading.Event(), threading.Event()
 
-    def slow(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+    def slow(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         if worker.name.endswith(":1"):
             hangs.set()
             assert wake.wait(DEADLINE)
         return scores
 
-    engine, (params, _) = pool(slow, exact=exact, patience=0.3), linear_problem(NUM_EXAMPLES)
+    engine, (params, _) = pool(slow, timeout=0.3), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
     assert hangs.wait(DEADLINE)
-    first = engine.collect() if exact else until(engine, all_scored)
+    first = engine.collect(wait=True) if wait else until(engine, all_scored)
     assert all_scored(first)
     assert engine.stats().again >= 1
     newer = jax.tree.map(lambda x: x + 1, params)
     engine.publish(newer, 1)
-    second = engine.collect() if exact else until(engine, all_scored)
+    second = engine.collect(wait=True) if wait else until(engine, all_scored)
     wake.set()
     engine.publish(newer, 2)
     third = (
-        engine.collect() if exact else until(engine, lambda got: {c.version for c in got} >= {2} and all_scored(got))
+        engine.collect(wait=True)
+        if wait
+        else until(engine, lambda got: {c.version for c in got} >= {2} and all_scored(got))
     )
     check_scores(first, params)
     check_scores([chunk for chunk in second + third if chunk.version > 0], newer)
     assert all(chunk.version == 0 for chunk in second + third if not chunk.version)
 
 
-def test_nan_from_a_worker_is_set_aside_by_the_table(pool: Callable[..., Pool]) -> None:
-    def poisoned(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+def test_nan_from_a_worker_is_set_aside_by_the_table(pool: Callable[..., WorkerPool]) -> None:
+    def poisoned(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         return np.where(np.arange(len(scores)) == 3, np.nan, scores).astype(np.float32)
 
-    engine, (params, _) = pool(poisoned, exact=True), linear_problem(NUM_EXAMPLES)
+    engine, (params, _) = pool(poisoned), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
     kept, rejected = table.create(NUM_EXAMPLES), 0
-    for chunk in engine.collect():
+    for chunk in engine.collect(wait=True):
         kept, bad = table.record(kept, jax.numpy.asarray(chunk.ids), jax.numpy.asarray(chunk.scores), version=0)
         rejected += int(bad)
     assert rejected == NUM_CHUNKS
     assert int((kept.versions == table.NEVER).sum()) == NUM_CHUNKS
 
 
-def test_results_of_the_wrong_shape_are_refused_and_the_worker_given_up(pool: Callable[..., Pool]) -> None:
-    def short(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+def test_results_of_the_wrong_shape_are_refused_and_the_worker_given_up(pool: Callable[..., WorkerPool]) -> None:
+    def short(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         return scores[:-1] if worker.name.endswith(":1") else scores
 
     engine, (params, _) = pool(short), linear_problem(NUM_EXAMPLES)
@@ -205,18 +207,18 @@ def test_results_of_the_wrong_shape_are_refused_and_the_worker_given_up(pool: Ca
     assert engine.stats().refused == TRIES
 
 
-def test_a_worker_with_other_data_is_refused_when_it_joins(pool: Callable[..., Pool]) -> None:
-    engine = pool(lambda worker, order, scores: scores, fingerprint="ours")
+def test_a_worker_with_other_data_is_refused_when_it_joins(pool: Callable[..., WorkerPool]) -> None:
+    engine = pool(lambda worker, item, scores: scores, fingerprint="ours")
     _, data = linear_problem(NUM_EXAMPLES)
     job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
     with pytest.raises(ValueError, match="another data set: expected fingerprint 'ours', got 'theirs'"):
-        engine.join(Device(jax.local_devices()[5], job, fingerprint="theirs"))
+        engine.join(DeviceWorker(jax.local_devices()[5], job, fingerprint="theirs"))
     with pytest.raises(ValueError, match="there is a worker cpu:1 already"):
-        engine.join(Device(jax.local_devices()[1], job, fingerprint="ours"))
+        engine.join(DeviceWorker(jax.local_devices()[1], job, fingerprint="ours"))
 
 
-def test_a_late_joiner_takes_part(pool: Callable[..., Pool]) -> None:
-    def dies(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+def test_a_late_joiner_takes_part(pool: Callable[..., WorkerPool]) -> None:
+    def dies(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         if worker.name.endswith(":1"):
             raise RuntimeError("no power")
         return scores
@@ -225,14 +227,14 @@ def test_a_late_joiner_takes_part(pool: Callable[..., Pool]) -> None:
     engine.publish(params, 0)
     said(engine, "for good", params=params)
     job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
-    engine.join(Device(jax.local_devices()[4], job))
+    engine.join(DeviceWorker(jax.local_devices()[4], job))
     check_scores(until(engine, all_scored), params)
 
 
-def test_closing_does_not_wait_for_a_worker_that_hangs(pool: Callable[..., Pool]) -> None:
+def test_closing_does_not_wait_for_a_worker_that_hangs(pool: Callable[..., WorkerPool]) -> None:
     wake, hangs = threading.Event(), threading.Event()
 
-    def slow(worker: Device, order: Any, scores: np.ndarray) -> np.ndarray:
+    def slow(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         hangs.set()
         assert wake.wait(DEADLINE)
         return scores

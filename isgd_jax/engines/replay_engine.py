@@ -1,11 +1,16 @@
 """An engine that does again, bit for bit, what the workers of an earlier run did."""
 
-from isgd_jax.engines.inline import Inline
-from isgd_jax.schedule import Schedule
-from isgd_jax.typing import EngineStats, Params, ScoredChunk
+from collections.abc import Sequence
+
+import jax
+
+from isgd_jax.engines.arrivals import Schedule
+from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
+from isgd_jax.engines.inline_engine import InlineEngine
+from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
 
 
-class Replay:
+class ReplayEngine(ClosesOnExit):
     """Scores what the schedule says will be scored with these parameters, and lets it arrive when it did.
 
     Guarantees:
@@ -17,7 +22,7 @@ class Replay:
         schedule: of the earlier run.
     """
 
-    def __init__(self, inline: Inline, schedule: Schedule) -> None:
+    def __init__(self, inline: InlineEngine, schedule: Schedule) -> None:
         self._inline, self._schedule = inline, schedule
         self._held: dict[tuple[int, int], ScoredChunk] = {}
         self._steps = iter(sorted(schedule.arrivals))
@@ -34,10 +39,22 @@ class Replay:
         for chunk, scored in zip(wanted, self._inline.score(wanted), strict=True):
             self._held[version, chunk] = scored
 
-    def collect(self) -> list[ScoredChunk]:
-        """What arrived at this refresh."""
-        runs = self._schedule.arrivals[next(self._steps)].runs
-        return [self._held.pop((version, chunk)) for version, first, last in runs for chunk in range(first, last + 1)]
+    def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
+        """What arrived at this refresh, whether the earlier run waited for it or not.
+
+        Raises:
+            RuntimeError: the schedule is over, or a version that it names was not published.
+        """
+        step = next(self._steps, None)
+        if step is None:
+            raise RuntimeError(f"the schedule that is replayed has {len(self._schedule.arrivals)} refreshes, no more")
+        wanted = [
+            (v, chunk) for v, first, last in self._schedule.arrivals[step].runs for chunk in range(first, last + 1)
+        ]
+        missing = sorted({version for version, chunk in wanted if (version, chunk) not in self._held})
+        if missing:
+            raise RuntimeError(f"the schedule has scores of versions {missing} at step {step}: publish these before")
+        return [self._held.pop(key) for key in wanted]
 
     def notices(self) -> list[str]:
         """Nobody to hear of."""
@@ -54,7 +71,7 @@ class Replay:
     def restore(self, state: dict[str, int]) -> None:
         """A replay is not resumed."""
 
-    def seconds_per_collect(self, params: Params) -> float:
+    def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
         """The mean over the refreshes of the schedule."""
         chunks = sum(last - first + 1 for a in self._schedule.arrivals.values() for _, first, last in a.runs)
         return self._inline.seconds_per_collect(params) * chunks / len(self._schedule.arrivals)
@@ -63,3 +80,21 @@ class Replay:
         """Forget what is held."""
         self._held.clear()
         self._inline.close()
+
+
+def replay(
+    scorer: Scorer | SketchingScorer,
+    data: Batch,
+    schedule: Schedule,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> ReplayEngine:
+    """An engine that gives the chunks of an earlier run again, at the refreshes at which they arrived.
+
+    Args:
+        scorer: that of the earlier run.
+        data: its training set.
+        schedule: which chunks arrived when: `Schedule`.
+        devices: who scores; all local ones by default.
+    """
+    return ReplayEngine(InlineEngine(scorer, data, chunk_size=schedule.chunk_size, devices=devices), schedule)

@@ -1,4 +1,4 @@
-"""An engine of workers that score while training goes on: a thread a worker, one desk between them and the trainer.
+"""An engine of workers that score while training goes on: a thread a worker, one queue between them and the trainer.
 
 What a worker is, a device of this host or a process on another one, is its own business: see `Worker`.
 """
@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
-from isgd_jax.engines.desk import Desk, Order
-from isgd_jax.typing import EngineStats, Params, ScoredChunk, WorkersGone
+from isgd_jax.engines.chunks import as_scored
+from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk, WorkersGone
+from isgd_jax.engines.work_queue import WorkItem, WorkQueue
+from isgd_jax.typing import Params
 
 IN_FLIGHT = 2
-"""Orders a worker has begun: while one is brought home the next is being scored. More would only make scores older."""
+"""Items a worker has begun: while one is brought home the next is being scored. More would only make scores older."""
 
 POLL = 0.2
-"""Seconds between two looks of a thread that waits, in case nobody wakes it: orders become late in silence."""
+"""Seconds between two looks of a thread that waits, in case nobody wakes it: items become late in silence."""
 
 NOT_YET = 0
 """Versions begin here; what a worker holds before its first parameters is below."""
@@ -27,7 +28,7 @@ NOT_YET = 0
 
 @runtime_checkable
 class Worker(Protocol):
-    """One who scores. Its methods are called from one thread of its own, except `close`."""
+    """Who scores. Its methods are called from one thread of its own, except `close`."""
 
     name: str
     fingerprint: str
@@ -37,12 +38,12 @@ class Worker(Protocol):
         """Take the parameters that were shipped last; returns the bytes moved."""
         ...
 
-    def start(self, order: Order) -> Any:
+    def start(self, item: WorkItem) -> Any:
         """Begin to score a chunk, without waiting for it."""
         ...
 
-    def finish(self, started: Any) -> np.ndarray:
-        """Wait for what was started: the scores [c] of the chunk, without padding."""
+    def finish(self, started: Any) -> Any:
+        """Wait for what was started: ``scores [c]`` or ``(scores, sketches [c, dims])``, NumPy without padding."""
         ...
 
     def revive(self, failures: int) -> bool:
@@ -61,40 +62,38 @@ class Published(NamedTuple):
     version: int
 
 
-class Pool:
-    """Workers in threads, which score what the desk hands them; implements `isgd_jax.typing.Engine`.
+class WorkerPool(ClosesOnExit):
+    """An engine of workers in threads, which score what the queue hands them.
 
     Guarantees:
         * `publish` keeps the newest parameters only, and does not wait for any worker.
-        * Relaxed mode: `collect` never waits. Exact mode: it returns every chunk at the published version, in order.
+        * `collect` never waits. ``collect(wait=True)`` returns when every score carries the published version, and
+          what came in since the last call in the order of the examples.
         * A worker with another data set is refused when it joins, and its results are refused afterwards.
-        * An error in a worker costs the run nothing but time: its orders go to others, it is tried again while
+        * An error in a worker costs the run nothing but time: its chunks go to others, it is tried again while
           `Worker.revive` allows it, and `notices` says so.
-        * A worker that hangs is left behind: its orders go to others after the patience of the desk.
+        * A worker that hangs is left behind: its chunks go to others after the time-out of the queue.
 
     Args:
-        desk: the books.
-        workers: who scores; others may `join` later.
+        queue: which chunk is with whom; workers `join`, now or later.
         ship: makes of parameters, which the trainer will donate, what workers load: called once a publish.
-        exact: whether `collect` waits.
         seconds_per_chunk: measures, given parameters, how long one worker takes for a chunk, compilation left out.
         refetch_every: chunks a worker scores between two looks for newer parameters.
-        patience: exact mode gives up when no result has come for this many seconds.
+        timeout: ``collect(wait=True)`` gives up when no result has come for this many seconds.
     """
 
     def __init__(
         self,
-        desk: Desk,
+        queue: WorkQueue,
         *,
         ship: Callable[[Params], Any],
         seconds_per_chunk: Callable[[Params], float],
-        exact: bool = False,
         refetch_every: int = 1,
-        patience: float = 600.0,
+        timeout: float = 600.0,
     ) -> None:
-        self._desk, self._ship, self._seconds_per_chunk = desk, ship, seconds_per_chunk
-        self._exact, self._refetch_every, self._patience = exact, refetch_every, patience
-        self._changed = threading.Condition()  # guards all that follows, and the desk
+        self._queue, self._ship, self._seconds_per_chunk = queue, ship, seconds_per_chunk
+        self._refetch_every, self._timeout = refetch_every, timeout
+        self._changed = threading.Condition()  # guards all that follows, and the queue
         self._published: Published | None = None
         self._workers: dict[str, Worker] = {}  # all that work or may come back
         self._failing: dict[str, list[str]] = {}  # those of them that are in trouble: errors in a row
@@ -114,7 +113,7 @@ class Pool:
         with self._changed:
             if worker.name in self._workers:
                 raise ValueError(f"there is a worker {worker.name} already")
-            self._desk.check(worker.fingerprint)
+            self._queue.check(worker.fingerprint)
             self._workers[worker.name] = worker
             self._scored.setdefault(worker.name, 0)
         thread = threading.Thread(target=self._serve, args=(worker,), name=f"isgd-{worker.name}", daemon=True)
@@ -124,49 +123,54 @@ class Pool:
     @property
     def chunk_size(self) -> int:
         """Examples in a chunk of the training set."""
-        return self._desk.chunk_size
+        return self._queue.chunk_size
 
     def publish(self, params: Params, version: int) -> None:
         published = Published(self._ship(params), version)
         with self._changed:
             self._published = published
-            self._desk.announce(version)
+            self._queue.set_version(version)
             self._changed.notify_all()
 
-    def collect(self) -> list[ScoredChunk]:
+    def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
         with self._changed:
             if self._published is None:
                 raise RuntimeError("nothing to score with: call publish(params, version) before collect()")
-            if self._exact:
+            if wait:
                 self._wait_for(self._published.version)
-            chunks = self._desk.collect()
-        return sorted(chunks, key=lambda chunk: chunk.ids[0]) if self._exact else chunks
+            chunks = self._queue.collect()
+        return sorted(chunks, key=lambda chunk: chunk.ids[0]) if wait else chunks
 
     def notices(self) -> list[str]:
         with self._changed:
             told, self._notices = self._notices, []
         return told
 
+    def tell(self, notice: str) -> None:
+        """Something that a person should hear of."""
+        with self._changed:
+            self._notices.append(notice)
+
     def stats(self) -> EngineStats:
         with self._changed:
-            counts, alive = self._desk.counts, len(self._workers) - len(self._failing)
+            counts, alive = self._queue.counts, len(self._workers) - len(self._failing)
             return EngineStats(dict(self._scored), alive, self._bytes, counts.again, counts.refused)
 
     def state(self) -> dict[str, int]:
         with self._changed:
-            return {"next": self._desk.cursor}
+            return {"next": self._queue.cursor}
 
     def restore(self, state: dict[str, int]) -> None:
         with self._changed:
-            self._desk.cursor = state["next"]
+            self._queue.cursor = state["next"]
 
-    def seconds_per_collect(self, params: Params) -> float:
-        """Relaxed: what shipping the parameters takes the trainer. Exact: a sweep of all workers as well."""
+    def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
+        """What shipping the parameters takes the trainer; where it waits, a sweep of all workers as well."""
         jax.block_until_ready(self._ship(params))
         began = time.monotonic()
         jax.block_until_ready(self._ship(params))
         shipping = time.monotonic() - began
-        sweep = len(self._desk) * self._seconds_per_chunk(params) if self._exact else 0.0
+        sweep = len(self._queue) * self._seconds_per_chunk(params) if wait else 0.0
         return shipping + sweep / max(1, len(self._workers))
 
     def close(self) -> None:
@@ -182,13 +186,13 @@ class Pool:
     def _wait_for(self, version: int) -> None:
         """Until every chunk carries the version, or nobody is left to score the rest."""
         self._last_result = time.monotonic()
-        while not self._desk.is_complete(version):
-            missing = f"{self._desk.missing(version)} chunks lack scores at version {version}"
+        while not self._queue.is_complete(version):
+            missing = f"{self._queue.missing(version)} chunks lack scores at version {version}"
             if not self._workers:
-                raise WorkersGone(f"all workers are gone and {missing}: resume with other workers, or --engine inline")
-            if time.monotonic() - self._last_result > self._patience:
+                raise WorkersGone(f"all workers are gone and {missing}: go on with other workers, or inline")
+            if time.monotonic() - self._last_result > self._timeout:
                 why = "".join(f"; worker {name} failed ({errors[-1]})" for name, errors in self._failing.items())
-                raise WorkersGone(f"no worker has sent anything for {self._patience:g} s and {missing}{why}")
+                raise WorkersGone(f"no worker has sent anything for {self._timeout:g} s and {missing}{why}")
             self._changed.wait(timeout=POLL)
 
     def _serve(self, worker: Worker) -> None:
@@ -203,17 +207,17 @@ class Pool:
     def _work(self, worker: Worker) -> None:
         """Score until the engine is closed, or an error."""
         version, fetched = NOT_YET - 1, 0
-        begun: deque[tuple[Order, Any]] = deque()
+        begun: deque[tuple[WorkItem, Any]] = deque()
         while not self._closed:
             if fetched % self._refetch_every == 0 or not begun:
                 version = self._refetch(worker, version)
-            order = self._next_order(worker, version)
-            if order is not None:
-                begun.append((order, worker.start(order)))
+            item = self._next_item(worker, version)
+            if item is not None:
+                begun.append((item, worker.start(item)))
                 fetched += 1
-            if len(begun) == IN_FLIGHT or (begun and order is None):
+            if len(begun) == IN_FLIGHT or (begun and item is None):
                 done, started = begun.popleft()
-                self._take(worker, done, worker.finish(started))
+                self._complete(worker, done, worker.finish(started))
             elif not begun:
                 self._rest()
 
@@ -228,17 +232,18 @@ class Pool:
             self._bytes += moved
         return newest.version
 
-    def _next_order(self, worker: Worker, version: int) -> Order | None:
+    def _next_item(self, worker: Worker, version: int) -> WorkItem | None:
         with self._changed:
-            return None if version < NOT_YET or self._closed else self._desk.next_order(worker.name, version)
+            return None if version < NOT_YET or self._closed else self._queue.next_item(worker.name, version)
 
-    def _take(self, worker: Worker, order: Order, scores: np.ndarray) -> None:
+    def _complete(self, worker: Worker, item: WorkItem, found: Any) -> None:
         with self._changed:
-            wrong = self._desk.take(order, scores, fingerprint=worker.fingerprint)
+            wrong = self._queue.complete(item, found, fingerprint=worker.fingerprint)
             if wrong is not None:
                 raise ValueError(wrong)
-            self._bytes += scores.nbytes
-            self._scored[worker.name] += len(scores)
+            scored = as_scored(found)
+            self._bytes += scored.nbytes
+            self._scored[worker.name] += len(scored.scores)
             self._last_result = time.monotonic()
             if worker.name in self._failing:
                 del self._failing[worker.name]
@@ -246,14 +251,14 @@ class Pool:
             self._changed.notify_all()
 
     def _rest(self) -> None:
-        """Nothing to score: until something is published, or an order of somebody else is late."""
+        """Nothing to score: until something is published, or an item of somebody else is late."""
         with self._changed:
             if not self._closed:
                 self._changed.wait(timeout=POLL)
 
     def _try_again(self, worker: Worker, error: Exception) -> bool:
         with self._changed:
-            self._desk.give_back(worker.name)
+            self._queue.requeue(worker.name)
             errors, text = self._failing.setdefault(worker.name, []), f"{type(error).__name__}: {error}"
             if text not in errors:  # what is told once need not be told at each attempt
                 self._notices.append(f"worker {worker.name} failed ({text}); others take its work")
@@ -272,8 +277,8 @@ class Pool:
         return False
 
     def _tell_if_alone(self, how_long: str) -> None:
-        if len(self._failing) == len(self._workers) and not self._exact:
+        if len(self._failing) == len(self._workers):
             self._notices.append(
                 f"no worker is left ({how_long}): training goes on with the scores there are, and they grow old; "
-                "--max-age says how old they may be trusted"
+                "max_age= says how old they may be trusted"
             )

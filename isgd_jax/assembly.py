@@ -89,14 +89,14 @@ def assemble(
         found: laws.Laws = laws.ScoredLaws(
             engine,
             config,
-            jnp.asarray(train_data["label"]),
+            _labels(work, train_data),
             replayed=replayed,
             sketch=sketch,
             published=_published(config, augment),
             example_weights=weights,
         )
     else:
-        found = _fixed_laws(config, jnp.asarray(train_data["label"]), weights, epoch_key)
+        found = _fixed_laws(config, _labels(work, train_data), weights, epoch_key)
     options = step.Options(
         fresh_scores=fresh_scores if config.is_scored else None,
         is_watched=config.monitor == "on" or config.is_scored or config.mode == "static",
@@ -106,6 +106,13 @@ def assemble(
     )
     updates = step.make_updates(work.loss_fn, tx, _chooser(config, scorer), options, place)
     return Parts(state, engine, found, updates, remarks)
+
+
+def _labels(work: Task, train_data: Batch) -> Array:
+    """The classes [n] that examples are ordered by; all one where there are none."""
+    if work.num_classes is None:
+        return jnp.zeros(work.num_examples, jnp.int32)
+    return jnp.asarray(train_data["label"])
 
 
 def keys(config: Config) -> Array:

@@ -25,7 +25,7 @@ class Fit(NamedTuple):
     loss: Float[Array, ""]
     """Mean loss."""
     error: Float[Array, ""]
-    """Share of examples whose largest output is not the label."""
+    """Share of examples whose largest output is not the label; NaN where there are no classes."""
 
 
 def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
@@ -34,11 +34,10 @@ def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
     @jax.jit
     def evaluate(params: Params, batch: Batch) -> Fit:
         def one(example: Batch) -> tuple[Array, Array]:
-            wrong = jnp.argmax(task.logits_fn(params, example)) != example["label"]
-            return task.loss_fn(params, example), wrong
+            return task.loss_fn(params, example), _is_wrong(task, params, example)
 
         losses, wrong = jax.lax.map(one, batch, batch_size=EVAL_BATCH)
-        return Fit(jnp.mean(losses), jnp.mean(wrong.astype(jnp.float32)))
+        return Fit(jnp.mean(losses), jnp.mean(wrong))
 
     return evaluate
 
@@ -47,10 +46,15 @@ def make_measure(task: Task) -> Callable[[Params, Batch], Float[Array, "b 2"]]:
     """Build ``measure(params, batch) -> [b, 2]``, loss and whether it is wrong, for workers to map over a segment."""
 
     def one(params: Params, example: Batch) -> Array:
-        wrong = jnp.argmax(task.logits_fn(params, example)) != example["label"]
-        return jnp.stack([task.loss_fn(params, example), wrong.astype(jnp.float32)])
+        return jnp.stack([task.loss_fn(params, example), _is_wrong(task, params, example)])
 
     return jax.vmap(one, in_axes=(None, 0))
+
+
+def _is_wrong(task: Task, params: Params, example: Batch) -> Float[Array, ""]:
+    if task.num_classes is None:
+        return jnp.float32(jnp.nan)
+    return (jnp.argmax(task.logits_fn(params, example)) != example["label"]).astype(jnp.float32)
 
 
 class HeldOut:
@@ -71,7 +75,7 @@ class HeldOut:
 
     def fit(self) -> Fit | None:
         """Loss and error; None until every example was measured once."""
-        if np.isnan(self._found).any():
+        if np.isnan(self._found[:, 0]).any():
             return None
         loss, error = self._found.mean(axis=0, dtype=np.float64)
         return Fit(jnp.float32(loss), jnp.float32(error))

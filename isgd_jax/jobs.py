@@ -5,6 +5,8 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 
+import jax
+
 from isgd_jax import assembly, data, evaluate, models, task
 from isgd_jax.config import Config
 from isgd_jax.engines.chunks import Chunks
@@ -44,7 +46,7 @@ def held_out_jobs(config: Config, work: task.Task) -> dict[str, Job]:
     splits = {"valid": (work.valid, config.priorities[1]), "test": (work.test, config.priorities[2])}
     measure = evaluate.make_measure(work)
     return {
-        name: Job(measure, split, Chunks(len(split["label"]), config.chunk_size), priority, (2,))
+        name: Job(measure, split, Chunks(len(jax.tree.leaves(split)[0]), config.chunk_size), priority, (2,))
         for name, (split, priority) in splits.items()
         if split is not None
     }

@@ -102,6 +102,7 @@ def fit(
             if resume:
                 trainer.resume()
                 run.write_config(config)
+            run.write(data.INPUTS_FILE, dataset.inputs.to_json())
             with stop_on_signals() as stop:
                 return trainer.train(stop)
         finally:

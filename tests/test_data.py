@@ -356,8 +356,9 @@ def test_damaged_inputs_are_told_by_name(tmp_path):
     whole = data.from_arrays(table, table).inputs.to_json()
     with pytest.raises(FileNotFoundError, match=r"has no inputs.json: it is no run's folder, or from before"):
         data.read_inputs(tmp_path)
-    path = tmp_path / data.INPUTS_FILE
-    for damaged in ("", "[1]", whole[:-9], whole.replace("1.5", "NaN"), whole.replace("std", "sd"), "[" * 100_000):
+    path, large = tmp_path / data.INPUTS_FILE, whole.replace("1.5", "1" + "0" * 400)
+    nan, missing = whole.replace("1.5", "NaN"), whole.replace("std", "sd")
+    for damaged in ("", "[1]", whole[:-9], nan, missing, "[" * 100_000, large):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=rf"^{path} cannot be read"):
             data.read_inputs(tmp_path)

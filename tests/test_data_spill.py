@@ -98,6 +98,14 @@ def test_a_damaged_list_of_the_files_is_named(tmp_path, content):
         spilled(Rows(10), tmp_path)
 
 
+def test_files_of_python_objects_are_not_mapped(tmp_path):
+    spilled(Rows(10), tmp_path)
+    listed = (tmp_path / "spilled.json").read_text()
+    (tmp_path / "spilled.json").write_text(listed.replace("float32", "object"))
+    with pytest.raises(ValueError, match="is said to hold Python objects"):
+        spilled(Rows(10), tmp_path)
+
+
 def test_what_an_earlier_version_wrote_is_written_anew(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros([10, 3], np.float32))
     np.save(tmp_path / "label.npy", np.zeros(10, np.int32))

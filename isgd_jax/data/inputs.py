@@ -162,7 +162,7 @@ def check_standardized(split: str, arrays: Arrays, inputs: Inputs) -> None:
         if not is_floating(arrays[key].dtype):
             continue
         # Standardizing is monotone: what the extremes of each coordinate become bounds all others.
-        ends = np.stack([_reduced(np.minimum, arrays[key]), _reduced(np.maximum, arrays[key])])
+        ends = _ends(arrays[key])
         with np.errstate(over="ignore", invalid="ignore"):
             becomes = inputs.apply(key, ends)
         if not np.isfinite(becomes).all():
@@ -199,7 +199,7 @@ def read_inputs(run_dir: str | os.PathLike[str]) -> Inputs:
             dtypes={key: np.dtype(one["dtype"]).name for key, one in found.items()},
             statistics={key: _read_statistics(one, shapes[key]) for key, one in found.items() if "mean" in one},
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be read ({reason}): it is damaged, or from another version") from error
 
@@ -242,16 +242,18 @@ def _is_table(array: np.ndarray) -> bool:
     return array.ndim == 2 and is_floating(array.dtype)
 
 
-def _reduced(extreme: np.ufunc, array: np.ndarray) -> np.ndarray:
-    """The least or the largest row, coordinate by coordinate."""
-    found = array[0]
+def _ends(array: np.ndarray) -> np.ndarray:
+    """The least and the largest number of each coordinate [2, ...]."""
+    least = largest = array[0]
     for rows in blocks(len(array)):
-        found = extreme(found, extreme.reduce(array[rows], axis=0))
-    return np.asarray(found)
+        least = np.minimum(least, array[rows].min(axis=0))
+        largest = np.maximum(largest, array[rows].max(axis=0))
+    return np.stack([least, largest])
 
 
 def _read_statistics(one: Mapping[str, Any], shape: tuple[int, ...]) -> Statistics:
-    mean, std = (np.asarray(one[name], np.float32) for name in ("mean", "std"))
+    with np.errstate(over="ignore"):  # told below
+        mean, std = (np.asarray(one[name], np.float32) for name in ("mean", "std"))
     if mean.shape not in ((), shape) or std.shape != mean.shape:
         raise ValueError(f"mean {mean.shape} and std {std.shape} are not of the shape {shape}")
     if not np.isfinite(mean).all() or not np.isfinite(std).all() or not (std > 0).all():

@@ -81,13 +81,15 @@ def _mapped(folder: Path) -> dict[str, np.ndarray] | None:
         if content["format"] != _FORMAT:
             return None
         return {name: _map_one(folder / one["file"], one) for name, one in content["arrays"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path} or what it names is damaged ({reason}): delete {folder} and try again") from error
 
 
 def _map_one(path: Path, one: dict[str, Any]) -> np.ndarray:
     dtype, shape, start = np.dtype(one["dtype"]), tuple(one["shape"]), int(one["start"])
+    if dtype.hasobject:
+        raise ValueError(f"{path} is said to hold Python objects")
     expected = start + _nbytes(dtype, shape)
     size = path.stat().st_size
     if size != expected:

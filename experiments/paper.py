@@ -150,7 +150,7 @@ def shortened(dataset: Dataset, examples: int) -> Dataset:
         name=dataset.name,
         num_classes=dataset.num_classes,
         input_key=dataset.input_key,
-        per_coordinate=dataset.mean.ndim > 0,
+        per_coordinate=dataset.statistics[dataset.input_key].mean.ndim > 0,
     )
 
 

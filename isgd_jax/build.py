@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from isgd_jax import data, models, optimizers, scorers, sketches, task, userfiles
 from isgd_jax.config import Config
+from isgd_jax.engines.arrivals import Schedule
 from isgd_jax.engines.choose import make_engine
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.contract import Engine
@@ -25,7 +26,6 @@ from isgd_jax.sampling.estimator import importance_sampler
 from isgd_jax.sampling.plain import fixed, shuffled_epochs, uniform_draws
 from isgd_jax.sampling.presampling import presampling
 from isgd_jax.sampling.state import BatchSampler
-from isgd_jax.schedule import Schedule
 from isgd_jax.sketches import LayerSketch
 from isgd_jax.task import Task
 from isgd_jax.training.problem import Problem
@@ -210,6 +210,8 @@ def _order(config: Config, work: Task, sketch: LayerSketch | None) -> Any:
         return sketch
     if name in ("index", "score"):
         return name
+    if work.num_classes is None:  # nothing to order by but the scores
+        return "score"
     labels = np.asarray(work.train["label"])
     if name == "label":  # by label alone: ranks leave no ties to be ordered by score
         return jnp.asarray(np.argsort(np.argsort(labels, kind="stable")).astype(np.int32))

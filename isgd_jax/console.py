@@ -116,7 +116,7 @@ class RunConsole:
             table.add_row(task, f"{seconds:.1f}", _percent(share))
         table.add_section()
         for field, label in (("test_loss", "held-out loss"), ("test_error", "held-out error")):
-            if field in self._last:
+            if self._last.get(field) is not None:
                 table.add_row(label, "", COLUMNS[field][2](self._last[field]))
         self._console.print("", table, sep="\n")
 

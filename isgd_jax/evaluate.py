@@ -19,7 +19,7 @@ class Fit(NamedTuple):
     loss: Float[Array, ""]
     """Mean loss."""
     error: Float[Array, ""]
-    """Share of examples whose largest output is not the label."""
+    """Share of examples whose largest output is not the label; NaN where there are no classes."""
 
 
 def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
@@ -28,10 +28,15 @@ def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
     @jax.jit
     def evaluate(params: Params, batch: Batch) -> Fit:
         def one(example: Batch) -> tuple[Array, Array]:
-            wrong = jnp.argmax(task.logits_fn(params, example)) != example["label"]
-            return task.loss_fn(params, example), wrong
+            return task.loss_fn(params, example), _is_wrong(task, params, example)
 
         losses, wrong = jax.lax.map(one, batch, batch_size=EVAL_BATCH)
-        return Fit(jnp.mean(losses), jnp.mean(wrong.astype(jnp.float32)))
+        return Fit(jnp.mean(losses), jnp.mean(wrong))
 
     return evaluate
+
+
+def _is_wrong(task: Task, params: Params, example: Batch) -> Float[Array, ""]:
+    if task.num_classes is None:
+        return jnp.float32(jnp.nan)
+    return (jnp.argmax(task.logits_fn(params, example)) != example["label"]).astype(jnp.float32)

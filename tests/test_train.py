@@ -46,7 +46,7 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path
     assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
     names = {path.name for path in whole.run_dir.iterdir()}
     is_scored = changes["mode"] in ("exact", "relaxed")
-    assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints"}
+    assert names == {"config.json", "environment.json", "inputs.json", "metrics.jsonl", "checkpoints"}
     for line in lines[1:]:
         assert 0 < line["sd_ideal"] <= line["sd_uniform"] * 1.2
     for line in lines:

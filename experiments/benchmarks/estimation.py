@@ -50,10 +50,10 @@ def load(data_dir: str | None, raw_dir: str | None) -> Problem:
     model = models.mlp(dataset.num_classes)
 
     def logits_fn(params: Params, example: Batch) -> jax.Array:
-        return model.apply({"params": params}, dataset.standardise(example["image"]))
+        return model.apply({"params": params}, dataset.standardize(example["image"]))
 
     def init(key: jax.Array) -> Params:
-        return models.init(model, key, jnp.asarray(dataset.standardise(dataset.train["image"][0])))
+        return models.init(model, key, jnp.asarray(dataset.standardize(dataset.train["image"][0])))
 
     def loss_fn(params: Params, example: Batch) -> jax.Array:
         return softmax_cross_entropy(logits_fn(params, example), example)

@@ -15,5 +15,17 @@ Importing this package imports neither TFDS nor scikit-learn; loading a named da
 from isgd_jax.data.catalog import load, names
 from isgd_jax.data.checks import Arrays
 from isgd_jax.data.dataset import Dataset, from_arrays, from_source
+from isgd_jax.data.inputs import INPUTS_FILE, Inputs, Statistics, read_inputs
 
-__all__ = ["Arrays", "Dataset", "from_arrays", "from_source", "load", "names"]
+__all__ = [
+    "INPUTS_FILE",
+    "Arrays",
+    "Dataset",
+    "Inputs",
+    "Statistics",
+    "from_arrays",
+    "from_source",
+    "load",
+    "names",
+    "read_inputs",
+]

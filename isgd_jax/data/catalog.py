@@ -37,9 +37,16 @@ def load(
         ``~/tensorflow_datasets``. Written once, when one of `names` is first asked for.
       raw_dir: where the original files are, if they are to be neither looked for nor downloaded.
       on_disk: map the training set from disk, instead of reading it into memory.
+
+    Raises:
+      ImportError: what reads it is not installed.
+      ConnectionError: an original file is not on this machine, and cannot be downloaded.
+      FileNotFoundError: there is no home folder, no ``raw_dir``, or a file is not in it.
+      OSError: ``data_dir`` cannot be written to.
+      ValueError: there is no data set of this name, or what is there is damaged or of another kind.
     """
     root = _data_dir(data_dir)
-    raw = None if raw_dir is None else _existing(Path(raw_dir).expanduser())
+    raw = None if raw_dir is None else _existing(_at_home(raw_dir))
     if name in _RECIPES:
         return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw, on_disk=on_disk)
     folder = _newest_version(root / name) if name else None
@@ -75,7 +82,17 @@ def _require_tfds() -> None:
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:
-    return Path(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return _at_home(given or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def _at_home(folder: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:  # a user without a home folder, as containers have them
+        raise FileNotFoundError(
+            f"there is no home folder, so {folder} is nowhere; name the folder of the data sets with data_dir "
+            "(--data-dir) or set TFDS_DATA_DIR"
+        ) from error
 
 
 def _existing(raw_dir: Path) -> Path:

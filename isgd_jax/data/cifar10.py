@@ -1,5 +1,6 @@
 """CIFAR-10, from its binary archive: nothing is unpickled."""
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -13,23 +14,32 @@ _ARCHIVE = "cifar-10-binary.tar.gz"
 _FOLDER = "cifar-10-batches-bin"
 _MEMBERS = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
 _RECORD = 1 + 3 * 32 * 32
+_RECORDS = 10_000
+"""In each file of the archive."""
 
 
 def read_archive(path: Path) -> Splits:
-    """Records of one byte of label and three planes of 32x32 pixels: red, green, blue."""
+    """Records of one byte of label and three planes of 32x32 pixels: red, green, blue.
+
+    Raises:
+      ValueError: the archive is damaged, or another one; it is named.
+    """
     try:
         with tarfile.open(path, "r:gz") as archive:
             content = {split: b"".join(_member(archive, name) for name in names) for split, names in _MEMBERS.items()}
-    except (tarfile.ReadError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
-    except KeyError as error:
+    except LookupError as error:
         raise ValueError(f"{path} is not CIFAR-10's binary archive: {error.args[0]}") from error
     return {split: _records(path, data) for split, data in content.items()}
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    opened = archive.extractfile(f"{_FOLDER}/{name}")
-    return opened.read() if opened else b""
+    member = archive.getmember(f"{_FOLDER}/{name}")
+    opened = archive.extractfile(member) if member.isreg() else None  # a link may lead to itself
+    if opened is None or member.size > _RECORDS * _RECORD:
+        raise LookupError(f"{member.name} is no file of at most {_RECORDS:,} records")
+    return opened.read()
 
 
 def _records(path: Path, content: bytes) -> dict[str, np.ndarray]:

@@ -1,18 +1,19 @@
 """What a data set is once it is in memory, and how to make one of arrays or of any random-access source."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from isgd_jax.data import checks
-from isgd_jax.data.checks import Arrays, blocks
+from isgd_jax.data import checks, inputs
+from isgd_jax.data.checks import LABEL, Arrays
+from isgd_jax.data.inputs import Inputs, Statistics
+from isgd_jax.data.sources import read
+from isgd_jax.data.spill import spilled
 from isgd_jax.typing import Source
-
-_READ_TOGETHER = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,29 +22,50 @@ class Dataset:
 
     Guarantees:
       - every array of a split has one row an example, in an order that never changes;
-      - ``label`` is int32 in ``[0, num_classes)``; uint8 images stay uint8, float64 becomes float32;
-      - ``mean`` and ``std`` are float32 statistics of the training split's input, scalars or one number a coordinate,
-        and no ``std`` is zero;
+      - splits have the same keys, types and shapes; 64 bits have become 32, everything else is as it came, but that
+        whole labels are int32;
+      - ``num_classes`` is a number only where ``label`` is int32 in ``[0, num_classes)``;
       - two data sets have the same ``fingerprint`` only if their training examples are the same, in the same order.
+
+    Attributes:
+      name: what it is called.
+      train: the training examples, arrays [n, ...] by name.
+      test: examples that are held out.
+      num_classes: how many classes ``label`` has; None where labels are not whole numbers, or there are none.
+      inputs: which arrays the model reads, and what is done to them before.
+      fingerprint: of the training examples.
+      valid: more that are held out, for choosing between models.
     """
 
     name: str
     train: Arrays
     test: Arrays
-    num_classes: int
-    mean: np.ndarray
-    std: np.ndarray
+    num_classes: int | None
+    inputs: Inputs
     fingerprint: str
-    input_key: str = "image"
     valid: Arrays | None = None
 
     def __len__(self) -> int:
         """The number of training examples."""
-        return len(self.train["label"])
+        return len(next(iter(self.train.values())))
 
-    def standardise(self, inputs: Any) -> Any:
-        """``(inputs - mean) / std`` in float32, for NumPy and JAX arrays; meant for the inside of the step."""
-        return (inputs.astype(np.float32) - self.mean) / self.std
+    @property
+    def input_key(self) -> str:
+        """The name of the one input.
+
+        Raises:
+          ValueError: there are several; `inputs` has them all.
+        """
+        return self.inputs.only
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """``(mean, std)`` of each input that is standardized, from the training examples."""
+        return dict(self.inputs.statistics)
+
+    def standardize(self, x: Any) -> Any:
+        """Examples as the model sees them; `Inputs.standardize`, meant for the inside of the step."""
+        return self.inputs.standardize(x)
 
 
 def from_arrays(
@@ -52,44 +74,60 @@ def from_arrays(
     *,
     valid: Mapping[str, Any] | None = None,
     name: str = "arrays",
-    num_classes: int | None = None,
-    input_key: str | None = None,
-    per_coordinate: bool = False,
+    num_classes: int | np.integer | None = None,
+    input_key: str | Iterable[str] | None = None,
+    per_coordinate: bool | None = None,
+    standardize: Iterable[str] | None = None,
 ) -> Dataset:
-    """A data set of arrays in memory: a dict a split, ``label`` [n] and the model's input [n, ...] among its keys.
+    """A data set of arrays in memory, each split a flat dict of them.
 
-    ``input_key`` names the input when there is more than one array beside ``label``. ``num_classes`` is one more than
-    the largest training label unless given. ``per_coordinate`` standardises each coordinate of the input by itself,
-    as the paper does with SVHN, instead of all alike.
+    Floating inputs and uint8 images are standardized when the model reads them; other whole numbers, such as tokens,
+    and booleans, such as masks, are not. ``label`` may be a class [n], numbers of a regression [n] or [n, k], tokens
+    [n, t], or be left out: a loss reads of an example what it wants, as it came.
 
         >>> made = from_arrays({"image": np.ones([3, 2]), "label": np.array([0, 1, 2])},
         ...                    {"image": np.ones([1, 2]), "label": np.array([2])})
         >>> made.num_classes, made.input_key, len(made)
         (3, 'image', 3)
 
+    Args:
+      train: the training examples: arrays [n, ...] by name, at least two rows.
+      test: examples that are held out, with the same keys, types and shapes.
+      valid: more of them.
+      name: what the data set is called in messages and records.
+      num_classes: how many classes there are; by default one more than the largest training label,
+        if labels are whole numbers [n].
+      input_key: what the model reads: one name or several. Everything but ``label``, if it is not given. A model of one
+        input is given an array, of several a dict.
+      per_coordinate: standardize each coordinate by itself, or all of an input alike. If it is not given, tables [n, d]
+        of floating numbers are standardized column by column, everything else alike.
+      standardize: names of the inputs that are standardized, in place of the floating ones and those of uint8.
+
     Raises:
-        TypeError: an array is of a type that is no input, or labels are not whole numbers.
-        ValueError: arrays of a split differ in length, splits in shapes, a label is outside [0, num_classes), or values
-            are not finite.
+      TypeError: an array is masked, or of a type that is no input; or ``num_classes`` is no whole number.
+      ValueError: arrays of a split differ in length, splits in shapes, a label is outside [0, num_classes), values are
+        not finite, or would not be once standardized.
     """
     splits = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
     checked = {split: checks.converted(split, arrays) for split, arrays in splits.items()}
-    key = _only_input(checked["train"]) if input_key is None else input_key
-    classes = int(checked["train"]["label"].max()) + 1 if num_classes is None else num_classes
+    _check_choice(checked["train"])
+    names = inputs.input_names(checked["train"], input_key)
+    classes = checks.class_count(checked["train"].get(LABEL), num_classes)
     for split, arrays in checked.items():
-        checks.check_like_train(split, arrays, checked["train"], input_key=key)
-        checks.check_labels(split, arrays["label"], num_classes=classes)
-    mean, std = _statistics(checked["train"][key], per_coordinate=per_coordinate)
+        checks.check_like_train(split, arrays, checked["train"])
+        if classes is not None:
+            checks.check_labels(split, arrays[LABEL], num_classes=classes)
+    measured = inputs.measure(checked["train"], names, standardized=standardize, per_coordinate=per_coordinate)
+    for split, arrays in checked.items():
+        inputs.check_standardized(split, arrays, measured)
     return Dataset(
         name=name,
         train=checked["train"],
         test=checked["test"],
         valid=checked.get("valid"),
         num_classes=classes,
-        mean=mean,
-        std=std,
+        inputs=measured,
         fingerprint=fingerprint(checked["train"]),
-        input_key=key,
     )
 
 
@@ -98,64 +136,20 @@ def from_source(
 ) -> Dataset:
     """Like `from_arrays`, from objects with ``__len__`` and ``__getitems__``, such as ``tfds.data_source`` gives.
 
-    An item is a dict of arrays or numbers, ``label`` among them. Everything is read once, here; a training set larger
-    than memory into the folder ``spill``.
+    Args:
+      train: its items are dicts of arrays or numbers, all with the same keys and shapes. Read once, here.
+      test: the same, held out.
+      valid: more of them.
+      spill: a folder of its own, for a training set larger than memory: written there once, and mapped from there.
+      options: those of `from_arrays`.
+
+    Raises:
+      TypeError: a source has not both methods, or its items are no dicts; or as `from_arrays`.
+      ValueError: a source is empty, or its items differ in keys, types or shapes; or as `from_arrays`.
+      OSError: ``spill`` cannot be written.
     """
     held_out = None if valid is None else read(valid)
     return from_arrays(read(train) if spill is None else spilled(train, spill), read(test), valid=held_out, **options)
-
-
-def read(source: Any) -> dict[str, np.ndarray]:
-    """Brings a source into memory: its items, all with the same keys and shapes, stacked key by key.
-
-    Raises:
-        TypeError: the source has not both methods, or its items are no dicts.
-        ValueError: it is empty, or its items differ in keys or shapes.
-    """
-    if not isinstance(source, Source):
-        raise TypeError(f"expected an object with __len__ and __getitems__, got {type(source).__name__}")
-    if not len(source):
-        raise ValueError("the source is empty: expected at least one example")
-    everything = range(len(source))
-    stacks = [_stacked(source, [*everything[rows]]) for rows in blocks(len(source), rows=_READ_TOGETHER)]
-    return {key: np.concatenate([stack[key] for stack in stacks]) for key in stacks[0]}
-
-
-def spilled(source: Any, folder: Path) -> dict[str, np.ndarray]:
-    """Like `read`, for what is larger than memory: written to ``folder`` once, as arrays that are mapped from disk.
-
-    Each file is complete when it has its name. float64
-    becomes float32, as in `from_arrays`, which then copies nothing.
-    """
-    names = sorted(_stacked(source, [0]))
-    if not all(_file(folder, name).is_file() for name in names):
-        folder.mkdir(parents=True, exist_ok=True)
-        _spill(source, folder)
-    found = {name: np.load(_file(folder, name), mmap_mode="r") for name in names}
-    if any(len(array) != len(source) for array in found.values()):
-        raise ValueError(f"{folder} holds another data set, of another size: delete it and try again")
-    return found
-
-
-def _spill(source: Any, folder: Path) -> None:
-    partial: dict[str, np.memmap] = {}
-    for rows in blocks(len(source), rows=_READ_TOGETHER):
-        ids = range(len(source))[rows]
-        for name, values in _stacked(source, [*ids]).items():
-            kind = np.dtype(np.float32) if values.dtype == np.float64 else values.dtype
-            if name not in partial:
-                shape = (len(source), *values.shape[1:])
-                partial[name] = np.lib.format.open_memmap(
-                    _file(folder, f".{name}.partial"), mode="w+", dtype=kind, shape=shape
-                )
-            partial[name][rows] = values
-    for name, array in partial.items():
-        array.flush()
-        _file(folder, f".{name}.partial").replace(_file(folder, name))
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.npy"
 
 
 def fingerprint(arrays: Arrays) -> str:
@@ -168,30 +162,6 @@ def fingerprint(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _stacked(source: Source, indices: list[int]) -> dict[str, np.ndarray]:
-    items = source.__getitems__(indices)
-    if len(items) != len(indices):
-        raise ValueError(f"expected __getitems__ to give the {len(indices)} items it was asked for, got {len(items)}")
-    if not isinstance(items[0], Mapping):
-        raise TypeError(f"expected the items of a source to be dicts of arrays, got {type(items[0]).__name__}")
-    try:
-        return {key: np.stack([np.asarray(item[key]) for item in items]) for key in items[0]}
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"expected items with the same keys, and arrays of the same shapes: {error}") from error
-
-
-def _only_input(arrays: Arrays) -> str:
-    keys = [key for key in arrays if key != "label"]
-    if len(keys) != 1:
-        raise ValueError(f"expected one input beside 'label', got {keys}; name the model's input with input_key")
-    return keys[0]
-
-
-def _statistics(inputs: np.ndarray, *, per_coordinate: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, summed in float64 around the mean: a one-pass variance would cancel."""
-    axes = 0 if per_coordinate else tuple(range(inputs.ndim))
-    count = len(inputs) if per_coordinate else inputs.size
-    mean = sum(inputs[rows].sum(axes, dtype=np.float64) for rows in blocks(len(inputs))) / count
-    std = np.sqrt(sum(np.square(inputs[rows] - mean).sum(axes) for rows in blocks(len(inputs))) / count)
-    varies = std > np.abs(mean) * np.finfo(np.float32).eps  # a constant's mean is off by a rounding, and so its std
-    return np.asarray(mean, np.float32), np.asarray(np.where(varies, std, 1), np.float32)
+def _check_choice(train: Arrays) -> None:
+    if len(next(iter(train.values()))) < 2:
+        raise ValueError("train: expected at least 2 examples, got 1: there is nothing to choose from")

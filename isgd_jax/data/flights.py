@@ -5,7 +5,9 @@ The question: does a flight that leaves the gate arrive more than an hour late? 
 
 import csv
 import io
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -20,6 +22,19 @@ _LATE_MINUTES = 60
 _CATEGORIES = ("carrier", "origin")
 _COLUMNS = ("year", "month", "day", "sched_dep_time", "sched_arr_time", "dep_delay", "arr_delay", "distance")
 
+# RuntimeError: encrypted, or compressed in a way that is unknown (NotImplementedError).
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    csv.Error,
+    KeyError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    OSError,
+)
+
 Row: TypeAlias = dict[str, str]
 
 
@@ -29,8 +44,13 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     The columns of ``features``: day of the year, day of the week, planned departure and arrival in minutes after
     midnight, minutes of delay at departure, miles to fly; then one column a carrier and an airport, in the order of
     their codes.
+
+    Raises:
+      ValueError: the file is damaged, encrypted or cut short, or has not these columns; it is named.
     """
     arrived = [row for row in _rows(path) if row["arr_delay"] not in ("", "NA")]
+    if not arrived:
+        raise ValueError(f"{path}: expected flights that arrived, got none")
     try:
         numbers = np.array([_numbers(row) for row in arrived], np.float32).reshape(len(arrived), -1)
         late = np.array([float(row["arr_delay"]) > _LATE_MINUTES for row in arrived], np.int32)
@@ -44,11 +64,16 @@ def _rows(path: Path) -> list[Row]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("flights.csv") as table:
             rows = list(csv.DictReader(io.TextIOWrapper(table, "utf-8")))
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is cut short, damaged, or holds no flights.csv ({error})") from error
-    missing = [name for name in (*_COLUMNS, *_CATEGORIES) if not rows or name not in rows[0]]
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is cut short, damaged, encrypted, or holds no flights.csv ({reason})") from error
+    needed = (*_COLUMNS, *_CATEGORIES)
+    missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
         raise ValueError(f"{path}: expected the columns {', '.join(missing)}, which it does not have")
+    for number, row in enumerate(rows, start=2):  # the first line has the names
+        if any(row[name] is None for name in needed):
+            raise ValueError(f"{path}: line {number} of flights.csv is cut short, it has not all columns")
     return rows
 
 

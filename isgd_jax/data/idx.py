@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST, from the four ``idx`` files that both come in."""
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -11,24 +12,55 @@ import numpy as np
 from isgd_jax.data.recipe import RawFile, Recipe, Splits
 
 _UINT8 = 0x08
+_MOST_PACKED = 1032
+"""Bytes that one byte of deflate can stand for, at most."""
+_PIECE = 1 << 20
 _PARTS = {"train": "train", "test": "t10k"}
 _NAMES = [f"{part}-{kind}-ubyte.gz" for part in _PARTS.values() for kind in ("images-idx3", "labels-idx1")]
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array of uint8 from a gzipped idx file: two zero bytes, type, rank, sizes (big-endian), data."""
+    """An array of uint8 from a gzipped idx file: two zero bytes, type, rank, sizes (big-endian), data.
+
+    No more is unpacked than the header says there is.
+
+    Raises:
+      ValueError: the file is damaged, or no idx file of bytes; it is named.
+    """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            begin = file.read(4)
+            if len(begin) < 4 or begin[:3] != bytes([0, 0, _UINT8]) or not begin[3]:
+                raise ValueError(
+                    f"{path} is not an idx file of bytes: expected it to begin with 0, 0, 8 and a rank of at least 1, "
+                    f"got {begin!r}"
+                )
+            rank = begin[3]
+            sizes = file.read(4 * rank)
+            if len(sizes) < 4 * rank:
+                raise ValueError(f"{path} is damaged: its header is cut short")
+            shape = struct.unpack(f">{rank}I", sizes)
+            size = math.prod(shape)
+            if size > _MOST_PACKED * path.stat().st_size:
+                raise ValueError(f"{path} is damaged: its header says {shape} bytes, more than fit into it")
+            content = _read_at_most(file, size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
-    if len(content) < 4 or content[:3] != bytes([0, 0, _UINT8]):
-        raise ValueError(f"{path} is not an idx file of bytes: expected it to begin with 0, 0, 8, got {content[:4]!r}")
-    rank = content[3]
-    header = 4 + 4 * rank
-    shape = struct.unpack(f">{rank}I", content[4:header].ljust(4 * rank, b"\0"))
-    if len(content) - header != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} is damaged: expected {shape} bytes after its header, got {len(content) - header}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    if len(content) != size:
+        got = "more" if len(content) > size else len(content)
+        raise ValueError(f"{path} is damaged: expected {shape} bytes after its header, got {got}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _read_at_most(file: gzip.GzipFile, size: int) -> bytearray:
+    """Piece by piece: asked for all at once, room for all of it would be taken before anything is read."""
+    content = bytearray()
+    while len(content) < size:
+        piece = file.read(min(size - len(content), _PIECE))
+        if not piece:
+            break
+        content += piece
+    return content
 
 
 def _read(files: Mapping[str, Path]) -> Splits:

@@ -20,9 +20,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.data import checks
-from isgd_jax.data.dataset import read, spilled
 from isgd_jax.data.files import locate
 from isgd_jax.data.recipe import Recipe, Splits
+from isgd_jax.data.sources import read
+from isgd_jax.data.spill import CannotSpillError, spilled
 
 # Importing this module is the library's business alone: the bars would write over its own progress.
 tfds.disable_progress_bar()
@@ -89,15 +90,37 @@ def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None, on_di
     if not is_prepared(folder):
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
     sources = open_folder(folder).as_data_source()
-    with told_if_damaged(folder):
-        splits = {split: read_split(split, source, folder, on_disk=on_disk) for split, source in sources.items()}
+    splits = {split: read_split(split, source, folder, on_disk=on_disk) for split, source in sources.items()}
     _check(recipe, splits, where=folder)
     return splits
 
 
 def read_split(split: str, source: Any, folder: Path, *, on_disk: bool) -> dict[str, np.ndarray]:
     """A split in memory; the training set, if asked, mapped from a copy beside what TFDS prepared in ``folder``."""
-    return spilled(source, folder / "mapped") if on_disk and split == "train" else read(source)
+    told = _Told(source, folder)
+    if not on_disk or split != "train":
+        return read(told)
+    try:
+        return spilled(told, folder / "mapped")
+    except CannotSpillError as error:
+        raise CannotSpillError(
+            f"{error}: with on_disk=False (--hold host), or another data_dir (--data-dir); the data set itself is whole"
+        ) from error
+
+
+class _Told:
+    """A source in a prepared folder, whose damages are told; where a copy of it goes is another matter."""
+
+    def __init__(self, source: Any, folder: Path) -> None:
+        self._source, self._folder = source, folder
+
+    def __len__(self) -> int:
+        with told_if_damaged(self._folder):
+            return len(self._source)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        with told_if_damaged(self._folder):
+            return self._source.__getitems__(indices)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -140,11 +163,13 @@ def _prepare(recipe: Recipe, folder: Path, *, data_dir: Path, raw_dir: Path | No
 
 @contextlib.contextmanager
 def _told_if_unwritable(recipe: Recipe, data_dir: Path) -> Iterator[None]:
+    """The writer of ArrayRecord says RuntimeError where the operating system says OSError."""
     try:
         yield
-    except OSError as error:
-        raise type(error)(
-            f"cannot write {recipe.name} into data_dir {data_dir} ({error}); "
+    except (OSError, RuntimeError) as error:
+        made = type(error) if isinstance(error, OSError) else OSError
+        raise made(
+            f"cannot write {recipe.name} into data_dir {data_dir} ({' '.join(str(error).split())}); "
             "make room there, or name another data_dir or set TFDS_DATA_DIR"
         ) from error
 

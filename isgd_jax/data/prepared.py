@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.data.dataset import Dataset, from_arrays
-from isgd_jax.data.prepare import open_folder, read_split, told_if_damaged
+from isgd_jax.data.prepare import open_folder, read_split
 
 
 class _Pairs:
@@ -40,9 +40,8 @@ def load_folder(name: str, folder: Path, *, on_disk: bool = False) -> Dataset:
             f"{name} in {folder} is prepared as {builder.info.file_format.value}; prepare it once more with "
             "download_and_prepare(file_format='array_record')"
         ) from error
-    with told_if_damaged(folder):
-        pairs = {part: _Pairs(source, input_key, label_key) for part, source in sources.items()}
-        splits = {part: read_split(part, source, folder, on_disk=on_disk) for part, source in pairs.items()}
+    pairs = {part: _Pairs(source, input_key, label_key) for part, source in sources.items()}
+    splits = {part: read_split(part, source, folder, on_disk=on_disk) for part, source in pairs.items()}
     return from_arrays(
         splits["train"],
         splits["test"],

@@ -26,6 +26,8 @@ from jaxtyping import Bool, Float, Int
 SCORE_BINS, AGE_BINS = 48, 12
 LOWEST = -36.0
 """Octave of the lowest score bin; 2^-36 to 2^12 spans what gradients do."""
+LARGEST = 1e15
+"""No norm or score counts for more: sums of squares stay within float32."""
 
 
 class Calibration(NamedTuple):
@@ -56,9 +58,9 @@ def observe(
 
     Leave out by ``mask`` what was never scored. ``half_life`` counts steps.
     """
-    sound = jnp.isfinite(norms) & jnp.isfinite(weights) & (ages >= 0)
+    sound = (norms <= LARGEST) & (scores <= LARGEST) & jnp.isfinite(weights) & (ages >= 0)  # NaN is not, either
     sound = sound if mask is None else sound & mask
-    weights, norms = jnp.where(sound, weights, 0.0), jnp.where(sound, norms, 0.0)
+    weights, norms, scores = (jnp.where(sound, x, 0.0) for x in (weights, norms, scores))
     at = _score_bin(scores).astype(jnp.int32), _age_bin(ages)
     squares = weights * jnp.square(norms), weights * jnp.square(scores)
     rows = Calibration(weights, jnp.square(weights), *squares)
@@ -78,7 +80,7 @@ def predict(
 
     ``strength``: how many draws the prior counts for. Between the middles of octaves the logarithm is interpolated.
     """
-    table = _log_ratio(calibration, strength)
+    table, scores = _log_ratio(calibration, strength), jnp.minimum(scores, LARGEST)
     place = jnp.clip(_score_bin(scores) - 0.5, 0.0, SCORE_BINS - 1.0)
     low = jnp.minimum(jnp.floor(place), SCORE_BINS - 2.0)
     share, at, age = place - low, low.astype(jnp.int32), _age_bin(ages)

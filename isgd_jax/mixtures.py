@@ -25,6 +25,9 @@ GRID = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 CAUTIOUS = 0.3
 """The share that stale scores of unknown worth get: the best of all scores 200 updates old, measured."""
 
+LARGEST = 1e18
+"""A step with a larger moment teaches nothing: its square would leave float32, and the sums never come back."""
+
 
 class Mixtures(NamedTuple):
     """Decayed sums over steps, for each share of `GRID`: of its moment less the cautious share's, and of the square."""
@@ -50,10 +53,11 @@ def observe(
 ) -> Mixtures:
     """Add the draws of a step: ``weights`` 1/(N probs), fresh ``norms``, and scores over their mean (`relative`)."""
     moments = jnp.where(mask, weights * jnp.square(norms), 0.0)
-    shares = jnp.asarray(GRID)[:, None]
+    shares = jnp.asarray(GRID, jnp.float32)[:, None]
     found = jnp.mean(moments[None] / ((1.0 - shares) * relative[None] + shares), axis=1)
-    sound = jnp.all(jnp.isfinite(found))
-    excess = jnp.where(sound, found - found[GRID.index(CAUTIOUS)], 0.0)
+    sound = jnp.all(found <= LARGEST)  # NaN is not, either
+    found = jnp.where(sound, found, 0.0)
+    excess = found - found[GRID.index(CAUTIOUS)]
     rows = Mixtures(sound.astype(jnp.float32), excess, jnp.square(excess))
     keep = jnp.where(sound, 2.0 ** (-1.0 / half_life), 1.0)
     return jax.tree.map(lambda kept, row: keep * kept + row, mixtures, rows)
@@ -65,7 +69,7 @@ def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
     mean = mixtures.excess / steps
     spread = jnp.maximum(mixtures.square / steps - jnp.square(mean), 0.0)
     best = jnp.argmin(mean + jnp.sqrt(spread / steps))
-    return jnp.where(mixtures.steps >= min_steps, jnp.asarray(GRID)[best], CAUTIOUS)
+    return jnp.where(mixtures.steps >= min_steps, jnp.asarray(GRID, jnp.float32)[best], CAUTIOUS)
 
 
 def relative_scores(proposal_weights: Float[Array, " m"], mixture: Float[Array, ""]) -> Float[Array, " m"]:

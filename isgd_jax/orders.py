@@ -35,7 +35,7 @@ def sketch(key: Key, grads: PyTree, *, dims: int = 128) -> Float[Array, "b dims"
     leaves = jax.tree.leaves(grads)
     flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in leaves], axis=1)
     norms = jnp.linalg.norm(flat, axis=1, keepdims=True)
-    projection = jax.random.normal(key, (flat.shape[1], dims)) / math.sqrt(dims)
+    projection = jax.random.normal(key, (flat.shape[1], dims), jnp.float32) / math.sqrt(dims)
     return (flat / jnp.where(norms > 0.0, norms, 1.0)) @ projection
 
 
@@ -64,7 +64,7 @@ def by_cells(
     else:
         first, key = jax.random.split(key)
         at = _spread(first, jnp.where(jnp.sum(scores) > 0.0, scores, 1.0), sample)
-        centres = cells(key, sketches[at], jnp.ones(sample), num_cells=num_cells, rounds=rounds)
+        centres = cells(key, sketches[at], jnp.ones(sample, jnp.float32), num_cells=num_cells, rounds=rounds)
     rank = jnp.argsort(chain(centres))[nearest(sketches, centres)]
     if known is not None:
         scores, rank = every, jnp.where(known, rank, num_cells)
@@ -92,7 +92,7 @@ def cells(
 def _spread(key: Key, weights: Float[Array, " n"], count: int) -> Int[Array, " count"]:
     """Examples by weight, one in each of ``count`` equal parts of a line that need not be exact."""
     line = jnp.cumsum(weights / jnp.max(weights))
-    at = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))) / count * line[-1]
+    at = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,), jnp.float32)) / count * line[-1]
     return jnp.minimum(jnp.searchsorted(line, at), weights.shape[0] - 1)
 
 

@@ -158,7 +158,7 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     probs = _line_probabilities(capped(law, num_draws=size))
     choose, shuffle = jax.random.split(key)
     included = ~sums.at_least(_unit_pair(choose, probs.shape[0]), sums.exact(probs * size))
-    priority = jnp.where(included, jax.random.uniform(shuffle, included.shape), -1.0)
+    priority = jnp.where(included, jax.random.uniform(shuffle, included.shape, jnp.float32), -1.0)
     priority, at = jax.lax.top_k(priority, num_draws)
     return Draw(_example(law, at.astype(jnp.int32)), probs[at] * (size / num_draws), priority >= 0.0)
 
@@ -287,7 +287,7 @@ def _tree(masses: Float[Array, " n"]) -> Pair:
     levels = [level]
     while levels[0].hi.shape[0] > 1:
         levels.insert(0, sums.add(*(Pair(*(part[side::2] for part in levels[0])) for side in (0, 1))))
-    levels.insert(0, sums.exact(jnp.zeros(1)))  # entry 0 of a heap is not used
+    levels.insert(0, sums.exact(jnp.zeros(1, jnp.float32)))  # entry 0 of a heap is not used
     return Pair(*(jnp.concatenate(parts) for parts in zip(*levels, strict=True)))
 
 
@@ -297,7 +297,7 @@ def _block_sums(masses_at: Callable[[Int[Array, ""]], Float[Array, " k"]], shape
     def add(place: Int[Array, ""], total: Pair) -> Pair:
         return sums.add(total, sums.exact(masses_at(place)))
 
-    return jax.lax.fori_loop(0, BLOCK, add, sums.exact(jnp.zeros(shape)))
+    return jax.lax.fori_loop(0, BLOCK, add, sums.exact(jnp.zeros(shape, jnp.float32)))
 
 
 def _mass_at(masses: Float[Array, " n"], places: Int[Array, " k"]) -> Float[Array, " k"]:

@@ -125,7 +125,7 @@ def _of_product(key: Key, product: Float[Array, "b k i o"], dims: int) -> Float[
 
 
 def _normalized(product: Float[Array, "b ..."], leaf: Any) -> Float[Array, "b dims"]:
-    norms = factored.norms(leaf)[:, None]
+    norms = factored.norms(leaf).astype(jnp.float32)[:, None]
     return product.reshape(product.shape[0], -1) / jnp.where(norms > 0.0, norms, 1.0)
 
 
@@ -149,10 +149,11 @@ def _is_plain(leaf: Any) -> bool:
 
 def _projected(key: Key, factor: Float[Array, "b k t i"], width: int) -> Float[Array, "b k t w"]:
     """A random projection to ``width`` numbers; what is not wider is left as it is."""
+    factor = factor.astype(jnp.float32)
     if factor.shape[-1] <= width:
         return factor
-    projection = jax.random.normal(key, (factor.shape[-1], width)) / math.sqrt(width)
-    return jnp.einsum("bkti,iw->bktw", factor.astype(jnp.float32), projection)
+    projection = jax.random.normal(key, (factor.shape[-1], width), jnp.float32) / math.sqrt(width)
+    return jnp.einsum("bkti,iw->bktw", factor, projection)
 
 
 def _count(jaxpr: Any) -> int:

@@ -74,7 +74,7 @@ def band(
     used = filled(window) if recent is None else recent
     steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
     variance = _variance(influence, used)
-    moving = jnp.zeros(()) if noise is None else _moving(window, influence, noise, steps, level)
+    moving = jnp.float32(0.0) if noise is None else _moving(window, influence, noise, steps, level)
     half = _student_95(steps - 1.0) * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving)
     half = jnp.where(steps > 1.0, half, jnp.inf)
     return Band(value, value - half, value + half)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import Precision
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, PyTree
 
 from isgd_jax.factoring import costs
@@ -46,10 +47,38 @@ jax.tree_util.register_dataclass(Factored, data_fields=["terms", "formed", "shar
 Grads: TypeAlias = PyTree
 """Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
 
+
+def split_axis(grads: Grads) -> Any:
+    """The mesh axis that the batch axis of the gradients is split along; None unless a mesh says so explicitly."""
+    leaf = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in _leaves(grads)])[0]
+    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+    return spec[0] if spec else None
+
+
+def _placed(function: Any = None, *, per_example: bool = True) -> Any:
+    """Where axes of a mesh are explicit, ``function(grads, ...)`` leaves placement to the compiler, as elsewhere.
+
+    What comes out has its batch axis split as the gradients have it; a sum over the batch is on every device.
+    """
+    if function is None:
+        return partial(_placed, per_example=per_example)
+
+    @wraps(function)
+    def placed(grads: Grads, *args: Any, **options: Any) -> Any:
+        axis = split_axis(grads)
+        if axis is None:
+            return function(grads, *args, **options)
+        out = PartitionSpec(axis) if per_example else PartitionSpec()
+        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out)(grads, *args)
+
+    return placed
+
+
 _RISK = 1e-3
 """A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
 
 
+@_placed
 def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient, over the whole tree.
 
@@ -82,6 +111,7 @@ def unguarded_norms(
     return _root(squares), jnp.any(_sum(squares) < _RISK * size)
 
 
+@_placed
 def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """`norms` from products alone, which cannot cancel."""
     return _root(
@@ -92,12 +122,14 @@ def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[
     )
 
 
+@_placed
 def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
     pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
     return _root([_scaled_squares(leaf, other, precision) for leaf, other in pairs])
 
 
+@_placed(per_example=False)
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
     """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
 
@@ -110,6 +142,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
     return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
+@_placed
 def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
     """The definition: every leaf formed, ``[b, *param.shape]``."""
     return _map(lambda leaf: _stack(leaf, precision).astype(leaf.dtype), grads)
@@ -126,11 +159,13 @@ def first(grads: Grads, count: int) -> Grads:
     return _map(part, grads)
 
 
+@_placed
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
     """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
 
 
+@_placed
 def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """Inner product of each example's gradient with one tree shaped like the parameters."""
     pairs = zip(_leaves(grads), _alongside(grads, tree), strict=True)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from isgd_jax import calibration, gate, mixtures, monitor, samplers, table
 from isgd_jax.factoring import factored
+from isgd_jax.factoring.factors import wide
 from isgd_jax.monitor import Monitor
 from isgd_jax.reweight import draw_weights
 from isgd_jax.sampling.state import SamplerState
@@ -168,21 +169,20 @@ def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> 
 def _halves_inner(grads: Params, weights: Float[Array, " m"], mean: Params, axis_name: str | None) -> Float[Array, ""]:
     """The inner product of the mean gradients of the two halves of a batch, for one half's contraction."""
     size, half = weights.shape[0], weights.shape[0] // 2
-    if axis_name is None and not _is_split(grads):
+    if axis_name is None and factored.split_axis(grads) is None:
         first = factored.weighted_mean(factored.first(grads, half), weights[:half])
     else:  # an axis that lies on several devices is not to be cut
         is_first = jnp.arange(size, dtype=jnp.int32) < half
         first = _mean(grads, jnp.where(is_first, weights, 0.0) * (size / half), axis_name)
+    mean, first = (jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree) for tree in (mean, first))
     second = jax.tree.map(lambda whole, part: (size * whole - half * part) / (size - half), mean, first)
     return _inner(first, second)
 
 
-def _is_split(grads: Params) -> bool:
-    """Whether a mesh with explicit axes says that the gradients lie on several devices."""
-    specs = (getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) for x in jax.tree.leaves(grads))
-    return any(axis is not None for spec in specs if spec is not None for axis in spec)
-
-
 def _inner(one: Params, other: Params) -> Float[Array, ""]:
-    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision="highest").astype(jnp.float32), one, other)
+    def product(a: Array, b: Array) -> Array:
+        a, b = (x.astype(wide(x.dtype)) for x in (a, b))  # low precision would lose the mean, which is small
+        return jnp.vdot(a, b, precision="highest").astype(jnp.float32)
+
+    products = jax.tree.map(product, one, other)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))

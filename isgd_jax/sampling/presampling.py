@@ -6,7 +6,7 @@
 Where the data stay on the host it is two steps, with the scoring between them:
 
     found = sampler.candidates(key, state)
-    draw = sampler.resample(key, found, scorer(params, batch_of(found.indices)))
+    draw = sampler.resample(key, state, found, scorer(params, batch_of(found.indices)))
 
 The gate is the source's: while the scores promise less than they cost, the batch is drawn uniformly from the
 candidates, which are then not scored; the scores of what is drawn still tell what scoring would promise.
@@ -19,16 +19,27 @@ Guarantees:
 Source: Katharopoulos & Fleuret, "Not all samples are created equal" (2018), algorithm 1.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax import presample, samplers
-from isgd_jax.sampling.estimator import MONITOR_EVERY, ImportanceSampler, Options, check_fraction, check_weights
+from isgd_jax.sampling.estimator import (
+    MONITOR_EVERY,
+    ImportanceSampler,
+    Options,
+    check_fraction,
+    check_number,
+    check_ranges,
+    check_weights,
+    check_whole,
+)
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, check_state
 from isgd_jax.typing import Batch, Draw, Key, Params, Scorer
@@ -47,7 +58,7 @@ def presampling(
     gate: bool = True,
     score_cost: float = 1.0,
     monitor: bool = True,
-    example_weights: Float[Array, " n"] | None = None,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
     steps_per_update: int = 1,
 ) -> BatchSampler:
     """Draws ``batch_size`` of ``candidates`` times as many uniform draws, by scores at the present parameters.
@@ -66,13 +77,16 @@ def presampling(
         steps_per_update: calls of ``observe`` that make one parameter update.
 
     Raises:
-        ValueError: a number is out of range.
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range, or an array has not one entry an example.
     """
     check_sizes(num_examples, batch_size)
     check_weights(example_weights, num_examples)
+    check_number(uniform_fraction)
     check_fraction(uniform_fraction, 0.0)
-    if candidates < 1:
-        raise ValueError(f"candidates must be at least 1 for each draw, got {candidates}")
+    check_whole("candidates", candidates, 1)
+    if not 0.0 <= score_cost < math.inf:
+        raise ValueError(f"score_cost must be 0 or more forward passes, got {score_cost}")
     options = Options(
         sampler="uniform",
         order="index",
@@ -84,6 +98,7 @@ def presampling(
         record_drawn=False,
         steps_per_update=steps_per_update,
     )
+    check_ranges(options)
     made = _Presampling(num_examples, batch_size, options, scorer, candidates, gate, score_cost)
     return made.functions(candidates=made.candidates, resample=made.resample)
 

@@ -63,7 +63,8 @@ class SamplerReport(NamedTuple):
             rows.append(("scores set aside", f"{int(self.quarantined):,} were not finite or negative"))
         if self.variance is not None and int(self.num_measured) == 0:
             rows.append(("note", "the mean gradient was never measured: variances are second moments"))
-        return "\n".join(f"{label:<36}{value}" for label, value in rows)
+        width = 2 + max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 
 
 def make_report(num_examples: int, batch_size: int) -> Callable[[SamplerState], SamplerReport]:

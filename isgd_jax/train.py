@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import assembly, data, distributed, gate, models, report, schedule, step, task
+from isgd_jax import assembly, data, distributed, gate, models, report, schedule, shared_checkpoints, step, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import MakeJobs
@@ -170,7 +170,8 @@ class Trainer:
         self.trusted_share: float | None = None
         by_workers = jobs if isinstance(self.engine, Pool) else {}
         self.measures = Measures(config, work, place, probe_key=probe_key, jobs=by_workers, measure=measure)
-        self.checkpoints = distributed.checkpoints(run.checkpoints, identity={"data set": work.fingerprint})
+        identity = {"data set": work.fingerprint}
+        self.checkpoints = shared_checkpoints.of_run(run.checkpoints, identity=identity)
         self.infos: list[step.StepInfo] = []
         self.noted = 0  # the last step of which a move of the gate has been recorded
         self.mark = (0, 0.0, dict(self.clock.spent))  # step, clock and time spent at the last line of progress

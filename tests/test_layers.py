@@ -15,7 +15,17 @@ LEVELS = [
     {"typing", "config", "sums", "windows", "clock", "rollcall", "thrift", "userfiles"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
-    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
+    {
+        "gradients",
+        "explain",
+        "microbatches",
+        "proposal",
+        "reweight",
+        "monitor",
+        "parallel",
+        "schedule",
+        "shared_checkpoints",
+    },
     {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
     {"watch", "candidates"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "rollcall", "thrift", "userfiles"},
+    {"typing", "config", "sums", "windows", "clock", "thrift", "userfiles"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
     {

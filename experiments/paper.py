@@ -161,7 +161,7 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
     common: dict[str, Any] = {
         "dataset": dataset.name, "hidden": scale.hidden, "initializer": scale.initializer, "momentum": 0.95,
         "learning_rate": setting.learning_rate, "batch_size": scale.batch_size, "steps": steps,
-        "log_every": scale.log_every, "checkpoint_every": max(1, steps // 4), "full_train_loss": True, "probe_size": 4,
+        "log_every": scale.log_every, "checkpoint_every": max(1, steps // 4), "full_train_loss": True,
     }  # fmt: skip
     scored = common | {"mode": "relaxed", "refresh_every": 32, "refresh_share": scale.refresh_share}
     configs = {

@@ -1,6 +1,5 @@
 """From a configuration and a task to the parts that a run is made of: scorer, engine, laws, and the jitted updates."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from isgd_jax import (
 )
 from isgd_jax.config import Config
 from isgd_jax.draws import Choose
-from isgd_jax.engines.choose import MakeJobs, make_engine
+from isgd_jax.engines.choose import MakeJob, make_engine
 from isgd_jax.parallel import OneDevice
 from isgd_jax.schedule import Schedule
 from isgd_jax.task import Task
@@ -50,13 +49,11 @@ def assemble(
     num_steps: int,
     place: OneDevice | None = None,
     replayed: Schedule | None = None,
-    held_out: Mapping[str, Any] | None = None,
-    make_jobs: MakeJobs | None = None,
+    make_job: MakeJob | None = None,
 ) -> Parts:
     """The parts of a run. ``train_data`` is the training set where the run keeps it, ``place`` where it makes steps.
 
-    ``replayed`` is the schedule to follow, ``held_out`` what workers measure beside their scoring,
-    ``make_jobs`` what a worker on another host does to be ready.
+    ``replayed`` is the schedule to follow, ``make_job`` what a worker on another host does to be ready.
 
     Raises:
         ValueError: a file of the user's does not fit the data.
@@ -67,7 +64,7 @@ def assemble(
         weights = jnp.asarray(
             userfiles.numbers(config.example_weights, size, flag="--example-weights", allow_negative=True)
         )
-    init_key, _, epoch_key, _ = keys(config)
+    init_key, _, epoch_key = keys(config)
     tx = optimizers.make(config, num_examples=size, num_steps=num_steps, place=place, example_weights=weights)
     state = step.init_state(work.init(init_key), tx, size, num_draws=config.batch_size)
     state = (place or OneDevice()).spread(state)
@@ -79,8 +76,7 @@ def assemble(
         work.train,
         fingerprint=work.fingerprint,
         replayed=replayed,
-        held_out=held_out or {},
-        make_jobs=make_jobs,
+        make_job=make_job,
     )
     if config.is_scored:
         sketch = None
@@ -109,8 +105,8 @@ def assemble(
 
 
 def keys(config: Config) -> Array:
-    """The keys of a run: of the first parameters, the draws, the epochs, and the probe."""
-    return jax.random.split(jax.random.key(config.seed), 4)
+    """The keys of a run: of the first parameters, the draws, and the epochs."""
+    return jax.random.split(jax.random.key(config.seed), 3)
 
 
 def engine_scorer(config: Config, work: Task) -> Scorer:
@@ -152,9 +148,7 @@ def _fixed_laws(config: Config, labels: Array, weights: Float[Array, " n"] | Non
         return laws.FixedLaws(laws.uniform_law(size), laws.uniform_law(size))
     scores = jnp.asarray(userfiles.numbers(str(config.static_scores), size, flag="--static-scores"))
     mixture = _mixture(config, otherwise=0.1)
-    probs, _ = proposal.smooth(
-        scores, mixture=mixture, additive=config.additive, power=config.power, example_weights=weights
-    )
+    probs, _ = proposal.smooth(scores, mixture=mixture, additive=config.additive, example_weights=weights)
     law = designs.prepared(config, probs, labels, None)
     frozen = proposal.Frozen(law, jnp.float32(mixture), scores, jnp.zeros(size, jnp.int32))
     return laws.FixedLaws(frozen, law)

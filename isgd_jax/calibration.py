@@ -2,8 +2,8 @@
 
 Every drawn example brings a triple (old score, its age, fresh norm). The mean square of fresh norms in a cell of
 (octave of the score, octave of the age), each draw weighted by 1/(N probs), is unbiased for all examples of the cell.
-The best independent proposal for what is known is its square root. It has no constant to tune, subsumes additive and
-power smoothing, and becomes uniform when scores are worthless.
+The best independent proposal for what is known is its square root. It has no constant to tune, subsumes additive
+smoothing, and becomes uniform when scores are worthless.
 
 Guarantees:
 
@@ -29,18 +29,17 @@ LOWEST = -36.0
 
 
 class Calibration(NamedTuple):
-    """Weighted sums over the draws seen, by cell: of 1, of weights², of ‖g‖², of score², of ‖g‖; they decay."""
+    """Weighted sums over the draws seen, by cell: of 1, of weights², of ‖g‖², of score²; they decay."""
 
     weight: Float[Array, "s a"]
     weight_sq: Float[Array, "s a"]
     square: Float[Array, "s a"]
     score_sq: Float[Array, "s a"]
-    norm: Float[Array, "s a"]
 
 
 def create() -> Calibration:
     """Nothing seen yet."""
-    return Calibration(*(jnp.zeros((SCORE_BINS, AGE_BINS), jnp.float32) for _ in range(5)))
+    return Calibration(*(jnp.zeros((SCORE_BINS, AGE_BINS), jnp.float32) for _ in range(4)))
 
 
 def observe(
@@ -62,7 +61,7 @@ def observe(
     weights, norms = jnp.where(sound, weights, 0.0), jnp.where(sound, norms, 0.0)
     at = _score_bin(scores).astype(jnp.int32), _age_bin(ages)
     squares = weights * jnp.square(norms), weights * jnp.square(scores)
-    rows = Calibration(weights, jnp.square(weights), *squares, weights * norms)
+    rows = Calibration(weights, jnp.square(weights), *squares)
     keep = 2.0 ** (-1.0 / half_life)
     return jax.tree.map(lambda kept, row: keep * kept + jnp.zeros_like(kept).at[at].add(row), calibration, rows)
 
@@ -91,33 +90,9 @@ def predict(
     return jnp.maximum(predicted, floor * jnp.sqrt(mean_square))
 
 
-def spread(
-    calibration: Calibration, scores: Float[Array, " n"], ages: Int[Array, " n"], *, strength: float = 10.0
-) -> Float[Array, " n"]:
-    """1 - E‖g‖ / sqrt(E‖g‖²) among examples of this score and age: what a proposal loses by not knowing the norm.
-
-    Shrunk to what all scores of the age have, and that to what all have.
-    """
-    weight, weight_sq, square, _, norm = calibration
-
-    def lost(weight: Array, square: Array, norm: Array) -> Array:
-        return 1.0 - _over(norm, jnp.sqrt(weight * square), 1.0)  # Cauchy and Schwarz: between 0 and 1
-
-    def pulled(own: Array, draws: Array, towards: Array) -> Array:
-        return (draws * own + strength * towards) / (draws + strength)
-
-    everything = lost(jnp.sum(weight), jnp.sum(square), jnp.sum(norm))
-    w, w2 = (jnp.sum(part, axis=0, keepdims=True) for part in (weight, weight_sq))
-    # Of all scores of one age: the mean over scores, for the spread within a score is what is asked.
-    mean = _over(jnp.sum(weight * lost(weight, square, norm), axis=0, keepdims=True), w, 0.0)
-    column = pulled(mean, _over(jnp.square(w), w2, 0.0), jnp.minimum(everything, 1.0))
-    cell = pulled(lost(weight, square, norm), _over(jnp.square(weight), weight_sq, 0.0), column)
-    return cell[_score_bin(scores).astype(jnp.int32), _age_bin(ages)]
-
-
 def _log_ratio(calibration: Calibration, strength: float) -> Float[Array, "s a"]:
     """log2 of E[‖g‖²] over the prior score² + typical, by cell, shrunk: cell to row, row to all, all to itself."""
-    weight, weight_sq, square, score_sq, _ = calibration
+    weight, weight_sq, square, score_sq = calibration
     prior = score_sq + weight * _additive_sq(calibration)
     everything = _over(jnp.sum(square), jnp.sum(prior), 1.0)
     row_sums = (jnp.sum(part, axis=1, keepdims=True) for part in (weight, weight_sq, square, prior))

@@ -17,7 +17,7 @@ except ModuleNotFoundError:
     sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
 from isgd_jax.commands import compare, probe
-from isgd_jax.config import Config
+from isgd_jax.config import Config, refuse_gone
 from isgd_jax.presets import PRESETS
 from isgd_jax.rundir import RunDir
 
@@ -150,6 +150,7 @@ def _leave_failed_writes_to_us() -> None:
 
 def _parse(arguments: list[str]) -> Command:
     """The command in typed form."""
+    refuse_gone(arguments)
     default = _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments)
     probed = _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
     at_run = probe.Probe() if probed is None else probe.Probe(run=probed, config=RunDir(Path(probed)).read_config())

@@ -4,13 +4,12 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Mode = Literal["uniform", "exact", "relaxed", "static", "presample"]
-SamplerName = Literal[
-    "auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement", "poisson"
-]
+SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement"]
 OrderName = Literal["auto", "index", "label", "score", "label-score", "cells"]
 Switch = Literal["on", "off"]
 ScorerName = Literal["grad_norm", "loss", "logit_bound"]
@@ -18,7 +17,7 @@ EngineName = Literal["inline", "local", "cluster"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
 
-TUPLES = ("hidden", "priorities")
+TUPLES = ("hidden",)
 """Fields that JSON has as lists."""
 
 PLACES = ("distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout", "initialization_timeout")
@@ -38,7 +37,7 @@ MAY_CHANGE_ON_RESUME = PER_HOST | {
 }
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
-_BY_SCORE = ("stratified", "independent", "systematic", "without_replacement", "poisson")
+_BY_SCORE = ("stratified", "independent", "systematic", "without_replacement")
 FITTING: dict[str, tuple[str, ...]] = {
     "uniform": ("shuffled", "uniform"),
     "exact": _BY_SCORE,
@@ -47,6 +46,33 @@ FITTING: dict[str, tuple[str, ...]] = {
     "presample": ("stratified",),
 }
 """The samplers of each mode, its default first."""
+
+GONE = {
+    "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
+    "held_out_by": "--held-out-by went in 0.2: the trainer measures, every --log-every steps; leave it out",
+    "power": "--power went in 0.2: proposals are made of the scores themselves; raise --mixture to trust them less",
+    "priorities": "--priorities went in 0.2: leave it out; workers score the training set alone",
+    "probe_every": "--probe-every went in 0.2: leave it out; --monitor on (the default) estimates the same from the "
+    "draws of training",
+    "probe_size": "--probe-size went in 0.2: leave it out; --monitor on (the default) draws no examples of its own",
+    "refresh_when": "--refresh-when went in 0.2: scores are refreshed every --refresh-every steps; raise that where "
+    "scoring takes more time than it gains",
+    "rescore": "--rescore went in 0.2: chunks are scored in turn, as it was by default; leave it out",
+    "sampler poisson": "--sampler poisson went in 0.2: use stratified (the default) or independent; a loop of your own "
+    "can draw with samplers.poisson",
+}
+"""Options of earlier versions, and values of options (`name value`), with what to do instead."""
+
+_UNCHOSEN: dict[str, Any] = {
+    "coin": 1.0,
+    "held_out_by": "trainer",
+    "power": 1.0,
+    "probe_every": None,
+    "refresh_when": "always",
+    "rescore": "turn",
+}
+"""What options that went were unless chosen. Runs that have it are as runs are now, and are still read. The size of
+something that went along with it (`priorities`, `probe_size`) decided nothing by itself, and is not asked for."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +108,8 @@ class Config:
     static: scores of your own, for ever (--static-scores); presample: no table, each step scores candidates."""
     sampler: SamplerName = "auto"
     """How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
-    Modes with scores: stratified (the default), independent, systematic, without_replacement, or poisson (a batch of
-    random size, in the room of --batch-size). presample: stratified."""
+    Modes with scores: stratified (the default), independent, systematic or without_replacement. presample:
+    stratified."""
     order: OrderName = "auto"
     """The line along which stratified and systematic draws cut: neighbours should have similar gradients. cells: of
     sketches of the last layer's gradients, no labels needed, refreshed with the scores (the default of exact mode, and
@@ -107,14 +133,6 @@ class Config:
     """Chunks that a worker scores between two looks for newer parameters (relaxed mode)."""
     chunk_patience: float = 60.0
     """Seconds after which a chunk that a worker has not brought back is handed to another."""
-    coin: float = 1.0
-    """Probability that a step draws from the proposal; the others are uniform steps. Each draw is weighted with its own
-    probability, so this is unbiased too. It is the paper's coin; 1 is best."""
-    held_out_by: Literal["trainer", "workers"] = "trainer"
-    """Who measures loss and error on held-out data: the trainer, at each line of progress, or the workers, beside
-    their scoring and with the parameters they have."""
-    priorities: tuple[int, ...] = (20, 1, 1)
-    """Chunks of training, validation and test data that workers take in turn, with --held-out-by workers."""
     replay: str | None = None
     """Folder of an earlier relaxed run: its schedule is followed, and the same parameters come out, bit for bit."""
     refresh_share: float = 0.25
@@ -122,19 +140,11 @@ class Config:
     score_budget: float | None = None
     """In place of --refresh-share: the share of all examples differentiated, drawn ones and scored ones, that scoring
     may be (relaxed mode, inline)."""
-    rescore: Literal["turn", "benefit"] = "turn"
-    """Which examples are scored anew (relaxed mode, inline). turn: round and round; benefit: the chunks whose scores
-    have lost most, by age and by how far norms of their score and age lie apart."""
-    refresh_when: Literal["always", "worth"] = "always"
-    """worth: leave a refresh out while scoring takes more time than it gains. That makes a run depend on the speed of
-    the machine; each decision is recorded."""
     chunk_size: int = 2048
     """Examples scored in one call on one device."""
     mixture: float | Literal["auto"] = "auto"
     """Share of the uniform law in the proposal: the largest weight is 1/mixture. auto: the share that the draws so far
     show to be best, between 0.03 and 0.5, and 0.3 until they show anything."""
-    power: float = 1.0
-    """The proposal is made of scores to this power: below 1 it trusts them less."""
     calibrate: Switch = "on"
     """Draw by what old scores have turned out to be worth, once two periods have taught it: √E[norm² | score, age]."""
     gate: Switch = "on"
@@ -183,10 +193,6 @@ class Config:
     """Also measure loss and error on the whole training set at each of these lines."""
     monitor: Switch = "on"
     """Estimate the variance of uniform, present and ideal proposals from the draws of training themselves."""
-    probe_every: int | None = None
-    """Steps between two probes of the same by draws of their own: dearer, and free of the monitor's window."""
-    probe_size: int = 1024
-    """Examples drawn at each probe."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     tensorboard: bool = False
@@ -229,7 +235,8 @@ class Config:
         if self.process_id is not None and self.num_processes is not None:
             _check("process_id", self.process_id, self.process_id < self.num_processes,
                    f"below --num-processes {self.num_processes}")  # fmt: skip
-        _check("coordinator", self.coordinator, re.fullmatch(r".+:\d+", self.coordinator or "any:0") is not None,
+        _check("coordinator", self.coordinator,
+               self.coordinator is None or bool(re.fullmatch(r".+:\d+", self.coordinator)),
                "host:port of process 0")  # fmt: skip
         _check("engine", self.engine, self.engine == "inline" or not self.distributed, "inline with --distributed")
         _check("refetch_every", self.refetch_every, self.refetch_every >= 1, "at least 1")
@@ -248,11 +255,6 @@ class Config:
                "1 unless --engine local")  # fmt: skip
         _check("batch_size", self.batch_size, self.batch_size % self.train_devices == 0,
                f"a multiple of --train-devices {self.train_devices}")  # fmt: skip
-        _check("coin", self.coin, 0 <= self.coin <= 1, "between 0 and 1")
-        _check("held_out_by", self.held_out_by, self.held_out_by == "trainer" or self.engine != "inline",
-               "trainer with --engine inline, which has no workers")  # fmt: skip
-        _check("priorities", self.priorities, len(self.priorities) == 3 and min(self.priorities) >= 1,
-               "three numbers of at least 1")  # fmt: skip
         _check("replay", self.replay, self.replay is None or self.mode != "uniform",
                "left out in uniform mode, which has no schedule")  # fmt: skip
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
@@ -260,11 +262,7 @@ class Config:
         _check("mixture", self.mixture, self.mixture == "auto" or 0 < self.mixture <= 1
                or (self.mixture == 0 and self.additive > 0),
                "above 0 and at most 1, or auto (or 0 with --additive above 0): an example could starve")  # fmt: skip
-        _check("power", self.power, 0 < self.power < math.inf, "above 0")
         _check("score_memory", self.score_memory, 0 <= self.score_memory < 1, "at least 0 and below 1")
-        _check("probe_every", self.probe_every, self.probe_every is None or self.probe_every >= 1, "at least 1")
-        _check("replay", self.replay, self.replay is None or self.refresh_when == "always",
-               "left out with --refresh-when worth")  # fmt: skip
         _check("additive", self.additive, 0 <= self.additive < math.inf, "0 or more")
         _check("refresh_share", self.refresh_share, 0 < self.refresh_share <= 1, "above 0 and at most 1")
         _check("min_trusted", self.min_trusted, 0 <= self.min_trusted <= 1, "between 0 and 1")
@@ -273,27 +271,21 @@ class Config:
         _check("max_age", self.max_age, self.max_age is None or self.max_age >= 0, "0 or more")
         _check("max_age_seconds", self.max_age_seconds, self.max_age_seconds is None or self.max_age_seconds > 0,
                "above 0")  # fmt: skip
-        _check("probe_size", self.probe_size, self.probe_size >= 4 and self.probe_size % 2 == 0, "even and at least 4")
         _check("hidden", self.hidden, all(width >= 1 for width in self.hidden), "widths of at least 1")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
         _check("weight_decay", self.weight_decay, self.weight_decay == 0 or self.optimizer == "adamw",
                "0 unless --optimizer adamw, whose decay is decoupled")  # fmt: skip
         fitting = ("auto", *FITTING[self.mode])
         _check("sampler", self.sampler, self.sampler in fitting, f"one of {', '.join(fitting)} in {self.mode} mode")
-        _check("refresh_when", self.refresh_when, self.refresh_when == "always" or not self.distributed,
-               "always with --distributed, whose clocks differ")  # fmt: skip
         for name, other in (("mode", "presample"), ("full_train_loss", True), ("distributed", True)):
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
-        _check("hold", self.hold, self.hold == "device" or self.probe_every is None, "device with --probe-every")
         _check("hold", self.hold, self.hold == "device" or self.train_devices == 1, "device with --train-devices")
         _check("score_budget", self.score_budget, self.score_budget is None or 0 < self.score_budget < 1,
                "above 0 and below 1")  # fmt: skip
         is_inline = self.mode == "relaxed" and self.engine == "inline"
         _check("score_budget", self.score_budget, self.score_budget is None or is_inline,
                "left out but in relaxed mode, inline")  # fmt: skip
-        _check("rescore", self.rescore, self.rescore == "turn" or (is_inline and not self.distributed),
-               "turn but in relaxed mode, inline, on one host")  # fmt: skip
         _check("order", self.order, self.order != "cells" or self.is_scored,
                "another than cells but in exact and relaxed mode, which sketch the gradients")  # fmt: skip
         _check("static_scores", self.static_scores, (self.static_scores is not None) == (self.mode == "static"),
@@ -350,7 +342,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. An unknown key is an error, never ignored."""
+        """The inverse of `to_dict`. An unknown key is an error, never ignored.
+
+        A key that went (`GONE`) is dropped where it was not chosen, and else refused by what to do instead.
+        """
+        values = _without_gone(values)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
@@ -359,6 +355,34 @@ class Config:
                 raise ValueError(f"unknown configuration key {key!r}{hint}")
         lists = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
         return cls(**(values | lists))
+
+
+def refuse_gone(arguments: Sequence[str]) -> None:
+    """Refuse flags of earlier versions, as ``--name value`` and as ``--name=value``.
+
+    Raises:
+        ValueError: one of the arguments is in `GONE`; it says what to do instead.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        for key in (name, f"{name} {value or following}"):
+            if flag.startswith("--") and key in GONE:
+                raise ValueError(GONE[key])
+
+
+def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run of any version, without those of options that went and had not been chosen.
+
+    Raises:
+        ValueError: one of them had been chosen.
+    """
+    for name, value in values.items():
+        if name in GONE and value != _UNCHOSEN.get(name, value):
+            raise ValueError(GONE[name])
+        if f"{name} {value}" in GONE:
+            raise ValueError(GONE[f"{name} {value}"])
+    return {name: value for name, value in values.items() if name not in GONE}
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:

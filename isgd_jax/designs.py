@@ -4,9 +4,7 @@ The defaults are what measured best with scores 200 updates old (`experiments/be
 draws along cells of gradient sketches, from calibrated scores, with the share of uniform draws chosen from the draws.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from isgd_jax import calibration, mixtures, orders, proposal, samplers, table
 from isgd_jax.config import Config
 from isgd_jax.draws import Choose, make_choose
 from isgd_jax.proposal import Frozen
-from isgd_jax.typing import Draw, Key, Sampler
+from isgd_jax.typing import Sampler
 from isgd_jax.watch import Watch
 
 SAMPLERS: dict[str, Sampler] = {
@@ -25,7 +23,6 @@ SAMPLERS: dict[str, Sampler] = {
     "stratified": samplers.stratified,
     "systematic": samplers.systematic,
     "without_replacement": samplers.systematic,  # from a law that was capped when it was frozen
-    "poisson": samplers.poisson,
 }
 APART = {"uniform", "independent"}
 """Samplers whose draws know nothing of each other."""
@@ -38,7 +35,7 @@ def choose_by(config: Config) -> Choose:
     """How a step of this configuration draws."""
     name = config.sampler_in_use
     return make_choose(
-        with_coin(SAMPLERS[name], config.coin if config.is_scored else 1.0),
+        SAMPLERS[name],
         num_draws=config.batch_size,
         is_watched=config.monitor == "on",
         is_apart=name in APART,
@@ -66,7 +63,6 @@ def make_maker(config: Config) -> Maker:
             seconds=seconds,
             mixture=mixture,
             additive=config.additive,
-            power=config.power,
             max_age=config.max_age,
             max_age_seconds=config.max_age_seconds,
             min_trusted=config.min_trusted,
@@ -76,22 +72,6 @@ def make_maker(config: Config) -> Maker:
         return Frozen(law, mixture, scores.scores, scores.versions), made
 
     return jax.jit(make)
-
-
-def with_coin(sampler: Sampler, probability: float) -> Sampler:
-    """Toss a coin before each draw: the sampler with this probability, else a uniform step.
-
-    Each draw carries the probabilities it was made with, so the estimate is unbiased whatever falls.
-    """
-    if probability == 1.0:
-        return sampler
-
-    def draw(key: Key, law: Any, /, *, num_draws: int) -> Draw:
-        toss, rest = jax.random.split(key)
-        importance, plain = (functools.partial(draw, num_draws=num_draws) for draw in (sampler, samplers.uniform))
-        return jax.lax.cond(jax.random.bernoulli(toss, probability), importance, plain, rest, law)
-
-    return draw
 
 
 def prepared(

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from isgd_jax import designs, monitor, rescoring, samplers, schedule, table, watch
+from isgd_jax import designs, samplers, schedule, table, watch
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.draws import WATCH_EVERY, Choice, Choose
 from isgd_jax.proposal import Frozen, Proposal
 from isgd_jax.step import TrainState
-from isgd_jax.thrift import Decision, Thrift, decide
-from isgd_jax.typing import TRAIN, Draw, Engine, Key, Params, ScoredChunk
+from isgd_jax.typing import Draw, Engine, Key, Params, ScoredChunk
 
 
 class Refresh(NamedTuple):
@@ -30,14 +29,8 @@ class Refresh(NamedTuple):
     """The chunks that came in and the versions they were scored with: what `--replay` follows."""
     scored: int
     rejected: int
-    trusted_share: float | None
-    is_uniform: bool | None
-    decision: Decision | None = None
-    """Whether scoring paid, where the clock is asked: a refresh that does not is left out."""
-
-    def as_record(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return self._asdict() | {"decision": None if self.decision is None else self.decision._asdict()}
+    trusted_share: float
+    is_uniform: bool
 
 
 class Sketcher(NamedTuple):
@@ -48,39 +41,11 @@ class Sketcher(NamedTuple):
 
 
 @runtime_checkable
-class Choosable(Protocol):
-    """An engine that scores the chunks it is told to."""
-
-    chunks: Any
-    chunks_per_collect: int
-
-    def score(self, turn: list[int]) -> list[ScoredChunk]: ...
-
-
-class Account(NamedTuple):
-    """What scoring has cost, by the clock; all zero where nobody asks."""
-
-    refreshes: int = 0
-    scoring: float = 0.0
-    """Seconds of the last refresh."""
-    refreshed: float = 0.0
-    """The clock after it, and what had been spent elsewhere by then."""
-    elsewhere: float = 0.0
-    thrift: Thrift = Thrift()
-
-    def after(self, seconds: float, *, elsewhere: float, now: float) -> "Account":
-        """The account after a refresh of so many seconds."""
-        return Account(self.refreshes + 1, seconds, now, elsewhere, self.thrift)
-
-
-@runtime_checkable
 class Laws(Protocol):
     """The law to draw from, step by step."""
 
     law: Any
     """What the sampler takes. It decides the next step, so it is saved with the run."""
-    notes: dict[str, Any]
-    """What else decides the next law: saved too."""
 
     @property
     def proposal(self) -> samplers.Law:
@@ -121,7 +86,7 @@ class ShuffledLaws:
     """A new permutation each epoch, from the seed and the epoch alone; what does not fill a batch is left out of it."""
 
     def __init__(self, key: Key, num_examples: int, batch_size: int) -> None:
-        self._key, self.notes = key, dict[str, Any]()
+        self._key = key
         self._num_examples, self._num_batches = num_examples, num_examples // batch_size
         self.proposal = uniform_law(num_examples)
         self.law = self._begin(0)
@@ -146,7 +111,7 @@ class FixedLaws:
     """One law for ever: the uniform one of SGD with replacement, or one of scores that the user brought."""
 
     def __init__(self, law: Any, proposal: samplers.Law) -> None:
-        self.law, self.proposal, self.notes = law, proposal, dict[str, Any]()
+        self.law, self.proposal = law, proposal
 
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
         return state, None
@@ -185,44 +150,24 @@ class ScoredLaws:
         self._engine, self._config, self._labels, self._sketch = engine, config, labels, sketch
         self._published, self._example_weights = published, example_weights
         self._replayed, self._is_first = replayed, True
-        self.measured: list[ScoredChunk] = []
-        """What workers brought of other segments: for whoever keeps the books of held-out data to take away."""
         self._make = designs.make_maker(config)
         self._record = jax.jit(partial(table.record, memory=config.score_memory if config.augment else 0.0))
         self._write = jax.jit(lambda rows, ids, new: rows.at[ids].set(new, mode="drop"), donate_argnums=0)
         self._is_kept = sketch is not None and config.mode == "relaxed"  # exact mode sketches all anew each time
-        self._lost = jax.jit(partial(rescoring.lost, horizon=config.refresh_every // 2))
-        self._account = Account()
         self.law = self._frozen(table.create(len(labels)), watch.create(config.batch_size), 0, 0.0, None)[0]
 
     @property
     def proposal(self) -> samplers.Law:
         return self.law.law
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What decides about the next refresh beside the law."""
-        return self._account._asdict() | {"thrift": list(self._account.thrift)}
-
-    @notes.setter
-    def notes(self, saved: dict[str, Any]) -> None:
-        self._account = Account(**saved | {"thrift": Thrift(*saved["thrift"])})
-
     def before(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh | None]:
-        refreshes, decision = step % self._config.refresh_every == 0, None
+        refreshes = step % self._config.refresh_every == 0
         if refreshes:
             jax.block_until_ready(state)  # else the time of steps still in flight would count as scoring
-            decision = self._decide(state, clock)
-            if decision is not None and not decision.is_worth:
-                return state, Refresh(clock(), self._engine.chunk_size, [], 0, 0, None, None, decision)
         with clock.spending("scoring"):
-            began = clock()
             if self._publishes(step):
                 self._engine.publish(self._published(state.params, step), step)
-            after, refresh = self._refresh(step, state, clock, decision) if refreshes else (state, None)
-        if refresh is not None:
-            self._account = self._account.after(clock() - began, elsewhere=_elsewhere(clock), now=clock())
-        return after, refresh
+            return self._refresh(step, state, clock) if refreshes else (state, None)
 
     def _publishes(self, step: int) -> bool:
         """Every so many steps; also at once where a run begins or goes on, so that no worker waits or scores the old.
@@ -234,12 +179,8 @@ class ScoredLaws:
             return step in self._replayed.versions
         return step % self._config.publishes_every == 0 or (first and self._config.mode == "relaxed")
 
-    def _refresh(
-        self, step: int, state: TrainState, clock: Clock, decision: Decision | None
-    ) -> tuple[TrainState, Refresh]:
-        collected = self._collected(state, step)
-        chunks = [chunk for chunk in collected if chunk.segment == TRAIN]
-        self.measured += [chunk for chunk in collected if chunk.segment != TRAIN]
+    def _refresh(self, step: int, state: TrainState, clock: Clock) -> tuple[TrainState, Refresh]:
+        chunks = self._engine.collect()
         now = clock() if self._replayed is None else self._replayed.arrivals[step].clock
         scores, rejected = self._recorded(state.table, chunks, now)
         sketches = self._sketched(state.params, chunks)
@@ -247,15 +188,7 @@ class ScoredLaws:
         share, is_uniform = float(made.trusted_share), bool(made.is_uniform)
         size = self._engine.chunk_size
         runs, count = schedule.as_runs(chunks, size), sum(len(chunk.ids) for chunk in chunks)
-        return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform, decision)
-
-    def _collected(self, state: TrainState, step: int) -> list[ScoredChunk]:
-        """What the engine has scored; or what it is told to, where scores have lost most."""
-        if self._config.rescore == "turn" or not isinstance(self._engine, Choosable):
-            return self._engine.collect()
-        chunks, count = self._engine.chunks, self._engine.chunks_per_collect
-        lost = self._lost(state.table, state.watch.calibration, step)
-        return self._engine.score(rescoring.worst_chunks(np.asarray(lost), chunk_size=chunks.size, count=count))
+        return state._replace(table=scores), Refresh(now, size, runs, count, rejected, share, is_uniform)
 
     def steps_left(self, step: int) -> int:
         return self._config.refresh_every - step % self._config.refresh_every
@@ -275,18 +208,6 @@ class ScoredLaws:
         """The law that these chunks would make, for a rehearsal."""
         scores = self._recorded(state.table, chunks, 0.0)[0]
         return self._frozen(scores, state.watch, 0, 0.0, self._sketched(state.params, chunks))[0]
-
-    def _decide(self, state: TrainState, clock: Clock) -> Decision | None:
-        """Whether scoring pays, if that is asked; the numbers are those of the last refresh and the updates since."""
-        if self._config.refresh_when == "always":
-            return None
-        found = monitor.report(state.watch.monitor)
-        ratio = float(found.stale.value / found.uniform.value) if bool(found.uniform.value > 0) else None
-        updating = clock() - self._account.refreshed - (_elsewhere(clock) - self._account.elsewhere)
-        seconds = self._account.scoring if self._account.refreshes > 1 else None  # the first one compiles
-        thrift, decision = decide(self._account.thrift, ratio=ratio, scoring_seconds=seconds, update_seconds=updating)
-        self._account = self._account._replace(thrift=thrift)
-        return decision
 
     def _frozen(
         self, scores: table.ScoreTable, seen: watch.Watch, step: int, now: float, sketches: Array | None
@@ -323,11 +244,6 @@ class ScoredLaws:
             scores, bad = self._record(scores, ids, values, version=chunk.version, seconds=seconds)
             rejected += int(bad)
         return scores, rejected
-
-
-def _elsewhere(clock: Clock) -> float:
-    """Seconds spent on other tasks than updating."""
-    return sum(seconds for task, seconds in clock.spent.items() if task != "updating")
 
 
 def uniform_law(num_examples: int) -> samplers.Law:

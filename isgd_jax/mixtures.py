@@ -36,7 +36,7 @@ class Mixtures(NamedTuple):
 
 def create() -> Mixtures:
     """Nothing seen yet."""
-    return Mixtures(jnp.zeros(()), jnp.zeros(len(GRID)), jnp.zeros(len(GRID)))
+    return Mixtures(jnp.float32(0), *(jnp.zeros(len(GRID), jnp.float32) for _ in range(2)))
 
 
 def observe(

@@ -60,29 +60,30 @@ def observe(
     monitor: Monitor,
     weights: Float[Array, " m"],
     norms: Float[Array, " m"],
-    mean_grad_norm_sq: Float[Array, ""],
+    mean_grad_norm_sq: Float[Array, ""] | None,
     mask: Bool[Array, " m"] | None = None,
     batch_grad_norm_sq: Float[Array, ""] | None = None,
+    is_measured: Bool[Array, ""] | None = None,
 ) -> Monitor:
     """Add a step: weights 1/(N probs) and fresh norms of its draws, and an unbiased estimate of ‖mean gradient‖².
 
     The latter is `variance.mean_grad_norm_sq` for independent draws; for dependent ones take the inner product of two
-    half-batches drawn apart. It may be NaN in steps that did not measure it. ``batch_grad_norm_sq`` is the squared
-    norm of the weighted mean gradient of that very batch.
+    half-batches drawn apart. Steps that did not measure it pass None, or ``is_measured`` false.
+    ``batch_grad_norm_sq`` is the squared norm of the weighted mean gradient of that very batch.
     """
     used = jnp.ones(norms.shape, bool) if mask is None else mask
     found = variance.from_draws(weights, norms, used)
     weighted = jnp.where(used, weights * norms, 0.0)
     second, stale = weighted * jnp.where(used, norms, 0.0), jnp.square(weighted)
     noise = (_noise(second, second), _noise(stale, stale), _noise(weighted, weighted), _noise(second, stale))
-    batches = monitor.batches
-    if batch_grad_norm_sq is not None:
-        batches = windows.push(batches, norms.shape[0] * (batch_grad_norm_sq - mean_grad_norm_sq))
-    return Monitor(
-        windows.push(monitor.steps, found.uniform, found.stale, jnp.mean(weighted), *noise),
-        windows.push(monitor.squares, mean_grad_norm_sq),
-        batches,
-    )
+    steps = windows.push(monitor.steps, found.uniform, found.stale, jnp.mean(weighted), *noise)
+    squares, batches = monitor.squares, monitor.batches
+    if mean_grad_norm_sq is not None:
+        squares = windows.push(squares, mean_grad_norm_sq, when=is_measured)
+        if batch_grad_norm_sq is not None:
+            excess = norms.shape[0] * (batch_grad_norm_sq - mean_grad_norm_sq)
+            batches = windows.push(batches, excess, when=is_measured)
+    return Monitor(steps, squares, batches)
 
 
 def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:

@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 from isgd_jax.typing import Key
 
@@ -47,20 +47,28 @@ def by_cells(
     num_cells: int = 128,
     rounds: int = 15,
     sample: int = 8192,
+    known: Bool[Array, " n"] | None = None,
 ) -> Int[Array, " n"]:
     """The order of cells of similar directions, chained by nearness; by score inside a cell.
 
     About as many cells as draws in a batch. ``scores`` weigh the examples: those that are drawn most shape the cells.
-    Of more than ``sample`` examples, so many drawn by score shape them: five times faster, and as good.
+    Of more than ``sample`` examples, so many drawn by score shape them: five times faster, and as good. Examples that
+    are not ``known`` to have a sketch shape no cell, and come last.
     """
+    if known is not None:
+        every, shaping = scores, jnp.where(known, scores, 0.0)
+        sure = jnp.where(known, 1.0, 0.0)
+        scores = jnp.where(jnp.sum(shaping) > 0.0, shaping, sure)
     if sketches.shape[0] <= sample:
         centres = cells(key, sketches, scores, num_cells=num_cells, rounds=rounds)
     else:
         first, key = jax.random.split(key)
         at = _spread(first, jnp.where(jnp.sum(scores) > 0.0, scores, 1.0), sample)
         centres = cells(key, sketches[at], jnp.ones(sample), num_cells=num_cells, rounds=rounds)
-    rank = jnp.argsort(chain(centres))
-    return jnp.lexsort((scores, rank[nearest(sketches, centres)])).astype(jnp.int32)
+    rank = jnp.argsort(chain(centres))[nearest(sketches, centres)]
+    if known is not None:
+        scores, rank = every, jnp.where(known, rank, num_cells)
+    return jnp.lexsort((scores, rank)).astype(jnp.int32)
 
 
 def cells(

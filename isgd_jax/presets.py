@@ -1,7 +1,8 @@
 """Configurations with a name: the paper's two settings, to be started as they are or changed flag by flag.
 
 What differs from the paper: an example whose score is too old counts as the mean trusted score, where the paper gave it
-no chance (which is a bias); and the seconds that a score may be old stand beside the versions it may be old.
+no chance (which is a bias); the seconds that a score may be old stand beside the versions it may be old; and held-out
+data, which the paper's workers measured beside their scoring, is measured by the trainer.
 """
 
 from isgd_jax.config import Config
@@ -21,8 +22,6 @@ _PAPER = Config(
     mixture=0.0,
     max_age_seconds=20.0,
     min_trusted=0.1,
-    held_out_by="workers",
-    priorities=(20, 1, 1),
     optimizer="nesterov",
     momentum=0.95,
     batch_size=128,

@@ -1,20 +1,18 @@
 """What a line of progress measures: held-out loss and error, √Tr Cov of the proposals, and the ages of the scores."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from isgd_jax import evaluate, laws, monitor, samplers, step, table, task
 from isgd_jax.config import Config
-from isgd_jax.engines.local import Job
 from isgd_jax.parallel import OneDevice
 from isgd_jax.rundir import Record
-from isgd_jax.typing import Batch, Key
+from isgd_jax.typing import Batch
 
 Measure = Callable[[step.TrainState, samplers.Law], Record]
 """More to measure: numbers by name, from the state and the law in use."""
@@ -24,7 +22,6 @@ class Measures:
     """The functions that measure, built once.
 
     Args:
-        jobs: the held-out segments that workers measure, by name; the trainer measures none then.
         measure: what to measure besides.
     """
 
@@ -34,48 +31,24 @@ class Measures:
         work: task.Task,
         place: OneDevice,
         *,
-        probe_key: Key,
-        jobs: Mapping[str, Job],
         measure: Measure,
     ) -> None:
-        self._config, self._place, self._measure, self._probe_key = config, place, measure, probe_key
+        self._config, self._place, self._measure = config, place, measure
         self._test_data = jax.device_put(dict(work.test))
-        self._held_out = {name: evaluate.HeldOut(job.chunks.num_examples) for name, job in jobs.items()}
         self._evaluate = evaluate.make_evaluate(work)
-        self._probe = evaluate.make_probe(work.loss_fn, probe_size=min(config.probe_size, 2 * (work.num_examples // 2)))
         self._report = jax.jit(monitor.report)
 
     def at(self, at: int, state: step.TrainState, law_source: laws.Laws, train_data: Batch) -> Record:
         """Everything, after step ``at``, which the state has reached."""
-        measured = self._by_workers(at, law_source)
-        params, proposal, train = self._place.local((state.params, law_source.proposal, train_data))
-        splits = ({} if self._held_out else {"test": self._test_data}) | (
-            {"train": train} if self._config.full_train_loss else {}
-        )
+        measured: Record = {}
+        params, train = self._place.local((state.params, train_data))
+        splits = {"test": self._test_data} | ({"train": train} if self._config.full_train_loss else {})
         for name, split in splits.items():
             fit = self._evaluate(params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
         measured |= self._bands(state)
-        if self._config.probe_every is not None and at % self._config.probe_every == 0:
-            traces = self._probe(params, proposal, train, jax.random.fold_in(self._probe_key, at))
-            measured |= {
-                f"probe_{name}": _finite(jnp.sqrt(jnp.maximum(t, 0.0))) for name, t in traces._asdict().items()
-            }
         more = self._measure(state, law_source.proposal)
         return measured | _ages(at, state) | {name: _plain(value) for name, value in more.items()}
-
-    def _by_workers(self, at: int, law_source: laws.Laws) -> Record:
-        """Loss and error on the segments that workers walk through, with the mean age of these measurements."""
-        if isinstance(law_source, laws.ScoredLaws):
-            for chunk in law_source.measured:
-                self._held_out[chunk.segment].record(chunk)
-            law_source.measured.clear()
-        measured: Record = {}
-        for name, kept in self._held_out.items():
-            fit, age = kept.fit(), kept.mean_age(at)
-            loss, error = (None, None) if fit is None else (_finite(fit.loss), _finite(fit.error))
-            measured |= {f"{name}_loss": loss, f"{name}_error": error, f"{name}_age": age if fit else None}
-        return measured
 
     def _bands(self, state: step.TrainState) -> Record:
         """√Tr Cov under the proposals with 95 % bands, from the draws of training."""

@@ -52,7 +52,6 @@ def propose(
     seconds: float | Float[Array, ""] = 0.0,
     mixture: float | Float[Array, ""] = 0.1,
     additive: float = 0.0,
-    power: float = 1.0,
     max_age: int | None = None,
     max_age_seconds: float | None = None,
     min_trusted: float = 0.1,
@@ -62,8 +61,8 @@ def propose(
 ) -> Proposal:
     """The law of the next draws, from the table at parameter ``version`` and clock ``seconds``.
 
-    q = (1 - mixture) w / sum(w) + mixture / N with w = (score + additive) ** power, times \\|a_n\\| for the weighted
-    target sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
+    q = (1 - mixture) w / sum(w) + mixture / N with w = score + additive, times \\|a_n\\| for the weighted target
+    sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
     ``calibration`` what counts as the score is what it has learnt of the norm from score and age, ``horizon`` updates
     from now: about the life of the law, if it is to be frozen.
 
@@ -78,7 +77,7 @@ def propose(
     if calibration is not None:
         scores = calibrations.predict(calibration, scores, tables.ages(table, version) + horizon)
     scores = fill_untrusted(scores, trusted)
-    probs, blank = smooth(scores, mixture=mixture, additive=additive, power=power, example_weights=example_weights)
+    probs, blank = smooth(scores, mixture=mixture, additive=additive, example_weights=example_weights)
     is_uniform = blank | (share < min_trusted)
     return Proposal(jnp.where(is_uniform, 1.0 / probs.shape[0], probs), share, is_uniform)
 
@@ -112,20 +111,19 @@ def smooth(
     *,
     mixture: float | Float[Array, ""] = 0.1,
     additive: float = 0.0,
-    power: float = 1.0,
     example_weights: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """Probabilities [n] from scores of one's own, and whether they had nothing to say (then they are uniform).
 
     Raises:
-        ValueError: ``mixture`` is not in [0, 1], ``additive`` is negative, or ``power`` is not positive.
+        ValueError: ``mixture`` is not in [0, 1], or ``additive`` is negative.
     """
     if isinstance(mixture, float | int) and not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
-    if not (additive >= 0.0 and power > 0.0):
-        raise ValueError(f"additive must not be negative and power must be positive, got {additive} and {power}")
+    if not additive >= 0.0:
+        raise ValueError(f"additive must not be negative, got {additive}")
     size = scores.shape[0]
-    wanted = _relative(scores + additive)[0] ** power
+    wanted = _relative(scores + additive)[0]
     if example_weights is not None:
         wanted = _relative(wanted * jnp.abs(example_weights))[0]
     total = tree_sum(wanted)

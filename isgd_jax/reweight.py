@@ -3,7 +3,7 @@
 Guarantees:
 
 * the update is (1/m) sum of g_i / (N probs_i) over the draws: its mean is the full gradient, for any probabilities
-  fixed before the draw;
+  fixed before the draw; with ``target`` a_i it is (1/m) sum of a_i g_i / probs_i, whose mean is sum(a_n g_n);
 * with uniform probabilities it is the plain mean: SGD, step for step;
 * draws that ``mask`` leaves out count as zero, whatever stands in their place;
 * forgetting ``probs`` is a TypeError; gradients without a batch axis and wrong shapes are ValueErrors, at trace time.
@@ -35,14 +35,16 @@ def importance_weighting(
     """Reweight and average per-example gradients; stands first in the chain, outside ``MultiSteps``.
 
     ``update(grads, state, params, probs=draw.probs)`` takes gradients with a leading axis of draws, lazy or stacked.
-    ``mask=draw.mask`` is for samplers of random size. With ``example_weights`` a [num_examples] the target is
-    sum(a_n g_n) in place of the mean; ``indices=draw.indices`` then says whose weights apply.
+    ``mask=draw.mask`` is for samplers of random size. ``target=draw.target`` [m] says what is estimated where the draws
+    come from an estimator (`isgd_jax.importance_sampler`), which knows the example weights. Without one, with
+    ``example_weights`` a [num_examples], the target is sum(a_n g_n) in place of the mean; ``indices=draw.indices`` then
+    says whose weights apply.
 
     >>> tx = optax.chain(importance_weighting(60_000), optax.sgd(0.01))  # doctest: +SKIP
 
     Raises:
         ValueError: ``num_examples`` is not positive, or the weights are not of shape [num_examples]; from ``update``:
-            gradients that are not one a draw.
+            gradients that are not one a draw, or a target beside example weights.
         TypeError: from ``update``, without ``probs``, or without ``indices`` where there are example weights.
     """
     if num_examples < 1:
@@ -63,6 +65,7 @@ def importance_weighting(
         probs: Float[Array, " m"] | None = None,
         mask: Bool[Array, " m"] | None = None,
         indices: Int[Array, " m"] | None = None,
+        target: Float[Array, " m"] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ReweightState]:
         del extra_args
@@ -72,7 +75,7 @@ def importance_weighting(
                 "probs=draw.probs). flax's TrainState.apply_gradients drops them; call tx.update yourself."
             )
         _check_gradients(updates, params, probs.shape[0])
-        wanted = _wanted(state, num_examples, indices)
+        wanted = _wanted(state, num_examples, indices) if target is None else _given(state, target, probs)
         return factored.weighted_mean(updates, draw_weights(probs, mask, wanted)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -85,6 +88,17 @@ def draw_weights(
     if mask is None:
         return wanted / probs
     return jnp.where(mask, wanted / jnp.where(mask, probs, 1.0), 0.0)
+
+
+def _given(state: ReweightState, target: Float[Array, " m"], probs: Float[Array, " m"]) -> Float[Array, " m"]:
+    if state.example_weights is not None:
+        raise ValueError(
+            "the weights of the examples were given twice, as target= and as importance_weighting(example_weights=): "
+            "leave them to the sampler, importance_sampler(example_weights=), and pass target=draw.target"
+        )
+    if target.shape != probs.shape:
+        raise ValueError(f"target must have one number a draw, {probs.shape}; got {target.shape}")
+    return target
 
 
 def _wanted(state: ReweightState, num_examples: int, indices: Int[Array, " m"] | None) -> Float[Array, " m"] | float:

@@ -27,7 +27,6 @@ class Task(NamedTuple):
     """``key -> params``."""
     train: Batch
     test: Batch
-    valid: Batch | None
     num_examples: int
     fingerprint: str
 
@@ -60,7 +59,7 @@ def make(
         return models.init(model, key, inputs, num_classes=num_classes)
 
     _check_scalar(loss_fn, jax.eval_shape(init, jax.random.key(0)), example, config.loss)
-    return Task(loss_fn, logits_fn, init, dataset.train, dataset.test, dataset.valid, len(dataset), dataset.fingerprint)
+    return Task(loss_fn, logits_fn, init, dataset.train, dataset.test, len(dataset), dataset.fingerprint)
 
 
 def _check_scalar(loss_fn: LossFn, params: Params, example: Example, name: str | None) -> None:

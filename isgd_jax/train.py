@@ -12,11 +12,10 @@ import numpy as np
 from isgd_jax import assembly, data, distributed, gate, models, report, schedule, shared_checkpoints, step, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
-from isgd_jax.engines.choose import MakeJobs
-from isgd_jax.engines.pool import Pool
+from isgd_jax.engines.choose import MakeJob
 from isgd_jax.engines.rates import Rates
 from isgd_jax.feed import Feed
-from isgd_jax.jobs import held_out_jobs, jobs_elsewhere
+from isgd_jax.jobs import job_elsewhere
 from isgd_jax.parallel import AllDevices, OneDevice
 from isgd_jax.progress import Measure, Measures
 from isgd_jax.rundir import Record, RunDir, Unwritten
@@ -32,6 +31,9 @@ ENOUGH = 0.5
 
 REHEARSED = 4
 """Updates that the plan times together."""
+
+FORMAT = "2"
+"""Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
 
 Observer = Callable[[Record], None]
 
@@ -76,7 +78,7 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
     """
     clock = Clock()
-    make_jobs = jobs_elsewhere(config, dataset, model, loss)
+    make_job = job_elsewhere(config, dataset, model, loss)
     if config.tensorboard:
         require_tensorboard()
     if resume and not config.distributed:
@@ -97,7 +99,7 @@ def fit(
         place = _place(config)
         work = task.make(config, dataset, model=model, loss=loss)
         run = _run_dir(config, resume, place)
-        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_jobs)
+        trainer = Trainer(config, work, place, run, clock, observe, until, measure, make_job)
         try:
             if resume:
                 trainer.resume()
@@ -142,7 +144,7 @@ class Trainer:
         observe: Observer,
         until: Callable[[Record], bool],
         measure: Measure,
-        make_jobs: MakeJobs,
+        make_job: MakeJob,
     ) -> None:
         self.config, self.work, self.place, self.run, self.clock = config, work, place, run, clock
         self.observe, self.until = observe if place.writes else lambda record: None, until
@@ -154,23 +156,20 @@ class Trainer:
         self.step = 0
         self.reading = 0.0  # of the clock at the last refresh: it decides, so it is kept and replayed
         self.train_data: Batch = dict(work.train) if config.hold != "device" else place.spread(dict(work.train))
-        _, self.draw_key, _, probe_key = assembly.keys(config)
+        _, self.draw_key, _ = assembly.keys(config)
         replayed = None
         if config.replay is not None:
             replayed = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
             replayed.check_covers(self.num_steps, config.refresh_every)
-        jobs = held_out_jobs(config, work)
         parts = assembly.assemble(
-            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, held_out=jobs,
-            make_jobs=make_jobs,
-        )  # fmt: skip
+            config, work, self.train_data, num_steps=self.num_steps, place=place, replayed=replayed, make_job=make_job
+        )
         self.state, self.engine, self.laws, self.updates, self.remarks = parts
         self.feed = None if config.hold == "device" else Feed(self.train_data, self.updates, self.draw_key)
         self.rates = Rates(self.engine)
         self.trusted_share: float | None = None
-        by_workers = jobs if isinstance(self.engine, Pool) else {}
-        self.measures = Measures(config, work, place, probe_key=probe_key, jobs=by_workers, measure=measure)
-        identity = {"data set": work.fingerprint}
+        self.measures = Measures(config, work, place, measure=measure)
+        identity = {"format": FORMAT, "data set": work.fingerprint}
         self.checkpoints = shared_checkpoints.of_run(run.checkpoints, identity=identity)
         self.infos: list[step.StepInfo] = []
         self.noted = 0  # the last step of which a move of the gate has been recorded
@@ -187,7 +186,6 @@ class Trainer:
             return
         saved, notes = self.checkpoints.restore({"state": self.state, "law": self.laws.law})
         self.state, self.laws.law = self.place.spread((saved["state"], saved["law"]))
-        self.laws.notes = notes["laws"]
         if self.feed is not None:
             self.feed.notes = notes["feed"]
         self.engine.restore(notes["engine"])
@@ -238,7 +236,7 @@ class Trainer:
         self.state, refresh = self.laws.before(self.step, self.state, self.place.clock(self.clock))
         if refresh is not None:
             self.reading, self.trusted_share = refresh.clock, refresh.trusted_share
-            self._record("refresh", **refresh.as_record())
+            self._record("refresh", **refresh._asdict())
             self._warn_of_rejected(refresh.rejected)
             self._warn(*self.engine.notices())
         self.state, info = self._update(self.state)
@@ -327,7 +325,7 @@ class Trainer:
             self._write_checkpoint(spent)
 
     def _write_checkpoint(self, spent: dict[str, float]) -> None:
-        notes: Record = {"engine": self.engine.state(), "laws": self.laws.notes, "reading": self.reading}
+        notes: Record = {"engine": self.engine.state(), "reading": self.reading}
         notes |= {"feed": None if self.feed is None else self.feed.notes}
         notes |= {"seconds": self.clock(), "spent": spent}
         self.checkpoints.save(self.step, {"state": self.state, "law": self.laws.law}, notes)

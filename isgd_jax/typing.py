@@ -43,11 +43,20 @@ class Draw(NamedTuple):
 
     ``probs`` is the expected count of the index in the draw divided by the number of draws, so that the weight
     ``1 / (N * probs)`` is right for every sampler. ``mask`` is false on the padding of designs of random size.
+
+    What an estimator adds (`isgd_jax.importance_sampler`), None in the draws of a bare sampler: ``target``, the factor
+    a_i of each drawn gradient in what is estimated, 1/N for the mean of all; the parameter ``version`` it is drawn for;
+    ``in_halves``, whether the first ``m // 2`` draws are independent of the others; and ``expected_speedup``, how much
+    larger a batch the scores of candidates promise, where candidates were scored.
     """
 
     indices: Int[Array, " m"]
     probs: Float[Array, " m"]
     mask: Bool[Array, " m"]
+    target: Float[Array, " m"] | None = None
+    version: Int[Array, ""] | None = None
+    in_halves: Bool[Array, ""] | None = None
+    expected_speedup: Float[Array, ""] | None = None
 
 
 @runtime_checkable
@@ -66,17 +75,13 @@ class Source(Protocol):
     def __getitems__(self, indices: list[int], /) -> list[Example]: ...
 
 
-TRAIN = "train"
-"""The segment whose scores make the proposal; others (``test``, ``valid``) are only measured."""
-
-
 class ScoredChunk(NamedTuple):
-    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c, ...], measured at parameter ``version``."""
+    """What a scorer reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``."""
 
     ids: np.ndarray
     scores: np.ndarray
     version: int
-    segment: str = TRAIN
+    sketches: np.ndarray | None = None
 
 
 class EngineStats(NamedTuple):
@@ -128,7 +133,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, int]:
-        """Where the turn of the chunks is, by segment: saved with the run. Publish anew after a restore."""
+        """Whose turn is next: saved with the run, for a resumed one to go on from. Publish anew after a restore."""
         ...
 
     def restore(self, state: dict[str, int]) -> None:

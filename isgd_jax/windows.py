@@ -34,10 +34,14 @@ def create(size: int, width: int) -> Window:
     return Window(jnp.zeros((size, width), jnp.float32), jnp.int32(0))
 
 
-def push(window: Window, *values: Float[Array, ""]) -> Window:
-    """The window with one more step; the oldest drops out. A step that measured anything not finite is left out."""
+def push(window: Window, *values: Float[Array, ""], when: Bool[Array, ""] | None = None) -> Window:
+    """The window with one more step; the oldest drops out. A step that measured anything not finite is left out.
+
+    So is one where ``when`` is false: it has measured nothing.
+    """
     row = jnp.stack([value.astype(jnp.float32) for value in values])
     sound = jnp.all(jnp.isfinite(row))
+    sound = sound if when is None else sound & when
     at = jnp.where(sound, window.seen % window.values.shape[0], window.values.shape[0])
     return Window(window.values.at[at].set(row, mode="drop"), window.seen + sound.astype(jnp.int32))
 

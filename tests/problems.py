@@ -30,7 +30,7 @@ def small_config(run_dir: Any, **changes: Any) -> Config:
     """A run of a second or two."""
     settings = {
         "hidden": (8,), "batch_size": 10, "steps": 40, "refresh_every": 8, "chunk_size": 32, "log_every": 10,
-        "checkpoint_every": 10, "probe_size": 16, "learning_rate": 0.02, "run_dir": str(run_dir),
+        "checkpoint_every": 10, "learning_rate": 0.02, "run_dir": str(run_dir),
     }  # fmt: skip
     return Config(**(settings | changes))
 

@@ -1,4 +1,4 @@
-"""What a configuration is made into: targets, static scores, augmentation, refreshes that do not pay."""
+"""What a configuration is made into: targets, static scores, augmentation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from problems import blobs, small_config
 
 from isgd_jax import assembly, task
 from isgd_jax.clock import Clock
-from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
@@ -95,19 +94,6 @@ def test_a_wrong_file_is_found_before_the_first_step(tmp_path: Path, values: np.
     config = small_config(tmp_path / "run", mode="static", static_scores=str(tmp_path / "scores.npy"))
     with pytest.raises(ValueError, match=message):
         fit(config, dataset=blobs())
-
-
-def test_refreshes_that_do_not_pay_are_left_out_and_recorded(tmp_path: Path) -> None:
-    """Scores that are all alike gain nothing, so scoring never pays."""
-    np.random.default_rng(0)
-    config = small_config(tmp_path / "run", refresh_when="worth", refresh_every=4, mixture=1.0, calibrate="off")
-    fit(config, dataset=blobs())
-    refreshes = list(RunDir(tmp_path / "run").records("refresh"))
-    decided = [record["decision"] for record in refreshes if record["decision"]["gain"] is not None]
-    left_out = [record for record in refreshes if not record["decision"]["is_worth"]]
-    assert left_out
-    assert all(record["scored"] == 0 for record in left_out)
-    assert all(decision["gain"] < 0.2 for decision in decided)
 
 
 def test_a_run_with_augmentation_learns_and_plans_what_its_scoring_costs(tmp_path: Path) -> None:

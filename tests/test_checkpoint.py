@@ -45,10 +45,17 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
-def test_another_data_set_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ({"data set": "xyz"}, "the checkpoint is of another data set: it has abc, this run has xyz"),
+        ({"format": "2"} | IDENTITY, "the checkpoint is of another format: it has None, this run has 2"),
+    ],
+)
+def test_another_data_set_or_format_is_refused(tmp_path: Path, identity: dict[str, str], message: str) -> None:
     saved(tmp_path).close()
-    with pytest.raises(ValueError, match="the checkpoint is of another data set: it has abc, this run has xyz"):
-        Checkpoints(tmp_path, identity={"data set": "xyz"}).restore(tree())
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, identity=identity).restore(tree())
 
 
 def test_another_model_is_refused_by_the_name_of_the_array(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from isgd_jax.rundir import RunDir
 
 SMALL = [
     "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
-    "--probe-size", "32", "--chunk-size", "512",
+    "--chunk-size", "512",
 ]  # fmt: skip
 PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 """Where the sampling does not matter: less to compile."""
@@ -173,6 +173,10 @@ def test_help_is_instant(tmp_path: Path) -> None:
         (["compare", "nowhere"], "nowhere is not the folder of a study"),
         (["compare", "--levels", "low", "--arms", "a:", "--out", "x"], "a level is a field and its values"),
         (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["train", "--coin", "0.5"], "isgd: --coin went in 0.2: every step draws from the proposal; use --mixture"),
+        (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
+        (["train", "--sampler", "poisson"], "isgd: --sampler poisson went in 0.2: use stratified (the default)"),
+        (["compare", "--arms", "a: --coin 0.5", "--out", "x"], "isgd: --coin went in 0.2: "),
     ],
 )
 def test_a_mistake_is_one_sentence(

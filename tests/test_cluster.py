@@ -21,7 +21,7 @@ from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job
 from isgd_jax.train import fit
-from isgd_jax.typing import TRAIN, Engine, WorkersGone
+from isgd_jax.typing import Engine, WorkersGone
 
 ray = pytest.importorskip("ray")
 cluster = pytest.importorskip("isgd_jax.engines.cluster")
@@ -50,13 +50,11 @@ def sometimes_nan(params: Any, batch: Any) -> jax.Array:
     return jnp.where(batch["y"] > 1.0, jnp.nan, scorers.grad_norm(linear_loss)(params, batch))
 
 
-def make_jobs(
-    scorer: Any = None, chunks: Chunks | None = None, fingerprint: str = "same"
-) -> tuple[dict[str, Job], str]:
+def make_job(scorer: Any = None, chunks: Chunks | None = None, fingerprint: str = "same") -> tuple[Job, str]:
     """What an actor does to be ready."""
     data = jax.tree.map(np.asarray, linear_problem(NUM_EXAMPLES)[1])
     job = Job(scorer or scorers.grad_norm(linear_loss), data, chunks or Chunks(NUM_EXAMPLES, 4))
-    return {TRAIN: job}, fingerprint
+    return job, fingerprint
 
 
 def nothing_there() -> Any:
@@ -75,8 +73,8 @@ def ray_of_this_host() -> Iterator[None]:
 def build() -> Iterator[Callable[..., Any]]:
     made: list[Engine] = []
 
-    def build(make: Callable[[], Any] = make_jobs, *, scorers: int = 1, **options: Any) -> Any:
-        engine, _ = cluster.cluster(make_jobs()[0], make, scorers=scorers, **({"fingerprint": "same"} | options))
+    def build(make: Callable[[], Any] = make_job, *, scorers: int = 1, **options: Any) -> Any:
+        engine, _ = cluster.cluster(make_job()[0], make, scorers=scorers, **({"fingerprint": "same"} | options))
         made.append(engine)
         return engine
 
@@ -112,8 +110,8 @@ def scores_of(engine: Engine) -> np.ndarray:
 
 
 def inline_scores(params: Any) -> np.ndarray:
-    jobs, _ = make_jobs()
-    engine = Inline(jobs[TRAIN].scorer, jobs[TRAIN].data, chunk_size=4, devices=jax.local_devices()[:1])
+    job, _ = make_job()
+    engine = Inline(job.scorer, job.data, chunk_size=4, devices=jax.local_devices()[:1])
     engine.publish(params, 0)
     return scores_of(engine)
 
@@ -153,7 +151,7 @@ def test_when_all_are_killed_training_goes_on_is_told_and_they_come_back(build: 
 
 
 def test_an_actor_with_other_data_is_refused(build: Callable[..., Any]) -> None:
-    engine = build(functools.partial(make_jobs, fingerprint="other"), exact=True)
+    engine = build(functools.partial(make_job, fingerprint="other"), exact=True)
     engine.publish(PARAMS, 0)
     with pytest.raises(WorkersGone, match="all workers are gone and 10 chunks lack scores") as stopped:
         engine.collect()
@@ -163,7 +161,7 @@ def test_an_actor_with_other_data_is_refused(build: Callable[..., Any]) -> None:
 
 
 def test_a_slow_actor_holds_up_nobody(build: Callable[..., Any], tmp_path: Path) -> None:
-    slow = functools.partial(make_jobs, chunks=SlowOnce(tmp_path / "flag"))
+    slow = functools.partial(make_job, chunks=SlowOnce(tmp_path / "flag"))
     engine = build(slow, exact=True, scorers=2, patience=0.5)
     engine.publish(PARAMS, 0)
     np.testing.assert_array_equal(scores_of(engine), inline_scores(PARAMS))
@@ -171,7 +169,7 @@ def test_a_slow_actor_holds_up_nobody(build: Callable[..., Any], tmp_path: Path)
 
 
 def test_scores_that_are_not_finite_come_through_to_be_set_aside(build: Callable[..., Any]) -> None:
-    engine = build(functools.partial(make_jobs, sometimes_nan), exact=True)
+    engine = build(functools.partial(make_job, sometimes_nan), exact=True)
     engine.publish(PARAMS, 0)
     bad = int((linear_problem(NUM_EXAMPLES)[1]["y"] > 1.0).sum())
     rejected = 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from problems import blobs, linear_problem
 from test_cli import SMALL, finished, isgd
-from test_cluster import inline_scores, make_jobs, pids, scores_of, wait_until
+from test_cluster import inline_scores, make_job, pids, scores_of, wait_until
 
 from isgd_jax.config import Config
 from isgd_jax.rundir import RunDir
@@ -79,7 +79,7 @@ def test_a_random_actor_killed_every_20_seconds(tmp_path: Path) -> None:
 
     config = Config(
         engine="cluster", scorers=3, mode="relaxed", hidden=(512, 512), refresh_every=20, chunk_size=256, steps=10**7,
-        log_every=500, checkpoint_every=10_000, probe_size=32, run_dir=str(tmp_path / "run"),
+        log_every=500, checkpoint_every=10_000, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     killer = threading.Thread(target=kill)
     killer.start()
@@ -113,7 +113,7 @@ def test_a_node_is_lost_and_another_joins() -> None:
         second = hosts.add_node(num_cpus=1)
         hosts.wait_for_nodes()
         engine, _ = cluster.cluster(
-            make_jobs()[0], make_jobs, scorers=2, address=hosts.address, fingerprint="same", exact=True
+            make_job()[0], make_job, scorers=2, address=hosts.address, fingerprint="same", exact=True
         )
         params, told = linear_problem()[0], list[str]()
         engine.publish(params, 0)

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from isgd_jax.config import MAY_CHANGE_ON_RESUME, Config
+from isgd_jax.config import GONE, MAY_CHANGE_ON_RESUME, Config, refuse_gone
 from isgd_jax.presets import PRESETS
 
 
@@ -15,7 +15,6 @@ from isgd_jax.presets import PRESETS
         ("mixture", 0.0, "--mixture must be above 0 and at most 1"),
         ("mixture", 1.5, "--mixture must be above 0 and at most 1"),
         ("refresh_share", 0.0, "--refresh-share must be above 0"),
-        ("probe_size", 5, "--probe-size must be even"),
         ("hidden", (512, 0), "--hidden must be widths of at least 1"),
         ("seed", -1, "--seed must be between"),
         ("epochs", 0.0, "--epochs must be above 0"),
@@ -24,12 +23,7 @@ from isgd_jax.presets import PRESETS
         ("refetch_every", 2, "--refetch-every must be 1 unless workers score in relaxed mode"),
         ("chunk_patience", 0.0, "--chunk-patience must be above 0"),
         ("train_devices", 2, "--train-devices must be 1 unless --engine local"),
-        ("coin", 1.5, "--coin must be between 0 and 1"),
-        ("held_out_by", "workers", "--held-out-by must be trainer with --engine inline"),
-        ("priorities", (20, 1), "--priorities must be three numbers of at least 1"),
-        ("power", 0.0, "--power must be above 0"),
         ("candidates", 0, "--candidates must be at least 1"),
-        ("probe_every", 0, "--probe-every must be at least 1"),
         ("score_memory", 1.0, "--score-memory must be at least 0 and below 1"),
         ("mode", "static", "--static-scores must be a file in static mode, and in no other"),
         ("static_scores", "scores.npy", "--static-scores must be a file in static mode, and in no other"),
@@ -73,7 +67,7 @@ def test_the_presets_have_the_values_of_the_paper() -> None:
     assert (first.learning_rate, first.additive, second.learning_rate, second.additive) == (0.01, 10.0, 0.001, 1.0)
     for preset in (first, second):
         assert (preset.batch_size, preset.chunk_size, preset.momentum, preset.refresh_every) == (128, 2048, 0.95, 32)
-        assert (preset.max_age_seconds, preset.min_trusted, preset.priorities) == (20.0, 0.1, (20, 1, 1))
+        assert (preset.max_age_seconds, preset.min_trusted) == (20.0, 0.1)
         assert Config.from_dict(preset.to_dict()) == preset
 
 
@@ -85,6 +79,53 @@ def test_json_brings_the_same_configuration_back() -> None:
 def test_an_unknown_key_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="unknown configuration key 'learning_rat'; did you mean 'learning_rate'"):
         Config.from_dict({"learning_rat": 0.1})
+
+
+OLD: dict[str, tuple[object, object]] = {
+    "coin": (1.0, 0.8),
+    "held_out_by": ("trainer", "workers"),
+    "power": (1.0, 0.5),
+    "probe_every": (None, 100),
+    "refresh_when": ("always", "worth"),
+    "rescore": ("turn", "benefit"),
+}
+"""Options that went, with the values they had in runs that had not chosen them, and in runs that had."""
+OLD_SIZES: dict[str, object] = {"priorities": [5, 1, 1], "probe_size": 4}
+"""Sizes that went along with one of them: without it they decided nothing, whatever they were."""
+
+
+def test_the_configuration_of_an_old_run_that_used_nothing_that_went_is_read() -> None:
+    unchosen = {name: value for name, (value, _) in OLD.items()} | OLD_SIZES
+    assert Config.from_dict(Config(seed=3).to_dict() | unchosen) == Config(seed=3)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_run_that_used_what_went_is_refused_by_what_to_do_instead(name: str) -> None:
+    _, chosen = OLD[name]
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} went in 0.2: ") as refused:
+        Config.from_dict({name: chosen})
+    assert str(refused.value) == GONE[name]
+
+
+def test_a_value_that_went_is_refused_by_what_to_do_instead() -> None:
+    with pytest.raises(ValueError, match=r"^--sampler poisson went in 0.2: use stratified"):
+        Config.from_dict({"sampler": "poisson"})
+    assert Config.from_dict({"sampler": "stratified"}).sampler_in_use == "stratified"
+
+
+def test_all_that_went_is_tried() -> None:
+    assert {*OLD, *OLD_SIZES, "sampler poisson"} == set(GONE)
+    assert not set(GONE) & {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_a_flag_that_went_is_found_however_it_is_written(name: str) -> None:
+    flag, _, value = name.partition(" ")
+    dashed = f"--{flag.replace('_', '-')}"
+    for arguments in ([dashed, value or "1"], [f"{dashed}={value or 1}"], [f"--{flag}", value or "1"]):
+        with pytest.raises(ValueError, match=r"^--.* went in 0\.2: "):
+            refuse_gone(["train", "--seed", "1", *arguments])
+    refuse_gone(["train", "--sampler", "stratified", "--run-dir", flag, "--out=poisson", flag])
 
 
 def test_epochs_count_batches_of_the_data_set() -> None:

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.desk import Desk, Order, Segment
-from isgd_jax.typing import TRAIN
+from isgd_jax.engines.desk import Desk, Order
 
 PATIENCE = 10.0
 
@@ -24,7 +23,7 @@ class Clock:
 
 def make(num_chunks: int = 4, **options: Any) -> tuple[Desk, Clock]:
     clock = Clock()
-    desk = Desk({TRAIN: Segment(Chunks(2 * num_chunks - 1, 2))}, patience=PATIENCE, now=clock, **options)
+    desk = Desk(Chunks(2 * num_chunks - 1, 2), patience=PATIENCE, now=clock, **options)
     desk.announce(0)
     return desk, clock
 
@@ -121,27 +120,12 @@ def test_a_worker_that_holds_old_parameters_says_so_with_its_scores() -> None:
     assert [chunk.version for chunk in desk.collect()] == [3]
 
 
-def test_segments_share_the_workers_by_their_priorities() -> None:
-    segments = {name: Segment(Chunks(1000, 1), priority) for name, priority in (("train", 20), ("a", 1), ("b", 1))}
-    desk = Desk(segments)
-    desk.announce(0)
-    orders = handed(desk, 440)
-    assert {name: sum(order.segment == name for order in orders) for name in segments} == {
-        "train": 400, "a": 20, "b": 20,
-    }  # fmt: skip
-    assert {order.segment for order in orders[:22]} == set(segments)
-    rest = handed(desk, 10_000)
-    assert {name: sum(order.segment == name for order in orders + rest) for name in segments} == dict.fromkeys(
-        segments, 1000
-    )
-
-
-def test_the_cursors_are_kept_and_set() -> None:
+def test_the_cursor_is_kept_and_set() -> None:
     desk, _ = make()
     handed(desk, 3)
-    assert desk.cursors == {TRAIN: 3}
+    assert desk.cursor == 3
     other, _ = make()
-    other.cursors = {TRAIN: 3, "a segment of another run": 1}
+    other.cursor = 3
     assert [order.chunk for order in handed(other, 2)] == [3, 0]
 
 
@@ -149,18 +133,18 @@ def test_the_cursors_are_kept_and_set() -> None:
     ("order", "found", "fingerprint", "wrong"),
     [
         (
-            Order(TRAIN, 0, 0),
+            Order(0, 0),
             np.zeros(3, np.float32),
             "ours",
             r"expected \[2\] floating-point scores, got float32\[3\]",
         ),
-        (Order(TRAIN, 3, 0), np.zeros(2, np.float32), "ours", r"expected \[1\]"),
-        (Order(TRAIN, 0, 0), np.zeros(2, np.int32), "ours", r"got int32\[2\]"),
-        (Order(TRAIN, 4, 0), np.zeros(2, np.float32), "ours", "there is no chunk 4 of train"),
-        (Order("valid", 0, 0), np.zeros(2, np.float32), "ours", "there is no chunk 0 of valid"),
-        (Order(TRAIN, 0, 1), np.zeros(2, np.float32), "ours", "no parameters of version 1 were published"),
-        (Order(TRAIN, 0, -1), np.zeros(2, np.float32), "ours", "no parameters of version -1"),
-        (Order(TRAIN, 0, 0), np.zeros(2, np.float32), "theirs", "another data set: expected .*'ours', got 'theirs'"),
+        (Order(3, 0), np.zeros(2, np.float32), "ours", r"expected \[1\]"),
+        (Order(0, 0), np.zeros(2, np.int32), "ours", r"got int32\[2\]"),
+        (Order(4, 0), np.zeros(2, np.float32), "ours", "there is no chunk 4"),
+        (Order(-1, 0), np.zeros(2, np.float32), "ours", "there is no chunk -1"),
+        (Order(0, 1), np.zeros(2, np.float32), "ours", "no parameters of version 1 were published"),
+        (Order(0, -1), np.zeros(2, np.float32), "ours", "no parameters of version -1"),
+        (Order(0, 0), np.zeros(2, np.float32), "theirs", "another data set: expected .*'ours', got 'theirs'"),
     ],
 )
 def test_what_cannot_be_right_is_refused(order: Order, found: np.ndarray, fingerprint: str, wrong: str) -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("hardly_optimised")
 
 SETTINGS: dict[str, Any] = {
     "hidden": (16,), "batch_size": 32, "refresh_every": 20, "chunk_size": 128, "log_every": 20, "checkpoint_every": 20,
-    "probe_size": 32, "learning_rate": 0.01, "heartbeat_timeout": 30,
+    "learning_rate": 0.01, "heartbeat_timeout": 30,
 }  # fmt: skip
 
 

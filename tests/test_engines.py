@@ -14,7 +14,7 @@ from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job, local
 from isgd_jax.engines.rates import Rates
-from isgd_jax.typing import TRAIN, Engine, ScoredChunk, Scorer
+from isgd_jax.typing import Engine, ScoredChunk, Scorer
 
 NUM_EXAMPLES = 40
 
@@ -24,8 +24,8 @@ def inline(scorer: Scorer, data: Any, **options: Any) -> Inline:
 
 
 def on_three_devices(scorer: Scorer, data: Any, *, chunk_size: int, chunks_per_collect: int | None = None) -> Engine:
-    jobs = {TRAIN: Job(scorer, data, Chunks(NUM_EXAMPLES, chunk_size))}
-    return local(jobs, jax.local_devices()[1:4], exact=chunks_per_collect is None)
+    job = Job(scorer, data, Chunks(NUM_EXAMPLES, chunk_size))
+    return local(job, jax.local_devices()[1:4], exact=chunks_per_collect is None)
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {"inline": inline, "all devices": Inline, "local": on_three_devices}
@@ -141,13 +141,13 @@ def test_inline_chunks_come_in_turn_and_go_round() -> None:
     engine.publish(params, 0)
     first, second = engine.collect(), engine.collect()
     assert [int(chunk.ids[0]) for chunk in first + second] == [0, 16, 32, 0]
-    assert engine.state() == {TRAIN: 1}
+    assert engine.state() == {"next": 1}
 
 
 def test_the_saved_state_resumes_the_turn() -> None:
     params, data = linear_problem(NUM_EXAMPLES)
     engine = inline(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), chunk_size=16, chunks_per_collect=1)
-    engine.restore({TRAIN: 2})
+    engine.restore({"next": 2})
     engine.publish(params, 0)
     assert [chunk.ids.tolist() for chunk in engine.collect()] == [list(range(32, 40))]
 

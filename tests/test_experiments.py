@@ -184,7 +184,7 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     # Against the definition: the gradients of all examples, stacked.
     params = problem.init(jax.random.key(0))
     problem_of = (problem.loss_fn, problem.logits_fn, problem.init, problem.train, problem.test)
-    work = paper.task.Task(*problem_of, valid=None, num_examples=SIZE, fingerprint="")
+    work = paper.task.Task(*problem_of, num_examples=SIZE, fingerprint="")
     norms, square = paper.norms_and_mean_square(work)(params, problem.train)
     grads = paper.isgd.stacked_per_example_grads(problem.loss_fn)(params, problem.train)
     flat = jnp.concatenate([leaf.reshape(SIZE, -1) for leaf in jax.tree.leaves(grads)], axis=1)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from problems import blobs, small_config
 
-from isgd_jax.jobs import jobs_elsewhere, worker_jobs
+from isgd_jax.jobs import job_elsewhere, worker_job
 
 
 def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,8 +15,8 @@ def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypa
     monkeypatch.setenv("TFDS_DATA_DIR", "prepared")
 
     def folders(**named: str) -> tuple[str | None, str | None]:
-        made = jobs_elsewhere(small_config("run", **named), None, None, None)
-        assert made.func is worker_jobs
+        made = job_elsewhere(small_config("run", **named), None, None, None)
+        assert made.func is worker_job
         return made.args[0].data_dir, made.args[0].raw_dir
 
     assert folders(data_dir="data") == (str(tmp_path / "data"), None)
@@ -24,6 +25,6 @@ def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypa
 
 
 def test_a_data_set_of_ones_own_is_sent_along() -> None:
-    jobs, fingerprint = jobs_elsewhere(small_config("run"), blobs(), None, None)()
-    assert set(jobs) == {"train"}
+    job, fingerprint = job_elsewhere(small_config("run"), blobs(), None, None)()
+    np.testing.assert_array_equal(job.data["features"], blobs().train["features"])
     assert fingerprint == blobs().fingerprint

@@ -12,22 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "thrift", "userfiles"},
+    {"typing", "config", "sums", "windows", "clock", "userfiles"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
-    {
-        "gradients",
-        "explain",
-        "microbatches",
-        "proposal",
-        "reweight",
-        "monitor",
-        "parallel",
-        "schedule",
-        "shared_checkpoints",
-    },
-    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
-    {"watch", "candidates"},
+    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"}
+    | {"shared_checkpoints"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches"},
+    {"watch", "candidates", "sampling"},
     {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
     {"laws", "task"},
     {"assembly", "feed"},

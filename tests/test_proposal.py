@@ -85,10 +85,8 @@ def test_the_additive_constant_is_the_mixture_of_the_paper() -> None:
     np.testing.assert_allclose(added, mixed, rtol=1e-6)
 
 
-def test_power_and_example_weights() -> None:
-    probs, _ = proposal.smooth(
-        jnp.asarray([4.0, 9.0]), mixture=0.0, power=0.5, example_weights=jnp.asarray([3.0, -1.0])
-    )
+def test_example_weights() -> None:
+    probs, _ = proposal.smooth(jnp.asarray([2.0, 3.0]), mixture=0.0, example_weights=jnp.asarray([3.0, -1.0]))
     np.testing.assert_allclose(probs, [6.0 / 9.0, 3.0 / 9.0], rtol=1e-6)
 
 
@@ -98,7 +96,6 @@ def test_power_and_example_weights() -> None:
         ({"mixture": 0.0}, "no chance"),
         ({"mixture": 1.5}, "share of uniform draws"),
         ({"additive": -1.0}, "additive"),
-        ({"power": 0.0}, "power"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, float], message: str) -> None:

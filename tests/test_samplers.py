@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isgd_jax import designs, samplers, sums
+from isgd_jax import samplers, sums
 from isgd_jax.samplers import Law
 from isgd_jax.typing import Draw
 
@@ -300,18 +300,3 @@ def test_a_law_sharded_over_devices_draws_the_same() -> None:
     at, values = jnp.arange(5, dtype=jnp.int32), jnp.ones(5)
     updated = jax.jit(samplers.update)(sharded, at, values)
     jax.tree.map(np.testing.assert_array_equal, updated, samplers.update(law, at, values))
-
-
-def test_a_coin_tosses_between_the_proposal_and_a_uniform_step(key: jax.Array) -> None:
-    """Each draw carries the probabilities of what fell; a coin of 1 is the sampler itself."""
-    assert designs.with_coin(samplers.independent, 1.0) is samplers.independent
-    probs = jnp.asarray([0.5, 0.25, 0.125, 0.125], jnp.float32)
-    tossed = jax.jit(designs.with_coin(samplers.independent, 0.7), static_argnames="num_draws")
-    uniform_steps = 0
-    for i in range(200):
-        draw = tossed(jax.random.fold_in(key, i), probs, num_draws=3)
-        uniform = bool((draw.probs == 0.25).all()) and not bool((draw.indices == 1).all())
-        uniform_steps += uniform
-        if not uniform:
-            np.testing.assert_allclose(draw.probs, probs[draw.indices], rtol=1e-6)
-    assert 35 <= uniform_steps <= 85  # mean 60, standard deviation 6.5: four of them

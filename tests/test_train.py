@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import blobs, small_config
 
-from isgd_jax import data
+from isgd_jax import data, samplers, scorers, task, variance
 from isgd_jax.engines.local import Device
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
@@ -28,7 +29,6 @@ MODES = [
     {"mode": "exact"},
     pytest.param({"mode": "exact", "sampler": "independent"}, marks=pytest.mark.soak),
     {"mode": "relaxed", "refresh_share": 0.3},
-    pytest.param({"mode": "exact", "sampler": "poisson", "batch_size": 40}, marks=pytest.mark.soak),
     {"mode": "presample", "scorer": "loss"},
 ]
 
@@ -210,14 +210,25 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
     """With some wrong labels, at the end of training: the proposal in use beats uniform draws, and ideal beats it."""
-    config = small_config(tmp_path / "run", steps=100, refresh_every=10, probe_size=64, probe_every=10)
-    fit(config, dataset=blobs())
+    config = small_config(tmp_path / "run", steps=100, refresh_every=10)
+    work = task.make(config, blobs())
+
+    @jax.jit
+    def traces(params: Any, law: samplers.Law) -> variance.Moments:
+        """Of all the data, by the definitions."""
+        norms = scorers.grad_norm(work.loss_fn)(params, work.train)
+        mean_grad = jax.grad(lambda p: jnp.mean(jax.vmap(work.loss_fn, (None, 0))(p, work.train)))(params)
+        moments = variance.moments(norms, samplers.probabilities(law))
+        return variance.trace_covariance(moments, optax.tree.norm(mean_grad, squared=True))
+
+    def measure(state: Any, law: samplers.Law) -> Record:
+        return {name: float(value) for name, value in traces(state.params, law)._asdict().items()}
+
+    fit(config, dataset=blobs(), measure=measure)
     late = progress(tmp_path / "run")[-4:]
-    stale, ideal, uniform = (
-        np.mean([line[f"probe_{of}"] ** 2 for line in late]) for of in ("stale", "ideal", "uniform")
-    )
+    stale, ideal, uniform = (np.mean([line[of] for line in late]) for of in ("stale", "ideal", "uniform"))
     assert stale < 0.7 * uniform
-    assert ideal < 1.1 * stale
+    assert ideal <= stale
 
 
 def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
@@ -235,7 +246,7 @@ LOCAL: dict[str, Any] = {"engine": "local"}
 
 
 def test_exact_mode_gives_the_same_parameters_on_every_engine(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"steps": 200, "probe_size": 4, "log_every": 200, "checkpoint_every": 200}
+    changes: dict[str, Any] = {"steps": 200, "log_every": 200, "checkpoint_every": 200}
     inline = fit(small_config(tmp_path / "inline", **changes), dataset=blobs())
     local = fit(small_config(tmp_path / "local", **changes, **LOCAL), dataset=blobs())
     chex.assert_trees_all_equal(local.params, inline.params)
@@ -256,7 +267,7 @@ def arrivals(folder: Path) -> list[Any]:
 )
 def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Also one that was stopped in the middle and resumed, with other workers in flight."""
-    changes = {"mode": "relaxed", "coin": 0.8} | changes
+    changes = {"mode": "relaxed"} | changes
     fit(small_config(tmp_path / "run", **changes | {"steps": 23}), dataset=blobs())
     run = fit(small_config(tmp_path / "run", **changes), dataset=blobs(), resume=True)
     assert sum(len(arrived) for _, arrived in arrivals(run.run_dir)) > 0
@@ -279,17 +290,6 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path, changes: dict[str, A
         fit(small_config(tmp_path / "no", **relaxed | changes, replay=str(tmp_path / "run")), dataset=blobs())
     with pytest.raises(ValueError, match="was made on another data set"):
         fit(small_config(tmp_path / "no2", **relaxed, replay=str(tmp_path / "run")), dataset=blobs(seed=1))
-
-
-def test_workers_measure_held_out_data(tmp_path: Path) -> None:
-    """Once every parameter is the same, what workers measured is what the trainer measures."""
-    changes: dict[str, Any] = {"mode": "relaxed", "learning_rate": 1e-9, "optimizer": "sgd", "steps": 200}
-    theirs = fit(small_config(tmp_path / "run", **changes, **LOCAL, held_out_by="workers"), dataset=blobs())
-    ours = fit(small_config(tmp_path / "ours", **changes), dataset=blobs())
-    last, same = progress(theirs.run_dir)[-1], progress(ours.run_dir)[-1]
-    assert last["test_loss"] == pytest.approx(same["test_loss"], rel=1e-4)
-    assert last["test_error"] == pytest.approx(same["test_error"], rel=1e-4)
-    assert last["test_age"] >= 0
 
 
 def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(

@@ -13,7 +13,7 @@ from isgd_jax import scorers, table
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.local import TRIES, Device, Job, local
 from isgd_jax.engines.pool import Pool
-from isgd_jax.typing import TRAIN, ScoredChunk, WorkersGone
+from isgd_jax.typing import ScoredChunk, WorkersGone
 
 NUM_EXAMPLES, CHUNK = 40, 8
 NUM_CHUNKS = NUM_EXAMPLES // CHUNK
@@ -35,9 +35,9 @@ def pool() -> Iterator[Callable[..., Pool]]:
 
     def make(fault: Callable[..., np.ndarray], *, workers: int = 2, **options: Any) -> Pool:
         _, data = linear_problem(NUM_EXAMPLES)
-        jobs = {TRAIN: Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))}
+        job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
         kind = type("Fault", (Faulty,), {"fault": staticmethod(fault)})
-        made.append(local(jobs, jax.local_devices()[1 : workers + 1], make_worker=kind, **options))
+        made.append(local(job, jax.local_devices()[1 : workers + 1], make_worker=kind, **options))
         return made[-1]
 
     yield make
@@ -207,11 +207,12 @@ def test_results_of_the_wrong_shape_are_refused_and_the_worker_given_up(pool: Ca
 
 def test_a_worker_with_other_data_is_refused_when_it_joins(pool: Callable[..., Pool]) -> None:
     engine = pool(lambda worker, order, scores: scores, fingerprint="ours")
-    jobs: dict[str, Job] = {}
+    _, data = linear_problem(NUM_EXAMPLES)
+    job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
     with pytest.raises(ValueError, match="another data set: expected fingerprint 'ours', got 'theirs'"):
-        engine.join(Device(jax.local_devices()[5], jobs, fingerprint="theirs"))
+        engine.join(Device(jax.local_devices()[5], job, fingerprint="theirs"))
     with pytest.raises(ValueError, match="there is a worker cpu:1 already"):
-        engine.join(Device(jax.local_devices()[1], jobs, fingerprint="ours"))
+        engine.join(Device(jax.local_devices()[1], job, fingerprint="ours"))
 
 
 def test_a_late_joiner_takes_part(pool: Callable[..., Pool]) -> None:
@@ -223,8 +224,8 @@ def test_a_late_joiner_takes_part(pool: Callable[..., Pool]) -> None:
     engine, (params, data) = pool(dies, workers=1), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
     said(engine, "for good", params=params)
-    jobs = {TRAIN: Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))}
-    engine.join(Device(jax.local_devices()[4], jobs))
+    job = Job(scorers.grad_norm(linear_loss), jax.tree.map(np.asarray, data), Chunks(NUM_EXAMPLES, CHUNK))
+    engine.join(Device(jax.local_devices()[4], job))
     check_scores(until(engine, all_scored), params)
 
 

@@ -81,15 +81,15 @@ from isgd_jax.clock import Clock
 from isgd_jax.config import Config
 from isgd_jax.engines.choose import make_engine
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.desk import Desk, Segment
-from isgd_jax.jobs import jobs_elsewhere
+from isgd_jax.engines.desk import Desk
+from isgd_jax.jobs import job_elsewhere
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
-from isgd_jax.typing import TRAIN, Engine, EngineStats, Params, ScoredChunk
+from isgd_jax.typing import Engine, EngineStats, Params, ScoredChunk
 
 SETTING: dict[str, Any] = {
     "dataset": "fashion_mnist", "mode": "relaxed", "batch_size": 128, "learning_rate": 0.01,
-    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "probe_size": 64, "order": "label-score",
+    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "order": "label-score",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def simulate(world: World, *, sweeps: float = 3.0) -> Ages:
     A worker looks for newer parameters before each chunk, as the library's do. The first half is left out.
     """
     now, chunks = [0.0], Chunks(world.examples, world.chunk)
-    desk = Desk({TRAIN: Segment(chunks)}, patience=math.inf, now=lambda: now[0])
+    desk = Desk(chunks, patience=math.inf, now=lambda: now[0])
     sweep = world.examples / (world.scorers * world.rate)
     end = sweeps * max(sweep, world.period) + 4 * world.period
     looks = np.linspace(end / 2, end, 20)
@@ -209,9 +209,9 @@ class Bench:
         )
         self.data, self.key, self.clock = jax.device_put(dict(self.work.train)), jax.random.key(1), Clock()
         self.step = 0
-        jobs = jobs_elsewhere(config, None, None, None)
+        job = job_elsewhere(config, None, None, None)
         self.engine, remarks = make_engine(
-            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_jobs=jobs
+            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_job=job
         )
         print(*remarks, sep="\n", end="")
         self._mute, self._scoring = self._laws(Mute()), self._laws(self.engine)

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from isgd_jax import compare
-from isgd_jax.config import Config
+from isgd_jax.config import Config, refuse_gone
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def parse_arms(texts: Sequence[str], base: Config) -> dict[str, compare.Arm]:
 
 
 def _config(name: str, flags: list[str], base: Config) -> Config:
+    refuse_gone(flags)
     for fixed in ("--seed", "--run-dir"):
         if any(flag.split("=")[0] == fixed for flag in flags):
             raise ValueError(f"arm {name!r}: {fixed} is the same for all arms")

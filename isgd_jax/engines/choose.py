@@ -2,8 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 import jax
 
@@ -14,10 +13,10 @@ from isgd_jax.engines.inline import Inline
 from isgd_jax.engines.local import Job, local
 from isgd_jax.engines.replay import Replay
 from isgd_jax.schedule import Schedule
-from isgd_jax.typing import TRAIN, Batch, Engine, Scorer
+from isgd_jax.typing import Batch, Engine, Scorer
 
-MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
-"""What a worker elsewhere does to be ready: load the data; returns its jobs, and the training set's fingerprint."""
+MakeJob = Callable[[], tuple[Job, str]]
+"""What a worker elsewhere does to be ready: load the data; returns its job, and the training set's fingerprint."""
 
 
 def make_engine(
@@ -28,8 +27,7 @@ def make_engine(
     fingerprint: str = "",
     devices: list[jax.Device] | None = None,
     replayed: Schedule | None = None,
-    held_out: Mapping[str, Job] = MappingProxyType({}),
-    make_jobs: MakeJobs | None = None,
+    make_job: MakeJob | None = None,
 ) -> tuple[Engine, list[str]]:
     """Who scores, and what a person should know of the choice before the first step.
 
@@ -40,8 +38,7 @@ def make_engine(
         fingerprint: of the training set.
         devices: those of this host, the trainer's first; all local ones by default.
         replayed: the schedule of an earlier run, to be followed in place of an engine of this run's own.
-        held_out: other segments, for workers to measure beside their scoring.
-        make_jobs: what a worker on another host does to have the same jobs.
+        make_job: what a worker on another host does to have the same job.
 
     Raises:
         ImportError: the engine needs a package that is not installed.
@@ -53,14 +50,14 @@ def make_engine(
     if config.engine == "inline" or config.mode == "uniform":
         return _inline(config, scorer, data, devices), []
     chunks = Chunks(len(jax.tree.leaves(data)[0]), config.chunk_size)
-    jobs = {TRAIN: Job(scorer, data, chunks, config.priorities[0]), **held_out}
+    job = Job(scorer, data, chunks)
     if config.engine == "cluster":
-        return _cluster(config, jobs, make_jobs, fingerprint)
+        return _cluster(config, job, make_job, fingerprint)
     if len(devices) == 1:
         text = f"--engine local needs a device that trains and one that scores, and here is only {devices[0]}: "
         return _inline(config, scorer, data, devices), [f"{text}it scores inline, between the steps"]
     engine = local(
-        jobs,
+        job,
         devices[config.train_devices :],
         fingerprint=fingerprint,
         exact=config.mode == "exact",
@@ -70,16 +67,14 @@ def make_engine(
     return engine, []
 
 
-def _cluster(
-    config: Config, jobs: Mapping[str, Job], make_jobs: MakeJobs | None, fingerprint: str
-) -> tuple[Engine, list[str]]:
+def _cluster(config: Config, job: Job, make_job: MakeJob | None, fingerprint: str) -> tuple[Engine, list[str]]:
     if importlib.util.find_spec("ray") is None:
         raise ImportError("--engine cluster needs Ray: pip install 'isgd_jax[cluster]'")
     from isgd_jax.engines.cluster import cluster
 
     return cluster(
-        jobs,
-        make_jobs or (lambda: (jobs, fingerprint)),
+        job,
+        make_job or (lambda: (job, fingerprint)),
         scorers=config.scorers,
         address=config.address,
         fingerprint=fingerprint,

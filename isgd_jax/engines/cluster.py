@@ -19,15 +19,15 @@ import ray
 from ray import exceptions
 from ray._private import worker
 
-from isgd_jax.engines.desk import Desk, Order, Segment
+from isgd_jax.engines.desk import Desk, Order
 from isgd_jax.engines.local import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.pool import Pool
-from isgd_jax.typing import TRAIN, Params, ScoredChunk, WorkersGone
+from isgd_jax.typing import Params, ScoredChunk, WorkersGone
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Ray would print notices, and write a token into the home folder."""
 
-MakeJobs = Callable[[], tuple[Mapping[str, Job], str]]
+MakeJob = Callable[[], tuple[Job, str]]
 
 PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker that failed is tried again, longer each time. Ray restarts it meanwhile."""
@@ -39,11 +39,11 @@ LOOK = 1.0
 class Scorer:
     """The actor: one process, one device, one version of the parameters."""
 
-    def prepare(self, make_jobs: MakeJobs) -> str:
+    def prepare(self, make_job: MakeJob) -> str:
         """Load the data; returns the fingerprint of the training set. Called first, again after each restart."""
-        self._jobs, fingerprint = make_jobs()
+        self._job, fingerprint = make_job()
         self._device = jax.local_devices()[0]
-        self._scorers = {name: jax.jit(job.scorer) for name, job in self._jobs.items()}
+        self._scorer = jax.jit(self._job.scorer)
         self._params: Params = None
         self._version: int | None = None
         return fingerprint
@@ -54,13 +54,12 @@ class Scorer:
         return num_bytes(self._params)
 
     def score(self, order: Order) -> np.ndarray:
-        """The scores [c, ...] of a chunk."""
+        """The scores [c] of a chunk."""
         if order.version != self._version:
             raise RuntimeError(f"asked to score at version {order.version}, but holds {self._version}")
-        job = self._jobs[order.segment]
-        batch = jax.device_put(job.chunks.batch(job.data, order.chunk), self._device)
-        scores = self._scorers[order.segment](self._params, batch)
-        return np.asarray(scores)[: len(job.chunks.ids(order.chunk))]
+        batch = jax.device_put(self._job.chunks.batch(self._job.data, order.chunk), self._device)
+        scores = self._scorer(self._params, batch)
+        return np.asarray(scores)[: len(self._job.chunks.ids(order.chunk))]
 
 
 class Refused(ValueError):
@@ -78,10 +77,10 @@ class Lost(RuntimeError):
 class Actor:
     """The trainer's side of an actor; implements `isgd_jax.engines.pool.Worker`."""
 
-    def __init__(self, name: str, make_jobs: MakeJobs, *, fingerprint: str, needs: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, make_job: MakeJob, *, fingerprint: str, needs: Mapping[str, Any]) -> None:
         self.name, self.fingerprint = name, fingerprint
         self.handle: Any = ray.remote(Scorer).options(max_restarts=-1, **needs).remote()
-        self._make_jobs = make_jobs
+        self._make_job = make_job
         self._closed, self._refused, self._known = threading.Event(), False, False
 
     def load(self, shipment: ray.ObjectRef, version: int) -> int:
@@ -108,7 +107,7 @@ class Actor:
     def _meet(self) -> None:
         """Wait until it has loaded its data, however long there is no room for it, and compare."""
         try:
-            theirs = self._get(self.handle.prepare.remote(self._make_jobs))
+            theirs = self._get(self.handle.prepare.remote(self._make_job))
         except Failed as error:
             self._refused = True
             raise Refused(f"it could not begin: {error}") from error
@@ -174,8 +173,8 @@ class Cluster(Pool):
 
 
 def cluster(
-    jobs: Mapping[str, Job],
-    make_jobs: MakeJobs,
+    job: Job,
+    make_job: MakeJob,
     *,
     scorers: int,
     address: str | None = None,
@@ -187,8 +186,8 @@ def cluster(
     """An engine of ``scorers`` actors, and what a person should know before the first step.
 
     Args:
-        jobs: what to score, by segment, as the trainer has it.
-        make_jobs: makes the same in a worker; sent there by cloudpickle, so it should name data rather than hold it.
+        job: what to score, as the trainer has it.
+        make_job: makes the same in a worker; sent there by cloudpickle, so it should name data rather than hold it.
         scorers: actors to start; those for which there is no room now begin when there is.
         address: of a running Ray cluster, ``auto`` for the one this host belongs to; None starts one of this host.
         fingerprint: of the training set.
@@ -200,17 +199,16 @@ def cluster(
         ConnectionError: there is no Ray at the address.
     """
     started = connect(address, scorers)
-    segments = {name: Segment(job.chunks, job.priority, job.shape) for name, job in jobs.items()}
     engine = Cluster(
-        Desk(segments, fingerprint=fingerprint, patience=patience),
+        Desk(job.chunks, fingerprint=fingerprint, patience=patience),
         stops_ray=started,
         exact=exact,
-        seconds_per_chunk=lambda params: seconds_per_chunk(jobs[TRAIN], jax.local_devices()[0], params),
+        seconds_per_chunk=lambda params: seconds_per_chunk(job, jax.local_devices()[0], params),
         refetch_every=refetch_every,
     )
     found = places(scorers, ray.available_resources())
     for number, needs in enumerate(found.needs):
-        engine.join(Actor(f"scorer-{number}", make_jobs, fingerprint=fingerprint, needs=needs))
+        engine.join(Actor(f"scorer-{number}", make_job, fingerprint=fingerprint, needs=needs))
     if found.room >= scorers:
         return engine, []
     return engine, [f"the cluster has room for {found.room} of {scorers} scorers; the others begin when there is more"]

@@ -6,7 +6,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isgd_jax.engines.inline import Inline
-from isgd_jax.typing import TRAIN, EngineStats, Params, ScoredChunk
+from isgd_jax.typing import EngineStats, Params, ScoredChunk
 
 
 class Hosts:
@@ -59,10 +59,10 @@ class Hosts:
         return mine._replace(scored=scored, workers=self._size, bytes_moved=mine.bytes_moved + self._bytes)
 
     def state(self) -> dict[str, int]:
-        return {TRAIN: self._cursor}
+        return {"next": self._cursor}
 
     def restore(self, state: dict[str, int]) -> None:
-        self._cursor = state[TRAIN]
+        self._cursor = state["next"]
 
     def seconds_per_collect(self, params: Params) -> float:
         return self._inline.seconds_per_collect(_on_this_host(params))

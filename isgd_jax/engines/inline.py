@@ -9,7 +9,7 @@ import numpy as np
 
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.sharded import sharded
-from isgd_jax.typing import TRAIN, Batch, EngineStats, Params, ScoredChunk, Scorer
+from isgd_jax.typing import Batch, EngineStats, Params, ScoredChunk, Scorer
 
 
 class Inline:
@@ -51,11 +51,6 @@ class Inline:
     def chunks(self) -> Chunks:
         """The chunks of the training set."""
         return self._chunks
-
-    @property
-    def chunks_per_collect(self) -> int:
-        """Chunks scored at each `collect`."""
-        return self._per_collect
 
     @property
     def chunk_size(self) -> int:
@@ -109,11 +104,11 @@ class Inline:
 
     def state(self) -> dict[str, int]:
         """The chunk whose turn is next."""
-        return {TRAIN: self._cursor}
+        return {"next": self._cursor}
 
     def restore(self, state: dict[str, int]) -> None:
         """Go on from there."""
-        self._cursor = state[TRAIN]
+        self._cursor = state["next"]
 
     def seconds_per_collect(self, params: Params) -> float:
         """How long a `collect` will take: one call is scored and timed, compilation left out."""

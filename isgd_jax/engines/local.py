@@ -1,7 +1,7 @@
 """The devices of this host, split: some train, the others score, each in a thread, while training goes on."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,35 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.desk import Desk, Order, Segment
+from isgd_jax.engines.desk import Desk, Order
 from isgd_jax.engines.pool import Pool
-from isgd_jax.typing import TRAIN, Batch, Params, Scorer
+from isgd_jax.typing import Batch, Params, Scorer
 
 TRIES = 3
 """Errors in a row after which a device is given up."""
 
 
 class Job(NamedTuple):
-    """A segment to score: with what, on which examples, and how often beside the other segments."""
+    """What is scored: with what, and on which examples."""
 
     scorer: Scorer
-    """``(params, batch) -> [b, ...]``, not jitted."""
+    """``(params, batch) -> [b]``, not jitted."""
     data: Batch
     """In host memory, leading axis ``n``."""
     chunks: Chunks
-    priority: int = 1
-    shape: tuple[int, ...] = ()
-    """Of the score of one example."""
 
 
 class Device:
     """A worker that is a device of this process."""
 
-    def __init__(self, device: jax.Device, jobs: Mapping[str, Job], *, fingerprint: str = "") -> None:
+    def __init__(self, device: jax.Device, job: Job, *, fingerprint: str = "") -> None:
         self.name = f"{device.platform}:{device.id}"
         self.fingerprint = fingerprint
-        self._device, self._jobs = device, jobs
-        self._scorers = {name: jax.jit(job.scorer) for name, job in jobs.items()}
+        self._device, self._job, self._scorer = device, job, jax.jit(job.scorer)
         self._params: Params = None
 
     def load(self, shipment: Params, version: int) -> int:
@@ -45,13 +41,12 @@ class Device:
         return num_bytes(self._params)
 
     def start(self, order: Order) -> tuple[Order, jax.Array]:
-        job = self._jobs[order.segment]
-        batch = jax.device_put(job.chunks.batch(job.data, order.chunk), self._device)
-        return order, self._scorers[order.segment](self._params, batch)
+        batch = jax.device_put(self._job.chunks.batch(self._job.data, order.chunk), self._device)
+        return order, self._scorer(self._params, batch)
 
     def finish(self, started: tuple[Order, jax.Array]) -> np.ndarray:
         order, scores = started
-        return np.asarray(scores)[: len(self._jobs[order.segment].chunks.ids(order.chunk))]
+        return np.asarray(scores)[: len(self._job.chunks.ids(order.chunk))]
 
     def revive(self, failures: int) -> bool:
         return failures < TRIES
@@ -61,7 +56,7 @@ class Device:
 
 
 def local(
-    jobs: Mapping[str, Job],
+    job: Job,
     devices: Sequence[jax.Device],
     *,
     fingerprint: str = "",
@@ -73,26 +68,25 @@ def local(
     """An engine that scores on ``devices``, which should not be those that train.
 
     Args:
-        jobs: what to score, by segment; ``train`` is the training set.
+        job: what to score.
         devices: the scorers.
         fingerprint: of the training set.
         exact: whether `collect` waits until all scores carry the published version.
         refetch_every: chunks that a device scores between two looks for newer parameters.
         patience: seconds after which a chunk is handed to another device.
-        make_worker: ``(device, jobs, fingerprint=...) -> Worker``; tests take a worker with faults.
+        make_worker: ``(device, job, fingerprint=...) -> Worker``; tests take a worker with faults.
     """
     if not devices:
         raise ValueError("a local engine needs at least one device that scores; with a single device use inline")
-    segments = {name: Segment(job.chunks, job.priority, job.shape) for name, job in jobs.items()}
     pool = Pool(
-        Desk(segments, fingerprint=fingerprint, patience=patience),
+        Desk(job.chunks, fingerprint=fingerprint, patience=patience),
         ship=lambda params: jax.tree.map(jnp.copy, params),
-        seconds_per_chunk=lambda params: seconds_per_chunk(jobs[TRAIN], devices[0], params),
+        seconds_per_chunk=lambda params: seconds_per_chunk(job, devices[0], params),
         exact=exact,
         refetch_every=refetch_every,
     )
     for device in devices:
-        pool.join(make_worker(device, jobs, fingerprint=fingerprint))
+        pool.join(make_worker(device, job, fingerprint=fingerprint))
     return pool
 
 

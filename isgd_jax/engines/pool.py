@@ -42,7 +42,7 @@ class Worker(Protocol):
         ...
 
     def finish(self, started: Any) -> np.ndarray:
-        """Wait for what was started: the scores [c, ...] of the chunk, without padding."""
+        """Wait for what was started: the scores [c] of the chunk, without padding."""
         ...
 
     def revive(self, failures: int) -> bool:
@@ -140,7 +140,7 @@ class Pool:
             if self._exact:
                 self._wait_for(self._published.version)
             chunks = self._desk.collect()
-        return sorted(chunks, key=lambda chunk: (chunk.segment, chunk.ids[0])) if self._exact else chunks
+        return sorted(chunks, key=lambda chunk: chunk.ids[0]) if self._exact else chunks
 
     def notices(self) -> list[str]:
         with self._changed:
@@ -154,11 +154,11 @@ class Pool:
 
     def state(self) -> dict[str, int]:
         with self._changed:
-            return self._desk.cursors
+            return {"next": self._desk.cursor}
 
     def restore(self, state: dict[str, int]) -> None:
         with self._changed:
-            self._desk.cursors = state
+            self._desk.cursor = state["next"]
 
     def seconds_per_collect(self, params: Params) -> float:
         """Relaxed: what shipping the parameters takes the trainer. Exact: a sweep of all workers as well."""

@@ -82,7 +82,7 @@ def make_plan(
     loss_fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, shared: Sequence[Any], batch: Any
 ) -> Plan:
     """Trace the gradient of ONE example and cut it."""
-    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
+    example = jax.tree.map(_without_batch_axis, jax.eval_shape(lambda batch: batch, batch))
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes
@@ -95,6 +95,13 @@ def make_plan(
         for node, param in zip(traced.outputs[len(result) :], jax.tree.leaves(params), strict=True)
     ]
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
+
+
+def _without_batch_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one example: by shape alone, for an axis that lies on several devices is not to be indexed."""
+    if not x.shape:
+        raise ValueError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, weak_type=x.weak_type)
 
 
 def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:

@@ -1,0 +1,1 @@
+"""From scores to draws: the estimator as pure functions around one state."""

@@ -1,0 +1,545 @@
+"""The importance sampler: which examples the next step learns from, and what their gradients teach about the next ones.
+
+    sampler = isgd.importance_sampler(num_examples, batch_size=128)
+    state = sampler.init()
+
+    draw = sampler.sample(key, state)                # indices, probs, target
+    ...                                              # gradients of these examples, an update weighted by target / probs
+    state = sampler.observe(state, draw, grads)      # fresh norms: scores, and what proposals are worth
+    state = sampler.refresh(state)                   # now and then: the next proposal
+
+Guarantees:
+
+* the estimate sum(target / probs * gradient) / m is unbiased for any state, whatever the scores: ``probs`` are those
+  that the indices were really drawn with, and all are positive;
+* ``sample`` changes nothing: the same key and state give the same draw, and ``ahead=k`` gives the draw that the k-th
+  step from now would make with the same proposal and the same verdict of the gate;
+* what draws teach (calibration, uniform fraction, gate, monitor) is estimated without bias from their own
+  probabilities, before their fresh scores take the place of the old ones;
+* no function reads a value to the host: all run inside ``jax.jit``, ``lax.scan``, ``jax.pmap`` and on a mesh;
+* with ``monitor=False`` nothing is drawn in halves and nothing is estimated from halves.
+
+Source: the paper, section 4, for scores, staleness and the additive constant; the rest is told where it stands
+(`calibration`, `mixtures`, `gate`, `monitor`, `orders`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from isgd_jax import calibration, mixtures, orders, proposal, samplers, table
+from isgd_jax.gate import Gate
+from isgd_jax.sampling import evidence, report
+from isgd_jax.sampling.state import (
+    FORMAT,
+    BatchSampler,
+    Ordering,
+    Proposal,
+    SamplerState,
+    advanced,
+    blank_clock,
+    check_sizes,
+    check_state,
+    key_data,
+    own_key,
+)
+from isgd_jax.typing import Draw, Key, Params, Sampler
+
+SamplerName = Literal["stratified", "systematic", "independent", "without_replacement", "poisson"]
+OrderName = Literal["score", "index"]
+
+_SAMPLERS: dict[str, Sampler] = {
+    "stratified": samplers.stratified,
+    "systematic": samplers.systematic,
+    "independent": samplers.independent,
+    "without_replacement": samplers.systematic,  # from a law that was capped when the proposal was made
+    "poisson": samplers.poisson,
+    "uniform": samplers.uniform,  # for `isgd_jax.uniform_draws`
+}
+_APART = frozenset({"independent", "uniform"})
+"""Samplers whose draws know nothing of each other: any two halves of a batch are independent."""
+
+MONITOR_EVERY = 4
+"""Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
+some 5 % more variance than a whole one: of every fourth step that is not to be noticed."""
+
+LEARNING_REFRESHES = 2
+"""Refreshes before calibrated scores are used: the first period knows nothing, the second only the first norms."""
+
+
+@runtime_checkable
+class GradientSketch(Protocol):
+    """How an order by clusters sees examples: ``dims`` numbers each, of which near ones mean similar gradients."""
+
+    dims: int
+
+    def of_grads(self, grads: Params, /) -> Float[Array, "m dims"]:
+        """The sketches of per-example gradients, lazy or stacked."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `importance_sampler`, which documents them; also what is alike for other samplers."""
+
+    sampler: str = "stratified"
+    order: OrderName | GradientSketch | Array = "score"
+    order_every: int = 1
+    uniform_fraction: float | Literal["auto"] = "auto"
+    calibrate: bool = True
+    learning_steps: int | None = None
+    gate: bool = True
+    monitor: bool = True
+    additive: float = 0.0
+    max_age: int | None = None
+    max_age_seconds: float | None = None
+    min_trusted: float = 0.1
+    example_weights: Array | None = None
+    score_memory: float = 0.0
+    record_drawn: bool = True
+    steps_per_update: int = 1
+
+
+def importance_sampler(
+    num_examples: int,
+    *,
+    batch_size: int,
+    sampler: SamplerName = "stratified",
+    order: OrderName | GradientSketch | Array = "score",
+    order_every: int = 1,
+    uniform_fraction: float | Literal["auto"] = "auto",
+    calibrate: bool = True,
+    learning_steps: int | None = None,
+    gate: bool = True,
+    monitor: bool = True,
+    additive: float = 0.0,
+    max_age: int | None = None,
+    max_age_seconds: float | None = None,
+    min_trusted: float = 0.1,
+    example_weights: Float[Array, " n"] | None = None,
+    score_memory: float = 0.0,
+    record_drawn: bool = True,
+    steps_per_update: int = 1,
+) -> BatchSampler:
+    """Draws examples in proportion to what is known of the norms of their gradients.
+
+    Args:
+        num_examples: of the training set, N.
+        batch_size: draws in a step, m.
+        sampler: how indices are drawn. "stratified": one in each of m equal parts of the line of probabilities;
+            "systematic": equal steps along it; "independent": the paper's; "without_replacement"; "poisson": a random
+            number of draws, with ``draw.mask``.
+        order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
+            such as labels, to order by it and then by score; or a `GradientSketch`
+            (`isgd_jax.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
+        order_every: a new order is made at every so many refreshes: it is a sort of all examples.
+        uniform_fraction: share of the uniform distribution in the proposal, 0 to 1; no weight is larger than one over
+            it. "auto": the share that the draws show to be best so far, 0.3 until they show anything.
+        calibrate: draw by what old scores have turned out to be worth, sqrt(E[norm² | score, age]).
+        learning_steps: versions before calibrated scores are used; None is two periods between refreshes. Give two
+            sweeps of the data where scores come from workers in turn.
+        gate: draw uniformly, along the same order, while the scores do harm.
+        monitor: estimate the variance of uniform, present and ideal draws from the draws of training.
+        additive: a constant added to each score, the paper's smoothing.
+        max_age: versions after which a score counts as the mean of those trusted.
+        max_age_seconds: the same by the caller's clock; ``observe`` and ``record`` then need ``seconds=``.
+        min_trusted: the share of trusted scores below which draws are uniform.
+        example_weights: a_n [n] of the target sum(a_n g_n), which may be negative; None for the mean of all gradients.
+            They come back as ``draw.target``.
+        score_memory: share of the old mean square that a score keeps when a fresh one comes, for augmented examples.
+        record_drawn: whether ``observe`` writes fresh norms (or ``scores=``) of the drawn examples into the table.
+        steps_per_update: calls of ``observe`` that make one parameter update, as with ``optax.MultiSteps``.
+
+    Returns:
+        The functions, `BatchSampler`.
+
+    Raises:
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range, or an array has not one entry an example.
+    """
+    given = locals()
+    options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    check_sizes(num_examples, batch_size)
+    check_options(options, num_examples, batch_size)
+    made = ImportanceSampler(num_examples, batch_size, options)
+    return made.functions(is_scored=True)
+
+
+@dataclass(frozen=True)
+class ImportanceSampler:
+    """The functions of an importance sampler; they share nothing but its options."""
+
+    num_examples: int
+    batch_size: int
+    options: Options
+
+    def functions(self, **more: Any) -> BatchSampler:
+        """The methods as they are handed out."""
+        parts = (self.init, self.sample, self.observe, self.record, self.refresh)
+        reported = report.make_report(self.num_examples, self.batch_size)
+        more |= {"steps_per_update": self.options.steps_per_update}
+        return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
+
+    def init(self, key: Key | None = None) -> SamplerState:
+        """The state before the first step: nothing scored, all examples alike."""
+        options, size = self.options, self.num_examples
+        blank = evidence.blank(options.calibrate, options.gate, options.monitor, self.batch_size)
+        is_learnt = isinstance(options.uniform_fraction, str)
+        weights, keys, sketch = options.example_weights, _order_keys(options), _sketch_of(options)
+        state = SamplerState(
+            format=jnp.int32(FORMAT),
+            key_data=key_data(key),
+            clock=blank_clock(),
+            table=table.create(size),
+            quarantined=jnp.int32(0),
+            proposal=self._blank_proposal(),
+            ordering=Ordering(
+                None if keys is None else jnp.array(keys),
+                None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),
+                None if sketch is None else jnp.zeros(size, bool),
+            ),
+            target=None if weights is None else jnp.array(weights, jnp.float32),  # copies: states are donated
+            fractions=mixtures.create() if is_learnt else None,
+            **blank,
+        )
+        made = self.refresh(state).proposal
+        state = state._replace(proposal=made._replace(refreshes=jnp.int32(0)))
+        return jax.tree.map(jnp.copy, state)  # no two leaves share a buffer, so the whole can be donated
+
+    def sample(
+        self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
+    ) -> Draw:
+        """The draw of this step, or of the step ``ahead`` from now, from the proposal in use.
+
+        Args:
+            key: this step's own, such as ``fold_in(key, step)``.
+            state: of this sampler.
+            params: not needed; so that all samplers are called alike.
+            data: not needed.
+            ahead: steps since the last ``observe``, for draws made before their turn.
+        """
+        del params, data
+        check_state(state, self.num_examples)
+        step = state.clock.step + ahead
+        is_turn = step % MONITOR_EVERY == 0
+        draw = self._drawn(key, state, is_turn)
+        size, target = self.num_examples, state.target
+        wanted = jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices]
+        return draw._replace(
+            target=wanted,
+            version=step // self.options.steps_per_update,
+            in_halves=is_turn & self._can_halve,
+        )
+
+    def observe(
+        self,
+        state: SamplerState,
+        draw: Draw,
+        grads: Params = None,
+        *,
+        norms: Float[Array, " m"] | None = None,
+        scores: Float[Array, " m"] | None = None,
+        seconds: float | Float[Array, ""] | None = None,
+        axis_name: str | None = None,
+    ) -> SamplerState:
+        """Move on by a step, and learn from its gradients.
+
+        Args:
+            state: of this sampler.
+            draw: as ``sample`` gave it: the whole of it, also on a device that handled a part.
+            grads: per-example gradients of the draw, lazy or stacked; on several devices, of this device's part.
+            norms: their norms [m], if they are known already. Norms alone teach everything but what needs the mean
+                gradient: the monitor then has second moments, and no variances.
+            scores: what the table gets in place of the norms, such as losses.
+            seconds: the caller's clock, where scores are distrusted by it.
+            axis_name: of the devices that each handle a part of the draw (`share`).
+
+        Without gradients and norms the state only moves on.
+
+        Raises:
+            ValueError: the shapes do not fit the draw, or ``max_age_seconds`` was given and ``seconds`` is not.
+        """
+        check_state(state, self.num_examples)
+        self._check_seconds(seconds)
+        found = evidence.norms_of(draw, grads, norms, scores, axis_name=axis_name)
+        if found.norms is not None:
+            state = evidence.learnt(state, draw, found.norms)
+            if state.monitor is not None:
+                watched = evidence.monitored(
+                    state.monitor, self.num_examples, draw, grads, found.norms, axis_name=axis_name
+                )
+                state = state._replace(monitor=watched)
+        if self.options.record_drawn and found.scores is not None:
+            at = jnp.where(draw.mask, draw.indices, self.num_examples)
+            sketches = self._sketched(grads, axis_name)
+            state = self._written(state, at, found.scores, state.version, sketches, seconds)
+        moved = advanced(state.clock, steps_per_update=self.options.steps_per_update, seconds=seconds)
+        return state._replace(clock=moved)
+
+    def record(
+        self,
+        state: SamplerState,
+        ids: Int[Array, " c"],
+        scores: Float[Array, " c"],
+        *,
+        version: int | Int[Array, ""],
+        sketches: Float[Array, "c dims"] | None = None,
+        seconds: float | Float[Array, ""] | None = None,
+    ) -> SamplerState:
+        """Write scores that were measured besides, with the parameters of ``version``.
+
+        Ids outside 0..n-1 are padding. A score that is not finite, or negative, is counted in ``state.quarantined`` and
+        not written; one older than what is there is dropped.
+
+        Raises:
+            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, or sketches came that no order wants.
+        """
+        check_state(state, self.num_examples)
+        self._check_seconds(seconds)
+        state = self._written(state, jnp.asarray(ids), jnp.asarray(scores), version, sketches, seconds)
+        if seconds is None:
+            return state
+        return state._replace(clock=state.clock._replace(seconds=jnp.asarray(seconds, jnp.float32)))
+
+    def refresh(self, state: SamplerState, key: Key | None = None) -> SamplerState:
+        """The state with a proposal made of all that is known.
+
+        ``key`` starts the clusters; by default it comes from the state's seed and version. O(n), or O(n log n) where a
+        new order is due.
+        """
+        check_state(state, self.num_examples)
+        options, version = self.options, state.version
+        if state.fractions is None:
+            fraction = jnp.float32(options.uniform_fraction)
+        else:
+            fraction = mixtures.choose(state.fractions)
+        made = proposal.propose(
+            state.table._replace(scores=self._believed(state)),
+            version=version,
+            seconds=state.clock.seconds,
+            mixture=fraction,
+            additive=options.additive,
+            max_age=options.max_age,
+            max_age_seconds=options.max_age_seconds,
+            min_trusted=options.min_trusted,
+            example_weights=state.target,
+        )
+        law = samplers.prepare(made.probs, self._order(state, made.probs, key))
+        if options.sampler == "without_replacement":
+            law = samplers.capped(law, num_draws=self.batch_size)
+        made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
+        following = Proposal(law, fraction, made_at, state.proposal.refreshes + 1, made.trusted_share, made.is_uniform)
+        return state._replace(proposal=following)
+
+    @property
+    def _can_halve(self) -> bool:
+        return self.options.monitor and self.batch_size >= 2
+
+    def _blank_proposal(self) -> Proposal:
+        """A placeholder: `init` makes the first proposal from it."""
+        size = self.num_examples
+        order = None if self._has_no_order else jnp.arange(size, dtype=jnp.int32)
+        law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), order)
+        zero = jnp.int32(0)
+        return Proposal(law, jnp.float32(1.0), zero, zero, jnp.float32(0.0), jnp.asarray(True))
+
+    @property
+    def _has_no_order(self) -> bool:
+        return isinstance(self.options.order, str) and self.options.order == "index"
+
+    def _drawn(self, key: Key, state: SamplerState, is_turn: Bool[Array, ""]) -> Draw:
+        """Of the four ways to draw (by score or uniformly, whole or in halves) the one whose turn it is, alone."""
+        options, law = self.options, state.proposal.law
+        is_apart = options.sampler in _APART
+        by_score, plain = _SAMPLERS[options.sampler], samplers.uniform if is_apart else samplers.uniform_strata
+        halve = self._can_halve and not is_apart
+
+        def way(sampler: Sampler) -> Callable[[], Draw]:
+            def whole() -> Draw:
+                return sampler(key, law, num_draws=self.batch_size)
+
+            if not halve:
+                return whole
+            return lambda: lax.cond(is_turn, lambda: in_halves(sampler, key, law, num_draws=self.batch_size), whole)
+
+        if not isinstance(state.gate, Gate):
+            return way(by_score)()
+        return lax.cond(state.gate.is_open, way(by_score), way(plain))
+
+    def _believed(self, state: SamplerState) -> Float[Array, " n"]:
+        """The scores, or what they have turned out to be worth in the middle of the proposal's life."""
+        known, version = state.table.scores, state.version
+        if state.calibration is None:
+            return known
+        horizon = (version - state.proposal.version) // 2  # the next period is thought as long as the last one
+        predicted = calibration.predict(state.calibration, known, table.ages(state.table, version) + horizon)
+        steps = self.options.learning_steps
+        has_learnt = state.proposal.refreshes >= LEARNING_REFRESHES if steps is None else version >= steps
+        return jnp.where(has_learnt, predicted, known)
+
+    def _order(self, state: SamplerState, probs: Float[Array, " n"], key: Key | None) -> Int[Array, " n"] | None:
+        if self._has_no_order:
+            return None
+
+        def anew() -> Int[Array, " n"]:
+            keys, sketches, known = state.ordering
+            if sketches is not None and known is not None:
+                start = own_key(state, state.version) if key is None else key
+                return self._by_clusters(start, sketches, known, probs)
+            return samplers.order_by(*((probs,) if keys is None else (keys, probs)))
+
+        if self.options.order_every == 1:
+            return anew()
+        is_due = state.proposal.refreshes % self.options.order_every == 0
+        return lax.cond(is_due, anew, lambda: state.proposal.law.order)
+
+    def _by_clusters(
+        self, key: Key, sketches: Float[Array, "n dims"], known: Bool[Array, " n"], probs: Float[Array, " n"]
+    ) -> Int[Array, " n"]:
+        """Clusters of what is sketched; what never was is a last stretch of the line, by score."""
+        num_cells = min(self.batch_size, self.num_examples)
+
+        def clusters() -> Int[Array, " n"]:
+            return orders.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
+
+        return lax.cond(jnp.any(known), clusters, lambda: samplers.order_by(probs))
+
+    def _sketched(self, grads: Params, axis_name: str | None) -> Float[Array, "m dims"] | None:
+        sketch = _sketch_of(self.options)
+        if sketch is None or grads is None:
+            return None
+        return evidence.gathered(sketch.of_grads(grads), axis_name)
+
+    def _written(
+        self,
+        state: SamplerState,
+        ids: Int[Array, " c"],
+        scores: Float[Array, " c"],
+        version: int | Int[Array, ""],
+        sketches: Float[Array, "c dims"] | None,
+        seconds: float | Array | None,
+    ) -> SamplerState:
+        now = state.clock.seconds if seconds is None else seconds
+        known, bad = table.record(
+            state.table, ids, scores, version=version, seconds=now, memory=self.options.score_memory
+        )
+        state = state._replace(table=known, quarantined=state.quarantined + bad)
+        if sketches is None:
+            return state
+        keys, rows, known_rows = state.ordering
+        if rows is None or known_rows is None:
+            raise ValueError("sketches came, but the order of this sampler is not made of any: order=sketch wants them")
+        at = jnp.where((ids >= 0) & (ids < self.num_examples), ids, self.num_examples)
+        rows = rows.at[at].set(jnp.asarray(sketches, jnp.float32), mode="drop")
+        return state._replace(ordering=Ordering(keys, rows, known_rows.at[at].set(True, mode="drop")))
+
+    def _check_seconds(self, seconds: float | Array | None) -> None:
+        if self.options.max_age_seconds is not None and seconds is None:
+            raise ValueError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
+
+
+def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) -> Draw:
+    """Two half-batches, drawn independently, one after the other."""
+    first, second = jax.random.split(key)
+    parts = sampler(first, law, num_draws=num_draws // 2), sampler(second, law, num_draws=num_draws - num_draws // 2)
+    return jax.tree.map(lambda *both: jnp.concatenate(both), *parts)
+
+
+def share(draw: Draw, axis_name: str) -> Draw:
+    """The part of a draw that this device handles: equal parts along the axis, inside ``pmap`` or ``shard_map``.
+
+    Raises:
+        ValueError: the draw cannot be cut into equal parts.
+    """
+    num_devices = lax.axis_size(axis_name)
+    size, rest = divmod(draw.indices.shape[0], num_devices)
+    if rest:
+        raise ValueError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
+    start = lax.axis_index(axis_name) * size
+
+    def part(x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, size) if x.ndim else x
+
+    return jax.tree.map(part, draw)
+
+
+def _order_keys(options: Options) -> Array | None:
+    is_array = not isinstance(options.order, str | GradientSketch)
+    return jnp.asarray(options.order) if is_array else None
+
+
+def _sketch_of(options: Options) -> GradientSketch | None:
+    return options.order if isinstance(options.order, GradientSketch) else None
+
+
+def check_options(options: Options, num_examples: int, batch_size: int) -> None:
+    """Refuse what no sampler can be made of, in the names of the arguments."""
+    names = get_args(SamplerName)
+    if options.sampler not in names:
+        raise ValueError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
+    if options.sampler in ("without_replacement", "poisson") and batch_size > num_examples:
+        raise ValueError(
+            f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
+        )
+    if isinstance(options.order, str) and options.order not in ("score", "index"):
+        raise ValueError(
+            f'order must be "score", "index", an array [n] or a sketch of gradients; got {options.order!r}'
+        )
+    keys = _order_keys(options)
+    if keys is not None and keys.shape != (num_examples,):
+        raise ValueError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
+    check_weights(options.example_weights, num_examples)
+    check_fraction(options.uniform_fraction, options.additive)
+    _check_ranges(options)
+
+
+def check_weights(weights: Array | None, num_examples: int) -> None:
+    """Refuse weights of another number of examples.
+
+    Raises:
+        ValueError: there is not one an example.
+    """
+    if weights is not None and weights.shape != (num_examples,):
+        raise ValueError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
+
+
+def check_fraction(uniform_fraction: float | str, additive: float) -> None:
+    """Refuse a uniform fraction under which an example could starve.
+
+    Raises:
+        ValueError: it is neither "auto" nor above 0 and at most 1, and no additive constant stands in for it.
+    """
+    is_fraction = not isinstance(uniform_fraction, str) and 0.0 < uniform_fraction <= 1.0
+    stands_in = uniform_fraction == 0.0 and additive > 0.0
+    if not (uniform_fraction == "auto" or is_fraction or stands_in):
+        raise ValueError(
+            f'uniform_fraction must be "auto", or above 0 and at most 1 (0 only beside additive above 0), got '
+            f"{uniform_fraction!r}: an example without a chance would be a bias"
+        )
+
+
+def _check_ranges(options: Options) -> None:
+    at_least_one = {"order_every": options.order_every, "steps_per_update": options.steps_per_update}
+    for name, value in at_least_one.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if not (0.0 <= options.additive < math.inf):
+        raise ValueError(f"additive must be 0 or more, got {options.additive}")
+    if not 0.0 <= options.min_trusted <= 1.0:
+        raise ValueError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
+    if not 0.0 <= options.score_memory < 1.0:
+        raise ValueError(
+            f"score_memory is the share of the old mean square to keep, 0 to below 1, got {options.score_memory}"
+        )
+    for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
+        if limit is not None and limit < 0:
+            raise ValueError(f"{name} must be 0 or more, got {limit}")
+    if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
+        raise ValueError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")

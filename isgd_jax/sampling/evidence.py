@@ -1,0 +1,175 @@
+"""What the gradients of a draw teach: fresh scores, what old ones are worth, and what proposals cost.
+
+The draws of each step bring fresh norms, with the probabilities they were drawn with. From these alone, without another
+gradient: what old scores are worth (`calibration`), which uniform fraction is best (`mixtures`), whether scores are to
+be used at all (`gate`) and, with the mean gradient of the batch, what variance each proposal has (`monitor`).
+
+Guarantees:
+
+* each is unbiased for its mean over all examples, whichever proposal the draw was made from;
+* scores are judged by what they were at the draw, before fresh ones take their place.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Float
+
+from isgd_jax import calibration, gate, mixtures, monitor, samplers, table
+from isgd_jax.factoring import factored
+from isgd_jax.monitor import Monitor
+from isgd_jax.reweight import draw_weights
+from isgd_jax.sampling.state import SamplerState
+from isgd_jax.typing import Draw, Params
+
+DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
+SQUARES_EVERY, FEWEST_SQUARES = 4, 6
+
+
+class Fresh(NamedTuple):
+    """What a step measured of its draws [m]: norms, and what the table gets; None where nothing did."""
+
+    norms: Float[Array, " m"] | None
+    scores: Float[Array, " m"] | None
+
+
+def blank(calibrate: bool, is_gated: bool, is_monitored: bool, num_draws: int) -> dict[str, Any]:
+    """Nothing learnt yet, as fields of a `SamplerState`; the gate is open.
+
+    The monitor's window holds about 1,500 draws, in 12 to 64 steps.
+    """
+    steps = min(max(-(-DRAWS_IN_WINDOW // num_draws), FEWEST_STEPS), MOST_STEPS)
+    return {
+        "calibration": calibration.create() if calibrate else None,
+        "gate": gate.create() if is_gated else None,
+        "monitor": monitor.create(steps, max(steps // SQUARES_EVERY, FEWEST_SQUARES)) if is_monitored else None,
+    }
+
+
+def norms_of(
+    draw: Draw,
+    grads: Params,
+    norms: Float[Array, " k"] | None,
+    scores: Float[Array, " k"] | None,
+    *,
+    axis_name: str | None,
+) -> Fresh:
+    """The fresh norms and scores of the whole draw, in float32, from what this device has of it.
+
+    Raises:
+        ValueError: they are not one a draw.
+    """
+    if norms is None and grads is not None:
+        norms = factored.norms(grads)
+    norms = None if norms is None else gathered(jnp.asarray(norms).astype(jnp.float32), axis_name)
+    scores = norms if scores is None else gathered(jnp.asarray(scores).astype(jnp.float32), axis_name)
+    for what, values in (("norms", norms), ("scores", scores)):
+        if values is not None and values.shape != draw.probs.shape:
+            raise ValueError(
+                f"expected {what} of the {draw.probs.shape[0]} draws, got shape {values.shape}: pass the draw that the "
+                "gradients were made of, whole (a device that has a part of it names the axis, axis_name=)"
+            )
+    return Fresh(norms, scores)
+
+
+def gathered(x: Array, axis_name: str | None) -> Array:
+    """The parts of all devices, one after the other; on an explicit mesh, a copy on each."""
+    if axis_name is not None:
+        return lax.all_gather(x, axis_name, tiled=True)
+    return replicated(x)
+
+
+def replicated(x: Array) -> Array:
+    """``x`` with no axis split, where a mesh with explicit axes says that one is."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
+    if spec is None or all(axis is None for axis in spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*(None for _ in x.shape)))
+
+
+def target_of(draw: Draw) -> Float[Array, " m"]:
+    """The factor of each gradient in what is estimated.
+
+    Raises:
+        TypeError: the draw is of a bare sampler, which does not know it.
+    """
+    if draw.target is None:
+        raise TypeError("observe needs a draw that sample() of the same sampler made; this one has no target")
+    return draw.target
+
+
+def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> SamplerState:
+    """The state after a step's fresh norms have been judged: all but the monitor."""
+    size = state.table.scores.shape[0]
+    proposed = samplers.probabilities_of(state.proposal.law, draw.indices)
+    weights = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)
+    proposal_weights = 1.0 / (size * proposed)
+    wanted = norms * (size * jnp.abs(target_of(draw)))
+    if state.calibration is not None:
+        old, versions = state.table.scores[draw.indices], state.table.versions[draw.indices]
+        known = draw.mask & (versions != table.NEVER)
+        seen = calibration.observe(state.calibration, old, state.version - versions, norms, weights, known)
+        state = state._replace(calibration=seen)
+    if state.fractions is not None:
+        relative = mixtures.relative_scores(proposal_weights, state.proposal.uniform_fraction)
+        state = state._replace(fractions=mixtures.observe(state.fractions, weights, wanted, relative, draw.mask))
+    if isinstance(state.gate, gate.Gate):
+        judged, _ = gate.observe(state.gate, weights, proposal_weights, wanted, draw.mask)
+        state = state._replace(gate=judged)
+    return state
+
+
+def monitored(
+    watched: Monitor, size: int, draw: Draw, grads: Params, norms: Float[Array, " m"], *, axis_name: str | None
+) -> Monitor:
+    """The monitor after a step; what needs the mean gradient is left out where there are norms alone."""
+    if draw.probs.shape[0] < 2:
+        return watched
+    draw_scale = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)
+    wanted = norms * (size * jnp.abs(target_of(draw)))
+    if grads is None:
+        return monitor.observe(watched, draw_scale, wanted, None, draw.mask)
+    weights = draw_weights(draw.probs, draw.mask, target_of(draw))
+    mean = _mean(grads, weights, axis_name)  # the update's own: XLA computes it once
+    own = _inner(mean, mean)
+    square = lax.cond(
+        draw.in_halves,
+        lambda: _halves_inner(grads, weights, mean, axis_name),
+        lambda: jnp.zeros((), jnp.float32),
+    )
+    return monitor.observe(watched, draw_scale, wanted, square, draw.mask, own, draw.in_halves)
+
+
+def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> Params:
+    """The weighted mean gradient of the whole draw, of which this device may have a part."""
+    if axis_name is None:
+        return factored.weighted_mean(grads, weights)
+    part = weights.shape[0] // lax.axis_size(axis_name)
+    mine = lax.dynamic_slice_in_dim(weights, lax.axis_index(axis_name) * part, part)
+    return jax.tree.map(lambda x: lax.pmean(x, axis_name), factored.weighted_mean(grads, mine))
+
+
+def _halves_inner(grads: Params, weights: Float[Array, " m"], mean: Params, axis_name: str | None) -> Float[Array, ""]:
+    """The inner product of the mean gradients of the two halves of a batch, for one half's contraction."""
+    size, half = weights.shape[0], weights.shape[0] // 2
+    if axis_name is None and not _is_split(grads):
+        first = factored.weighted_mean(factored.first(grads, half), weights[:half])
+    else:  # an axis that lies on several devices is not to be cut
+        is_first = jnp.arange(size, dtype=jnp.int32) < half
+        first = _mean(grads, jnp.where(is_first, weights, 0.0) * (size / half), axis_name)
+    second = jax.tree.map(lambda whole, part: (size * whole - half * part) / (size - half), mean, first)
+    return _inner(first, second)
+
+
+def _is_split(grads: Params) -> bool:
+    """Whether a mesh with explicit axes says that the gradients lie on several devices."""
+    specs = (getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) for x in jax.tree.leaves(grads))
+    return any(axis is not None for spec in specs if spec is not None for axis in spec)
+
+
+def _inner(one: Params, other: Params) -> Float[Array, ""]:
+    products = jax.tree.map(lambda a, b: jnp.vdot(a, b, precision="highest").astype(jnp.float32), one, other)
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))

@@ -1,0 +1,236 @@
+"""Samplers whose proposal never changes: epochs in random order, uniform draws, and draws by scores of one's own.
+
+They have the same functions as `isgd_jax.importance_sampler`, so plain SGD is the same loop, watched by the same
+monitor.
+
+Guarantees:
+
+* an epoch takes every example at most once; over the random permutations each is equally likely at each step;
+* the permutation of an epoch depends on the state's seed and the number of the epoch alone;
+* k draws made ahead (``ahead=0, 1, ...``) are the k draws that would be made in turn, over the end of an epoch too.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from isgd_jax import samplers
+from isgd_jax.sampling.estimator import (
+    MONITOR_EVERY,
+    GradientSketch,
+    ImportanceSampler,
+    Options,
+    OrderName,
+    SamplerName,
+    check_options,
+    check_weights,
+)
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
+from isgd_jax.typing import Draw, Key, Params
+
+
+def shuffled_epochs(
+    num_examples: int,
+    *,
+    batch_size: int,
+    monitor: bool = True,
+    example_weights: Float[Array, " n"] | None = None,
+    steps_per_update: int = 1,
+) -> BatchSampler:
+    """Epochs in random order: the plain SGD that importance sampling is compared with.
+
+    What does not fill a batch is left out of its epoch. ``monitor`` takes two halves of a batch for independent, which
+    within an epoch they nearly are: they differ by what one has taken from the other.
+
+    Args:
+        num_examples: of the training set, N.
+        batch_size: examples in a step.
+        monitor: estimate the variance of the draws, where ``observe`` gets gradients.
+        example_weights: a_n [n] of the target sum(a_n g_n).
+        steps_per_update: calls of ``observe`` that make one parameter update.
+
+    Raises:
+        ValueError: the batch is larger than the data set.
+    """
+    check_sizes(num_examples, batch_size)
+    check_weights(example_weights, num_examples)
+    if batch_size > num_examples:
+        raise ValueError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
+    options = _plain(monitor, example_weights, steps_per_update)
+    return _Epochs(num_examples, batch_size, options).functions()
+
+
+def uniform_draws(
+    num_examples: int,
+    *,
+    batch_size: int,
+    monitor: bool = True,
+    example_weights: Float[Array, " n"] | None = None,
+    steps_per_update: int = 1,
+) -> BatchSampler:
+    """Independent draws, all examples alike: SGD with replacement. The arguments are those of `shuffled_epochs`."""
+    check_sizes(num_examples, batch_size)
+    check_weights(example_weights, num_examples)
+    options = dataclasses.replace(_plain(monitor, example_weights, steps_per_update), sampler="uniform")
+    return _Still(num_examples, batch_size, options).functions()
+
+
+def fixed(
+    scores: Float[Array, " n"] | np.ndarray,
+    *,
+    batch_size: int,
+    sampler: SamplerName = "stratified",
+    order: OrderName | GradientSketch | Array = "score",
+    uniform_fraction: float = 0.1,
+    additive: float = 0.0,
+    gate: bool = True,
+    monitor: bool = True,
+    example_weights: Float[Array, " n"] | None = None,
+    steps_per_update: int = 1,
+) -> BatchSampler:
+    """Draws by scores of one's own, which stay as they are.
+
+    Args:
+        scores: one number of at least 0 for each example [n].
+        batch_size: draws in a step.
+        sampler: as in `isgd_jax.importance_sampler`, and so are all others.
+        order: the line of the draws.
+        uniform_fraction: share of the uniform distribution.
+        additive: a constant added to each score.
+        gate: draw uniformly while the scores do harm.
+        monitor: estimate the variance of the draws.
+        example_weights: a_n [n] of the target sum(a_n g_n).
+        steps_per_update: calls of ``observe`` that make one parameter update.
+
+    Raises:
+        ValueError: a score is negative or not finite, or an option is out of range.
+    """
+    values = np.asarray(scores)
+    if values.ndim != 1 or not np.all(np.isfinite(values)) or np.any(values < 0):
+        bad = "" if values.ndim != 1 else f"; the first wrong one is at {int(np.argmax(~(values >= 0)))}"
+        raise ValueError(f"fixed scores are one finite number of at least 0 an example, got shape {values.shape}{bad}")
+    options = Options(
+        sampler=sampler,
+        order=order,
+        uniform_fraction=uniform_fraction,
+        additive=additive,
+        gate=gate,
+        monitor=monitor,
+        example_weights=example_weights,
+        steps_per_update=steps_per_update,
+        calibrate=False,
+        record_drawn=False,
+    )
+    check_sizes(len(values), batch_size)
+    check_options(options, len(values), batch_size)
+    return _Fixed(len(values), batch_size, options, values.astype(np.float32)).functions()
+
+
+def _plain(monitor: bool, example_weights: Array | None, steps_per_update: int) -> Options:
+    return Options(
+        order="index",
+        uniform_fraction=1.0,
+        calibrate=False,
+        gate=False,
+        monitor=monitor,
+        example_weights=example_weights,
+        record_drawn=False,
+        steps_per_update=steps_per_update,
+    )
+
+
+@dataclass(frozen=True)
+class _Still(ImportanceSampler):
+    """A sampler without a next proposal."""
+
+    def record(self, state: SamplerState, ids: Any, scores: Any, **given: Any) -> SamplerState:
+        """Refused: nothing would ever draw by them.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("this sampler's proposal never changes, so it takes no scores: use isgd_jax.importance_sampler")
+
+    def refresh(self, state: SamplerState, key: Key | None = None) -> SamplerState:
+        """The state as it is: there is nothing to renew."""
+        del key
+        check_state(state, self.num_examples)
+        return state
+
+
+@dataclass(frozen=True)
+class _Fixed(_Still):
+    """A proposal made once."""
+
+    scores: np.ndarray
+
+    def init(self, key: Key | None = None) -> SamplerState:
+        state = super().init(key)
+        known = state.table._replace(scores=jnp.asarray(self.scores), versions=jnp.zeros(self.num_examples, jnp.int32))
+        return jax.tree.map(jnp.copy, ImportanceSampler.refresh(self, state._replace(table=known)))
+
+
+@dataclass(frozen=True)
+class _Epochs(_Still):
+    """A permutation an epoch, kept in the state as the order of the line; the next one is made at its end."""
+
+    def init(self, key: Key | None = None) -> SamplerState:
+        state = super().init(key)
+        return _in_order(state, self._permutation(state, jnp.int32(0)))
+
+    def sample(
+        self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
+    ) -> Draw:
+        del key, params, data
+        check_state(state, self.num_examples)
+        size, step = self.batch_size, state.clock.step + ahead
+        epoch, at = step // self._num_batches, step % self._num_batches * size
+        indices = lax.cond(
+            epoch == state.clock.step // self._num_batches,
+            lambda: lax.dynamic_slice_in_dim(_order(state), at, size),
+            lambda: lax.dynamic_slice_in_dim(self._permutation(state, epoch), at, size),
+        )
+        share, target = jnp.full(size, 1.0 / self.num_examples, jnp.float32), state.target
+        return Draw(
+            indices,
+            share,
+            jnp.ones(size, bool),
+            target=share if target is None else target[indices],
+            version=step // self.options.steps_per_update,
+            in_halves=(step % MONITOR_EVERY == 0) & self._can_halve,
+        )
+
+    def observe(self, state: SamplerState, draw: Draw, grads: Params = None, **given: Any) -> SamplerState:
+        after = super().observe(state, draw, grads, **given)
+        epoch = after.clock.step // self._num_batches
+        order = lax.cond(
+            epoch == state.clock.step // self._num_batches,
+            lambda: _order(after),
+            lambda: self._permutation(after, epoch),
+        )
+        return _in_order(after, order)
+
+    @property
+    def _num_batches(self) -> int:
+        return self.num_examples // self.batch_size
+
+    def _permutation(self, state: SamplerState, epoch: Int[Array, ""]) -> Int[Array, " n"]:
+        return jax.random.permutation(own_key(state, epoch), self.num_examples).astype(jnp.int32)
+
+
+def _order(state: SamplerState) -> Int[Array, " n"]:
+    order = state.proposal.law.order
+    assert order is not None
+    return order
+
+
+def _in_order(state: SamplerState, order: Int[Array, " n"]) -> SamplerState:
+    """The state with its line in this order; where an example lies on it nobody asks."""
+    law: samplers.Law = state.proposal.law._replace(order=order)
+    return state._replace(proposal=state.proposal._replace(law=law))

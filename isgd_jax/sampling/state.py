@@ -1,0 +1,185 @@
+"""What an estimator is: one state, a pytree of arrays, and the pure functions that take it.
+
+The state is all that the next draw depends on besides the caller's key, so saving it with the parameters makes a run
+resumable. It has one structure for all samplers: what a sampler does not use is None.
+
+Guarantees:
+
+* every leaf is an array of int32, uint32, float32 or bool, whatever ``jax_enable_x64`` says;
+* nothing in it is NaN: what is not measured yet is told by counts and masks;
+* a state of another format or of another data set is refused by name, wherever its values can be seen.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int, UInt
+
+from isgd_jax.calibration import Calibration
+from isgd_jax.gate import Gate
+from isgd_jax.mixtures import Mixtures
+from isgd_jax.monitor import Monitor
+from isgd_jax.samplers import Law
+from isgd_jax.table import ScoreTable
+from isgd_jax.typing import Draw, Key
+
+FORMAT = 1
+"""Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
+
+
+class Clock(NamedTuple):
+    """Where a run stands.
+
+    ``step`` counts the calls of ``observe``; ``version`` the parameter updates, ``step // steps_per_update``;
+    ``seconds`` is the latest reading of the caller's clock, 0 where none is given.
+    """
+
+    step: Int[Array, ""]
+    version: Int[Array, ""]
+    seconds: Float[Array, ""]
+
+
+class Proposal(NamedTuple):
+    """What is drawn from until the next refresh, and what the refresh found."""
+
+    law: Law
+    uniform_fraction: Float[Array, ""]
+    version: Int[Array, ""]
+    """The parameter version it was made at."""
+    refreshes: Int[Array, ""]
+    """How many refreshes there were."""
+    trusted_share: Float[Array, ""]
+    is_uniform: Bool[Array, ""]
+    """Whether the scores had nothing to say, or too few could be trusted."""
+
+
+class Ordering(NamedTuple):
+    """What the line of draws is ordered by: fixed keys [n], or sketches of gradients and which examples have one."""
+
+    keys: Array | None = None
+    sketches: Float[Array, "n dims"] | None = None
+    is_sketched: Bool[Array, " n"] | None = None
+
+
+class SpeedupGate(NamedTuple):
+    """Whether candidates are worth their scores: the larger batch that they promised over the last dozen steps."""
+
+    expected_speedup: Float[Array, ""]
+
+
+class SamplerState(NamedTuple):
+    """The state of a sampler: made by ``init``, moved on by ``observe``, ``record`` and ``refresh``."""
+
+    format: Int[Array, ""]
+    key_data: UInt[Array, " k"]
+    """Raw data of the key that epochs, k-means and pools fold theirs from."""
+    clock: Clock
+    table: ScoreTable
+    quarantined: Int[Array, ""]
+    """Scores that were not finite, or negative, and so were not recorded."""
+    proposal: Proposal
+    ordering: Ordering
+    target: Float[Array, " n"] | None = None
+    """a_n of the target sum(a_n g_n); None for the mean of all gradients."""
+    calibration: Calibration | None = None
+    fractions: Mixtures | None = None
+    gate: Gate | SpeedupGate | None = None
+    monitor: Monitor | None = None
+
+    @property
+    def version(self) -> Int[Array, ""]:
+        """Parameter updates so far: the version of the parameters that the next draw will be learnt with."""
+        return self.clock.version
+
+
+class BatchSampler(NamedTuple):
+    """Pure functions that choose batches; all samplers have the same, so plain SGD is the same loop.
+
+    None of them is decorated: jit them where it suits the loop, and donate the state.
+    """
+
+    num_examples: int
+    batch_size: int
+    init: Callable[..., SamplerState]
+    """``init(key=None) -> state``."""
+    sample: Callable[..., Draw]
+    """``sample(key, state, *, params=None, data=None, ahead=0) -> draw``: changes nothing."""
+    observe: Callable[..., SamplerState]
+    """``observe(state, draw, grads=None, *, norms=None, scores=None, seconds=None, axis_name=None) -> state``."""
+    record: Callable[..., SamplerState]
+    """``record(state, ids, scores, *, version, sketches=None, seconds=None) -> state``."""
+    refresh: Callable[..., SamplerState]
+    """``refresh(state, key=None) -> state``: the next proposal, from all that is known."""
+    report: Callable[[SamplerState], Any]
+    """``report(state)``: what is known of the variance, as arrays; print it to read it."""
+    candidates: Callable[..., Draw] | None = None
+    """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
+    resample: Callable[..., Draw] | None = None
+    """``resample(key, candidates, scores) -> draw``, its second step."""
+    steps_per_update: int = 1
+    is_scored: bool = False
+    """Whether scores make the proposal, so that scoring besides can help."""
+
+
+def key_data(key: Key | None) -> UInt[Array, " k"]:
+    """The raw data of a key, by default of ``jax.random.key(0)``; a copy, since states are donated."""
+    key = jax.random.key(0) if key is None else key
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jnp.array(jax.random.key_data(key) if is_typed else key)
+
+
+def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:
+    """A key from the seed of the state and a number."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key_data), count)
+
+
+def blank_clock() -> Clock:
+    """Before the first step."""
+    return Clock(jnp.int32(0), jnp.int32(0), jnp.float32(0.0))
+
+
+def advanced(clock: Clock, *, steps_per_update: int, seconds: float | Array | None) -> Clock:
+    """The clock after one more step."""
+    step = clock.step + 1
+    now = clock.seconds if seconds is None else jnp.asarray(seconds, jnp.float32)
+    return Clock(step, step // steps_per_update, now)
+
+
+def check_sizes(num_examples: int, batch_size: int) -> None:
+    """Refuse numbers that are no sizes.
+
+    Raises:
+        TypeError: they are no whole numbers.
+        ValueError: they are out of range.
+    """
+    for name, value in (("num_examples", num_examples), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be 1 to 2^31 - 1, got {value}")
+
+
+def check_state(state: SamplerState, num_examples: int) -> None:
+    """Refuse a state that was made for something else; values are seen where the call is not traced.
+
+    Raises:
+        TypeError: it is no state.
+        ValueError: it is of another format or another number of examples.
+    """
+    if not isinstance(state, SamplerState):
+        raise TypeError(f"expected a SamplerState as init() makes it, got {type(state).__name__}")
+    known = state.table.scores.shape[0]
+    if known != num_examples:
+        raise ValueError(f"the state is of {known} examples, this sampler of {num_examples}: they are not of one run")
+    if isinstance(state.format, jax.core.Tracer):
+        return
+    with jax.transfer_guard("allow"):
+        found = int(state.format)
+    if found != FORMAT:
+        raise ValueError(
+            f"the sampler's state has format {found}, this version of isgd_jax reads format {FORMAT}: "
+            "begin with init(), or go on with the version that wrote it"
+        )

@@ -103,6 +103,7 @@ def train(command: Train) -> int:
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
     _leave_failed_writes_to_us()
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
+    logging.getLogger("isgd_jax").propagate = False  # once is enough
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
     if result.stopped_by is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -202,7 +203,7 @@ class Config:
     """Train on several hosts as one: start the same command on each. Needs nothing more on a TPU pod slice, Slurm or
     Open MPI; elsewhere the next three."""
     coordinator: str | None = None
-    """host:port of process 0, as the other hosts see it (--distributed). The port after it is used too."""
+    """host:port of process 0, as the other hosts see it (--distributed). At localhost no other host can reach it."""
     num_processes: int | None = None
     """Processes in all, one a host (--distributed)."""
     process_id: int | None = None
@@ -232,6 +233,12 @@ class Config:
             _check(name, given, given is None or self.distributed, "left out without --distributed")
         _check("num_processes", self.num_processes, self.num_processes is None or self.num_processes >= 1, "at least 1")
         _check("process_id", self.process_id, self.process_id is None or self.process_id >= 0, "0 or more")
+        if self.process_id is not None and self.num_processes is not None:
+            _check("process_id", self.process_id, self.process_id < self.num_processes,
+                   f"below --num-processes {self.num_processes}")  # fmt: skip
+        _check("coordinator", self.coordinator,
+               self.coordinator is None or bool(re.fullmatch(r".+:\d+", self.coordinator)),
+               "host:port of process 0")  # fmt: skip
         _check("engine", self.engine, self.engine == "inline" or not self.distributed, "inline with --distributed")
         _check("refetch_every", self.refetch_every, self.refetch_every >= 1, "at least 1")
         _check("scorers", self.scorers, self.scorers >= 1, "at least 1")

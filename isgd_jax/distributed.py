@@ -1,223 +1,150 @@
-"""Several processes that train as one: how they find each other, and how each learns that another is lost.
+"""Several processes that train as one, by `jax.distributed` alone: how they meet, and what is said when they cannot.
 
-Every host runs the same command. A watch beside each process (`isgd_jax.rollcall`) calls the roll first; only when all
-are there is `jax.distributed` set up, whose own time-outs end in a stack trace.
+Nothing of this package listens; JAX's coordinator does, in process 0. What JAX says when a process is lost, and which
+ports need a trusted network, is in ``docs/tpu.md``.
 """
 
 import atexit
 import json
+import logging
 import os
-import subprocess
+import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from isgd_jax.checkpoint import Checkpoints
 from isgd_jax.config import PER_HOST, Config
-from isgd_jax.rollcall import Message, Roll
-
-PORTS_APART = 1
-"""The roll is called on the port after that of `jax.distributed`."""
 
 LOST = 75
-"""Exit code of a process that ends because another was lost: what `sysexits.h` calls a temporary failure."""
+"""Exit code where others did not come or were lost: what `sysexits.h` calls a temporary failure."""
+
+_LOOPBACK = {"localhost", "127.0.0.1"}
+_BEHIND = 60  # seconds by which JAX's own time-out, which aborts with a stack trace, stands behind ours
+_GRACE = 2  # seconds that process 0 stays on after an error: without its coordinator JAX aborts the others mid-sentence
+_LOSS = re.compile("Gloo|NCCL|heartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED")
 
 
 @contextmanager
 def joined(config: Config, fingerprint: str) -> Iterator[None]:
     """Inside, this process is one of those of a `--distributed` run; without that flag, nothing happens.
 
+    After an error the interpreter does not wait for the others when it exits: they may hang.
+
     Raises:
-        TimeoutError: not all processes came in time; the message names the missing ones.
-        ValueError: a process is started with other settings or packages, or its place cannot be found out.
+        TimeoutError: not all processes came in time.
+        ValueError: the processes differ, or the place of this one among them is mistaken.
+        ConnectionError: another process was lost. Where JAX notices first it aborts this one, with a stack trace.
     """
     if not config.distributed:
         yield
         return
-    watch = _Watched(_roll(config, fingerprint))
+    grace = 0
+    if not jax.distributed.is_initialized():
+        _check_port(config)
     try:
-        _set_up(config, watch.roll)
+        if not jax.distributed.is_initialized():
+            _initialize(config)
+        devices = np.bincount([device.process_index for device in jax.devices()]).tolist()
+        grace = 0 if jax.process_index() else _GRACE
+        _check_same([{"the number of devices": count} for count in devices])
+        _check_same(_of_all(_identity(config, fingerprint)))
         yield
     except BaseException as error:
-        watch.leave(f"{type(error).__name__}: {error}")
-        atexit.register(_end_at_once)  # runs before jax's own, which would wait for the others
-        raise
-    watch.leave(None)
+        is_loss = isinstance(error, (ValueError, RuntimeError)) and _LOSS.search(str(error))
+        code = LOST if is_loss or isinstance(error, TimeoutError) else 1
+        atexit.register(_end, grace, code)  # runs before JAX's own, which waits for the others
+        if not is_loss:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        advice = "see what it said last, and go on with --resume on every host"
+        raise ConnectionError(f"another process was lost ({reason}): {advice}") from error
 
 
-class SharedCheckpoints:
-    """Checkpoints that process 0 alone writes and reads: the others get what they hold over the network.
-
-    So the folder need not be on storage that all hosts see.
-    """
-
-    def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
-        first = jax.process_index() == 0
-        self._own = Checkpoints(folder, identity=identity, processes={0}) if first else None
-
-    def latest_step(self) -> int | None:
-        """Of the newest whole checkpoint, or None."""
-        own = None if self._own is None else self._own.latest_step()
-        step = int(_of_first(np.int32(-1 if own is None else own)))
-        return None if step < 0 else step
-
-    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-        """Save arrays that are the same on all processes."""
-        if self._own is not None:
-            self._own.save(step, jax.tree.map(np.asarray, tree), notes)
-
-    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint, as NumPy arrays on every process."""
-        arrays, notes = jax.tree.map(np.asarray, template), b""
-        if self._own is not None:
-            arrays, found = self._own.restore(arrays)
-            notes = json.dumps(found).encode()
-        text = np.zeros(_of_first(np.int32(len(notes))), np.uint8)
-        text[: len(notes)] = np.frombuffer(notes, np.uint8)
-        return _of_first(arrays), json.loads(_of_first(text).tobytes())
-
-    def wait(self) -> None:
-        """Return when the last save is on disk."""
-        if self._own is not None:
-            self._own.wait()
-
-    def close(self) -> None:
-        """Finish the last save."""
-        if self._own is not None:
-            self._own.close()
+def _check_port(config: Config) -> None:
+    """JAX dies by a signal, without a word, when its port is taken; so it is tried before, without listening."""
+    if config.process_id == 0 and config.coordinator is not None:
+        host, _, port = config.coordinator.rpartition(":")
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1" if host in _LOOPBACK else "", int(port)))
+            except (OSError, OverflowError) as error:
+                raise ValueError(f"process 0 cannot have port {port} ({error}): name another") from error
 
 
-def checkpoints(folder: Path, *, identity: dict[str, str]) -> Checkpoints | SharedCheckpoints:
-    """The checkpoints of a run, of one process or several."""
-    return (Checkpoints if jax.process_count() == 1 else SharedCheckpoints)(folder, identity=identity)
-
-
-def _of_first(tree: Any) -> Any:
-    """What process 0 has, on all: NumPy arrays of equal shapes."""
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-
-
-class _Watched:
-    """This side of the pipes to the watch."""
-
-    def __init__(self, roll: Roll) -> None:
-        self.roll = roll
-        self._left = threading.Event()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "isgd_jax.rollcall", roll.to_json()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=_path(),
-        )  # fmt: skip
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._to: IO[str] = self._process.stdin
-        self._hear(self._process.stdout)
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def leave(self, error: str | None) -> None:
-        """Say goodbye, and why."""
-        self._left.set()
-        self._say({"bye": error})
-        try:
-            self._process.wait(timeout=self.roll.timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def _hear(self, pipe: IO[str]) -> None:
-        """Wait until all are there."""
-        line = pipe.readline()
-        message: Message = (
-            json.loads(line) if line else {"failed": "the watch beside this process could not be started"}
-        )
-        if "complete" in message:
-            return
-        self._left.set()
-        raise (ValueError if "refused" in message else TimeoutError)(message.get("failed") or message["lost"])
-
-    def _listen(self, pipe: IO[str]) -> None:
-        """The watch has told the person already; nothing can be saved, as collectives would wait for the lost one."""
-        for line in pipe:
-            if "lost" in json.loads(line) and not self._left.is_set():
-                os._exit(LOST)
-
-    def _beat(self) -> None:
-        while not self._left.wait(self.roll.interval):
-            self._say({"beat": True})
-
-    def _say(self, message: Message) -> None:
-        try:
-            self._to.write(json.dumps(message) + "\n")
-            self._to.flush()
-        except OSError:
-            pass  # the watch is gone: it has said why
-
-
-def _roll(config: Config, fingerprint: str) -> Roll:
-    address, num_processes, process_id = _place(config)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"--coordinator must be host:port of process 0; got {address!r}")
-    identity = {
-        f"--{name.replace('_', '-')}": value for name, value in config.to_dict().items() if name not in PER_HOST
-    }
-    identity |= {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
-    waiting, silence = config.initialization_timeout, config.heartbeat_timeout
-    return Roll(host, int(port) + PORTS_APART, process_id, num_processes, identity, waiting, silence)
-
-
-def _place(config: Config) -> tuple[str, int, int]:
-    """Coordinator, number of processes and the id of this one: from the flags, else from the cluster."""
-    given: Any = (config.coordinator, config.num_processes, config.process_id)
-    if None in given:
-        address, count, number = given
-        given = _detected(address, count, number, config.initialization_timeout)
-    flags = ("--coordinator", "--num-processes", "--process-id")
-    unknown = [flag for flag, value in zip(flags, given, strict=True) if value is None]
-    if unknown:
-        raise ValueError(
-            f"--distributed needs {', '.join(unknown)}: nothing here (no Cloud TPU, Slurm, Open MPI or Kubernetes) "
-            "tells the place of this process among the others"
-        )
-    address, count, number = given
-    if not 0 <= number < count:
-        raise ValueError(f"--process-id must be between 0 and {count - 1}, as --num-processes is {count}; got {number}")
-    return address, count, number
-
-
-def _detected(address: Any, count: Any, number: Any, patience: int) -> Any:
-    """What jax knows of the clusters it may be run on; the one private name of jax here."""
-    from jax._src.clusters import ClusterEnv
-
-    found = ClusterEnv.auto_detect_unset_distributed_params(address, count, number, [], None, patience)
-    return found[:3]
-
-
-def _set_up(config: Config, roll: Roll) -> None:
-    """All are there: this is quick. Its own time-outs stand behind ours."""
+def _initialize(config: Config) -> None:
+    """Meet the others, on a thread: JAX's call cannot be interrupted, and ends the process when its time is over."""
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away, which saves and stops a run
-    jax.distributed.initialize(
-        coordinator_address=f"{roll.host}:{roll.port - PORTS_APART}",
-        num_processes=roll.num_processes,
-        process_id=roll.process_id,
-        initialization_timeout=config.initialization_timeout,
-        heartbeat_timeout_seconds=3 * config.heartbeat_timeout,
-        shutdown_timeout_seconds=config.heartbeat_timeout,
-    )
+    address, count, number = place = config.coordinator, config.num_processes, config.process_id
+    is_local = address is not None and address.rpartition(":")[0] in _LOOPBACK
+    limit, failed = config.initialization_timeout, list[Exception]()
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                *place,
+                coordinator_bind_address=address if is_local else None,
+                initialization_timeout=limit + _BEHIND,
+                heartbeat_timeout_seconds=config.heartbeat_timeout,
+                shutdown_timeout_seconds=limit,  # process 0 draws figures while the others wait
+            )
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    logging.getLogger(__name__).info("Waiting for all processes, at most %d s (--initialization-timeout)", limit)
+    thread.join(limit)
+    if thread.is_alive():
+        who = f"not all {count or 'of the'} processes came"
+        if count == 2 and number is not None:
+            who = f"process {1 - number} of 2 did not come"
+        raise TimeoutError(
+            f"{who} to {address or 'the coordinator'} within {limit} s: start the same command on every host (only "
+            "--process-id differs), see that the port is open between them, or raise --initialization-timeout"
+        )
+    if failed and None in place:
+        needs = "where no cluster is found --distributed needs --coordinator, --num-processes and --process-id"
+        raise ValueError(f"{needs} ({failed[0]})") from failed[0]
+    if failed:
+        raise failed[0]
 
 
-def _path() -> dict[str, str]:
-    """The environment of the watch: it finds this package wherever this process found it."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def _identity(config: Config, fingerprint: str) -> dict[str, Any]:
+    """What must be the same everywhere."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in config.to_dict().items() if name not in PER_HOST}
+    flags["--num-processes"] = config.num_processes or jax.process_count()  # JAX goes by what process 0 was told
+    return flags | {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
 
 
-def _end_at_once() -> None:
+def _of_all(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The identities of all processes, in their order: JSON, gathered as rows of bytes."""
+    text = np.frombuffer(json.dumps(identity).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _check_same(identities: list[dict[str, Any]]) -> None:
+    """Name the first field that differs, and where: the same sentence in every process."""
+    for name in sorted(set().union(*identities)):
+        first, *others = (identity.get(name, "nothing") for identity in identities)
+        got = [f"{other!r} in process {i}" for i, other in enumerate(others, start=1) if other != first]
+        if got:
+            what = f"the processes differ in {name}: {first!r} in process 0, but {', '.join(got)}"
+            raise ValueError(f"{what}; start the same command on every host")
+
+
+def _end(grace: float, code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    time.sleep(grace)
+    os._exit(code)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import build, data, distributed, gate, models, report, schedule, task
+from isgd_jax import build, data, distributed, gate, models, report, schedule, shared_checkpoints, task
 from isgd_jax.clock import Clock, middle_seconds
 from isgd_jax.config import Config
 from isgd_jax.engines import arrivals
@@ -218,7 +218,7 @@ class Recorder(Callback):
             self._observe = with_events(folder.path, observe)
         self._measures = Measures(config, work, measure=measure)
         self._rates = Rates(parts.engine) if isinstance(parts.engine, Reports) else None
-        self._checkpoints = distributed.checkpoints(
+        self._checkpoints = shared_checkpoints.of_run(
             folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
         )
         self._infos: list[StepInfo] = []

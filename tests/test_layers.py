@@ -12,17 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
 LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "rollcall", "userfiles"},
+    {"typing", "config", "sums", "windows", "clock", "userfiles"},
     {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
     | {"rundir", "presets"},
-    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel"},
-    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches"},
-    {"watch", "candidates", "sampling"},
-    {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
-    {"laws", "task", "schedule", "training"},
-    {"assembly", "feed"},
+    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "shared_checkpoints"},
+    {"scorers", "sharded", "presample", "optimizers", "distributed", "sketches"},
+    {"sampling"},
+    {"engines", "data", "signals", "console", "figures", "tensorboard"},
+    {"training", "task", "schedule"},
+    {"build"},
     {"evaluate", "report"},
-    {"jobs", "progress"},
+    {"progress"},
     {"train"},
     {"compare", "probe"},
     {"page"},
@@ -31,7 +31,7 @@ LEVELS = [
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 CORE_LEVELS = 5
-"""The levels below `step` know trees and functions only."""
+"""The levels below the engines know trees and functions only."""
 NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
 CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
 

@@ -134,10 +134,11 @@ def nearest_to_loss(loss_fn: LossFn, params: Params, example: Example) -> int:
     leaves, structure = jax.tree.flatten(params)
 
     def length(place: int) -> tuple[bool, int, int]:
-        def loss(leaf: Array) -> Array:
-            return loss_fn(jax.tree.unflatten(structure, [*leaves[:place], leaf, *leaves[place + 1 :]]), example)
+        def loss(leaf: Array, others: list[Array], example: Example) -> Array:
+            return loss_fn(jax.tree.unflatten(structure, [*others[:place], leaf, *others[place + 1 :]]), example)
 
-        return leaves[place].ndim < 2, _count(jax.make_jaxpr(jax.grad(loss))(leaves[place]).jaxpr), -place
+        closed = jax.make_jaxpr(jax.grad(loss))(leaves[place], leaves, example)  # shapes are enough
+        return leaves[place].ndim < 2, _count(closed.jaxpr), -place
 
     return min(range(len(leaves)), key=length)
 

@@ -112,7 +112,7 @@ def fit(
     with distributed.joined(config, dataset.fingerprint):
         work = task.make(config, dataset, model=model, loss=loss)
         folder = _run_dir(config, resume)
-        num_steps = config.num_steps(work.num_examples)
+        num_steps, devices = config.num_steps(work.num_examples), _devices(config)
         parts = build.build(
             config, work, num_steps=num_steps, replayed=_replayed(config, work, num_steps), make_job=make_job
         )
@@ -132,7 +132,7 @@ def fit(
                 num_steps=num_steps,
                 key=jax.random.key(config.seed),
                 engine=parts.engine,
-                devices=_devices(config),
+                devices=devices,
                 callbacks=[recorder],
                 fresh_scores=parts.fresh_scores,
                 make_refresher=recorder.make_refresher,
@@ -241,6 +241,7 @@ class Recorder(Callback):
             published=self._parts.published,
             clock=clock,
             publish_at=None if replayed is None else lambda step: step in replayed.versions,
+            warn=self._warn,
         )
         return ClockedRefresher(made, self._clock)
 
@@ -274,10 +275,10 @@ class Recorder(Callback):
             chunk_size=size,
             arrived=arrivals.as_runs(found.chunks, size),
             scored=sum(len(chunk.ids) for chunk in found.chunks),
+            rejected=self._newly_quarantined(run),
             trusted_share=self._trusted_share,
             is_uniform=bool(proposal.is_uniform),
         )
-        self._warn_of_quarantined(run)
         self._warn(*_notices(engine))
 
     def stepped(self, run: Run, info: StepInfo) -> None:
@@ -375,7 +376,7 @@ class Recorder(Callback):
                 )
         if not infos:
             return {"loss": None, "max_weight": None}
-        self._warn_of_quarantined(run)
+        self._newly_quarantined(run)
         losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
         return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
 
@@ -402,11 +403,13 @@ class Recorder(Callback):
             notes |= {"seconds": self._clock(), "spent": spent}
             self._checkpoints.save(self._step, {"state": run.state}, notes)
 
-    def _warn_of_quarantined(self, run: Run) -> None:
+    def _newly_quarantined(self, run: Run) -> int:
+        """How many scores have been set aside since the last look; a person hears of them."""
         total = int(local_copy(run.state.sampler.quarantined))
         count, self._quarantined = total - self._quarantined, total
         if count:
             self._warn(f"{count} scores were not finite and were set aside; what was known of these examples stays")
+        return count
 
     def _warn(self, *texts: str) -> None:
         for text in texts:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from isgd_jax.parallel import AllDevices
 from problems import blobs, small_config
 from test_cli import isgd
 
 from isgd_jax import checkpoint
 from isgd_jax.config import Config
 from isgd_jax.distributed import LOST, _check_same, _of_all
-from isgd_jax.parallel import AllDevices
 from isgd_jax.rundir import RunDir
 from isgd_jax.train import fit
 

@@ -20,6 +20,7 @@ from isgd_jax import data, samplers, scorers, task, variance
 from isgd_jax.engines.local_engine import DeviceWorker
 from isgd_jax.rundir import Record, RunDir
 from isgd_jax.train import fit
+from isgd_jax.training.train_step import TrainState
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 
@@ -221,8 +222,9 @@ def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
         moments = variance.moments(norms, samplers.probabilities(law))
         return variance.trace_covariance(moments, optax.tree.norm(mean_grad, squared=True))
 
-    def measure(state: Any, law: samplers.Law) -> Record:
-        return {name: float(value) for name, value in traces(state.params, law)._asdict().items()}
+    def measure(state: TrainState) -> Record:
+        found = traces(state.params, state.sampler.proposal.law)
+        return {name: float(value) for name, value in found._asdict().items()}
 
     fit(config, dataset=blobs(), measure=measure)
     late = progress(tmp_path / "run")[-4:]

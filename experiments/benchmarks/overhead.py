@@ -7,8 +7,8 @@ Both steps have the same per-example gradients and the same reweighted update; t
 the difference is the draw, the table, calibration, uniform fraction, gate and monitor. Everything is donated. Medians
 of ``--repeats`` rounds, the two taken in turn; run it alone on the machine, three times, and tell the range.
 
-Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 10^6, without growth; a refresh without a
-new order at N = 10^6 at most 40 ms.
+Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 10^6, without growth; a refresh without
+a new order at N = 10^6 at most 40 ms.
 """
 
 import argparse

@@ -60,11 +60,12 @@ class Refresher:
         published: Callable[[Params, int], Any],
         clock: Callable[[], float],
         publish_at: Callable[[int], bool] | None,
+        warn: Callable[[str], None],
     ) -> None:
         self.engine, self.sampler, self.every = engine, sampler, every
         self.last: Refresh | None = None
         self._publish_every, self._wait, self._publish_at = publish_every or every, wait, publish_at
-        self._published, self._clock = published, clock
+        self._published, self._clock, self._warn = published, clock, warn
         self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0)
         self._refresh = jax.jit(sampler.refresh, donate_argnums=0)
         self._is_first, self._scored, self._quiet = True, 0, 0
@@ -147,10 +148,9 @@ class Refresher:
             return
         self._quiet += 1
         if self._quiet == QUIET_REFRESHES:
-            warnings.warn(
+            self._warn(
                 f"no worker has scored anything in {step} steps: they may still be compiling, or be too slow; "
-                "only drawn examples have scores",
-                stacklevel=3,
+                "only drawn examples have scores"
             )
 
 
@@ -164,6 +164,7 @@ def refresher(
     published: Callable[[Params, int], Any] = lambda params, step: params,
     clock: Callable[[], float] = time.monotonic,
     publish_at: Callable[[int], bool] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Refresher:
     """What keeps a sampler's state fresh: ``state = refresher(step, params, state)``, called before each step.
 
@@ -176,6 +177,7 @@ def refresher(
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
         clock: seconds, for scores that are distrusted by age in seconds.
         publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
+        warn: is told, once, when no worker has scored anything in several refreshes.
 
     Raises:
         ValueError: a number of steps is not positive.
@@ -192,6 +194,7 @@ def refresher(
         published=published,
         clock=clock,
         publish_at=publish_at,
+        warn=warn,
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import data
+from isgd_jax.app import data
 from selection.contest import Problem
 
 

@@ -14,7 +14,7 @@ import jax
 from isgd_jax.engines.chunks import as_scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk, WorkersGone
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 IN_FLIGHT = 2
 """Items a worker has begun: while one is brought home the next is being scored. More would only make scores older."""

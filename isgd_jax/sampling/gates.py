@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
-from isgd_jax import windows
-from isgd_jax.gate import Gate
 from isgd_jax.sampling.state import SamplerState
-from isgd_jax.windows import Band
+from isgd_jax.variance import rolling
+from isgd_jax.variance.gate import Gate
+from isgd_jax.variance.rolling import Band
 
 
 def is_open(state: SamplerState) -> Bool[Array, ""]:
@@ -27,4 +27,4 @@ def ratio(state: SamplerState) -> Band | None:
     if not isinstance(state.gate, Gate):
         return None
     window = state.gate.window
-    return windows.ratio(window, *window.values.T)
+    return rolling.ratio(window, *window.values.T)

@@ -28,7 +28,7 @@ from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.sampling.state import BatchSampler, SamplerState
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 QUIET_REFRESHES = 3
 """Refreshes without any score after which a person should know."""

@@ -9,14 +9,14 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float
 
-from isgd_jax.gradients import per_example_value_and_grad
-from isgd_jax.reweight import draw_weights
+from isgd_jax.gradients.per_example import per_example_value_and_grad
+from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.problem import Problem
-from isgd_jax.typing import Batch, Draw, Key, Params
-from isgd_jax.windows import Band
+from isgd_jax.types import Batch, Draw, Key, Params
+from isgd_jax.variance.rolling import Band
 
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""

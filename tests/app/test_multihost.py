@@ -12,16 +12,16 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from isgd_jax.parallel import AllDevices
 from problems import blobs, small_config
 from test_cli import isgd
 
 from isgd_jax.app import checkpoints
 from isgd_jax.app.config import Config
 from isgd_jax.app.multihost import LOST, _check_same, _of_all
-from isgd_jax.app.run import fit
+from isgd_jax.app.run import _devices, fit
 from isgd_jax.app.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
@@ -181,7 +181,7 @@ def test_a_signal_at_one_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Pat
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(ValueError, match="--batch-size must be a multiple of the 8 devices that train"):
-        AllDevices(12)
+        _devices(Config(distributed=True, batch_size=12))
 
 
 @pytest.mark.soak
@@ -190,7 +190,7 @@ def test_parts_of_one_process_make_the_same_run(tmp_path: Path, mode: str, monke
     """Without the network: a batch cut over 8 devices gives the losses of a batch on one, in every mode."""
     changes: dict[str, Any] = {"mode": mode, "batch_size": 16, "steps": 10, "log_every": 10}
     fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
-    monkeypatch.setattr("isgd_jax.app.run.OneDevice", lambda: AllDevices(16))
+    monkeypatch.setattr("isgd_jax.app.run._devices", lambda config: jax.devices())
     fit(small_config(tmp_path / "parts", **changes), dataset=blobs())
     expected, got = progress(tmp_path / "whole")[-1], progress(tmp_path / "parts")[-1]
     for name in ("loss", "test_loss", "sd_stale", "max_weight"):

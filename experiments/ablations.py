@@ -62,9 +62,9 @@ import jax
 import numpy as np
 import paper
 
-from isgd_jax import compare, data
-from isgd_jax.config import Config
-from isgd_jax.data import Dataset
+from isgd_jax.app import compare, data
+from isgd_jax.app.config import Config
+from isgd_jax.app.data import Dataset
 
 LEVELS = compare.levels("train_loss=0.05")
 Changes = dict[str, Any]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from problems import blobs, small_config
 
-from isgd_jax import assembly, task
-from isgd_jax.clock import Clock
-from isgd_jax.train import fit
+from isgd_jax import assembly
+from isgd_jax.app import task
+from isgd_jax.app.clock import Clock
+from isgd_jax.app.run import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
 

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from isgd_jax import candidates, draws, gate, proposal, samplers, step
+from isgd_jax import candidates, draws, step
 from isgd_jax.reweight import importance_weighting
+from isgd_jax.sampling import proposal, samplers
+from isgd_jax.variance import gate
 
 N, DRAWS = 24, 5
 NORMS = jnp.asarray(np.random.default_rng(0).lognormal(0, 1, N), jnp.float32)

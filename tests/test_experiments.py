@@ -125,7 +125,8 @@ def test_labels_are_spoilt_as_told(kind: str, wrong: float, rarest: float) -> No
     dataset = problems.data.from_arrays(arrays, arrays)
     made = problems.make(dataset, kind, problems.Scale(20_000, (4,), 8, 1))
     every = {name: np.concatenate([made.train[name], made.valid[name]]) for name in ("x", "y")}
-    true = np.rint(every["x"][:, 0] * dataset.std + dataset.mean).astype(int)
+    mean, std = dataset.statistics["image"]
+    true = np.rint(every["x"][:, 0] * std + mean).astype(int)
     assert abs((true != every["y"]).mean() - wrong) < 0.02
     counts = np.bincount(true, minlength=10)
     assert abs(counts[9] - 2_000 * rarest) <= 5 * np.sqrt(20)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import blobs, small_config
-
 from isgd_jax.jobs import job_elsewhere, worker_job
+from problems import blobs, small_config
 
 
 def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import optax
 import pytest
 from problems import linear_loss, linear_problem, small_config
 
-from isgd_jax import laws, samplers, scorers, step, table
-from isgd_jax.clock import Clock
+from isgd_jax import laws, step
+from isgd_jax.app.clock import Clock
+from isgd_jax.engines import scorers
 from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.reweight import importance_weighting
+from isgd_jax.sampling import samplers, score_table
 
 NUM_EXAMPLES = 40
 
@@ -82,7 +84,7 @@ def test_relaxed_mode_scores_chunk_after_chunk() -> None:
     current, refresh = relaxed.before(0, state(), Clock())
     assert refresh is not None
     assert refresh.scored == 16
-    assert (current.table.versions != table.NEVER).sum() == 16
+    assert (current.table.versions != score_table.NEVER).sum() == 16
     current, _ = relaxed.before(5, current, Clock())
     current, last = relaxed.before(10, current, Clock())
     assert last is not None

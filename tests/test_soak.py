@@ -18,10 +18,10 @@ import pytest
 from problems import blobs, small_config
 from test_cli import SMALL, finished, isgd
 
+from isgd_jax.app.run import Result, fit
+from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines.contract import WorkersGone
 from isgd_jax.engines.local_engine import DeviceWorker
-from isgd_jax.rundir import Record, RunDir
-from isgd_jax.train import Result, fit
 
 KILLS = 20
 ARGUMENTS = ["--data-dir", "data", *SMALL, "--steps", "8000", "--mode", "relaxed", "--log-every", "100"]

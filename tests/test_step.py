@@ -5,8 +5,9 @@ import optax
 import pytest
 from problems import linear_loss, linear_problem
 
-from isgd_jax import samplers, step, table
+from isgd_jax import step
 from isgd_jax.reweight import importance_weighting
+from isgd_jax.sampling import samplers, score_table
 
 NUM_EXAMPLES, NUM_DRAWS = 40, 8
 
@@ -56,13 +57,13 @@ def test_one_backward_pass_gives_update_and_fresh_scores(key: jax.Array) -> None
     assert set(after.table.versions[drawn].tolist()) == {0}
     assert set(after.table.seconds[drawn].tolist()) == {2.5}
     untouched = jnp.setdiff1d(jnp.arange(NUM_EXAMPLES), drawn)
-    assert set(after.table.versions[untouched].tolist()) == {table.NEVER}
+    assert set(after.table.versions[untouched].tolist()) == {score_table.NEVER}
 
 
 def test_without_fresh_scores_the_table_is_left_alone(key: jax.Array) -> None:
     state, data, update = make(fresh_scores=None)
     after, info = update(state, skewed(), data, key, jnp.float32(0))
-    assert set(after.table.versions.tolist()) == {table.NEVER}
+    assert set(after.table.versions.tolist()) == {score_table.NEVER}
     assert int(info.rejected) == 0
 
 

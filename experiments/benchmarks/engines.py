@@ -74,19 +74,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimation import problem_of, true_traces
-
-from isgd_jax import compare, data, laws, optimizers, samplers, step, task
 from isgd_jax.assembly import make_scorer
-from isgd_jax.clock import Clock
-from isgd_jax.config import Config
-from isgd_jax.engines.choose import make_engine
+from isgd_jax.jobs import job_elsewhere
+
+from isgd_jax import laws, step
+from isgd_jax.app import compare, data, optimizers, task
+from isgd_jax.app.clock import Clock
+from isgd_jax.app.config import Config
+from isgd_jax.app.engine_choice import make_engine
+from isgd_jax.app.run import fit
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.contract import EngineStats, FullEngine, ScoredChunk
 from isgd_jax.engines.work_queue import WorkQueue
-from isgd_jax.jobs import job_elsewhere
-from isgd_jax.rundir import RunDir
-from isgd_jax.train import fit
-from isgd_jax.typing import Params
+from isgd_jax.sampling import samplers
+from isgd_jax.types import Params
 
 SETTING: dict[str, Any] = {
     "dataset": "fashion_mnist", "mode": "relaxed", "batch_size": 128, "learning_rate": 0.01,

@@ -1,4 +1,5 @@
 # The public names, once: lazy_loader reads this file at run time, type checkers read it as it is.
+from . import scorers as scorers
 from .arrivals import Arrivals as Arrivals
 from .arrivals import Schedule as Schedule
 from .chunks import Chunks as Chunks

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isgd_jax.engines.chunks import Chunks, Scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, FullEngine, ScoredChunk
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.typing import Batch
+from isgd_jax.types import Batch
 
 
 class Chunks:

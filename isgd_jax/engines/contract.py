@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 
 class ScoredChunk(NamedTuple):

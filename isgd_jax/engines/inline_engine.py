@@ -12,8 +12,8 @@ import numpy as np
 from isgd_jax.engines.all_hosts import AllHosts
 from isgd_jax.engines.chunks import Chunks, Scored, as_scored, num_rows, unpadded, what_is_wrong
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
-from isgd_jax.sharded import sharded
-from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
+from isgd_jax.engines.sharded import sharded
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 
 class InlineEngine(ClosesOnExit):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
-from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 TRIES = 3
 """Errors in a row after which a device is given up."""

@@ -33,7 +33,7 @@ from isgd_jax.engines.contract import ScoredChunk, WorkersGone
 from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
-from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Ray would print notices."""

@@ -7,7 +7,7 @@ import jax
 from isgd_jax.engines.arrivals import Schedule
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
 from isgd_jax.engines.inline_engine import InlineEngine
-from isgd_jax.typing import Batch, Params, Scorer, SketchingScorer
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 
 class ReplayEngine(ClosesOnExit):

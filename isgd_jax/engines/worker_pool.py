@@ -18,7 +18,7 @@ from isgd_jax.engines import exits
 from isgd_jax.engines.chunks import as_scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk, WorkersGone
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 LOG = logging.getLogger("isgd_jax")
 

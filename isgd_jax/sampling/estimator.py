@@ -31,12 +31,11 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax import calibration, mixtures, orders, proposal, samplers, table
-from isgd_jax.gate import Gate
-from isgd_jax.sampling import evidence, report
+from isgd_jax.sampling import calibration, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
@@ -50,7 +49,8 @@ from isgd_jax.sampling.state import (
     key_data,
     own_key,
 )
-from isgd_jax.typing import Draw, Key, Params, Sampler
+from isgd_jax.types import Draw, Key, Params, Sampler
+from isgd_jax.variance.gate import Gate
 
 SamplerName = Literal["stratified", "systematic", "independent", "without_replacement", "poisson"]
 OrderName = Literal["score", "index"]
@@ -90,7 +90,7 @@ class Options:
     """The arguments of `importance_sampler`, which documents them; also what is alike for other samplers."""
 
     sampler: str = "stratified"
-    order: OrderName | GradientSketch | Array = "score"
+    order: OrderName | GradientSketch | Array | np.ndarray = "score"
     order_every: int = 1
     uniform_fraction: float | Literal["auto"] = "auto"
     calibrate: bool = True
@@ -101,7 +101,7 @@ class Options:
     max_age: int | None = None
     max_age_seconds: float | None = None
     min_trusted: float = 0.1
-    example_weights: Array | None = None
+    example_weights: Array | np.ndarray | None = None
     score_memory: float = 0.0
     record_drawn: bool = True
     steps_per_update: int = 1
@@ -112,7 +112,7 @@ def importance_sampler(
     *,
     batch_size: int,
     sampler: SamplerName = "stratified",
-    order: OrderName | GradientSketch | Array = "score",
+    order: OrderName | GradientSketch | Array | np.ndarray = "score",
     order_every: int = 1,
     uniform_fraction: float | Literal["auto"] = "auto",
     calibrate: bool = True,
@@ -123,7 +123,7 @@ def importance_sampler(
     max_age: int | None = None,
     max_age_seconds: float | None = None,
     min_trusted: float = 0.1,
-    example_weights: Float[Array, " n"] | None = None,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
     score_memory: float = 0.0,
     record_drawn: bool = True,
     steps_per_update: int = 1,
@@ -138,7 +138,7 @@ def importance_sampler(
             number of draws, with ``draw.mask``.
         order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
             such as labels, to order by it and then by score; or a `GradientSketch`
-            (`isgd_jax.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
+            (`isgd_jax.gradients.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
         order_every: a new order is made at every so many refreshes: it is a sort of all examples.
         uniform_fraction: share of the uniform distribution in the proposal, 0 to 1; no weight is larger than one over
             it. "auto": the share that the draws show to be best so far, 0.3 until they show anything.
@@ -197,7 +197,7 @@ class ImportanceSampler:
             format=jnp.int32(FORMAT),
             key_data=key_data(key),
             clock=blank_clock(),
-            table=table.create(size),
+            table=score_table.create(size),
             quarantined=jnp.int32(0),
             proposal=self._blank_proposal(),
             ordering=Ordering(
@@ -206,7 +206,7 @@ class ImportanceSampler:
                 None if sketch is None else jnp.zeros(size, bool),
             ),
             target=None if weights is None else jnp.array(weights, jnp.float32),  # copies: states are donated
-            fractions=mixtures.create() if is_learnt else None,
+            fractions=fractions.create() if is_learnt else None,
             **blank,
         )
         made = self.refresh(state).proposal
@@ -277,7 +277,7 @@ class ImportanceSampler:
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:
-            at = jnp.where(draw.mask, draw.indices, self.num_examples)
+            at = evidence.places(state, draw)
             sketches = self._sketched(grads, axis_name)
             state = self._written(state, at, found.scores, state.version, sketches, seconds)
         moved = advanced(state.clock, steps_per_update=self.options.steps_per_update, seconds=seconds)
@@ -286,24 +286,29 @@ class ImportanceSampler:
     def record(
         self,
         state: SamplerState,
-        ids: Int[Array, " c"],
-        scores: Float[Array, " c"],
+        ids: Int[Array | np.ndarray, " c"],
+        scores: Float[Array | np.ndarray, " k"],
         *,
         version: int | Int[Array, ""],
-        sketches: Float[Array, "c dims"] | None = None,
+        sketches: Float[Array | np.ndarray, "..."] | None = None,
         seconds: float | Float[Array, ""] | None = None,
     ) -> SamplerState:
         """Write scores that were measured besides, with the parameters of ``version``.
 
         Ids outside 0..n-1 are padding. A score that is not finite, or negative, is counted in ``state.quarantined`` and
-        not written; one older than what is there is dropped.
+        not written; one older than what is there is dropped, with its sketch. Nor is a sketch written that is not
+        finite.
 
         Raises:
-            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, or sketches came that no order wants.
+            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, the shapes do not fit, or sketches came
+                that no order wants.
         """
         check_state(state, self.num_examples)
         self._check_seconds(seconds)
-        state = self._written(state, jnp.asarray(ids), jnp.asarray(scores), version, sketches, seconds)
+        ids, scores = jnp.asarray(ids), jnp.asarray(scores)
+        if ids.ndim != 1 or scores.shape != ids.shape:
+            raise ValueError(f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}")
+        state = self._written(state, ids, scores, version, sketches, seconds)
         if seconds is None:
             return state
         return state._replace(clock=state.clock._replace(seconds=jnp.asarray(seconds, jnp.float32)))
@@ -319,7 +324,7 @@ class ImportanceSampler:
         if state.fractions is None:
             fraction = jnp.float32(options.uniform_fraction)
         else:
-            fraction = mixtures.choose(state.fractions)
+            fraction = fractions.choose(state.fractions)
         made = proposal.propose(
             state.table._replace(scores=self._believed(state)),
             version=version,
@@ -379,7 +384,7 @@ class ImportanceSampler:
         if state.calibration is None:
             return known
         horizon = (version - state.proposal.version) // 2  # the next period is thought as long as the last one
-        predicted = calibration.predict(state.calibration, known, table.ages(state.table, version) + horizon)
+        predicted = calibration.predict(state.calibration, known, score_table.ages(state.table, version) + horizon)
         steps = self.options.learning_steps
         has_learnt = state.proposal.refreshes >= LEARNING_REFRESHES if steps is None else version >= steps
         return jnp.where(has_learnt, predicted, known)
@@ -406,10 +411,10 @@ class ImportanceSampler:
         """Clusters of what is sketched; what never was is a last stretch of the line, by score."""
         num_cells = min(self.batch_size, self.num_examples)
 
-        def clusters() -> Int[Array, " n"]:
-            return orders.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
+        def by_cells() -> Int[Array, " n"]:
+            return clusters.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
 
-        return lax.cond(jnp.any(known), clusters, lambda: samplers.order_by(probs))
+        return lax.cond(jnp.any(known), by_cells, lambda: samplers.order_by(probs))
 
     def _sketched(self, grads: Params, axis_name: str | None) -> Float[Array, "m dims"] | None:
         sketch = _sketch_of(self.options)
@@ -423,22 +428,35 @@ class ImportanceSampler:
         ids: Int[Array, " c"],
         scores: Float[Array, " c"],
         version: int | Int[Array, ""],
-        sketches: Float[Array, "c dims"] | None,
+        sketches: Float[Array | np.ndarray, "..."] | None,
         seconds: float | Array | None,
     ) -> SamplerState:
         now = state.clock.seconds if seconds is None else seconds
-        known, bad = table.record(
+        known, bad = score_table.record(
             state.table, ids, scores, version=version, seconds=now, memory=self.options.score_memory
         )
-        state = state._replace(table=known, quarantined=state.quarantined + bad)
-        if sketches is None:
-            return state
-        keys, rows, known_rows = state.ordering
-        if rows is None or known_rows is None:
+        if sketches is not None:
+            state = state._replace(ordering=self._sketches_written(state, ids, jnp.asarray(sketches), version))
+        return state._replace(table=known, quarantined=state.quarantined + bad)
+
+    def _sketches_written(
+        self, state: SamplerState, ids: Int[Array, " c"], sketches: Float[Array, "..."], version: int | Array
+    ) -> Ordering:
+        """The ordering with these sketches, but for padding, those of an older version, and any not finite."""
+        keys, rows, known = state.ordering
+        if rows is None or known is None:
             raise ValueError("sketches came, but the order of this sampler is not made of any: order=sketch wants them")
-        at = jnp.where((ids >= 0) & (ids < self.num_examples), ids, self.num_examples)
-        rows = rows.at[at].set(jnp.asarray(sketches, jnp.float32), mode="drop")
-        return state._replace(ordering=Ordering(keys, rows, known_rows.at[at].set(True, mode="drop")))
+        if sketches.shape != (*ids.shape, rows.shape[1]):
+            raise ValueError(
+                f"expected sketches of shape {(*ids.shape, rows.shape[1])}, one of {rows.shape[1]} numbers for each of "
+                f"the ids; got {sketches.shape}"
+            )
+        size = self.num_examples
+        is_newer = jnp.asarray(version, jnp.int32) >= state.table.versions.at[ids].get(mode="fill", fill_value=0)
+        is_sound = (ids >= 0) & (ids < size) & is_newer & jnp.all(jnp.isfinite(sketches), axis=1)
+        at = jnp.where(is_sound, ids, size)
+        rows = rows.at[at].set(sketches.astype(jnp.float32), mode="drop")
+        return Ordering(keys, rows, known.at[at].set(True, mode="drop"))
 
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
@@ -470,9 +488,13 @@ def share(draw: Draw, axis_name: str) -> Draw:
     return jax.tree.map(part, draw)
 
 
-def _order_keys(options: Options) -> Array | None:
-    is_array = not isinstance(options.order, str | GradientSketch)
-    return jnp.asarray(options.order) if is_array else None
+def _order_keys(options: Options) -> np.ndarray | None:
+    """What the line is ordered by first, as ranks: of int32, whatever the keys are."""
+    if isinstance(options.order, str | GradientSketch):
+        return None
+    with jax.transfer_guard("allow"):
+        keys = np.asarray(options.order)
+    return np.unique(keys, return_inverse=True)[1].reshape(keys.shape).astype(np.int32)
 
 
 def _sketch_of(options: Options) -> GradientSketch | None:
@@ -497,17 +519,25 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
         raise ValueError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
     check_weights(options.example_weights, num_examples)
     check_fraction(options.uniform_fraction, options.additive)
-    _check_ranges(options)
+    check_ranges(options)
 
 
-def check_weights(weights: Array | None, num_examples: int) -> None:
-    """Refuse weights of another number of examples.
+def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None:
+    """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
 
     Raises:
-        ValueError: there is not one an example.
+        ValueError: there is not one finite number an example.
     """
-    if weights is not None and weights.shape != (num_examples,):
+    if weights is None:
+        return
+    if weights.shape != (num_examples,):
         raise ValueError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
+    if isinstance(weights, jax.core.Tracer):
+        return
+    with jax.transfer_guard("allow"):
+        is_finite = np.isfinite(np.asarray(weights).astype(np.float32))
+    if not np.all(is_finite):
+        raise ValueError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:
@@ -525,11 +555,44 @@ def check_fraction(uniform_fraction: float | str, additive: float) -> None:
         )
 
 
-def _check_ranges(options: Options) -> None:
-    at_least_one = {"order_every": options.order_every, "steps_per_update": options.steps_per_update}
-    for name, value in at_least_one.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def check_number(uniform_fraction: float | str) -> None:
+    """Refuse "auto" where no fraction is learnt.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(uniform_fraction, str):
+        raise TypeError(
+            f"uniform_fraction must be a number here, above 0 and at most 1, got {uniform_fraction!r}: only "
+            "importance_sampler learns it"
+        )
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Refuse what is no count.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is less than the least.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def check_ranges(options: Options) -> None:
+    """Refuse numbers that are out of range.
+
+    Raises:
+        TypeError: a count is no whole number.
+        ValueError: a number is out of range.
+    """
+    check_whole("order_every", options.order_every, 1)
+    check_whole("steps_per_update", options.steps_per_update, 1)
+    for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
+        if limit is not None:
+            check_whole(name, limit, 0)
     if not (0.0 <= options.additive < math.inf):
         raise ValueError(f"additive must be 0 or more, got {options.additive}")
     if not 0.0 <= options.min_trusted <= 1.0:
@@ -538,8 +601,5 @@ def _check_ranges(options: Options) -> None:
         raise ValueError(
             f"score_memory is the share of the old mean square to keep, 0 to below 1, got {options.score_memory}"
         )
-    for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
-        if limit is not None and limit < 0:
-            raise ValueError(f"{name} must be 0 or more, got {limit}")
     if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
         raise ValueError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
-from isgd_jax.gate import Gate
 from isgd_jax.sampling.state import SamplerState
+from isgd_jax.variance import rolling
+from isgd_jax.variance.gate import Gate
+from isgd_jax.variance.rolling import Band
 
 
 def is_open(state: SamplerState) -> Bool[Array, ""]:
@@ -18,3 +20,11 @@ def with_gate(state: SamplerState, opened: bool | Bool[Array, ""]) -> SamplerSta
     if not isinstance(state.gate, Gate):
         return state
     return state._replace(gate=state.gate._replace(is_open=jnp.asarray(opened)))
+
+
+def ratio(state: SamplerState) -> Band | None:
+    """What the gate judges: the second moment of a draw by score over that of a uniform one; None without a gate."""
+    if not isinstance(state.gate, Gate):
+        return None
+    window = state.gate.window
+    return rolling.ratio(window, *window.values.T)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from isgd_jax import samplers
+from isgd_jax.sampling import samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
     GradientSketch,
@@ -28,11 +28,13 @@ from isgd_jax.sampling.estimator import (
     Options,
     OrderName,
     SamplerName,
+    check_number,
     check_options,
+    check_ranges,
     check_weights,
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
-from isgd_jax.typing import Draw, Key, Params
+from isgd_jax.types import Draw, Key, Params
 
 
 def shuffled_epochs(
@@ -40,7 +42,7 @@ def shuffled_epochs(
     *,
     batch_size: int,
     monitor: bool = True,
-    example_weights: Float[Array, " n"] | None = None,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
     steps_per_update: int = 1,
 ) -> BatchSampler:
     """Epochs in random order: the plain SGD that importance sampling is compared with.
@@ -56,13 +58,16 @@ def shuffled_epochs(
         steps_per_update: calls of ``observe`` that make one parameter update.
 
     Raises:
-        ValueError: the batch is larger than the data set.
+        TypeError: a number is of the wrong type.
+        ValueError: the batch is larger than the data set, a number is out of range, or an array has not one entry an
+            example.
     """
     check_sizes(num_examples, batch_size)
     check_weights(example_weights, num_examples)
     if batch_size > num_examples:
         raise ValueError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
     options = _plain(monitor, example_weights, steps_per_update)
+    check_ranges(options)
     return _Epochs(num_examples, batch_size, options).functions()
 
 
@@ -71,27 +76,28 @@ def uniform_draws(
     *,
     batch_size: int,
     monitor: bool = True,
-    example_weights: Float[Array, " n"] | None = None,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
     steps_per_update: int = 1,
 ) -> BatchSampler:
     """Independent draws, all examples alike: SGD with replacement. The arguments are those of `shuffled_epochs`."""
     check_sizes(num_examples, batch_size)
     check_weights(example_weights, num_examples)
     options = dataclasses.replace(_plain(monitor, example_weights, steps_per_update), sampler="uniform")
+    check_ranges(options)
     return _Still(num_examples, batch_size, options).functions()
 
 
 def fixed(
-    scores: Float[Array, " n"] | np.ndarray,
+    scores: Array | np.ndarray,
     *,
     batch_size: int,
     sampler: SamplerName = "stratified",
-    order: OrderName | GradientSketch | Array = "score",
+    order: OrderName | GradientSketch | Array | np.ndarray = "score",
     uniform_fraction: float = 0.1,
     additive: float = 0.0,
     gate: bool = True,
     monitor: bool = True,
-    example_weights: Float[Array, " n"] | None = None,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
     steps_per_update: int = 1,
 ) -> BatchSampler:
     """Draws by scores of one's own, which stay as they are.
@@ -109,12 +115,19 @@ def fixed(
         steps_per_update: calls of ``observe`` that make one parameter update.
 
     Raises:
+        TypeError: a number is of the wrong type.
         ValueError: a score is negative or not finite, or an option is out of range.
     """
-    values = np.asarray(scores)
-    if values.ndim != 1 or not np.all(np.isfinite(values)) or np.any(values < 0):
-        bad = "" if values.ndim != 1 else f"; the first wrong one is at {int(np.argmax(~(values >= 0)))}"
-        raise ValueError(f"fixed scores are one finite number of at least 0 an example, got shape {values.shape}{bad}")
+    with np.errstate(over="ignore"):
+        values = np.asarray(scores).astype(np.float32)
+    is_score = np.isfinite(values) & (values >= 0)
+    if values.ndim != 1 or not np.all(is_score):
+        bad = "" if values.ndim != 1 else f"; the first wrong one is at {int(np.argmin(is_score))}"
+        raise ValueError(
+            f"fixed scores are one number an example [n], at least 0 and finite as float32, got shape {values.shape}"
+            f"{bad}"
+        )
+    check_number(uniform_fraction)
     options = Options(
         sampler=sampler,
         order=order,
@@ -129,10 +142,10 @@ def fixed(
     )
     check_sizes(len(values), batch_size)
     check_options(options, len(values), batch_size)
-    return _Fixed(len(values), batch_size, options, values.astype(np.float32)).functions()
+    return _Fixed(len(values), batch_size, options, values).functions()
 
 
-def _plain(monitor: bool, example_weights: Array | None, steps_per_update: int) -> Options:
+def _plain(monitor: bool, example_weights: Array | np.ndarray | None, steps_per_update: int) -> Options:
     return Options(
         order="index",
         uniform_fraction=1.0,

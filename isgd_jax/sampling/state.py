@@ -18,16 +18,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
-from isgd_jax.calibration import Calibration
-from isgd_jax.gate import Gate
-from isgd_jax.mixtures import Mixtures
-from isgd_jax.monitor import Monitor
-from isgd_jax.samplers import Law
-from isgd_jax.table import ScoreTable
-from isgd_jax.typing import Draw, Key
+from isgd_jax.sampling.calibration import Calibration
+from isgd_jax.sampling.fractions import Mixtures
+from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.score_table import ScoreTable
+from isgd_jax.types import Draw, Key
+from isgd_jax.variance.gate import Gate
+from isgd_jax.variance.monitor import Monitor
 
 FORMAT = 1
 """Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
+
+KEY_IMPL = "threefry2x32"
 
 
 class Clock(NamedTuple):
@@ -118,22 +120,25 @@ class BatchSampler(NamedTuple):
     candidates: Callable[..., Draw] | None = None
     """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
     resample: Callable[..., Draw] | None = None
-    """``resample(key, candidates, scores) -> draw``, its second step."""
+    """``resample(key, state, candidates, scores) -> draw``, its second step."""
     steps_per_update: int = 1
     is_scored: bool = False
     """Whether scores make the proposal, so that scoring besides can help."""
 
 
 def key_data(key: Key | None) -> UInt[Array, " k"]:
-    """The raw data of a key, by default of ``jax.random.key(0)``; a copy, since states are donated."""
-    key = jax.random.key(0) if key is None else key
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return jnp.array(jax.random.key_data(key) if is_typed else key)
+    """Raw data for a key of `KEY_IMPL`, by default of seed 0; a copy, since states are donated.
+
+    Of a key of another kind they are drawn, so the state has one shape whatever ``jax_default_prng_impl`` says.
+    """
+    key = jax.random.key(0, impl=KEY_IMPL) if key is None else key
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return jnp.array(data) if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
 
 
 def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:
     """A key from the seed of the state and a number."""
-    return jax.random.fold_in(jax.random.wrap_key_data(state.key_data), count)
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), count)
 
 
 def blank_clock() -> Clock:

@@ -28,7 +28,7 @@ from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.sampling.state import BatchSampler, SamplerState
-from isgd_jax.typing import Params
+from isgd_jax.types import Params
 
 QUIET_REFRESHES = 3
 """Refreshes without any score after which a person should know."""
@@ -60,12 +60,13 @@ class Refresher:
         published: Callable[[Params, int], Any],
         clock: Callable[[], float],
         publish_at: Callable[[int], bool] | None,
+        warn: Callable[[str], None],
     ) -> None:
         self.engine, self.sampler, self.every = engine, sampler, every
         self.last: Refresh | None = None
         self._publish_every, self._wait, self._publish_at = publish_every or every, wait, publish_at
-        self._published, self._clock = published, clock
-        self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0, static_argnames="has_sketches")
+        self._published, self._clock, self._warn = published, clock, warn
+        self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0)
         self._refresh = jax.jit(sampler.refresh, donate_argnums=0)
         self._is_first, self._scored, self._quiet = True, 0, 0
         self._expected: tuple[int, Array] | None = None
@@ -90,13 +91,13 @@ class Refresher:
         """For how many steps the proposal stays as it is, this one included."""
         return self.every - step % self.every
 
-    def rehearse(self, params: Params, state: SamplerState) -> SamplerState:
-        """What a refresh does beside collecting, with one chunk of ones, and forgets: to compile, and to be timed."""
-        copied = jax.tree.map(jnp.copy, state)
-        if self.engine is not None and self.sampler.is_scored:
-            size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
-            copied = self._take(copied, [ScoredChunk(np.arange(size), np.ones(size, np.float32), 0)], 0.0)
-        return self._refresh(copied)
+    def rehearse(self, state: SamplerState, *, chunks: int) -> SamplerState:
+        """What a refresh does beside collecting, with so many chunks of ones, and forgets: to be compiled and timed."""
+        copied, known = jax.tree.map(jnp.copy, state), state.ordering.sketches
+        size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
+        sketches = None if known is None else np.zeros((size, known.shape[1]), np.float32)
+        one = ScoredChunk(np.arange(size), np.ones(size, np.float32), 0, sketches)
+        return self._refresh(self._take(copied, [one] * chunks, 0.0))
 
     def publishes(self, step: int) -> bool:
         """Every so many steps; also at once where a loop begins or goes on, so that no worker waits or scores the old.
@@ -125,8 +126,7 @@ class Refresher:
             ids = np.pad(chunk.ids, (0, short), constant_values=self.sampler.num_examples).astype(np.int32)
             scores = np.pad(chunk.scores, (0, short)).astype(np.float32)
             rows = None if sketches is None else np.pad(np.asarray(sketches, np.float32), ((0, short), (0, 0)))
-            numbers = (np.int32(chunk.version), np.float32(now))
-            state = self._record(state, ids, scores, rows, *numbers, has_sketches=rows is not None)
+            state = self._record(state, ids, scores, rows, np.int32(chunk.version), np.float32(now))
         return state
 
     def _check_version(self, step: int, state: SamplerState) -> None:
@@ -148,10 +148,9 @@ class Refresher:
             return
         self._quiet += 1
         if self._quiet == QUIET_REFRESHES:
-            warnings.warn(
+            self._warn(
                 f"no worker has scored anything in {step} steps: they may still be compiling, or be too slow; "
-                "only drawn examples have scores",
-                stacklevel=3,
+                "only drawn examples have scores"
             )
 
 
@@ -165,6 +164,7 @@ def refresher(
     published: Callable[[Params, int], Any] = lambda params, step: params,
     clock: Callable[[], float] = time.monotonic,
     publish_at: Callable[[int], bool] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Refresher:
     """What keeps a sampler's state fresh: ``state = refresher(step, params, state)``, called before each step.
 
@@ -177,6 +177,7 @@ def refresher(
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
         clock: seconds, for scores that are distrusted by age in seconds.
         publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
+        warn: is told, once, when no worker has scored anything in several refreshes.
 
     Raises:
         ValueError: a number of steps is not positive.
@@ -193,6 +194,7 @@ def refresher(
         published=published,
         clock=clock,
         publish_at=publish_at,
+        warn=warn,
     )
 
 
@@ -204,8 +206,5 @@ def _recorded(
     sketches: Array | None,
     version: Array,
     seconds: Array,
-    *,
-    has_sketches: bool,
 ) -> SamplerState:
-    del has_sketches
     return sampler.record(state, ids, scores, version=version, sketches=sketches, seconds=seconds)

@@ -21,7 +21,7 @@ import numpy as np
 
 from isgd_jax.sampling.gates import is_open, with_gate
 from isgd_jax.sampling.state import SamplerState
-from isgd_jax.typing import Batch, Draw, Key
+from isgd_jax.types import Batch, Draw, Key
 
 BLOCK, AHEAD = 32, 4
 """Steps whose draws are made at once, and batches that are fetched before they are needed."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from isgd_jax.typing import Batch, Example, Key, Params
+from isgd_jax.types import Batch, Example, Key, Params
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -110,11 +110,11 @@ class Problem:
         """What an engine scores with: exact norms, of one random picture of each example where there are pictures.
 
         Args:
-            make: ``loss_fn -> scorer``, by default `isgd_jax.scorers.grad_norm`.
+            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`.
 
         Its parameters are what `published` makes of a refresh's.
         """
-        from isgd_jax.scorers import grad_norm  # a scorer is made only where somebody scores
+        from isgd_jax.engines.scorers import grad_norm  # a scorer is made only where somebody scores
 
         plain = (make or grad_norm)(self._loss_of_pair)
 

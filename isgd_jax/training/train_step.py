@@ -9,13 +9,14 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float
 
-from isgd_jax.gradients import per_example_value_and_grad
-from isgd_jax.reweight import draw_weights
-from isgd_jax.sampling.gates import is_open
+from isgd_jax.gradients.per_example import per_example_value_and_grad
+from isgd_jax.gradients.weights import draw_weights
+from isgd_jax.sampling.gates import is_open, ratio
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.problem import Problem
-from isgd_jax.typing import Batch, Draw, Key, Params
+from isgd_jax.types import Batch, Draw, Key, Params
+from isgd_jax.variance.rolling import Band
 
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""
@@ -40,6 +41,8 @@ class StepInfo(NamedTuple):
     max_weight: Float[Array, ""]
     """The largest weight target / probs in the batch."""
     gate_is_open: Bool[Array, ""]
+    gate_ratio: Band | None
+    """What the gate judged: above 1 the scores do harm."""
 
 
 class Steps(NamedTuple):
@@ -108,7 +111,7 @@ def make_steps(
         scores = None if fresh_scores is None else fresh_scores(losses, grads)
         after = sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
         weights = draw_weights(drawn.probs, drawn.mask, 1.0 if drawn.target is None else drawn.target)
-        info = StepInfo(jnp.mean(weights * losses), jnp.max(weights), is_open(after))
+        info = StepInfo(jnp.mean(weights * losses), jnp.max(weights), is_open(after), ratio(after))
         made = TrainState(optax.apply_updates(state.params, updates), opt_state, after)
         return (made, info) if parallel is None else parallel.same((made, info))
 

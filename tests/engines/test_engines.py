@@ -11,13 +11,12 @@ import pytest
 from problems import linear_loss, linear_problem
 
 import isgd_jax as isgd
-from isgd_jax import scorers
-from isgd_jax.engines import contract
+from isgd_jax.engines import contract, scorers
 from isgd_jax.engines.arrivals import Arrivals, Schedule
 from isgd_jax.engines.contract import Engine, ScoredChunk
 from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.engines.rates import Rates
-from isgd_jax.typing import Scorer
+from isgd_jax.types import Scorer
 
 NUM_EXAMPLES = 40
 

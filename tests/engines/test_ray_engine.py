@@ -20,12 +20,13 @@ from problems import NUM_EXAMPLES as NUM_BLOBS
 from problems import blobs, linear_loss, linear_problem, small_config
 
 import isgd_jax as isgd
-from isgd_jax import scorers, table
+from isgd_jax.app.run import fit
+from isgd_jax.engines import scorers
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.contract import Engine, WorkersGone
 from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.engines.local_engine import Job
-from isgd_jax.train import fit
+from isgd_jax.sampling import score_table
 
 ray = pytest.importorskip("ray")
 ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
@@ -182,8 +183,8 @@ def test_scores_that_are_not_finite_come_through_to_be_set_aside(build: Callable
     bad = int((linear_problem(NUM_EXAMPLES)[1]["y"] > 1.0).sum())
     rejected = 0
     for chunk in engine.collect(wait=True):
-        _, count = table.record(
-            table.create(NUM_EXAMPLES), jnp.asarray(chunk.ids), jnp.asarray(chunk.scores), version=0
+        _, count = score_table.record(
+            score_table.create(NUM_EXAMPLES), jnp.asarray(chunk.ids), jnp.asarray(chunk.scores), version=0
         )
         rejected += int(count)
     assert rejected == bad > 0

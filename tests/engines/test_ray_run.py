@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from test_cli import SMALL, finished, isgd
 
-from isgd_jax.rundir import RunDir
+from isgd_jax.app.run_dir import RunDir
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:Sharding info not")]

@@ -15,9 +15,9 @@ from problems import blobs, linear_problem
 from test_cli import SMALL, finished, isgd
 from test_ray_engine import TESTS, inline_scores, make_job, pids, scores_of, wait_until
 
-from isgd_jax.config import Config
-from isgd_jax.rundir import RunDir
-from isgd_jax.train import fit
+from isgd_jax.app.config import Config
+from isgd_jax.app.run import fit
+from isgd_jax.app.run_dir import RunDir
 
 ray = pytest.importorskip("ray")
 ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from problems import linear_loss, linear_problem
 
-from isgd_jax import scorers, table
+from isgd_jax.engines import scorers
 from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.contract import ScoredChunk, WorkersGone
 from isgd_jax.engines.local_engine import TRIES, DeviceWorker, Job, device_pool
 from isgd_jax.engines.worker_pool import WorkerPool
+from isgd_jax.sampling import score_table
 
 NUM_EXAMPLES, CHUNK = 40, 8
 NUM_CHUNKS = NUM_EXAMPLES // CHUNK
@@ -188,12 +189,12 @@ def test_nan_from_a_worker_is_set_aside_by_the_table(pool: Callable[..., WorkerP
 
     engine, (params, _) = pool(poisoned), linear_problem(NUM_EXAMPLES)
     engine.publish(params, 0)
-    kept, rejected = table.create(NUM_EXAMPLES), 0
+    kept, rejected = score_table.create(NUM_EXAMPLES), 0
     for chunk in engine.collect(wait=True):
-        kept, bad = table.record(kept, jax.numpy.asarray(chunk.ids), jax.numpy.asarray(chunk.scores), version=0)
+        kept, bad = score_table.record(kept, jax.numpy.asarray(chunk.ids), jax.numpy.asarray(chunk.scores), version=0)
         rejected += int(bad)
     assert rejected == NUM_CHUNKS
-    assert int((kept.versions == table.NEVER).sum()) == NUM_CHUNKS
+    assert int((kept.versions == score_table.NEVER).sum()) == NUM_CHUNKS
 
 
 def test_results_of_the_wrong_shape_are_refused_and_the_worker_given_up(pool: Callable[..., WorkerPool]) -> None:

@@ -1,0 +1,77 @@
+"""Which share of uniform draws a proposal needs, chosen from the draws that training makes anyway.
+
+A share lambda that is too small lets a few underrated examples rule the variance; one too large gives the gain away.
+For every share of a grid, a batch drawn from any law tells without bias what second moment that share would have given:
+the mean of s ‖g‖² / ((1 - lambda) r + lambda), with r the score over the mean score. The best share is the cheapest.
+
+Guarantees:
+
+* what is compared is unbiased, whichever share was drawn with;
+* all shares are judged by the same draws, by their differences: noise that they have in common cancels;
+* without evidence the share is ``CAUTIOUS``; it is left only for one better by a standard error;
+* the evidence decays with a half-life, as training moves on.
+
+Source: ours.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+GRID = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
+CAUTIOUS = 0.3
+"""The share that stale scores of unknown worth get: the best of all scores 200 updates old, measured."""
+
+LARGEST = 1e18
+"""A step with a larger moment teaches nothing: its square would leave float32, and the sums never come back."""
+
+
+class Mixtures(NamedTuple):
+    """Decayed sums over steps, for each share of `GRID`: of its moment less the cautious share's, and of the square."""
+
+    steps: Float[Array, ""]
+    excess: Float[Array, " k"]
+    square: Float[Array, " k"]
+
+
+def create() -> Mixtures:
+    """Nothing seen yet."""
+    return Mixtures(jnp.float32(0), *(jnp.zeros(len(GRID), jnp.float32) for _ in range(2)))
+
+
+def observe(
+    mixtures: Mixtures,
+    weights: Float[Array, " m"],
+    norms: Float[Array, " m"],
+    relative: Float[Array, " m"],
+    mask: Bool[Array, " m"],
+    *,
+    half_life: float = 100.0,
+) -> Mixtures:
+    """Add the draws of a step: ``weights`` 1/(N probs), fresh ``norms``, and scores over their mean (`relative`)."""
+    moments = jnp.where(mask, weights * jnp.square(norms), 0.0)
+    shares = jnp.asarray(GRID, jnp.float32)[:, None]
+    found = jnp.mean(moments[None] / ((1.0 - shares) * relative[None] + shares), axis=1)
+    sound = jnp.all(found <= LARGEST)  # NaN is not, either
+    found = jnp.where(sound, found, 0.0)
+    excess = found - found[GRID.index(CAUTIOUS)]
+    rows = Mixtures(sound.astype(jnp.float32), excess, jnp.square(excess))
+    keep = jnp.where(sound, 2.0 ** (-1.0 / half_life), 1.0)
+    return jax.tree.map(lambda kept, row: keep * kept + row, mixtures, rows)
+
+
+def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
+    """The share whose moment, a standard error added, is the least."""
+    steps = jnp.maximum(mixtures.steps, 1.0)
+    mean = mixtures.excess / steps
+    spread = jnp.maximum(mixtures.square / steps - jnp.square(mean), 0.0)
+    best = jnp.argmin(mean + jnp.sqrt(spread / steps))
+    return jnp.where(mixtures.steps >= min_steps, jnp.asarray(GRID, jnp.float32)[best], CAUTIOUS)
+
+
+def relative_scores(proposal_weights: Float[Array, " m"], mixture: Float[Array, ""]) -> Float[Array, " m"]:
+    """Scores over their mean, from the weights 1/(N q) that a proposal with that ``mixture`` gives."""
+    return jnp.maximum((1.0 / proposal_weights - mixture) / jnp.maximum(1.0 - mixture, 1e-6), 0.0)

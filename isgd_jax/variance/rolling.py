@@ -1,0 +1,173 @@
+"""A window over the last steps: means and ratios of what each step measured, with 95 % bands.
+
+A step's measurements are one independent sample whatever the sampler inside the step, so the bands hold for dependent
+draws too. Everything is a fixed-size ring, so it lives inside a jitted step and in a checkpoint.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+
+class Window(NamedTuple):
+    """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""
+
+    values: Float[Array, "w k"]
+    seen: Int[Array, ""]
+
+
+class Band(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    value: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+
+def create(size: int, width: int) -> Window:
+    """A window over ``size`` steps of ``width`` numbers each."""
+    if size < 2:
+        raise ValueError(f"a window needs at least 2 steps to know its own error, got {size}")
+    return Window(jnp.zeros((size, width), jnp.float32), jnp.int32(0))
+
+
+def push(window: Window, *values: Float[Array, ""], when: Bool[Array, ""] | None = None) -> Window:
+    """The window with one more step; the oldest drops out. A step that measured anything not finite is left out.
+
+    So is one where ``when`` is false: it has measured nothing.
+    """
+    row = jnp.stack([value.astype(jnp.float32) for value in values])
+    sound = jnp.all(jnp.isfinite(row))
+    sound = sound if when is None else sound & when
+    at = jnp.where(sound, window.seen % window.values.shape[0], window.values.shape[0])
+    return Window(window.values.at[at].set(row, mode="drop"), window.seen + sound.astype(jnp.int32))
+
+
+def filled(window: Window) -> Bool[Array, " w"]:
+    """Which rows hold a step."""
+    return jnp.arange(window.values.shape[0], dtype=jnp.int32) < window.seen
+
+
+def means(window: Window, recent: Bool[Array, " w"] | None = None) -> Float[Array, " k"]:
+    """The mean of each measurement over the steps in the window, or the recent ones; zero when there are none."""
+    return _mean(window.values, (filled(window) if recent is None else recent)[:, None])
+
+
+def band(
+    window: Window,
+    value: Float[Array, ""],
+    influence: Float[Array, " w"],
+    noise: Float[Array, " w"] | None = None,
+    recent: Bool[Array, " w"] | None = None,
+    level: Float[Array, " w"] | None = None,
+) -> Band:
+    """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method).
+
+    Without ``noise`` it is a band for the mean over the window. With ``noise``, the variance that chance alone gives
+    each step's influence, it is a band for the value now: steps that differ by more than chance are moving. The value
+    may be that of the ``recent`` steps alone; how much steps move is told by all, a stretch as long as the recent one
+    at a time, in proportion to the ``level`` of the stretch if one is given.
+    """
+    used = filled(window) if recent is None else recent
+    steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    variance = _variance(influence, used)
+    moving = jnp.float32(0.0) if noise is None else _moving(window, influence, noise, steps, level)
+    half = _student_95(steps - 1.0) * jnp.sqrt(variance / jnp.maximum(steps, 1.0) + moving)
+    half = jnp.where(steps > 1.0, half, jnp.inf)
+    return Band(value, value - half, value + half)
+
+
+def _student_95(freedom: Array) -> Array:
+    """The 97.5 % point of Student's t, to 1 % from 3 degrees of freedom on (Abramowitz & Stegun 26.7.5)."""
+    freedom = jnp.maximum(freedom, 1.0)
+    return 1.960 + 2.372 / freedom + 2.823 / freedom**2 + 2.556 / freedom**3
+
+
+def _moving(
+    window: Window, influence: Float[Array, " w"], noise: Float[Array, " w"], steps: Array, level: Array | None
+) -> Array:
+    """The variance of the value now about its mean over a stretch of so many steps, over what chance alone gives.
+
+    That of steps within a stretch: values come and go. (A random walk would end twice as far from its mean.)
+    """
+    age = ages(window)
+    stretch = jnp.minimum(age // jnp.maximum(steps.astype(jnp.int32), 1), influence.shape[0] - 1)
+    seen = filled(window).astype(jnp.float32)
+
+    def of_stretches(values: Array) -> Array:
+        return jax.ops.segment_sum(values * seen, stretch, influence.shape[0])
+
+    count = of_stretches(jnp.ones_like(seen))
+    mean = of_stretches(influence) / jnp.maximum(count, 1.0)
+    within = of_stretches(jnp.square(influence - mean[stretch])) / jnp.maximum(count - 1.0, 1.0)
+    excess = within - of_stretches(noise) / jnp.maximum(count, 1.0)
+    if level is not None:
+        levels = of_stretches(level) / jnp.maximum(count, 1.0)
+        excess = excess * jnp.square(jnp.where(levels > 0.0, levels[0] / jnp.where(levels > 0.0, levels, 1.0), 1.0))
+    known = jnp.where(count > 1.0, count, 0.0)
+    return jnp.maximum(jnp.sum(known * excess) / jnp.maximum(jnp.sum(known), 1.0), 0.0)
+
+
+def _variance(values: Float[Array, " w"], used: Bool[Array, " w"]) -> Array:
+    steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    spread = jnp.sum(jnp.where(used, jnp.square(values - _mean(values, used)), 0.0))
+    return spread / jnp.maximum(steps - 1.0, 1.0)
+
+
+def ages(window: Window) -> Int[Array, " w"]:
+    """How many steps ago each row was pushed, 0 for the last; meaningless for rows that hold no step."""
+    size = window.values.shape[0]
+    return (window.seen - 1 - jnp.arange(size, dtype=jnp.int32)) % size
+
+
+def latest(window: Window, count: int) -> Bool[Array, " w"]:
+    """Which rows hold one of the last ``count`` steps."""
+    return filled(window) & (ages(window) < count)
+
+
+def band_of_series(window: Window) -> Band:
+    """The first measurement now: its mean over the window, with a band that widens when it moves.
+
+    What chance alone gives a step is taken from the differences of successive steps.
+    """
+    size, seen = window.values.shape[0], filled(window)
+    oldest = jnp.where(window.seen > size, window.seen % size, 0)
+    series = jnp.roll(window.values[:, 0], -oldest)
+    pairs = seen[1:]  # rows fill from the first on, and all are seen once the ring turns
+    noise = jnp.sum(jnp.where(pairs, jnp.square(jnp.diff(series)), 0.0)) / 2.0
+    noise = noise / jnp.maximum(jnp.sum(pairs, dtype=jnp.int32).astype(jnp.float32), 1.0)
+    return band(window, _mean(series, seen), series, jnp.full(size, noise))
+
+
+def less(first: Band, second: Band) -> Band:
+    """The difference of two estimates that know nothing of each other."""
+    half = jnp.hypot(first.high - first.value, second.high - second.value)
+    value = first.value - second.value
+    return Band(value, value - half, value + half)
+
+
+def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]) -> Band:
+    """The ratio of two means, with the band of the means."""
+    value, scale = ratio_of_means(window, numerator, denominator)
+    return band(window, value, (numerator - value * denominator) * scale)
+
+
+def ratio_of_means(
+    window: Window,
+    numerator: Float[Array, " w"],
+    denominator: Float[Array, " w"],
+    recent: Bool[Array, " w"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The ratio, and one over the mean of the denominator."""
+    seen = filled(window) if recent is None else recent
+    below = _mean(denominator, seen)
+    scale = 1.0 / jnp.where(below > 0.0, below, 1.0)
+    return _mean(numerator, seen) * scale, scale
+
+
+def _mean(values: Array, seen: Bool[Array, "..."]) -> Array:
+    count = jnp.maximum(jnp.sum(seen, dtype=jnp.int32).astype(jnp.float32), 1.0)
+    return jnp.sum(jnp.where(seen, values, 0.0), axis=0) / count

@@ -288,7 +288,11 @@ def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Arr
         return einsum("b,b...->...", weights, leaf, precision=precision)
     parts = [weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]
     parts += [] if leaf.formed is None else [einsum("b,b...->...", weights, leaf.formed, precision=precision)]
-    parts += [] if leaf.shared is None else [jnp.sum(weights) * leaf.shared.astype(wide(leaf.dtype))]
+    parts += (
+        []
+        if leaf.shared is None
+        else [jnp.sum(weights.astype(wide(leaf.dtype))) * leaf.shared.astype(wide(leaf.dtype))]
+    )
     return _sum(parts)
 
 

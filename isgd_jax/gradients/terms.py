@@ -64,7 +64,8 @@ def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
 
 def weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b"], precision: Any) -> Array:
     """The weighted sum over examples, laid out as the parameter, which has this ``shape``."""
-    right = term.right.astype(wide(term.right.dtype)) * weights[:, None, None, None]
+    right = term.right.astype(wide(term.right.dtype))
+    right = right * weights.astype(right.dtype)[:, None, None, None]
     return fold(total(term.left, right, precision), term.axes, shape)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.per_example import per_example_grads

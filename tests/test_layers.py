@@ -64,7 +64,7 @@ def test_imports_run_to_the_left(path: Path) -> None:
 
 def test_the_command_alone_knows_its_configuration() -> None:
     library = [path for path in module_files() if parts_of(path)[0] != "app"]
-    assert [str(path) for path in library if "Config" in path.read_text().replace("jax.config", "")] == []
+    assert [str(path) for path in library if "Config" in path.read_text().replace("raylet.Config", "")] == []
 
 
 def test_a_name_is_the_same_whatever_was_imported_before() -> None:

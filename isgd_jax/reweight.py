@@ -21,6 +21,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.gradients import lazy
+from isgd_jax.gradients.weights import draw_weights
 
 
 class ReweightState(NamedTuple):

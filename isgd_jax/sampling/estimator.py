@@ -35,7 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.sampling import calibration, evidence, fractions, proposal, report, samplers, score_table
+from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,

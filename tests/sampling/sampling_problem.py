@@ -73,7 +73,7 @@ def samplers() -> dict[str, isgd.BatchSampler]:
             n, batch_size=m, sampler="without_replacement", order=sketch(), score_memory=0.2
         ),
         "poisson": isgd.importance_sampler(n, batch_size=m, sampler="poisson", order_every=2, additive=0.1),
-        "epochs": isgd.shuffled_epochs(n, batch_size=m - 1),
+        "epochs": isgd.shuffled_epochs(n, batch_size=m),
         "uniform": isgd.uniform_draws(n, batch_size=m),
         "fixed": isgd.fixed(np.arange(n), batch_size=m),
         "presampling": isgd.presampling(n, batch_size=m, scorer=losses),

@@ -12,8 +12,7 @@ import pytest
 from jax import Array
 from problems import NUM_CLASSES, blobs, small_config
 
-from isgd_jax import assembly
-from isgd_jax.app import data, models, task
+from isgd_jax.app import build, data, models, task
 from isgd_jax.app.run import fit
 
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
@@ -106,7 +105,7 @@ def test_tasks_without_one_class_an_example(tmp_path: Path, dataset: data.Datase
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(work.train))
     params = work.init(jax.random.key(0))
     assert work.loss_fn(params, example) == loss(model.apply({"params": params}, dataset.inputs.of(example)), example)
-    assembly.assemble(config, work, jax.device_put(dict(work.train)), num_steps=1)
+    build.build(config, work, num_steps=1)
 
 
 def test_what_the_small_models_cannot_read_is_told(tmp_path: Path) -> None:

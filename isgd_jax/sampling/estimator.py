@@ -89,7 +89,7 @@ class GradientSketch(Protocol):
 class Options:
     """The arguments of `importance_sampler`, which documents them; also what is alike for other samplers."""
 
-    sampler: str = "stratified"
+    sampler: str | Sampler = "stratified"
     order: OrderName | GradientSketch | Array | np.ndarray = "score"
     order_every: int = 1
     uniform_fraction: float | Literal["auto"] = "auto"
@@ -111,7 +111,7 @@ def importance_sampler(
     num_examples: int,
     *,
     batch_size: int,
-    sampler: SamplerName = "stratified",
+    sampler: SamplerName | Sampler = "stratified",
     order: OrderName | GradientSketch | Array | np.ndarray = "score",
     order_every: int = 1,
     uniform_fraction: float | Literal["auto"] = "auto",
@@ -135,7 +135,7 @@ def importance_sampler(
         batch_size: draws in a step, m.
         sampler: how indices are drawn. "stratified": one in each of m equal parts of the line of probabilities;
             "systematic": equal steps along it; "independent": the paper's; "without_replacement"; "poisson": a random
-            number of draws, with ``draw.mask``.
+            number of draws, with ``draw.mask``; or a function of one's own, ``(key, law, *, num_draws) -> Draw``.
         order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
             such as labels, to order by it and then by score; or a `GradientSketch`
             (`isgd_jax.gradients.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
@@ -363,7 +363,8 @@ class ImportanceSampler:
         """Of the four ways to draw (by score or uniformly, whole or in halves) the one whose turn it is, alone."""
         options, law = self.options, state.proposal.law
         is_apart = options.sampler in _APART
-        by_score, plain = _SAMPLERS[options.sampler], samplers.uniform if is_apart else samplers.uniform_strata
+        by_score = _SAMPLERS[options.sampler] if isinstance(options.sampler, str) else options.sampler
+        plain = samplers.uniform if is_apart else samplers.uniform_strata
         halve = self._can_halve and not is_apart
 
         def way(sampler: Sampler) -> Callable[[], Draw]:
@@ -504,7 +505,7 @@ def _sketch_of(options: Options) -> GradientSketch | None:
 def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     """Refuse what no sampler can be made of, in the names of the arguments."""
     names = get_args(SamplerName)
-    if options.sampler not in names:
+    if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
         raise ValueError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
     if options.sampler in ("without_replacement", "poisson") and batch_size > num_examples:
         raise ValueError(

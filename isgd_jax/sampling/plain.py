@@ -34,7 +34,7 @@ from isgd_jax.sampling.estimator import (
     check_weights,
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
-from isgd_jax.types import Draw, Key, Params
+from isgd_jax.types import Draw, Key, Params, Sampler
 
 
 def shuffled_epochs(
@@ -91,7 +91,7 @@ def fixed(
     scores: Array | np.ndarray,
     *,
     batch_size: int,
-    sampler: SamplerName = "stratified",
+    sampler: SamplerName | Sampler = "stratified",
     order: OrderName | GradientSketch | Array | np.ndarray = "score",
     uniform_fraction: float = 0.1,
     additive: float = 0.0,

@@ -43,7 +43,7 @@ docs: $(VENV)/.dev
 
 # Seconds of one device are told on one core, where there is a way to ask for it.
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c 0)
-BENCHMARKS := estimators watching rescoring balanced ranks sampling norms
+BENCHMARKS := estimators watching balanced ranks sampling norms
 
 # Both go on where they were stopped, but for the benchmarks; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev

@@ -11,7 +11,7 @@ import pdoc
 import pdoc.render
 
 ROOT = Path(__file__).parent.parent
-FURTHER = ("typing", "step", "engines", "config", "train", "rundir")
+FURTHER = ("types", "training", "app.config", "app.run", "app.run_dir")
 """Modules that users meet beside the public names of the package, which come by themselves."""
 
 

@@ -23,8 +23,8 @@ and missed by 0.01 to 0.03 elsewhere; all four intervals contain it. Stratified 
 import argparse
 from pathlib import Path
 
-from isgd_jax import compare
-from isgd_jax.config import Config
+from isgd_jax.app import compare
+from isgd_jax.app.config import Config
 
 ARMS: dict[str, dict[str, str]] = {
     "uniform": {"mode": "uniform", "sampler": "shuffled"},

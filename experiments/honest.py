@@ -95,8 +95,8 @@ import numpy as np
 from selection import contest, problems, rivals
 from selection.contest import Problem
 
-from isgd_jax import data
-from isgd_jax.compare import Interval, mean, median, paired_ratio
+from isgd_jax.app import data
+from isgd_jax.app.compare import Interval, mean, median, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
 TUNING_SEEDS = (1000, 1001)

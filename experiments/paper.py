@@ -56,10 +56,12 @@ import numpy as np
 from jax import Array
 
 import isgd_jax as isgd
-from isgd_jax import compare, data, evaluate, figures, proposal, samplers, task, train, variance
-from isgd_jax.config import Config
-from isgd_jax.data import Dataset
-from isgd_jax.rundir import Record
+from isgd_jax.app import compare, data, evaluation, figures, run, task
+from isgd_jax.app.config import Config
+from isgd_jax.app.data import Dataset
+from isgd_jax.app.run_dir import Record
+from isgd_jax.sampling import proposal, samplers
+from isgd_jax.variance import second_moments
 
 LEVELS = compare.levels("train_error=0.05,0.02")
 """Train accuracy 0.95 and 0.98."""
@@ -150,7 +152,7 @@ def shortened(dataset: Dataset, examples: int) -> Dataset:
         name=dataset.name,
         num_classes=dataset.num_classes,
         input_key=dataset.input_key,
-        per_coordinate=dataset.mean.ndim > 0,
+        per_coordinate=dataset.statistics[dataset.input_key].mean.ndim > 0,
     )
 
 
@@ -161,7 +163,7 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
     common: dict[str, Any] = {
         "dataset": dataset.name, "hidden": scale.hidden, "initializer": scale.initializer, "momentum": 0.95,
         "learning_rate": setting.learning_rate, "batch_size": scale.batch_size, "steps": steps,
-        "log_every": scale.log_every, "checkpoint_every": max(1, steps // 4), "full_train_loss": True, "probe_size": 4,
+        "log_every": scale.log_every, "checkpoint_every": max(1, steps // 4), "full_train_loss": True,
     }  # fmt: skip
     scored = common | {"mode": "relaxed", "refresh_every": 32, "refresh_share": scale.refresh_share}
     configs = {
@@ -183,9 +185,9 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
     }
 
 
-def fit(config: Config, /, *, dataset: Dataset, variance_every: int, **options: Any) -> train.Result:
-    """`isgd_jax.train.fit` on our data, with more measured at each line of progress."""
-    return train.fit(config, dataset=dataset, measure=measuring(config, dataset, variance_every), **options)
+def fit(config: Config, /, *, dataset: Dataset, variance_every: int, **options: Any) -> run.Result:
+    """`isgd_jax.app.run.fit` on our data, with more measured at each line of progress."""
+    return run.fit(config, dataset=dataset, measure=measuring(config, dataset, variance_every), **options)
 
 
 Measure = Callable[[Any, samplers.Law], Record]
@@ -198,7 +200,7 @@ def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
     scores in the table with the constant c added; ``full_ratio`` is Tr Cov STALE over UNIFORM. Exact, not estimated.
     """
     work = task.make(config, dataset)
-    fitness = evaluate.make_evaluate(work)
+    fitness = evaluation.make_evaluate(work)
     norms_and_square = norms_and_mean_square(work)
     valid, train_data = jax.device_put((dict(dataset.valid or {}), dict(work.train)))
 
@@ -243,7 +245,9 @@ def norms_and_mean_square(work: task.Task) -> Callable[[Any, Any], tuple[Array, 
 
 def spreads(norms: Array, square: Array, laws: dict[str, Array]) -> Record:
     """√Tr Cov of one draw: uniform, ideal, and under each law; and the ratio of the first law to uniform."""
-    traces = {name: variance.trace_covariance(variance.moments(norms, law), square) for name, law in laws.items()}
+    traces = {
+        name: second_moments.trace_covariance(second_moments.moments(norms, law), square) for name, law in laws.items()
+    }
     first = next(iter(traces.values()))
     values = {"uniform": first.uniform, "ideal": first.ideal} | {name: trace.stale for name, trace in traces.items()}
     spread = {f"full_sd_{name}": float(jnp.sqrt(jnp.maximum(value, 0.0))) for name, value in values.items()}

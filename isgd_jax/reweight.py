@@ -20,7 +20,8 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.factoring import factored
+from isgd_jax.gradients import lazy
+from isgd_jax.gradients.weights import draw_weights
 
 
 class ReweightState(NamedTuple):
@@ -76,18 +77,9 @@ def importance_weighting(
             )
         _check_gradients(updates, params, probs.shape[0])
         wanted = _wanted(state, num_examples, indices) if target is None else _given(state, target, probs)
-        return factored.weighted_mean(updates, draw_weights(probs, mask, wanted)), state
+        return lazy.weighted_mean(updates, draw_weights(probs, mask, wanted)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def draw_weights(
-    probs: Float[Array, " m"], mask: Bool[Array, " m"] | None, wanted: Float[Array, " m"] | float
-) -> Float[Array, " m"]:
-    """The weight ``wanted / probs`` [m] of each draw, 0 where masked; ``wanted`` is 1/N for the mean of all."""
-    if mask is None:
-        return wanted / probs
-    return jnp.where(mask, wanted / jnp.where(mask, probs, 1.0), 0.0)
 
 
 def _given(state: ReweightState, target: Float[Array, " m"], probs: Float[Array, " m"]) -> Float[Array, " m"]:
@@ -112,7 +104,7 @@ def _wanted(state: ReweightState, num_examples: int, indices: Int[Array, " m"] |
 def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
     """Every leaf must be [num_draws, *param.shape]. Shapes are known while tracing: free at run time."""
     if params is None:
-        leaves = jax.tree.leaves(grads, is_leaf=factored.is_factored)
+        leaves = jax.tree.leaves(grads, is_leaf=lazy.is_factored)
         expected = [(num_draws, *_batched_shape(leaf)[1:]) for leaf in leaves]
     else:
         structure: Any = jax.tree.structure(params)
@@ -143,4 +135,4 @@ def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
 
 def _batched_shape(leaf: Any) -> tuple[int, ...]:
     """[b, *param.shape] of a stacked or of a lazy leaf, whose own ``shape`` is the parameter's."""
-    return (leaf.batch_size, *leaf.shape) if factored.is_factored(leaf) else jnp.shape(leaf)
+    return (leaf.batch_size, *leaf.shape) if lazy.is_factored(leaf) else jnp.shape(leaf)

@@ -10,7 +10,7 @@ os.environ.setdefault("NPROC", "16")
 
 from jaxtyping import install_import_hook
 
-importlib.import_module("isgd_jax.config")  # before the hook: it checks its own types, and its messages are tested
+importlib.import_module("isgd_jax.app.config")  # before the hook: it checks its own types, and its messages are tested
 install_import_hook("isgd_jax", "beartype.beartype")
 
 import tempfile
@@ -47,7 +47,7 @@ def hardly_optimised() -> Iterator[None]:
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit` ends with figures that take a second: drawn by commands, and by tests marked `figures`."""
     if "figures" not in request.keywords:
-        monkeypatch.setattr("isgd_jax.train.report", SimpleNamespace(draw=lambda run: None))
+        monkeypatch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from isgd_jax import data
-from isgd_jax.config import Config
+from isgd_jax.app import data
+from isgd_jax.app.config import Config
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES = 90, 5, 3
 
@@ -30,7 +31,7 @@ def small_config(run_dir: Any, **changes: Any) -> Config:
     """A run of a second or two."""
     settings = {
         "hidden": (8,), "batch_size": 10, "steps": 40, "refresh_every": 8, "chunk_size": 32, "log_every": 10,
-        "checkpoint_every": 10, "probe_size": 16, "learning_rate": 0.02, "run_dir": str(run_dir),
+        "checkpoint_every": 10, "learning_rate": 0.02, "run_dir": str(run_dir),
     }  # fmt: skip
     return Config(**(settings | changes))
 
@@ -47,3 +48,22 @@ def linear_problem(num_examples: int = 40, seed: int = 0) -> tuple[dict[str, Arr
     x = rng.normal(size=(num_examples, 4)).astype(np.float32)
     y = (x.sum(1) + rng.standard_t(2, size=num_examples)).astype(np.float32)
     return {"w": jnp.ones(4), "b": jnp.zeros(())}, {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+
+
+def mlp_loss(params, example):
+    """A dense net on a vector, or on each vector of a sequence, the logits averaged."""
+    hidden = example["x"].reshape(-1, example["x"].shape[-1])
+    for layer in params[:-1]:
+        hidden = jax.nn.relu(hidden @ layer["w"] + layer["b"][None])
+    logits = jnp.mean(hidden @ params[-1]["w"] + params[-1]["b"][None], axis=0)
+    return -jax.nn.log_softmax(logits)[example["y"]]
+
+
+def mlp(key, sizes):
+    keys = jax.random.split(key, len(sizes))
+    shapes = zip(keys, sizes[:-1], sizes[1:], strict=False)
+    return [{"w": jax.random.normal(k, (i, o)) / np.sqrt(i), "b": jnp.zeros(o)} for k, i, o in shapes]
+
+
+def images(key, *shape, num_classes=5):
+    return {"x": jax.random.normal(key, shape), "y": jnp.arange(shape[0]) % num_classes}

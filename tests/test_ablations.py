@@ -10,7 +10,7 @@ import pytest
 import small_transformer
 
 import isgd_jax as isgd
-from isgd_jax import data, models
+from isgd_jax.app import data, models
 
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
 

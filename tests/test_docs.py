@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isgd_jax import cli
+from isgd_jax.app import cli
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

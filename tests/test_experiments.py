@@ -125,7 +125,8 @@ def test_labels_are_spoilt_as_told(kind: str, wrong: float, rarest: float) -> No
     dataset = problems.data.from_arrays(arrays, arrays)
     made = problems.make(dataset, kind, problems.Scale(20_000, (4,), 8, 1))
     every = {name: np.concatenate([made.train[name], made.valid[name]]) for name in ("x", "y")}
-    true = np.rint(every["x"][:, 0] * dataset.std + dataset.mean).astype(int)
+    mean, std = dataset.statistics["image"]
+    true = np.rint(every["x"][:, 0] * std + mean).astype(int)
     assert abs((true != every["y"]).mean() - wrong) < 0.02
     counts = np.bincount(true, minlength=10)
     assert abs(counts[9] - 2_000 * rarest) <= 5 * np.sqrt(20)
@@ -184,7 +185,7 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     # Against the definition: the gradients of all examples, stacked.
     params = problem.init(jax.random.key(0))
     problem_of = (problem.loss_fn, problem.logits_fn, problem.init, problem.train, problem.test)
-    work = paper.task.Task(*problem_of, valid=None, num_examples=SIZE, fingerprint="")
+    work = paper.task.Task(*problem_of, num_examples=SIZE, fingerprint="")
     norms, square = paper.norms_and_mean_square(work)(params, problem.train)
     grads = paper.isgd.stacked_per_example_grads(problem.loss_fn)(params, problem.train)
     flat = jnp.concatenate([leaf.reshape(SIZE, -1) for leaf in jax.tree.leaves(grads)], axis=1)

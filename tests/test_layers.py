@@ -1,58 +1,32 @@
-"""The import rule: a module imports from lower levels only, and neighbours on a level do not know each other.
+"""The import rule, one sentence: a folder imports only from folders to its left.
 
-This list is where the levels live; a new module must be entered here.
+types, errors -> gradients, variance -> sampling, engines, reweight -> training -> app
 """
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import isgd_jax as isgd
+
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
-LEVELS = [
-    {"typing", "config", "sums", "windows", "clock", "rollcall", "thrift", "userfiles"},
-    {"factoring", "table", "samplers", "variance", "calibration", "gate", "mixtures", "orders", "models", "checkpoint"}
-    | {"rundir", "presets"},
-    {"gradients", "explain", "microbatches", "proposal", "reweight", "monitor", "parallel", "schedule"},
-    {"scorers", "sharded", "presample", "optimizers", "distributed", "draws", "sketches", "rescoring"},
-    {"watch", "candidates", "sampling"},
-    {"step", "designs", "engines", "data", "signals", "console", "figures", "tensorboard"},
-    {"laws", "task"},
-    {"assembly", "feed"},
-    {"evaluate", "report"},
-    {"jobs", "progress"},
-    {"train"},
-    {"compare", "probe"},
-    {"page"},
-    {"commands"},
-    {"cli"},
-]
-LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
-CORE_LEVELS = 5
-"""The levels below `step` know trees and functions only."""
-NOT_IN_CORE = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "ray", "sklearn"}
-CORE_EXCEPTIONS = {"models": {"flax"}, "checkpoint": {"orbax"}}
-
-FACTORING = [
-    {"program", "factors", "costs", "slices"},
-    {"contraction", "terms"},
-    {"factored"},
-    {"regions"},
-    {"cuts"},
-    {"plans"},
-]
-"""The same order inside the package `factoring`."""
+FOLDERS = [{"types", "errors"}, {"gradients", "variance"}, {"sampling", "engines", "reweight"}, {"training"}, {"app"}]
+PLACE_OF = {folder: place for place, folders in enumerate(FOLDERS) for folder in folders}
+ONLY_IN_APP = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "sklearn", "pooch", "jinja2"}
+RAY = "engines/ray_engine.py"
+"""The one module that knows Ray."""
 
 
 def module_files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def room(path: Path) -> str:
-    """The name under isgd_jax/ that a file belongs to; a package such as engines/ is one room."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def parts_of(path: Path) -> tuple[str, ...]:
+    return path.relative_to(PACKAGE).with_suffix("").parts
 
 
 def imported(source: str, parts: tuple[str, ...]) -> Iterator[str]:
@@ -67,48 +41,58 @@ def imported(source: str, parts: tuple[str, ...]) -> Iterator[str]:
 
 
 def violations(source: str, parts: tuple[str, ...]) -> list[str]:
-    own, found = LEVEL_OF[parts[0]], []
+    own, found = parts[0], []
     for name in imported(source, parts):
         top, *rest = name.split(".")
-        if top == "isgd_jax" and rest and rest[0] in LEVEL_OF and rest[0] != parts[0] and LEVEL_OF[rest[0]] >= own:
-            found.append(f"{'.'.join(parts)} (level {own}) imports {rest[0]} (level {LEVEL_OF[rest[0]]})")
-        if own < CORE_LEVELS and top in NOT_IN_CORE - CORE_EXCEPTIONS.get(parts[0], set()):
-            found.append(f"{'.'.join(parts)} (level {own}) imports {top}, which the core does without")
+        if top == "isgd_jax" and rest and rest[0] in PLACE_OF and rest[0] != own and PLACE_OF[rest[0]] >= PLACE_OF[own]:
+            found.append(f"{'/'.join(parts)} imports {rest[0]}, which is not to the left of {own}")
+        if own != "app" and top in ONLY_IN_APP:
+            found.append(f"{'/'.join(parts)} imports {top}, which app alone knows")
+        if top == "ray" and "/".join(parts) + ".py" != RAY:
+            found.append(f"{'/'.join(parts)} imports ray, which {RAY} alone knows")
     return found
 
 
-def test_every_module_has_a_level() -> None:
-    assert {room(path) for path in module_files()} - set(LEVEL_OF) == set()
+def test_every_module_is_in_a_folder() -> None:
+    assert {parts_of(path)[0] for path in module_files()} - set(PLACE_OF) == set()
 
 
 @pytest.mark.parametrize("path", module_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downwards(path: Path) -> None:
-    if room(path) in LEVEL_OF:
-        assert violations(path.read_text(), path.relative_to(PACKAGE).with_suffix("").parts) == []
+def test_imports_run_to_the_left(path: Path) -> None:
+    assert violations(path.read_text(), parts_of(path)) == []
 
 
-def test_factoring_imports_run_downwards() -> None:
-    level_of = {module: level for level, modules in enumerate(FACTORING) for module in modules}
-    files = [path for path in (PACKAGE / "factoring").glob("*.py") if path.stem != "__init__"]
-    assert {path.stem for path in files} == set(level_of)
-    for path in files:
-        for name in imported(path.read_text(), ("factoring", path.stem)):
-            if name.startswith("isgd_jax.factoring."):
-                assert level_of[name.split(".")[2]] < level_of[path.stem], f"{path.stem} imports {name}"
+def test_the_command_alone_knows_its_configuration() -> None:
+    library = [path for path in module_files() if parts_of(path)[0] != "app"]
+    assert [str(path) for path in library if "Config" in path.read_text().replace("raylet.Config", "")] == []
+
+
+def test_a_name_is_the_same_whatever_was_imported_before() -> None:
+    """No module bears the name of a public function: importing it would put the module over the function."""
+    before = {name: getattr(isgd, name) for name in dir(isgd)}
+    for path in module_files():
+        if parts_of(path)[0] != "app":
+            importlib.import_module(".".join(("isgd_jax", *parts_of(path))).removesuffix(".__init__"))
+    for name, value in before.items():
+        assert getattr(isgd, name) is value, name
+    for folder in ("gradients", "variance", "sampling", "engines"):
+        room = importlib.import_module(f"isgd_jax.{folder}")
+        clash = {p.stem for p in (PACKAGE / folder).glob("*.py")} & {n for n in dir(room) if callable(getattr(room, n))}
+        assert clash == set()
 
 
 @pytest.mark.parametrize(
     ("parts", "source"),
     [
-        (("table",), "from isgd_jax import proposal"),
-        (("table",), "from isgd_jax.proposal import propose"),
-        (("table",), "import isgd_jax.samplers"),
-        (("table",), "from . import variance"),
-        (("table",), "from .cli import main"),
-        (("engines", "local"), "from ..train import fit"),
-        (("typing",), "def f():\n    from isgd_jax.config import Config"),
-        (("samplers",), "import orbax.checkpoint as ocp"),
-        (("gradients",), "from flax import linen"),
+        (("variance", "gate"), "from isgd_jax.sampling import proposal"),
+        (("variance", "gate"), "from isgd_jax.gradients.lazy import norms"),
+        (("sampling", "state"), "import isgd_jax.engines.chunks"),
+        (("gradients", "lazy"), "from . import costs\nfrom ..app import data"),
+        (("engines", "local_engine"), "from ..training.loop import fit"),
+        (("types",), "def f():\n    from isgd_jax.app.config import Config"),
+        (("sampling", "samplers"), "import orbax.checkpoint as ocp"),
+        (("training", "loop"), "from flax import linen"),
+        (("engines", "worker_pool"), "import ray"),
     ],
 )
 def test_a_violation_is_found(parts: tuple[str, ...], source: str) -> None:
@@ -118,10 +102,10 @@ def test_a_violation_is_found(parts: tuple[str, ...], source: str) -> None:
 @pytest.mark.parametrize(
     ("parts", "source"),
     [
-        (("proposal",), "from isgd_jax.table import ScoreTable"),
-        (("engines", "local"), "from isgd_jax.engines.inline import Inline"),
-        (("models",), "from flax import linen"),
-        (("train",), "import orbax.checkpoint"),
+        (("sampling", "proposal"), "from isgd_jax.sampling.score_table import ScoreTable"),
+        (("training", "loop"), "from isgd_jax.sampling.state import SamplerState"),
+        (("app", "models"), "from flax import linen"),
+        (("engines", "ray_engine"), "import ray"),
     ],
 )
 def test_what_is_allowed_passes(parts: tuple[str, ...], source: str) -> None:

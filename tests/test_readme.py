@@ -28,8 +28,8 @@ def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(BLOCKS[0])
     command = re.search(r"^    \.venv/bin/isgd (train --model my_model.*)$", README.read_text(), flags=re.MULTILINE)
     assert command is not None
-    arguments = [*command.group(1).split(), "--steps", "20", "--probe-size", "32", "--refresh-every", "20"]
-    run(f"from isgd_jax.cli import main; main({arguments})", tmp_path)
+    arguments = [*command.group(1).split(), "--steps", "20", "--refresh-every", "20"]
+    run(f"from isgd_jax.app.cli import main; main({arguments})", tmp_path)
     assert {"variance.png", "loss.png", "error.png"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
 
 

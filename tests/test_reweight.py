@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from isgd_jax import gradients, reweight
+from isgd_jax import reweight
+from isgd_jax.gradients import per_example
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 0.5]), "b": jnp.asarray(0.25)}
 
@@ -21,12 +22,12 @@ def batch() -> tuple[jax.Array, jax.Array]:
 
 
 def stacked(batch: tuple) -> dict:
-    return gradients.stacked_per_example_grads(loss_fn)(PARAMS, batch)
+    return per_example.stacked_per_example_grads(loss_fn)(PARAMS, batch)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_the_update_is_the_weighted_mean(batch: tuple, lazy: bool) -> None:
-    grads = (gradients.per_example_grads if lazy else gradients.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
+    grads = (per_example.per_example_grads if lazy else per_example.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
     probs = jnp.asarray([0.1, 0.2, 0.05, 0.3, 0.25, 0.1])
     tx = reweight.importance_weighting(10)
     mean, _ = jax.jit(lambda g: tx.update(g, tx.init(PARAMS), PARAMS, probs=probs))(grads)
@@ -41,7 +42,7 @@ def test_uniform_probabilities_recover_sgd_step_for_step(batch: tuple) -> None:
     a = b = PARAMS
     state_a, state_b = ours.init(a), theirs.init(b)
     for _ in range(10):
-        grads = gradients.stacked_per_example_grads(loss_fn)(a, batch)
+        grads = per_example.stacked_per_example_grads(loss_fn)(a, batch)
         updates, state_a = ours.update(grads, state_a, a, probs=jnp.full(6, 1 / 6))
         a = optax.apply_updates(a, updates)
         plain = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0))(p, batch)))(b)
@@ -97,7 +98,7 @@ def test_a_plain_gradient_is_a_value_error(batch: tuple) -> None:
 @pytest.mark.parametrize("params", [PARAMS, None])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_gradients_of_another_draw_are_a_value_error(batch: tuple, params: dict | None, lazy: bool) -> None:
-    grads = (gradients.per_example_grads if lazy else gradients.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
+    grads = (per_example.per_example_grads if lazy else per_example.stacked_per_example_grads)(loss_fn)(PARAMS, batch)
     tx = reweight.importance_weighting(6)
     with pytest.raises(ValueError, match="come from the same draw"):
         tx.update(grads, tx.init(PARAMS), params, probs=jnp.full(5, 1 / 6))

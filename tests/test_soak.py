@@ -18,10 +18,10 @@ import pytest
 from problems import blobs, small_config
 from test_cli import SMALL, finished, isgd
 
-from isgd_jax.engines.local import Device
-from isgd_jax.rundir import Record, RunDir
-from isgd_jax.train import Result, fit
-from isgd_jax.typing import WorkersGone
+from isgd_jax.app.run import Result, fit
+from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.engines.contract import WorkersGone
+from isgd_jax.engines.local_engine import DeviceWorker
 
 KILLS = 20
 ARGUMENTS = ["--data-dir", "data", *SMALL, "--steps", "8000", "--mode", "relaxed", "--log-every", "100"]
@@ -74,34 +74,34 @@ def test_killed_at_random_moments_each_resume_succeeds(tmp_path: Path) -> None:
 
 
 FAULTS = 100
-Finish = Callable[[Device, Any], np.ndarray]
-HONEST: Finish = Device.finish
+Finish = Callable[[DeviceWorker, Any], np.ndarray]
+HONEST: Finish = DeviceWorker.finish
 
 
-def dies(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def dies(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     if rng.random() < 0.2:
         raise RuntimeError("a worker died in mid-chunk")
     return scores
 
 
-def all_gone(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def all_gone(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     raise RuntimeError("nobody is left")
 
 
-def slow(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def slow(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     threading.Event().wait(rng.choice([0.0, 0.0, 0.5]))
     return scores
 
 
-def not_a_number(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def not_a_number(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(scores)) == rng.randrange(len(scores)), np.nan, scores).astype(scores.dtype)
 
 
-def wrong_shape(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def wrong_shape(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     return scores[: rng.randrange(len(scores) + 1)]
 
 
-def other_data(rng: random.Random, device: Device, scores: np.ndarray) -> np.ndarray:
+def other_data(rng: random.Random, device: DeviceWorker, scores: np.ndarray) -> np.ndarray:
     device.fingerprint = "of other data"
     return scores
 
@@ -125,7 +125,7 @@ def test_a_hundred_faults_and_every_run_ends_right_or_resumes(tmp_path: Path, mo
         counted[fault.__name__] += 1
         trouble = threading.Event()
 
-        def finish(self: Device, started: Any, fault: Any = fault, trouble: Any = trouble) -> np.ndarray:
+        def finish(self: DeviceWorker, started: Any, fault: Any = fault, trouble: Any = trouble) -> np.ndarray:
             scores = HONEST(self, started)
             return fault(rng, self, scores) if trouble.is_set() else scores
 
@@ -136,13 +136,13 @@ def test_a_hundred_faults_and_every_run_ends_right_or_resumes(tmp_path: Path, mo
                 os.kill(os.getpid(), signal.SIGTERM)
 
         config = small_config(folder, mode=mode, engine="local", chunk_size=10, chunk_patience=0.3)
-        monkeypatch.setattr(Device, "finish", finish)
+        monkeypatch.setattr(DeviceWorker, "finish", finish)
         try:
             result: Result | None = fit(config, dataset=blobs(), observe=observe)
         except WorkersGone:
             assert mode == "exact"
             result = None
-        monkeypatch.setattr(Device, "finish", HONEST)
+        monkeypatch.setattr(DeviceWorker, "finish", HONEST)
         if result is None or result.stopped_by is not None:
             result = fit(config, dataset=blobs(), resume=True)
         assert result.step == 40

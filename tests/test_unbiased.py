@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isgd_jax import proposal, reweight, samplers, table, variance
+from isgd_jax import reweight
+from isgd_jax.sampling import proposal, samplers, score_table
+from isgd_jax.variance import second_moments
 
 N, DIM, DRAWS, REPEATS = 300, 4, 16, 20_000
 
@@ -51,7 +53,7 @@ def scores_of(kind: str, norms: np.ndarray) -> jax.Array:
 def law_of(kind: str, norms: np.ndarray) -> jax.Array:
     scored = np.arange(N) if kind != "half scored" else np.arange(1, N, 2)
     ids = jnp.asarray(scored, jnp.int32)
-    known, _ = table.record(table.create(N), ids, scores_of(kind, norms)[ids], version=5)
+    known, _ = score_table.record(score_table.create(N), ids, scores_of(kind, norms)[ids], version=5)
     return proposal.propose(known, version=7, mixture=0.1).probs
 
 
@@ -105,8 +107,8 @@ def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kin
 def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
     probs = law_of(kind, norms)
-    moments = variance.moments(jnp.asarray(norms), probs)
-    traces = variance.trace_covariance(moments, float((grads.mean(axis=0) ** 2).sum()))
+    moments = second_moments.moments(jnp.asarray(norms), probs)
+    traces = second_moments.trace_covariance(moments, float((grads.mean(axis=0) ** 2).sum()))
     measured = DRAWS * estimates(samplers.independent, probs, grads).var(axis=0, ddof=1).sum()
     np.testing.assert_allclose(measured, float(traces.stale), rtol=0.05)
 
@@ -116,7 +118,7 @@ def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarra
 def test_stratified_draws_never_vary_more(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
     probs = law_of(kind, norms)
-    stale = float(variance.moments(jnp.asarray(norms), probs).stale) - (grads.mean(axis=0) ** 2).sum()
+    stale = float(second_moments.moments(jnp.asarray(norms), probs).stale) - (grads.mean(axis=0) ** 2).sum()
     for line in (None, grads[:, -1]):
         measured = DRAWS * estimates(samplers.stratified, probs, grads, line).var(axis=0, ddof=1).sum()
         assert measured < 1.03 * stale  # 3 % for the error of a variance over 20,000 repeats
@@ -145,5 +147,5 @@ def test_no_score_costs_more_than_the_mixture_allows(grads: np.ndarray, kind: st
     norms = np.linalg.norm(grads, axis=1)
     scores = scores_of(kind, norms)
     for worst in (scores, jnp.zeros(N).at[np.argmin(norms)].set(1e30)):
-        moments = variance.moments(jnp.asarray(norms), proposal.smooth(worst, mixture=mixture)[0])
+        moments = second_moments.moments(jnp.asarray(norms), proposal.smooth(worst, mixture=mixture)[0])
         assert float(moments.stale) <= float(moments.uniform) / mixture * (1 + 1e-5)

@@ -49,7 +49,7 @@ from estimation import M, Problem, Truth, full_truth, load, sliced, squared, tak
 from estimators import by_cells, sketch_of
 from scipy.spatial import KDTree
 
-from isgd_jax import proposal, samplers
+from isgd_jax.sampling import proposal, samplers
 
 SIZE, MIXTURE, SHORT = 10_000, 0.03, 1e-9
 Draws = Callable[[np.random.Generator], np.ndarray]

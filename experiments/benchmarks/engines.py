@@ -74,22 +74,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimation import problem_of, true_traces
-
-from isgd_jax import compare, data, laws, optimizers, samplers, step, task
 from isgd_jax.assembly import make_scorer
-from isgd_jax.clock import Clock
-from isgd_jax.config import Config
-from isgd_jax.engines.choose import make_engine
+from isgd_jax.jobs import job_elsewhere
+
+from isgd_jax import laws, step
+from isgd_jax.app import compare, data, optimizers, task
+from isgd_jax.app.clock import Clock
+from isgd_jax.app.config import Config
+from isgd_jax.app.engine_choice import make_engine
+from isgd_jax.app.run import fit
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.desk import Desk, Segment
-from isgd_jax.jobs import jobs_elsewhere
-from isgd_jax.rundir import RunDir
-from isgd_jax.train import fit
-from isgd_jax.typing import TRAIN, Engine, EngineStats, Params, ScoredChunk
+from isgd_jax.engines.contract import EngineStats, FullEngine, ScoredChunk
+from isgd_jax.engines.work_queue import WorkQueue
+from isgd_jax.sampling import samplers
+from isgd_jax.types import Params
 
 SETTING: dict[str, Any] = {
     "dataset": "fashion_mnist", "mode": "relaxed", "batch_size": 128, "learning_rate": 0.01,
-    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "probe_size": 64, "order": "label-score",
+    "momentum": 0.95, "refresh_every": 50, "mixture": 0.3, "order": "label-score",
 }  # fmt: skip
 
 
@@ -116,12 +119,12 @@ class Ages(NamedTuple):
 
 
 def simulate(world: World, *, sweeps: float = 3.0) -> Ages:
-    """The ages that workers reach, in virtual time: the desk of the library, with a clock that jumps.
+    """The ages that workers reach, in virtual time: the work queue of the library, with a clock that jumps.
 
     A worker looks for newer parameters before each chunk, as the library's do. The first half is left out.
     """
     now, chunks = [0.0], Chunks(world.examples, world.chunk)
-    desk = Desk({TRAIN: Segment(chunks)}, patience=math.inf, now=lambda: now[0])
+    queue = WorkQueue(chunks, timeout=math.inf, now=lambda: now[0])
     sweep = world.examples / (world.scorers * world.rate)
     end = sweeps * max(sweep, world.period) + 4 * world.period
     looks = np.linspace(end / 2, end, 20)
@@ -129,17 +132,17 @@ def simulate(world: World, *, sweeps: float = 3.0) -> Ages:
     events: list[tuple[float, int, Any]] = [(0.0, worker, None) for worker in range(world.scorers)]
     found: list[np.ndarray] = []
     while len(found) < len(looks):
-        now[0], worker, order = heapq.heappop(events)
+        now[0], worker, item = heapq.heappop(events)
         while len(found) < len(looks) and looks[len(found)] <= now[0]:
             found.append(looks[len(found)] - versions[versions >= 0] * world.period)
         newest = int(now[0] / world.period)
-        desk.announce(newest)
-        if order is not None:
-            versions[order.chunk] = order.version
-            desk.take(order, np.zeros(len(chunks.ids(order.chunk)), np.float32))
-            desk.collect()
+        queue.set_version(newest)
+        if item is not None:
+            versions[item.chunk] = item.version
+            queue.complete(item, np.zeros(len(chunks.ids(item.chunk)), np.float32))
+            queue.collect()
         moving = world.param_bytes / world.bandwidth if newest > held[worker] else 0.0
-        held[worker], following = newest, desk.next_order(str(worker), newest)
+        held[worker], following = newest, queue.next_item(str(worker), newest)
         if following is None:
             heapq.heappush(events, ((newest + 1) * world.period, worker, None))
         else:
@@ -162,7 +165,7 @@ class Mute:
 
     def publish(self, params: Params, version: int) -> None: ...
 
-    def collect(self) -> list[ScoredChunk]:
+    def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
         return []
 
     def notices(self) -> list[str]:
@@ -176,7 +179,7 @@ class Mute:
 
     def restore(self, state: dict[str, int]) -> None: ...
 
-    def seconds_per_collect(self, params: Params) -> float:
+    def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
         return 0.0
 
     def close(self) -> None: ...
@@ -209,9 +212,9 @@ class Bench:
         )
         self.data, self.key, self.clock = jax.device_put(dict(self.work.train)), jax.random.key(1), Clock()
         self.step = 0
-        jobs = jobs_elsewhere(config, None, None, None)
+        job = job_elsewhere(config, None, None, None)
         self.engine, remarks = make_engine(
-            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_jobs=jobs
+            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_job=job
         )
         print(*remarks, sep="\n", end="")
         self._mute, self._scoring = self._laws(Mute()), self._laws(self.engine)
@@ -220,7 +223,7 @@ class Bench:
         while self.scored() < config.scorers * self.engine.chunk_size:
             time.sleep(0.1)
 
-    def _laws(self, engine: Engine) -> laws.ScoredLaws:
+    def _laws(self, engine: FullEngine) -> laws.ScoredLaws:
         return laws.ScoredLaws(engine, self.config, self.data["label"])
 
     def train(

@@ -12,9 +12,11 @@ import numpy as np
 import optax
 
 import isgd_jax as isgd
-from isgd_jax import data, models, samplers, task, variance
-from isgd_jax.scorers import softmax_cross_entropy
-from isgd_jax.typing import Batch, Draw, LossFn, Params
+from isgd_jax.app import data, models, task
+from isgd_jax.engines.scorers import softmax_cross_entropy
+from isgd_jax.sampling import samplers
+from isgd_jax.types import Batch, Draw, LossFn, Params
+from isgd_jax.variance import second_moments
 
 M, SLICE, SEED = 128, 2000, 0
 CHECKPOINTS = (500, 4000, 12000)
@@ -50,10 +52,10 @@ def load(data_dir: str | None, raw_dir: str | None) -> Problem:
     model = models.mlp(dataset.num_classes)
 
     def logits_fn(params: Params, example: Batch) -> jax.Array:
-        return model.apply({"params": params}, dataset.standardise(example["image"]))
+        return model.apply({"params": params}, dataset.standardize(example["image"]))
 
     def init(key: jax.Array) -> Params:
-        return models.init(model, key, jnp.asarray(dataset.standardise(dataset.train["image"][0])))
+        return models.init(model, key, jnp.asarray(dataset.standardize(dataset.train["image"][0])))
 
     def loss_fn(params: Params, example: Batch) -> jax.Array:
         return softmax_cross_entropy(logits_fn(params, example), example)
@@ -143,10 +145,10 @@ def full_truth(problem: Problem, params: Params) -> Truth:
     return Truth(params, all_norms(problem, params), mean, float(squared(mean)))
 
 
-def true_traces(problem: Problem, params: Params, probs: jax.Array) -> variance.Moments:
+def true_traces(problem: Problem, params: Params, probs: jax.Array) -> second_moments.Moments:
     """Tr Cov of one draw by ``probs``, by the uniform and by the ideal law, from all the data."""
     truth = full_truth(problem, params)
-    return variance.trace_covariance(variance.moments(jnp.asarray(truth.norms), probs), truth.square)
+    return second_moments.trace_covariance(second_moments.moments(jnp.asarray(truth.norms), probs), truth.square)
 
 
 def squared(tree: Params) -> jax.Array:
@@ -154,7 +156,7 @@ def squared(tree: Params) -> jax.Array:
 
 
 def stale_moment(truth: Truth, probs: jax.Array) -> float:
-    return float(variance.moments(jnp.asarray(truth.norms), probs).stale)
+    return float(second_moments.moments(jnp.asarray(truth.norms), probs).stale)
 
 
 PIECE = 256

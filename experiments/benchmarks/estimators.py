@@ -54,8 +54,9 @@ from estimation import (
 )
 
 import isgd_jax as isgd
-from isgd_jax import calibration, mixtures, orders, proposal, samplers, sketches
-from isgd_jax.typing import Batch, LossFn, Params
+from isgd_jax.gradients import sketches
+from isgd_jax.sampling import calibration, clusters, fractions, proposal, samplers
+from isgd_jax.types import Batch, LossFn, Params
 
 PERIOD, PERIODS, SEEDS = 200, 10, 3
 
@@ -129,7 +130,7 @@ def print_stale(problem: Problem, folder: Path, seeds: int) -> None:
 def stale_run(problem: Problem, seed: int) -> list[dict[str, float]]:
     """Train by stratified draws from scores refreshed every 200 updates; judge designs just before each refresh."""
     train_block, params = make_train_block(problem), problem.init(jax.random.key(seed))
-    opt_state, fit, shares = tx_of(problem).init(params), calibration.create(), mixtures.create()
+    opt_state, fit, shares = tx_of(problem).init(params), calibration.create(), fractions.create()
     found = []
     for period in range(PERIODS):
         scores = jnp.asarray(all_norms(problem, params))
@@ -140,7 +141,7 @@ def stale_run(problem: Problem, seed: int) -> list[dict[str, float]]:
         ages = jnp.full(problem.size, PERIOD, jnp.int32)
         predicted = calibration.predict(fit, scores, ages)  # by what earlier periods have taught
         key = jax.random.fold_in(jax.random.key(seed), period)
-        chosen = float(mixtures.choose(shares))  # likewise
+        chosen = float(fractions.choose(shares))  # likewise
         params, opt_state, fit, shares = train_block(
             params, opt_state, fit, shares, scores, predicted, law, problem.train, key
         )
@@ -209,7 +210,7 @@ def make_train_block(problem: Problem) -> Callable[..., tuple[Params, Any, Any, 
             updates, opt_state = tx.update(grads, opt_state, params, probs=draw.probs)
             weights, ages = 1.0 / (problem.size * draw.probs), jnp.full(M, age, jnp.int32)
             fit = calibration.observe(fit, scores[draw.indices], ages, isgd.norms(grads), weights)
-            shares = mixtures.observe(shares, weights, isgd.norms(grads), relative[draw.indices], draw.mask)
+            shares = fractions.observe(shares, weights, isgd.norms(grads), relative[draw.indices], draw.mask)
             return optax.apply_updates(params, updates), opt_state, fit, shares
 
         return jax.lax.fori_loop(0, PERIOD, step, (params, opt_state, fit, shares))
@@ -217,7 +218,7 @@ def make_train_block(problem: Problem) -> Callable[..., tuple[Params, Any, Any, 
     return block
 
 
-order_by_cells = jax.jit(orders.by_cells)
+order_by_cells = jax.jit(clusters.by_cells)
 
 
 @cache

@@ -118,7 +118,7 @@ def floor(name: str, size: int) -> float:
     from norm_models import make
 
     import isgd_jax as isgd
-    from isgd_jax.factoring.factored import is_factored
+    from isgd_jax.gradients.lazy import is_factored
 
     loss_fn, params, batch = make(name, size)
     grads = jax.eval_shape(isgd.per_example_grads(loss_fn, joint=False), params, batch)

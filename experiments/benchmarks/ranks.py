@@ -19,7 +19,7 @@ import optax
 from sklearn.datasets import load_digits
 
 import isgd_jax as isgd
-from isgd_jax import scorers
+from isgd_jax.engines import scorers
 
 
 class Net(nn.Module):

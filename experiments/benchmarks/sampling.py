@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import samplers, sums
-from isgd_jax.samplers import Law
+from isgd_jax.sampling import double_float, samplers
+from isgd_jax.sampling.samplers import Law
 
 SEED, CELLS, CHANGED = 0, 1000, 10_000
 
@@ -104,7 +104,7 @@ def count_starved(law: Law, masses: np.ndarray, chunk: int = 10**6) -> int:
         ends = before + np.cumsum(part)
         bits = np.floor((ends - part / 2) / total * 2.0**48)
         high = np.floor(bits / 2.0**24)
-        unit = sums.two_sum(
+        unit = double_float.two_sum(
             jnp.asarray(high * 2.0**-24, jnp.float32), jnp.asarray((bits - high * 2.0**24) * 2.0**-48, jnp.float32)
         )
         starved += int(np.sum(np.asarray(land(law, unit)) != np.arange(start, start + len(part))))

@@ -78,10 +78,13 @@ import jax.numpy as jnp
 import numpy as np
 from estimation import all_norms, load, problem_of, sliced, true_traces, uniform_checkpoints
 
-from isgd_jax import assembly, compare, data, gate, monitor, proposal, samplers, task, variance, watch
-from isgd_jax.clock import Clock
-from isgd_jax.config import Config
-from isgd_jax.typing import ScoredChunk
+from isgd_jax import assembly, watch
+from isgd_jax.app import compare, data, task
+from isgd_jax.app.clock import Clock
+from isgd_jax.app.config import Config
+from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.sampling import proposal, samplers
+from isgd_jax.variance import gate, monitor, second_moments
 
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
 MONITORED_SEEDS = 3
@@ -119,7 +122,7 @@ class Run:
         self.rng = np.random.default_rng(config.seed)
         if is_spoilt:
             collect = self.parts.engine.collect
-            self.parts.engine.collect = lambda: [self.spoilt(chunk) for chunk in collect()]
+            self.parts.engine.collect = lambda **how: [self.spoilt(chunk) for chunk in collect(**how)]
 
     def spoilt(self, chunk: ScoredChunk) -> ScoredChunk:
         if self.step < WORTHLESS_FROM:
@@ -144,7 +147,7 @@ class Run:
                 jax.block_until_ready(info.loss)
         return jax.device_get(infos)
 
-    def true_traces(self) -> variance.Moments:
+    def true_traces(self) -> second_moments.Moments:
         """Tr Cov of one draw by the law in use, from all the data at the parameters of now."""
         is_open, size = bool(self.state.watch.gate.is_open), self.problem.size
         probs = samplers.probabilities(self.parts.laws.proposal) if is_open else jnp.full(size, 1 / size)
@@ -304,7 +307,7 @@ def print_harm(dataset: data.Dataset, options: argparse.Namespace) -> None:
     print("\nharm: second moment over UNIFORM's; mixture 0.1; gate after 2,000 draws, worst of 20 runs")
     for name, (scores, true) in cases.items():
         probs = proposal.smooth(jnp.asarray(scores, jnp.float32), mixture=0.1)[0]
-        found = variance.moments(jnp.asarray(true), probs)
+        found = second_moments.moments(jnp.asarray(true), probs)
         raw = float(found.stale / found.uniform)
         gated = max(moment_after(probs, jnp.asarray(true), raw, seed) for seed in range(20))
         print(f"  {name:22} raw {raw:7.3f} (bound {1 / 0.1:.0f}), gated {gated:7.3f}", flush=True)

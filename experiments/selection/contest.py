@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import isgd_jax as isgd
-from isgd_jax import models
+from isgd_jax.app import models
 
 Tree = Any
 Array = jax.Array

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax import data
+from isgd_jax.app import data
 from selection.contest import Problem
 
 
@@ -80,7 +80,7 @@ def _long_tail(rng: np.random.Generator, labels: np.ndarray, num_classes: int, i
 
 def _flat(dataset: data.Dataset, split: str, rows: np.ndarray | slice) -> np.ndarray:
     inputs = getattr(dataset, split)[dataset.input_key][rows]
-    standard = np.asarray(dataset.standardise(inputs))
+    standard = np.asarray(dataset.standardize(inputs))
     return standard.reshape(len(standard), -1)
 
 

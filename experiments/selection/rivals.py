@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from isgd_jax import calibration, gate, presample, proposal, samplers, scorers, table
+from isgd_jax.engines import scorers
+from isgd_jax.sampling import calibration, candidates, proposal, samplers, score_table
+from isgd_jax.variance import gate
 from selection.contest import FORWARD, NORMS, Choice, Method, Problem
 
 Tree = Any
@@ -95,10 +97,10 @@ def presampling(problem: Problem) -> Method:
         def open_() -> tuple[Choice, Epochs, Array]:
             indices, epochs = next_batch(epoch_key, memory.epochs, num_candidates)
             scores = score(params, jax.tree.map(lambda leaf: leaf[indices], data))
-            draw = presample.resample(draw_key, scores, num_draws=size)
+            draw = candidates.resample(draw_key, scores, num_draws=size)
             weights = 1.0 / (num_candidates * draw.probs)
             cost = jnp.float32(num_candidates * FORWARD)
-            return Choice(indices[draw.indices], weights, cost), epochs, presample.speedup(scores)
+            return Choice(indices[draw.indices], weights, cost), epochs, candidates.speedup(scores)
 
         def shut() -> tuple[Choice, Epochs, Array]:
             indices, epochs = next_batch(epoch_key, memory.epochs, size)
@@ -109,7 +111,7 @@ def presampling(problem: Problem) -> Method:
 
     def learn(memory: Presampling, choice: Choice, losses: Array, norms: None, step: Array) -> Presampling:
         # While shut, scores come from the losses for nothing: 2 (1 - exp(-loss)) is the L1 norm of the same slope.
-        found = 0.9 * memory.speedup + 0.1 * presample.speedup(1.0 - jnp.exp(-losses))
+        found = 0.9 * memory.speedup + 0.1 * candidates.speedup(1.0 - jnp.exp(-losses))
         speedup = jnp.where(memory.is_open, memory.speedup, found)
         return memory._replace(speedup=speedup, is_open=speedup > worth)
 
@@ -231,7 +233,7 @@ def rho_loss(problem: Problem) -> Method:
 
 
 class Ours(NamedTuple):
-    table: table.ScoreTable
+    table: score_table.ScoreTable
     law: samplers.Law
     proposed: Array
     """Probabilities [n] that the proposal would give, in use or not."""
@@ -251,7 +253,7 @@ def ours(
 
     def start(key: Array, data: Tree) -> tuple[Ours, float]:
         probs = jnp.full(num_examples, 1.0 / num_examples)
-        scores = table.create(num_examples)
+        scores = score_table.create(num_examples)
         law = samplers.prepare(probs, samplers.order_by(data["y"], probs))
         old = (scores.scores, scores.versions)
         return Ours(scores, law, probs, old, calibration.create(), gate.create(), jnp.int32(0)), 0.0
@@ -264,10 +266,10 @@ def ours(
         at = choice.indices
         scores, versions = memory.old[0][at], memory.old[1][at]
         known = calibration.observe(
-            memory.calibration, scores, step - versions, norms, choice.weights, versions != table.NEVER
+            memory.calibration, scores, step - versions, norms, choice.weights, versions != score_table.NEVER
         )
         judged, _ = gate.observe(memory.gate, choice.weights, 1.0 / (num_examples * memory.proposed[at]), norms)
-        written, _ = table.record(memory.table, at, norms, version=step)
+        written, _ = score_table.record(memory.table, at, norms, version=step)
         return memory._replace(table=written, calibration=known, gate=judged)
 
     def refresh(key: Array, memory: Ours, params: Tree, data: Tree, step: Array) -> tuple[Ours, float]:
@@ -275,7 +277,7 @@ def ours(
         if swept:
             indices = (next_slice + jnp.arange(swept)) % num_examples
             norms = _sweep(problem, params, data, indices)
-            scored, _ = table.record(scored, indices, norms, version=step)
+            scored, _ = score_table.record(scored, indices, norms, version=step)
             next_slice = (next_slice + swept) % num_examples
         made = proposal.propose(
             scored,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from isgd_jax.typing import Engine
+from isgd_jax.engines.contract import Reports
 
 
 class Rates:
@@ -15,7 +15,7 @@ class Rates:
         now: the clock, in seconds.
     """
 
-    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Reports, *, now: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._now = engine, now
         self._last, self._at = engine.stats(), now()
 

@@ -35,9 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax import calibration, mixtures, orders, proposal, samplers, table
-from isgd_jax.gate import Gate
-from isgd_jax.sampling import evidence, report
+from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
@@ -51,7 +49,8 @@ from isgd_jax.sampling.state import (
     key_data,
     own_key,
 )
-from isgd_jax.typing import Draw, Key, Params, Sampler
+from isgd_jax.types import Draw, Key, Params, Sampler
+from isgd_jax.variance.gate import Gate
 
 SamplerName = Literal["stratified", "systematic", "independent", "without_replacement", "poisson"]
 OrderName = Literal["score", "index"]
@@ -139,7 +138,7 @@ def importance_sampler(
             number of draws, with ``draw.mask``.
         order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
             such as labels, to order by it and then by score; or a `GradientSketch`
-            (`isgd_jax.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
+            (`isgd_jax.gradients.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
         order_every: a new order is made at every so many refreshes: it is a sort of all examples.
         uniform_fraction: share of the uniform distribution in the proposal, 0 to 1; no weight is larger than one over
             it. "auto": the share that the draws show to be best so far, 0.3 until they show anything.
@@ -184,9 +183,9 @@ class ImportanceSampler:
     def functions(self, **more: Any) -> BatchSampler:
         """The methods as they are handed out."""
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
-        return BatchSampler(
-            self.num_examples, self.batch_size, *parts, report.make_report(self.num_examples, self.batch_size), **more
-        )
+        reported = report.make_report(self.num_examples, self.batch_size)
+        more |= {"steps_per_update": self.options.steps_per_update}
+        return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
     def init(self, key: Key | None = None) -> SamplerState:
         """The state before the first step: nothing scored, all examples alike."""
@@ -198,7 +197,7 @@ class ImportanceSampler:
             format=jnp.int32(FORMAT),
             key_data=key_data(key),
             clock=blank_clock(),
-            table=table.create(size),
+            table=score_table.create(size),
             quarantined=jnp.int32(0),
             proposal=self._blank_proposal(),
             ordering=Ordering(
@@ -207,7 +206,7 @@ class ImportanceSampler:
                 None if sketch is None else jnp.zeros(size, bool),
             ),
             target=None if weights is None else jnp.array(weights, jnp.float32),  # copies: states are donated
-            fractions=mixtures.create() if is_learnt else None,
+            fractions=fractions.create() if is_learnt else None,
             **blank,
         )
         made = self.refresh(state).proposal
@@ -278,7 +277,7 @@ class ImportanceSampler:
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:
-            at = jnp.where(draw.mask, draw.indices, self.num_examples)
+            at = evidence.places(state, draw)
             sketches = self._sketched(grads, axis_name)
             state = self._written(state, at, found.scores, state.version, sketches, seconds)
         moved = advanced(state.clock, steps_per_update=self.options.steps_per_update, seconds=seconds)
@@ -325,7 +324,7 @@ class ImportanceSampler:
         if state.fractions is None:
             fraction = jnp.float32(options.uniform_fraction)
         else:
-            fraction = mixtures.choose(state.fractions)
+            fraction = fractions.choose(state.fractions)
         made = proposal.propose(
             state.table._replace(scores=self._believed(state)),
             version=version,
@@ -385,7 +384,7 @@ class ImportanceSampler:
         if state.calibration is None:
             return known
         horizon = (version - state.proposal.version) // 2  # the next period is thought as long as the last one
-        predicted = calibration.predict(state.calibration, known, table.ages(state.table, version) + horizon)
+        predicted = calibration.predict(state.calibration, known, score_table.ages(state.table, version) + horizon)
         steps = self.options.learning_steps
         has_learnt = state.proposal.refreshes >= LEARNING_REFRESHES if steps is None else version >= steps
         return jnp.where(has_learnt, predicted, known)
@@ -412,10 +411,10 @@ class ImportanceSampler:
         """Clusters of what is sketched; what never was is a last stretch of the line, by score."""
         num_cells = min(self.batch_size, self.num_examples)
 
-        def clusters() -> Int[Array, " n"]:
-            return orders.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
+        def by_cells() -> Int[Array, " n"]:
+            return clusters.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
 
-        return lax.cond(jnp.any(known), clusters, lambda: samplers.order_by(probs))
+        return lax.cond(jnp.any(known), by_cells, lambda: samplers.order_by(probs))
 
     def _sketched(self, grads: Params, axis_name: str | None) -> Float[Array, "m dims"] | None:
         sketch = _sketch_of(self.options)
@@ -433,7 +432,7 @@ class ImportanceSampler:
         seconds: float | Array | None,
     ) -> SamplerState:
         now = state.clock.seconds if seconds is None else seconds
-        known, bad = table.record(
+        known, bad = score_table.record(
             state.table, ids, scores, version=version, seconds=now, memory=self.options.score_memory
         )
         if sketches is not None:

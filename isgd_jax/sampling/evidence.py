@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from isgd_jax import calibration, gate, mixtures, monitor, samplers, table
-from isgd_jax.factoring import factored
-from isgd_jax.factoring.factors import wide
-from isgd_jax.monitor import Monitor
-from isgd_jax.reweight import draw_weights
+from isgd_jax.gradients import lazy
+from isgd_jax.gradients.factors import wide
+from isgd_jax.gradients.weights import draw_weights
+from isgd_jax.sampling import calibration, fractions, samplers, score_table
 from isgd_jax.sampling.state import SamplerState
-from isgd_jax.typing import Draw, Params
+from isgd_jax.types import Draw, Params
+from isgd_jax.variance import gate, monitor
+from isgd_jax.variance.monitor import Monitor
 
 DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
 SQUARES_EVERY, FEWEST_SQUARES = 4, 6
@@ -64,7 +65,7 @@ def norms_of(
         ValueError: they are not one a draw.
     """
     if norms is None and grads is not None:
-        norms = factored.norms(grads)
+        norms = lazy.norms(grads)
     norms = None if norms is None else gathered(jnp.asarray(norms).astype(jnp.float32), axis_name)
     scores = norms if scores is None else gathered(jnp.asarray(scores).astype(jnp.float32), axis_name)
     for what, values in (("norms", norms), ("scores", scores)):
@@ -102,6 +103,19 @@ def target_of(draw: Draw) -> Float[Array, " m"]:
     return draw.target
 
 
+def places(state: SamplerState, draw: Draw) -> Int[Array, " m"]:
+    """Where to write what is learnt of the drawn examples: their rows, and n for padding.
+
+    Calibration has read these rows, and must be done before they are written over; else XLA copies the whole table at
+    each step, a third of a millisecond for a million examples. So the places are made to depend on its result, by a
+    comparison that is always true: weights are not negative.
+    """
+    used = draw.mask
+    if state.calibration is not None:
+        used &= jnp.all(state.calibration.weight >= 0.0)
+    return jnp.where(used, draw.indices, state.table.scores.shape[0])
+
+
 def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> SamplerState:
     """The state after a step's fresh norms have been judged: all but the monitor."""
     size = state.table.scores.shape[0]
@@ -111,12 +125,12 @@ def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> Sample
     wanted = norms * (size * jnp.abs(target_of(draw)))
     if state.calibration is not None:
         old, versions = state.table.scores[draw.indices], state.table.versions[draw.indices]
-        known = draw.mask & (versions != table.NEVER)
+        known = draw.mask & (versions != score_table.NEVER)
         seen = calibration.observe(state.calibration, old, state.version - versions, norms, weights, known)
         state = state._replace(calibration=seen)
     if state.fractions is not None:
-        relative = mixtures.relative_scores(proposal_weights, state.proposal.uniform_fraction)
-        state = state._replace(fractions=mixtures.observe(state.fractions, weights, wanted, relative, draw.mask))
+        relative = fractions.relative_scores(proposal_weights, state.proposal.uniform_fraction)
+        state = state._replace(fractions=fractions.observe(state.fractions, weights, wanted, relative, draw.mask))
     if isinstance(state.gate, gate.Gate):
         judged, _ = gate.observe(state.gate, weights, proposal_weights, wanted, draw.mask)
         state = state._replace(gate=judged)
@@ -147,17 +161,17 @@ def monitored(
 def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> Params:
     """The weighted mean gradient of the whole draw, of which this device may have a part."""
     if axis_name is None:
-        return factored.weighted_mean(grads, weights)
+        return lazy.weighted_mean(grads, weights)
     part = weights.shape[0] // lax.axis_size(axis_name)
     mine = lax.dynamic_slice_in_dim(weights, lax.axis_index(axis_name) * part, part)
-    return jax.tree.map(lambda x: lax.pmean(x, axis_name), factored.weighted_mean(grads, mine))
+    return jax.tree.map(lambda x: lax.pmean(x, axis_name), lazy.weighted_mean(grads, mine))
 
 
 def _halves_inner(grads: Params, weights: Float[Array, " m"], mean: Params, axis_name: str | None) -> Float[Array, ""]:
     """The inner product of the mean gradients of the two halves of a batch, for one half's contraction."""
     size, half = weights.shape[0], weights.shape[0] // 2
-    if axis_name is None and factored.split_axis(grads) is None:
-        first = factored.weighted_mean(factored.first(grads, half), weights[:half])
+    if axis_name is None and lazy.split_axis(grads) is None:
+        first = lazy.weighted_mean(lazy.first(grads, half), weights[:half])
     else:  # an axis that lies on several devices is not to be cut
         is_first = jnp.arange(size, dtype=jnp.int32) < half
         first = _mean(grads, jnp.where(is_first, weights, 0.0) * (size / half), axis_name)

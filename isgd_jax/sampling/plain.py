@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from isgd_jax import samplers
+from isgd_jax.sampling import samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
     GradientSketch,
@@ -34,7 +34,7 @@ from isgd_jax.sampling.estimator import (
     check_weights,
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
-from isgd_jax.typing import Draw, Key, Params
+from isgd_jax.types import Draw, Key, Params
 
 
 def shuffled_epochs(

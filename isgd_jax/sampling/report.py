@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax import monitor, samplers, table
-from isgd_jax.gate import Gate
+from isgd_jax.sampling import samplers, score_table
 from isgd_jax.sampling.state import SamplerState, check_state
+from isgd_jax.variance import monitor
+from isgd_jax.variance.gate import Gate
 
 TOP = 0.01
 """The part of the examples that is drawn most, of which the share of draws is told."""
@@ -73,8 +74,8 @@ def make_report(num_examples: int, batch_size: int) -> Callable[[SamplerState], 
     def report(state: SamplerState) -> SamplerReport:
         check_state(state, num_examples)
         found = None if state.monitor is None else monitor.report(state.monitor)
-        known = state.table.versions != table.NEVER
-        ages = jnp.where(known, table.ages(state.table, state.version), 0).astype(jnp.float32)
+        known = state.table.versions != score_table.NEVER
+        ages = jnp.where(known, score_table.ages(state.table, state.version), 0).astype(jnp.float32)
         count = jnp.sum(known, dtype=jnp.int32).astype(jnp.float32)
         is_open = state.gate.is_open if isinstance(state.gate, Gate) else jnp.asarray(True)
         return SamplerReport(

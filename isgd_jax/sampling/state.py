@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
-from isgd_jax.calibration import Calibration
-from isgd_jax.gate import Gate
-from isgd_jax.mixtures import Mixtures
-from isgd_jax.monitor import Monitor
-from isgd_jax.samplers import Law
-from isgd_jax.table import ScoreTable
-from isgd_jax.typing import Draw, Key
+from isgd_jax.sampling.calibration import Calibration
+from isgd_jax.sampling.fractions import Mixtures
+from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.score_table import ScoreTable
+from isgd_jax.types import Draw, Key
+from isgd_jax.variance.gate import Gate
+from isgd_jax.variance.monitor import Monitor
 
 FORMAT = 1
 """Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
@@ -121,6 +121,7 @@ class BatchSampler(NamedTuple):
     """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
     resample: Callable[..., Draw] | None = None
     """``resample(key, state, candidates, scores) -> draw``, its second step."""
+    steps_per_update: int = 1
     is_scored: bool = False
     """Whether scores make the proposal, so that scoring besides can help."""
 

@@ -9,10 +9,9 @@ import pytest
 import sampling_problem as problem
 
 import isgd_jax as isgd
-from isgd_jax import calibration, mixtures
-from isgd_jax import gate as gates
-from isgd_jax.sampling import estimator
+from isgd_jax.sampling import calibration, estimator, fractions
 from isgd_jax.sampling.state import SamplerState
+from isgd_jax.variance import gate as gates
 
 N, M, DRAWS = 10, 4, 4000
 NAMES = ("stratified", "systematic", "independent", "without_replacement", "poisson")
@@ -393,7 +392,7 @@ def test_calibrated_scores_are_used_after_the_learning_period_and_not_before() -
     horizon = (5 - int(state.proposal.version)) // 2
     believed = calibration.predict(state.calibration, state.table.scores, 5 - state.table.versions + horizon)
     exact = isgd.proposal.propose(
-        state.table._replace(scores=believed), version=5, mixture=mixtures.choose(state.fractions)
+        state.table._replace(scores=believed), version=5, mixture=fractions.choose(state.fractions)
     )
     np.testing.assert_allclose(isgd.samplers.probabilities(found.proposal.law), exact.probs, rtol=1e-5)
     assert problem.unlike(found.proposal.law, before.proposal.law, rtol=1e-3)
@@ -438,11 +437,11 @@ def test_the_uniform_fraction_is_learnt_and_used_at_the_next_refresh() -> None:
     scores = jnp.geomspace(1.0, 100.0, N)
     sample, observe, refresh = jax.jit(sampler.sample), jax.jit(sampler.observe), jax.jit(sampler.refresh)
     state = refresh(sampler.record(sampler.init(), np.arange(N), scores, version=0))
-    assert float(state.proposal.uniform_fraction) == pytest.approx(mixtures.CAUTIOUS)
+    assert float(state.proposal.uniform_fraction) == pytest.approx(fractions.CAUTIOUS)
     for at in range(60):  # the scores are exact: the least fraction is the best
         draw = sample(jax.random.key(at), state)
         state = observe(state, draw, norms=scores[draw.indices])
-    assert float(refresh(state).proposal.uniform_fraction) == pytest.approx(min(mixtures.GRID))
+    assert float(refresh(state).proposal.uniform_fraction) == pytest.approx(min(fractions.GRID))
 
 
 def test_an_order_is_kept_for_order_every_refreshes() -> None:

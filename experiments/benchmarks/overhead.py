@@ -1,0 +1,187 @@
+"""What the estimator costs beside the gradients: a step with it over the plain step, per-example norms aside.
+
+    python experiments/benchmarks/overhead.py steps         # steps of 0.05, 1 and 20 ms, in a scan and from Python
+    python experiments/benchmarks/overhead.py refresh       # a new proposal, a new order, sketches, by N
+
+Both steps have the same per-example gradients and the same reweighted update; the plain one draws uniform indices. So
+the difference is the draw, the table, calibration, uniform fraction, gate and monitor. Everything is donated. Medians
+of ``--repeats`` rounds, the two taken in turn; run it alone on the machine, three times, and tell the range.
+
+Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 10^6, without growth; a refresh without
+a new order at N = 10^6 at most 40 ms.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import isgd_jax as isgd
+
+BATCH = 32
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+WIDTHS = {"0.05 ms": (16, 16), "1 ms": (256, 3), "20 ms": (1024, 5)}
+"""Width and number of hidden layers of an MLP whose plain step takes about as long, on one core of 2026."""
+FEATURES = 32
+
+
+def problem(width: int, depth: int, num_examples: int) -> tuple[Any, Any, Any]:
+    """Parameters, data and loss of a regression."""
+    key = jax.random.key(0)
+    sizes = [FEATURES, *[width] * depth, 1]
+    keys = jax.random.split(key, len(sizes))
+    params = [
+        {"w": jax.random.normal(k, (a, b)) / np.sqrt(a), "b": jnp.zeros(b)}
+        for k, a, b in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+    rng = np.random.default_rng(0)
+    data = {
+        "x": jnp.asarray(rng.normal(size=(num_examples, FEATURES)).astype(np.float32)),
+        "y": jnp.asarray(rng.standard_t(3, size=num_examples).astype(np.float32)),
+    }
+
+    def loss_fn(params: Any, example: Any) -> jax.Array:
+        hidden = example["x"]
+        for layer in params[:-1]:
+            hidden = jax.nn.tanh(hidden @ layer["w"] + layer["b"])
+        out = hidden @ params[-1]["w"] + params[-1]["b"]
+        return 0.5 * (out[0] - example["y"]) ** 2
+
+    return params, data, loss_fn
+
+
+def make_steps(loss_fn: Any, num_examples: int, sampler: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    """``step(carry, data, key) -> carry``: plain, and with the estimator; and the optimizer."""
+    tx = optax.chain(isgd.importance_weighting(num_examples), optax.sgd(1e-4))
+
+    def update(params: Any, opt_state: Any, batch: Any, probs: Any, target: Any) -> tuple[Any, Any, Any]:
+        _, grads = isgd.per_example_value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, probs=probs, target=target)
+        return optax.apply_updates(params, updates), opt_state, grads
+
+    def plain(carry: Any, data: Any, key: Any) -> Any:
+        params, opt_state, count, total = carry
+        key = jax.random.fold_in(key, count)
+        indices = jax.random.randint(key, (BATCH,), 0, num_examples)
+        batch = jax.tree.map(lambda x: x[indices], data)
+        share = jnp.full(BATCH, 1.0 / num_examples, jnp.float32)
+        params, opt_state, grads = update(params, opt_state, batch, share, share)
+        return params, opt_state, count + 1, total + jnp.sum(isgd.norms(grads))  # norms aside: both steps have them
+
+    def sampled(carry: Any, data: Any, key: Any) -> Any:
+        params, opt_state, state = carry
+        draw = sampler.sample(jax.random.fold_in(key, state.clock.step), state)
+        batch = jax.tree.map(lambda x: x[draw.indices], data)
+        params, opt_state, grads = update(params, opt_state, batch, draw.probs, draw.target)
+        return params, opt_state, sampler.observe(state, draw, grads)
+
+    return plain, sampled, tx
+
+
+def seconds_a_step(
+    step: Callable[..., Any], carry: Any, data: Any, *, in_scan: bool, steps: int
+) -> Callable[[], float]:
+    """What times ``steps`` steps: in one program, or one call each."""
+    key = jax.random.key(1)
+    if in_scan:
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def run(carry: Any, data: Any, key: Any) -> Any:
+            return jax.lax.fori_loop(0, steps, lambda _, inner: step(inner, data, key), carry)
+
+    else:
+        one = jax.jit(step, donate_argnums=0)
+
+        def run(carry: Any, data: Any, key: Any) -> Any:
+            for _ in range(steps):
+                carry = one(carry, data, key)
+            return carry
+
+    kept = [jax.block_until_ready(run(jax.tree.map(jnp.copy, carry), data, key))]
+
+    def timed() -> float:
+        began = time.perf_counter()
+        kept[0] = jax.block_until_ready(run(kept[0], data, key))
+        return (time.perf_counter() - began) / steps
+
+    return timed
+
+
+def steps(arguments: argparse.Namespace) -> None:
+    """Print the table of steps."""
+    print(f"{'step':>8} {'from':>7} {'N':>10} {'plain us':>9} {'with us':>9} {'more us':>8}")
+    for name, (width, depth) in WIDTHS.items():
+        for in_scan in (True, False):
+            for size in SIZES:
+                params, data, loss_fn = problem(width, depth, size)
+                sampler = isgd.importance_sampler(size, batch_size=BATCH)
+                state = jax.jit(sampler.refresh, donate_argnums=0)(sampler.init())
+                plain, sampled, tx = make_steps(loss_fn, size, sampler)
+                first = (params, tx.init(params), jnp.int32(0), jnp.float32(0))
+                second = (params, tx.init(params), state)
+                count = 400 if name == "0.05 ms" else 100 if name == "1 ms" else 8
+                timers = [
+                    seconds_a_step(step, carry, data, in_scan=in_scan, steps=count)
+                    for step, carry in ((plain, first), (sampled, second))
+                ]
+                found = np.array([[timer() for timer in timers] for _ in range(arguments.repeats)]) * 1e6
+                more = np.median(found[:, 1] - found[:, 0])
+                before, after = np.median(found, axis=0)
+                where = "scan" if in_scan else "Python"
+                print(f"{name:>8} {where:>7} {size:>10,} {before:>9.1f} {after:>9.1f} {more:>8.1f}", flush=True)
+
+
+class _Rows:
+    """Sketches of ``dims`` numbers an example; their values do not matter here."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def of_grads(self, grads: Any) -> jax.Array:
+        raise NotImplementedError("nothing is observed in this benchmark")
+
+
+def refresh(arguments: argparse.Namespace) -> None:
+    """Print the table of refreshes."""
+    print(f"{'N':>10} {'order':>20} {'ms':>9} {'bytes an example':>17}")
+    for size in SIZES[1:]:
+        labels = jnp.asarray(np.random.default_rng(1).integers(10, size=size))
+        old = {"order": "score", "order_every": 2**30}
+        arms = {"none": {"order": "index"}, "the last one": old, "score": {}, "labels and score": {"order": labels}}
+        arms |= {f"clusters, {dims} numbers": {"order": _Rows(dims)} for dims in (16, 128)}
+        for name, options in arms.items():
+            sampler = isgd.importance_sampler(size, batch_size=BATCH, **options)
+            state = sampler.init()
+            scores = jnp.asarray(np.random.default_rng(2).lognormal(size=size).astype(np.float32))
+            sketches = None
+            if "clusters" in name:
+                dims = options["order"].dims
+                sketches = jax.random.normal(jax.random.key(3), (size, dims))
+            state = jax.jit(sampler.record)(state, jnp.arange(size), scores, version=0, sketches=sketches)
+            run = jax.jit(sampler.refresh, donate_argnums=0)
+            state = jax.block_until_ready(run(state))
+            found = []
+            for _ in range(arguments.repeats):
+                began = time.perf_counter()
+                state = jax.block_until_ready(run(state))
+                found.append(1e3 * (time.perf_counter() - began))
+            held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size
+            print(f"{size:>10,} {name:>20} {np.median(found):>9.2f} {held:>17.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("steps", "refresh"))
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    {"steps": steps, "refresh": refresh}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

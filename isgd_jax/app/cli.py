@@ -1,0 +1,188 @@
+"""The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
+
+import dataclasses
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
+
+from isgd_jax.app.commands import compare, probe
+from isgd_jax.app.config import Config, refuse_gone
+from isgd_jax.app.presets import PRESETS
+from isgd_jax.app.run_dir import RunDir
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, FloatingPointError)
+"""Mistakes of the user or of the machine: one sentence. Set ISGD_TRACEBACK=1 to see where they come from."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model by importance-sampling SGD (or, with --mode uniform, by plain SGD).
+
+    The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints. Ctrl-C and SIGTERM save and stop.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+    resume: str | None = None
+    """Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there."""
+    preset: Literal["paper-1", "paper-2"] | None = None
+    """Begin with the paper's values, of its setting 1 or 2; flags beside it change single ones."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the figures of runs anew, and write one self-contained HTML page: figures, tables, configuration,
+    environment, and the hardest examples. It opens offline, light or dark."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, finished or going on."""
+    out: str | None = None
+    """File of the page. Default: report.html, in the folder of the run, or in the one that holds all of them."""
+
+
+Command = Train | Report | compare.Compare | probe.Probe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = _parse(arguments)
+        sys.exit(_run(command))
+    except EXPECTED_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)
+        if os.environ.get("ISGD_TRACEBACK"):
+            raise
+        sys.exit(f"isgd: {_one_sentence(error)}")
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output is gone, as `head` is early; then what is still to be written goes nowhere."""
+    ready = select.poll()
+    ready.register(1, 0)
+    is_gone = any(event & select.POLLERR for _, event in ready.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return is_gone
+
+
+def _run(command: Command) -> int:
+    """Run a command; returns the exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what we only read is read-only
+    match command:
+        case Train():
+            return train(command)
+        case Report():
+            return report(command)
+        case compare.Compare():
+            return compare.run(command)
+        case probe.Probe():
+            return probe.run(command)
+
+
+def train(command: Train) -> int:
+    """Run `isgd train`; returns the exit code, 128 + the signal if one stopped the run."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from isgd_jax.app.console import RunConsole
+    from isgd_jax.app.run import fit
+
+    console = Console()
+    logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
+    _leave_failed_writes_to_us()
+    logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
+    logging.getLogger("isgd_jax").propagate = False  # once is enough
+    with RunConsole(console) as observe:
+        result = fit(command.config, resume=command.resume is not None, observe=observe)
+    if result.stopped_by is None:
+        console.print(f"One page of it all: isgd report {result.run_dir}", soft_wrap=True, highlight=False)
+        return 0
+    console.print(f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {result.run_dir}")
+    return 128 + result.stopped_by
+
+
+def report(command: Report) -> int:
+    """Run `isgd report`."""
+    from isgd_jax.app.html import run_page
+    from isgd_jax.app.plots import draw
+
+    runs = [RunDir(Path(folder)) for folder in command.runs]
+    for run in runs:
+        run.read_config()
+    for run in runs:
+        for path in draw(run):
+            print(path)
+    together = Path(os.path.commonpath([run.path.resolve() for run in runs]))
+    page = Path(command.out) if command.out else together / "report.html"
+    page.write_text(run_page(runs))
+    print(page)
+    return 0
+
+
+def _leave_failed_writes_to_us() -> None:
+    """Of a checkpoint that cannot be written we speak in one sentence; Orbax and tensorstore print tracebacks of it.
+
+    After the first refused write Orbax closes its event loop. Writes that end later find it closed and say so, each
+    through `sys.unraisablehook`; nobody waits for them any more.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    shown = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _parse(arguments: list[str]) -> Command:
+    """The command in typed form."""
+    refuse_gone(arguments)
+    default = _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments)
+    probed = _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
+    at_run = probe.Probe() if probed is None else probe.Probe(run=probed, config=RunDir(Path(probed)).read_config())
+    commands = (
+        Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
+        | Annotated[probe.Probe, tyro.conf.subcommand("probe", default=at_run)]
+    )
+    return tyro.cli(commands, prog="isgd", description="Importance-sampling SGD for JAX.", args=arguments)
+
+
+def _defaults(resume: str | None, replay: str | None, arguments: list[str]) -> Train:
+    """With --resume and --replay the configuration that the run was started with, with --preset a named one."""
+    if resume is not None:
+        config = RunDir(Path(resume)).read_config()
+        return Train(dataclasses.replace(config, run_dir=resume), resume)
+    if replay is not None:
+        config = RunDir(Path(replay)).read_config()
+        return Train(dataclasses.replace(config, run_dir=None, replay=replay))
+    return Train(PRESETS.get(_value_of("--preset", arguments) or "", Config()))
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for here, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if here == flag:
+            return following
+        if here.startswith(f"{flag}="):
+            return here.removeprefix(f"{flag}=")
+    return None
+
+
+def _one_sentence(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines())

@@ -1,0 +1,135 @@
+"""`isgd compare`: arms and seeds trained, or runs read that are there; who needs what to reach which level."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from isgd_jax.app import compare
+from isgd_jax.app.config import Config, refuse_gone
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare ways of training over several seeds: median curves, and the updates and seconds to given levels.
+
+    Train what is missing, every arm from the same seeds (stopped, the same command goes on):
+
+        isgd compare --dataset fashion_mnist --arms "uniform: --mode uniform" "exact: --mode exact" --seeds 5 --out DIR
+
+    or read what is there, a study's folder or the folders of single runs: isgd compare DIR.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Folders to read: one of a study, or those of runs; runs that differ in the seed alone are one arm."""
+    arms: tuple[str, ...] = ()
+    """One text an arm, "NAME: FLAGS": the flags in which it differs. The others are compared to the first."""
+    seeds: int = 5
+    """Runs of each arm, from --seed on."""
+    levels: tuple[str, ...] = ()
+    """Levels to reach, such as test_loss=0.2,0.1 train_loss=0.05. Default: the lowest that every run has reached."""
+    until_levels: bool = False
+    """A run ends when it has reached all levels."""
+    out: str | None = None
+    """Folder of the study: its runs, figures, table and page. Reading single runs: where to write figures and page."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        if bool(self.runs) == bool(self.arms):
+            raise ValueError("name either --arms to train or folders to read")
+        if self.arms and self.out is None:
+            raise ValueError("--out must name the folder of the study")
+        if self.config.run_dir is not None:
+            raise ValueError("--run-dir is chosen for each run; name the folder of them all with --out")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1; got {self.seeds}")
+        if self.until_levels and not self.levels:
+            raise ValueError("--until-levels needs --levels")
+
+
+def run(command: Compare) -> int:
+    """Run `isgd compare`."""
+    from rich.console import Console
+
+    from isgd_jax.app.html import comparison_page
+
+    console = Console()
+    levels = compare.levels(*command.levels)
+    study = train(command, levels, console.print) if command.arms else read(command.runs)
+    rows = compare.rows(study, levels or compare.common_levels(study))
+    console.print(compare.text(rows), soft_wrap=True, highlight=False, markup=False)
+    out = folder(command)
+    if out is None:
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [*compare.draw(study, out), out / "comparison.md", out / "comparison.html"]
+    paths[-2].write_text(compare.markdown(rows) + "\n")
+    paths[-1].write_text(comparison_page(study, rows, title=out.resolve().name))
+    for path in paths:
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -> compare.Study:
+    """Train the arms of a command line."""
+    arms = parse_arms(command.arms, command.config)
+    measured_on_train = [level for level in levels if level.field.startswith("train_")]
+    for name, arm in arms.items():
+        if measured_on_train and not arm.config.full_train_loss:
+            raise ValueError(f"the level {measured_on_train[0]} of arm {name!r} needs --full-train-loss")
+    first = command.config.seed
+    return compare.train(
+        arms,
+        seeds=range(first, first + command.seeds),
+        folder=Path(str(command.out)),
+        levels=levels if command.until_levels else (),
+        say=say,
+    )
+
+
+def read(folders: Sequence[str]) -> compare.Study:
+    """The study in one folder, or the runs in several."""
+    paths = [Path(folder) for folder in folders]
+    if len(paths) == 1 and not (paths[0] / "config.json").is_file():
+        return compare.read(paths[0])
+    return compare.group(paths)
+
+
+def folder(command: Compare) -> Path | None:
+    """Where figures and page go: --out, else the folder of the study that was read, else nowhere."""
+    if command.out is not None:
+        return Path(command.out)
+    return Path(command.runs[0]) if (Path(command.runs[0]) / "study.json").is_file() else None
+
+
+def parse_arms(texts: Sequence[str], base: Config) -> dict[str, compare.Arm]:
+    """Arms as a person writes them, ``"NAME: FLAGS"``, on top of the flags they share.
+
+    Raises:
+        ValueError: a text is not of that form, a name comes twice, or a flag is not one of `isgd train`.
+    """
+    arms: dict[str, compare.Arm] = {}
+    for text in texts:
+        name, colon, flags = text.partition(":")
+        name = name.strip()
+        if not colon or not re.fullmatch(r"[\w.+=-]+", name):
+            raise ValueError(
+                f'an arm is "NAME: FLAGS", such as "exact: --mode exact", its name without spaces; got {text!r}'
+            )
+        if name in arms:
+            raise ValueError(f"two arms are called {name!r}")
+        arms[name] = compare.Arm(_config(name, shlex.split(flags), base))
+    return arms
+
+
+def _config(name: str, flags: list[str], base: Config) -> Config:
+    refuse_gone(flags)
+    for fixed in ("--seed", "--run-dir"):
+        if any(flag.split("=")[0] == fixed for flag in flags):
+            raise ValueError(f"arm {name!r}: {fixed} is the same for all arms")
+    return tyro.cli(Config, prog=f"isgd compare, arm {name!r}", args=flags, default=base)

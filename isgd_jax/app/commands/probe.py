@@ -1,0 +1,141 @@
+"""`isgd probe`: can importance sampling pay for this model, on this data, on this machine?"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from isgd_jax.app.config import Config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from isgd_jax.app.probe import Probe as Findings
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measure whether importance sampling can pay, before training or at a checkpoint, and say so in plain words.
+
+    The spread of the gradients' norms says what could be gained, scoring and a step are timed on this machine, and a
+    few hundred real steps show how fast scores get worthless. With --model and --loss it is your own model.
+    """
+
+    run: str | None = None
+    """Folder of a run: probe its newest checkpoint. Its configuration is taken from there."""
+    after: int = 0
+    """Steps of plain SGD to make first: at initialisation norms are nearly alike, and there is little to gain yet."""
+    ages: tuple[int, ...] = (10, 30, 100, 300)
+    """After so many steps the scores are tried again; these are also the refresh periods that are judged."""
+    examples: int = 4096
+    """Training examples whose norms are measured, drawn at random."""
+    out: str | None = None
+    """Folder for figures, page and numbers. Default: runs/probe-<dataset>-<time>, or probe/ in that of the run."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def run(command: Probe) -> int:
+    """Run `isgd probe`."""
+    from rich.console import Console
+
+    from isgd_jax.app import data, task
+    from isgd_jax.app.probe import probe
+
+    console = Console()
+    config = command.config
+    dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+    found = probe(
+        config,
+        task.make(config, dataset),
+        run=None if command.run is None else Path(command.run),
+        after=command.after,
+        ages=sorted(set(command.ages)),
+        num_examples=command.examples,
+    )
+    for part in (*tables(found), "\n".join(found.words)):
+        console.print(part, "", sep="\n", soft_wrap=True, highlight=False)
+    for path in write(found, folder(command), f"{config.dataset}, {config.model}"):
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def folder(command: Probe) -> Path:
+    """Where the probe's files go."""
+    if command.out is not None:
+        return Path(command.out)
+    if command.run is not None:
+        return Path(command.run) / "probe"
+    return Path(f"runs/probe-{command.config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def write(found: "Findings", out: Path, what: str) -> list[Path]:
+    """Figures, page and numbers."""
+    from isgd_jax.app import figures
+    from isgd_jax.app.html import probe_page
+    from isgd_jax.app.probe import figures_of
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with figures.style():
+        for name, drawn in figures_of(found.spread.norms, found.by_age, found.periods).items():
+            paths.append(out / f"{name}.png")
+            paths[-1].write_bytes(figures.png(drawn))
+    paths += [out / "probe.json", out / "probe.html"]
+    paths[-2].write_text(json.dumps(numbers(found), indent=2) + "\n")
+    paths[-1].write_text(probe_page(found, what))
+    return paths
+
+
+def numbers(found: "Findings") -> dict[str, Any]:
+    """All that was found but the norms themselves, as JSON has it."""
+    spread = found.spread._asdict()
+    del spread["norms"]
+    return found._asdict() | {
+        "spread": spread,
+        "costs": found.costs._asdict(),
+        "periods": [
+            period._asdict()
+            | {"at_equal_time": period.at_equal_time, "at_equal_time_elsewhere": period.at_equal_time_elsewhere}
+            for period in found.periods
+        ],
+    }
+
+
+def tables(found: "Findings") -> list["Table"]:
+    """What was measured, as a person reads it."""
+    spread, costs = found.spread, found.costs
+    norms = _table(f"Norms of {found.num_examples:,} gradients after {found.num_updates:,} updates", "quantile", "norm")
+    for at, value in spread.quantiles.items():
+        norms.add_row(f"{at:.0%}", f"{value:.4g}")
+    norms.add_row("1 + CV²", f"{spread.second_moment_ratio:.4g}")
+    norms.add_row("Tr Cov uniform / ideal", f"{spread.uniform / spread.ideal:.4g}" if spread.ideal else "infinite")
+    time_table = _table("Costs on this machine", "what", "seconds", "plain updates")
+    for name, seconds in (
+        ("plain update", costs.update),
+        ("reweighted update, fresh norms", costs.reweighted_update),
+        ("scoring one example", costs.score_example),
+        ("scoring all examples", costs.score_all),
+    ):
+        time_table.add_row(name, f"{seconds:.3g}", f"{seconds / costs.update:.3g}")
+    gains = _table(
+        f"Gains by refresh period (mixture {found.mixture:g})",
+        "updates between refreshes", "stale/uniform at that age", "variance", "time", "variance · time",
+        "scored elsewhere",
+    )  # fmt: skip
+    for period in found.periods:
+        numbers = (period.variance, period.time, period.at_equal_time, period.at_equal_time_elsewhere)
+        gains.add_row(f"{period.every:,}", f"{found.by_age[period.every]:.3f}", *(f"{x:.2f}" for x in numbers))
+    return [norms, time_table, gains]
+
+
+def _table(title: str, *heads: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    return table

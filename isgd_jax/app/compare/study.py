@@ -1,0 +1,207 @@
+"""A study: arms and seeds in one folder, each run in ``<arm>-<seed>``; trained, resumed, or read."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from isgd_jax.app.compare.levels import Level
+from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
+from isgd_jax.app.run_dir import Record, RunDir
+
+SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
+
+Curve = list[Record]
+"""The lines of progress of one run."""
+
+
+@runtime_checkable
+class Fit(Protocol):
+    """How an arm is trained: `isgd_jax.app.run.fit`, or a loop of one's own that leaves the same kind of folder."""
+
+    def __call__(
+        self, config: Config, /, *, resume: bool, observe: Callable[[Record], None], until: Callable[[Record], bool]
+    ) -> Any: ...
+
+
+Say = Callable[[str], None]
+"""How a person is told what goes on."""
+
+
+class Arm(NamedTuple):
+    """A configuration to compare, its seed and folder left to the study.
+
+    ``fit`` takes the place of `isgd_jax.app.run.fit`. A fit of one's own writes, with `RunDir.append`, lines of
+    progress with ``step``, ``train_seconds`` and the fields of the levels, then a record ``finished``; its result may
+    have ``stopped_by``, the number of the signal that ended it early.
+    """
+
+    config: Config
+    fit: Fit | None = None
+
+
+class Study(NamedTuple):
+    """The curves of each arm by seed; the first arm is the one that others are compared to."""
+
+    curves: dict[str, dict[int, Curve]]
+
+    @property
+    def base(self) -> str:
+        """The name of the first arm."""
+        return next(iter(self.curves))
+
+    def seeds(self, *arms: str) -> list[int]:
+        """The seeds that all these arms have."""
+        return sorted(set.intersection(*(set(self.curves[arm]) for arm in arms)))
+
+
+def train(
+    arms: Mapping[str, Arm],
+    *,
+    seeds: int | Sequence[int],
+    folder: Path,
+    levels: Sequence[Level] = (),
+    say: Say = print,
+    observe: Callable[[Record], None] = lambda record: None,
+) -> Study:
+    """Train what is missing, seed by seed, and read everything.
+
+    A run that is whole is left alone, one that was stopped goes on. With ``levels`` a run ends when it has reached all
+    of them. One whose loss becomes infinite or NaN ends there, and the others go on.
+
+    Raises:
+        ValueError: the folder holds an arm of this name with another configuration, or a name cannot be a folder's.
+        SystemExit: a signal asked to stop; the same call goes on.
+    """
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    _check_names(arms)
+    folder.mkdir(parents=True, exist_ok=True)
+    configs = {
+        (name, seed): dataclasses.replace(arm.config, seed=seed, run_dir=str(folder / f"{name}-{seed}"))
+        for seed in seeds
+        for name, arm in arms.items()
+    }
+    for config in configs.values():
+        if (Path(str(config.run_dir)) / "config.json").is_file():
+            RunDir(Path(str(config.run_dir))).check_resumable(config)
+    (folder / "study.json").write_text(json.dumps({"arms": list(arms)}) + "\n")
+    for (name, seed), config in configs.items():
+        _train_one(name, seed, arms[name], config, levels, say, observe)
+    return Study({name: {seed: _curve(folder / f"{name}-{seed}") for seed in seeds} for name in arms})
+
+
+def read(folder: Path) -> Study:
+    """The study in a folder: finished and unfinished runs as they stand.
+
+    Raises:
+        FileNotFoundError: the folder holds no study.
+    """
+    if not (folder / "study.json").is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a study: it has no study.json")
+    arms = json.loads((folder / "study.json").read_text())["arms"]
+    found: dict[str, dict[int, Curve]] = {name: {} for name in arms}
+    for path in sorted(folder.iterdir()):
+        name, _, seed = path.name.rpartition("-")
+        if name in found and seed.isdigit() and (path / "metrics.jsonl").is_file():
+            found[name][int(seed)] = _curve(path)
+    return Study({name: dict(sorted(by_seed.items())) for name, by_seed in found.items() if by_seed})
+
+
+def group(folders: Iterable[Path]) -> Study:
+    """Runs that were made one by one: those whose configurations differ in the seed alone are one arm.
+
+    An arm is called by the fields in which it differs from the others, such as ``mode=exact``.
+
+    Raises:
+        ValueError: an arm has the same seed twice.
+    """
+    arms: dict[str, dict[int, Curve]] = {}
+    configs = {folder: RunDir(folder).read_config().to_dict() for folder in folders}
+    asides = MAY_CHANGE_ON_RESUME | {"seed"}
+    fields = [name for name in next(iter(configs.values()), {}) if name not in asides]
+    differing = [name for name in fields if len({json.dumps(config[name]) for config in configs.values()}) > 1]
+    for folder, config in configs.items():
+        name = " ".join(f"{field}={_plain(config[field])}" for field in differing) or "all runs"
+        by_seed = arms.setdefault(name, {})
+        if config["seed"] in by_seed:
+            raise ValueError(
+                f"{folder}: there is another run of the arm {name!r} with seed {config['seed']}; leave one"
+            )
+        by_seed[config["seed"]] = _curve(folder)
+    return Study(arms)
+
+
+def _train_one(
+    name: str,
+    seed: int,
+    arm: Arm,
+    config: Config,
+    levels: Sequence[Level],
+    say: Say,
+    observe: Callable[[Record], None],
+) -> None:
+    def until(record: Record) -> bool:
+        return bool(levels) and all(level.reached(record) for level in levels)
+
+    run = RunDir(Path(str(config.run_dir)))
+    if _is_whole(run, config, until):
+        return
+    say(f"{name}, seed {seed}: training in {run.path}")
+    resume = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    try:
+        result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
+    except FloatingPointError as error:
+        step = (_curve(run.path) or [{"step": 0}])[-1]["step"]
+        run.append({"event": "diverged", "step": step, "text": str(error)})
+        say(f"{name}, seed {seed}: diverged, so it counts as one that never gets there: {error}")
+        return
+    stopped_by = getattr(result, "stopped_by", None)
+    say(f"{name}, seed {seed}: {_last(run)}")
+    if stopped_by is not None:
+        say(f"stopped by signal {stopped_by}; the same command goes on")
+        raise SystemExit(128 + stopped_by)
+
+
+def _is_whole(run: RunDir, config: Config, until: Callable[[Record], bool]) -> bool:
+    """Finished, and nothing more was asked for since; or diverged, as it would again."""
+    turns = [record for record in run.records() if record["event"] in ("resumed", "stopped", "finished", "diverged")]
+    if not turns or turns[-1]["event"] not in ("finished", "diverged"):
+        return False
+    last = turns[-1]
+    if last["event"] == "diverged" or any(until(line) for line in _curve(run.path)[-1:]):
+        return True
+    if config.epochs is None:
+        return last["step"] >= config.steps
+    return last["step"] == last.get("num_steps") and config.epochs == run.read_config().epochs
+
+
+def _fit() -> Fit:
+    from isgd_jax.app.run import fit
+
+    return fit
+
+
+def _curve(folder: Path) -> Curve:
+    return list(RunDir(folder).records("progress"))
+
+
+def _last(run: RunDir) -> str:
+    """Where a run stands, in words."""
+    line = (_curve(run.path) or [{"step": 0}])[-1]
+    seen = [f"{name.replace('_', ' ')} {line[name]:.4g}" for name in SAID if line.get(name) is not None]
+    return ", ".join([f"{line['step']:,} updates", *seen])
+
+
+def _plain(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _check_names(arms: Mapping[str, Arm]) -> None:
+    if not arms:
+        raise ValueError("nothing to compare: name at least one arm")
+    for name in arms:
+        if not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
+            raise ValueError(
+                f"an arm's name becomes a folder: it must have no slash and begin with no dot; got {name!r}"
+            )

@@ -1,0 +1,59 @@
+"""Figures and words into one file: the template engine, and how numbers are written."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from isgd_jax.app import figures
+
+NOTHING = "-"
+"""What stands where nothing was measured."""
+
+
+def render(template: str, **context: Any) -> str:
+    """A template of the folder ``templates/`` as text; everything that is not a figure is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("isgd_jax.app.html"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": words}
+    light, dark = figures.css_colours()
+    return environment.get_template(template).render(light=light, dark=dark, **context)
+
+
+def inline(drawn: Mapping[str, Figure], where: str) -> dict[str, Markup]:
+    """Figures as SVG elements by name; ``where`` keeps their ids apart from those of other sections of the page."""
+    return {name: Markup(figures.svg(figure, f"{where}-{name}")) for name, figure in drawn.items()}
+
+
+def number(value: Any) -> str:
+    """A number in at most four digits that count, whole numbers whole; anything else as it is; nothing as a dash."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them."""
+    if seconds is None:
+        return NOTHING
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def words(name: str) -> str:
+    """The name of a field as words."""
+    return name.replace("_", " ")

@@ -1,0 +1,130 @@
+"""The page of one run or of several: what came out, figures, hardest examples, and all that it was run with."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isgd_jax.app import figures, plots
+from isgd_jax.app.clock import account
+from isgd_jax.app.config import Config
+from isgd_jax.app.html import hardest
+from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render, words
+from isgd_jax.app.run_dir import Record, RunDir
+
+ROWS = 30
+"""Lines of progress in the table; of more, every so many are shown, and always the last."""
+
+WIDE = ("scores", "time", "others")
+
+CAPTIONS = {
+    "loss": "mean(s·L) of the draws estimates the training loss without bias, whatever the proposal.",
+    "error": "The share of examples whose largest output is not their label.",
+    "variance": "How far the gradient of one draw is from the mean gradient. In use should lie well below uniform; "
+    "ideal is the least that independent draws could reach at that moment.",
+    "ratio": "Below 1 the scores help; above 1 they hurt.",
+    "scores": "The largest weight is bounded by one over the mixture. Old scores cost variance, never bias.",
+    "time": "Measuring these numbers is left out when runs are compared by their seconds.",
+    "others": "Everything else the run wrote down.",
+    "norms": "UNIFORM over IDEAL is at least the square of the root mean square over the mean.",
+}
+
+
+def run_page(runs: Sequence[RunDir]) -> str:
+    """One page of these runs, as HTML. A run that is still going on, or was stopped, is shown as it stands.
+
+    Raises:
+        FileNotFoundError: a folder is not that of a run.
+    """
+    sections = [_section(run, i) for i, run in enumerate(runs)]
+    return render("run.html", title=sections[0]["name"] if len(sections) == 1 else "Runs", sections=sections)
+
+
+def _section(run: RunDir, i: int) -> dict[str, Any]:
+    config = run.read_config()
+    records = list(run.records())
+    lines = [record for record in records if record["event"] == "progress"]
+    scored = hardest.scores(run)
+    with figures.style():
+        drawn = plots.all_figures(lines)
+        if scored is not None:
+            drawn["norms"] = plots.norms_figure(scored.known, what="score, as last measured")
+        pictures = inline(drawn, f"run{i}")
+    return {
+        "id": f"run{i}",
+        "name": run.path.resolve().name,
+        "summary": f"{config.dataset}, {config.model}, {config.mode} mode, {config.sampler_in_use} draws",
+        "state": _state(records),
+        "tiles": _tiles(lines, records),
+        "figures": pictures,
+        "captions": CAPTIONS,
+        "wide": WIDE,
+        "progress": _progress_table(lines),
+        "spent": _spent(records),
+        "events": [r for r in records if r["event"] not in ("progress", "refresh", "finished", "stopped")][-50:],
+        "scored": scored,
+        "config": _configuration(config),
+        "environment": _environment(run),
+    }
+
+
+def _state(records: Sequence[Record]) -> str:
+    if not records:
+        return "nothing recorded yet"
+    last = records[-1]
+    how = {"finished": "finished", "stopped": "stopped by a signal"}.get(last["event"], "going on, or killed")
+    return f"{how} at update {last['step']:,}, after {duration(last.get('seconds'))}"
+
+
+def _tiles(lines: Sequence[Record], records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The numbers one looks for first."""
+    if not lines:
+        return []
+    last = lines[-1]
+    ratios = [line["variance_ratio"] for line in lines if line.get("variance_ratio") is not None]
+    tiles = [
+        ("held-out error", percent(last.get("test_error"))),
+        ("held-out loss", number(last.get("test_loss"))),
+        ("training-set loss", number(last.get("train_loss"))),
+        ("variance over uniform's, median", f"{sorted(ratios)[len(ratios) // 2]:.2f}" if ratios else None),
+        ("updates a second", number(last.get("steps_per_second"))),
+        ("scoring, of the time after start-up", percent(last.get("share_scoring"))),
+    ]
+    return [(name, value) for name, value in tiles if value not in (None, NOTHING)]
+
+
+def _progress_table(lines: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    fields = [name for name in dict.fromkeys(n for line in lines for n in line) if name != "event"]
+    fields = [name for name in fields if any(line.get(name) is not None for line in lines)]
+    every = -(-len(lines) // ROWS)
+    shown = [line for i, line in enumerate(lines) if i % max(every, 1) == 0 or i == len(lines) - 1]
+    return [words(name) for name in fields], [[number(line.get(name)) for name in fields] for line in shown]
+
+
+def _spent(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    ends = [record for record in records if isinstance(record.get("spent"), dict)]
+    if not ends:
+        return []
+    rows = account(ends[-1]["spent"], ends[-1].get("seconds") or 0.0)
+    return [(task, duration(seconds), percent(share)) for task, seconds, share in rows]
+
+
+def _configuration(config: Config) -> list[tuple[str, str, bool]]:
+    """Field, value, and whether it is not the default."""
+    values, defaults = config.to_dict(), Config().to_dict()
+    return [
+        (words(name), " ".join(map(str, value)) if isinstance(value, list) else number(value), value != defaults[name])
+        for name, value in values.items()
+    ]
+
+
+def _environment(run: RunDir) -> list[tuple[str, str]]:
+    file = Path(run.path / "environment.json")
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text())
+    flat = {name: value for name, value in found.items() if not isinstance(value, (dict, list))}
+    flat |= {name: ", ".join(map(str, value)) for name, value in found.items() if isinstance(value, list)}
+    for value in found.values():
+        flat |= value if isinstance(value, dict) else {}
+    return [(name, str(value)) for name, value in flat.items()]

@@ -1,0 +1,20 @@
+"""Does importance sampling pay for this model, on this data, on this machine? Measured, then said in plain words."""
+
+from isgd_jax.app.probe.findings import Probe, probe
+from isgd_jax.app.probe.measure import Costs, Spread, ageing, costs, spread
+from isgd_jax.app.probe.plots import figures_of
+from isgd_jax.app.probe.verdict import Period, periods, verdict
+
+__all__ = [
+    "Costs",
+    "Period",
+    "Probe",
+    "Spread",
+    "ageing",
+    "costs",
+    "figures_of",
+    "periods",
+    "probe",
+    "spread",
+    "verdict",
+]

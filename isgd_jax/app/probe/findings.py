@@ -1,0 +1,105 @@
+"""The probe as a whole: at initialisation, after some steps, or at the newest checkpoint of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from isgd_jax.app import checkpoints, optimizers
+from isgd_jax.app.config import Config
+from isgd_jax.app.probe import measure
+from isgd_jax.app.probe.verdict import Period, periods, verdict
+from isgd_jax.app.run_dir import RunDir
+from isgd_jax.app.task import Task
+from isgd_jax.types import Params
+
+FALLBACK_MIXTURE = 0.3
+"""Where the mixture is not a number: it suits scores that get old."""
+
+
+class Probe(NamedTuple):
+    """What was found, and what it means."""
+
+    num_updates: int
+    """Updates that had been made."""
+    num_examples: int
+    mixture: float
+    spread: measure.Spread
+    costs: measure.Costs
+    by_age: dict[int, float]
+    """STALE/UNIFORM by the age of the scores."""
+    periods: list[Period]
+    words: list[str]
+
+
+def probe(
+    config: Config,
+    task: Task,
+    *,
+    run: Path | None = None,
+    after: int = 0,
+    ages: Sequence[int] = (10, 30, 100, 300),
+    num_examples: int = 4096,
+) -> Probe:
+    """Measure whether importance sampling can pay.
+
+    Args:
+        config: model, loss, optimiser, batch size, scorer and mixture.
+        task: the same, made; see `isgd_jax.app.task.make`.
+        run: the folder of a run of this configuration: its newest checkpoint is probed.
+        after: steps of plain SGD to make first, from initialisation.
+        ages: after so many further steps the scores are tried again.
+        num_examples: norms are measured on so many examples, drawn at random.
+
+    Raises:
+        ValueError: an argument is out of range, or the checkpoint is of another model or data set.
+        FileNotFoundError: the run has no checkpoint.
+        FloatingPointError: the gradients are not finite.
+    """
+    _check(run, after, ages, num_examples)
+    init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+    params, opt_state = task.init(jax.random.split(jax.random.key(config.seed), 4)[0]), None
+    if run is not None:
+        params, opt_state, after = _restored(run, config, task, params)
+    elif after:
+        params, opt_state = measure.run_plain(config, task, params, num_steps=after, key=init_key)
+    size = min(num_examples, task.num_examples)
+    rows = np.sort(np.asarray(jax.random.permutation(sample_key, task.num_examples))[:size])
+    sample = jax.tree.map(lambda x: x[rows], dict(task.train))
+    mixture = config.mixture if isinstance(config.mixture, (int, float)) else FALLBACK_MIXTURE
+    spread = measure.spread(task.loss_fn, params, sample, is_whole=size == task.num_examples)
+    if not np.isfinite(spread.norms).all():
+        raise FloatingPointError(f"the gradients are not finite after {after} updates: lower --learning-rate")
+    cost = measure.costs(config, task, params)
+    by_age = measure.ageing(config, task, params, opt_state, sample=sample, ages=ages, mixture=mixture, key=step_key)
+    table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
+    headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
+    words = verdict(spread.second_moment_ratio, headroom, table, num_updates=after)
+    return Probe(after, size, float(mixture), spread, cost, by_age, table, words)
+
+
+def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Params, Any, int]:
+    """Parameters, optimiser state and step of the newest checkpoint."""
+    saved = checkpoints.read(RunDir(run).checkpoints)
+    if saved is None:
+        raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialisation, without --run")
+    theirs = saved.identity.get("data set")
+    if theirs != task.fingerprint:
+        raise ValueError(f"the checkpoint is of another data set: it has {theirs}, this one has {task.fingerprint}")
+    tx = optimizers.make(config, num_examples=task.num_examples, num_steps=config.num_steps(task.num_examples))
+    template = {"params": params, "opt_state": tx.init(params)}
+    state = checkpoints.into(template, saved.tree["state"])
+    return state["params"], state["opt_state"], saved.step
+
+
+def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int) -> None:
+    if run is not None and after:
+        raise ValueError("--after counts from initialisation: leave it out with --run")
+    if after < 0:
+        raise ValueError(f"--after must be 0 or more; got {after}")
+    if not ages or min(ages) < 1:
+        raise ValueError(f"--ages must be numbers of steps of at least 1; got {tuple(ages)}")
+    if num_examples < 2:
+        raise ValueError(f"--examples must be at least 2; got {num_examples}")

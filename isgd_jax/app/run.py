@@ -1,0 +1,487 @@
+"""The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isgd_jax.app import build, data, models, multihost, plots, schedule, shared_checkpoints, task
+from isgd_jax.app.clock import Clock, middle_seconds
+from isgd_jax.app.config import Config
+from isgd_jax.app.progress import Measure, Measures
+from isgd_jax.app.run_dir import Record, RunDir, Unwritten
+from isgd_jax.app.signals import Stop, stop_on_signals
+from isgd_jax.app.tensorboard import require_tensorboard, with_events
+from isgd_jax.engines import arrivals
+from isgd_jax.engines.contract import Reports, Resumable, Timed
+from isgd_jax.engines.rates import Rates
+from isgd_jax.sampling.gates import is_open
+from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.training import loop
+from isgd_jax.training.background import Refresher, refresher
+from isgd_jax.training.callbacks import Callback
+from isgd_jax.training.data_parallel import agree, local_copy
+from isgd_jax.training.loop import STEPS_IN_FLIGHT, Run
+from isgd_jax.training.train_step import StepInfo, TrainState
+from isgd_jax.types import Params
+from isgd_jax.variance import gate
+
+ENOUGH = 0.5
+"""In place of the number of a signal, when it was `until` that asked to stop."""
+
+NOBODY_SCORES: Record = {
+    "scores_per_second": 0.0,
+    "scores_per_second_by_worker": {},
+    "workers": 0,
+    "bytes_moved": 0,
+    "chunks_again": 0,
+    "results_refused": 0,
+}
+"""The figures of an engine where there is none."""
+
+REHEARSED = 4
+"""Updates that the plan times together."""
+
+FORMAT = "3"
+"""Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
+
+Observer = Callable[[Record], None]
+
+
+class Result(NamedTuple):
+    """What a run leaves."""
+
+    params: Params
+    run_dir: Path
+    step: int
+    stopped_by: int | None
+    """The number of the signal that ended the run early, if one did."""
+
+
+def fit(
+    config: Config,
+    *,
+    dataset: data.Dataset | None = None,
+    model: models.Model | None = None,
+    loss: task.OutputLoss | None = None,
+    resume: bool = False,
+    observe: Observer = lambda record: None,
+    until: Callable[[Record], bool] = lambda record: False,
+    measure: Measure = lambda state: {},
+) -> Result:
+    """Train, and leave a folder with the configuration, metrics, figures and checkpoints of the run.
+
+    Args:
+        config: what to do. With ``resume``, ``config.run_dir`` is the folder of the run to go on with.
+        dataset: takes the place of ``config.dataset``.
+        model: takes the place of ``config.model``; anything with Linen's ``init`` and ``apply``.
+        loss: takes the place of ``config.loss``; ``(outputs, example) -> scalar``.
+        resume: go on from the newest checkpoint, or from the first step if there is none yet. The parameters are bit
+            for bit those of a run without a break, unless scores are distrusted by the clock (``max_age_seconds``).
+        observe: called with each record: the plan, refreshes, progress, warnings.
+        until: called with each line of progress; the run ends early at the first for which it is true.
+        measure: what to measure besides, at each line of progress; its time counts as measuring, not as training.
+
+    Raises:
+        ValueError: the configuration does not fit the data, the model or the checkpoint.
+        FloatingPointError: the loss is no longer finite; the checkpoints from before stay.
+        FileExistsError: a new run would write into the folder of an old one.
+    """
+    clock = Clock()
+    make_job = build.job_elsewhere(config, dataset, model, loss)
+    if config.tensorboard:
+        require_tensorboard()
+    if resume and not config.distributed:
+        RunDir(Path(str(config.run_dir))).check_resumable(config)
+    if config.replay is not None:
+        RunDir(Path(config.replay)).check_replayable(config)
+    if dataset is None:
+        with clock.spending("data"):
+            dataset = data.load(
+                config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir, on_disk=config.hold == "disk"
+            )
+    if config.batch_size > len(dataset):
+        raise ValueError(
+            f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
+            f"got {config.batch_size}"
+        )
+    with multihost.joined(config, dataset.fingerprint):
+        work = task.make(config, dataset, model=model, loss=loss)
+        folder = _run_dir(config, resume)
+        num_steps, devices = config.num_steps(work.num_examples), _devices(config)
+        parts = build.build(
+            config, work, num_steps=num_steps, replayed=_replayed(config, work, num_steps), make_job=make_job
+        )
+        with contextlib.ExitStack() as stack:
+            if parts.engine is not None:
+                stack.callback(parts.engine.close)
+            stop = stack.enter_context(stop_on_signals())
+            recorder = Recorder(
+                config, work, parts, folder,
+                inputs=dataset.inputs, clock=clock, stop=stop, resume=resume,
+                observe=observe, until=until, measure=measure,
+            )  # fmt: skip
+            result = loop.fit(
+                parts.problem,
+                parts.sampler,
+                parts.tx,
+                num_steps=num_steps,
+                key=jax.random.key(config.seed),
+                engine=parts.engine,
+                devices=devices,
+                callbacks=[recorder],
+                fresh_scores=parts.fresh_scores,
+                make_refresher=recorder.make_refresher,
+            )
+    stopped_by = None if result.stopped is None else int(result.stopped) or None
+    return Result(result.params, folder.path, result.step, stopped_by)
+
+
+def _replayed(config: Config, work: task.Task, num_steps: int) -> arrivals.Schedule | None:
+    """The schedule to follow, if this is a replay."""
+    if config.replay is None:
+        return None
+    found = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
+    schedule.check_covers(found, num_steps, config.refresh_every)
+    return found
+
+
+def _devices(config: Config) -> list[jax.Device] | None:
+    """Those that train, each a part of the batch; None is one device."""
+    if config.train_devices > 1:
+        devices, wanted = jax.local_devices(), config.train_devices
+        if wanted >= len(devices):
+            raise ValueError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
+        return devices[:wanted]
+    if not config.distributed:
+        return None
+    if config.batch_size % len(jax.devices()):
+        raise ValueError(
+            f"--batch-size must be a multiple of the {len(jax.devices())} devices that train, so that each handles an "
+            f"equal part; got {config.batch_size}"
+        )
+    return jax.devices()
+
+
+def _run_dir(config: Config, resume: bool) -> RunDir:
+    """The folder of the run, new or old; of several processes one writes there."""
+    if jax.process_index() != 0:
+        return Unwritten(Path(str(config.run_dir)))
+    if not resume:
+        return RunDir.create(config)
+    run = RunDir(Path(str(config.run_dir)))
+    run.check_resumable(config)
+    return run
+
+
+class Recorder(Callback):
+    """What a run of the command does beside its steps: it plans, measures, records, saves, and stops when asked to.
+
+    Args:
+        config: of the run.
+        work: what is trained.
+        parts: of the run.
+        folder: where it writes.
+        inputs: what was done to the inputs, kept with the run.
+        clock: of the run.
+        stop: set by a signal.
+        resume: whether to go on from the newest checkpoint.
+        observe: called with each record.
+        until: whether what was wanted is reached.
+        measure: what to measure besides.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        work: task.Task,
+        parts: build.Parts,
+        folder: RunDir,
+        *,
+        inputs: data.Inputs,
+        clock: Clock,
+        stop: Stop,
+        resume: bool,
+        observe: Observer,
+        until: Callable[[Record], bool],
+        measure: Measure,
+    ) -> None:
+        writes = jax.process_index() == 0
+        self._config, self._work, self._parts, self._folder = config, work, parts, folder
+        self._inputs, self._clock, self._stop, self._resume = inputs, clock, stop, resume
+        self._observe, self._until = observe if writes else lambda record: None, until
+        if config.tensorboard and writes:
+            self._observe = with_events(folder.path, observe)
+        self._measures = Measures(config, work, measure=measure)
+        self._rates = Rates(parts.engine) if isinstance(parts.engine, Reports) else None
+        self._checkpoints = shared_checkpoints.of_run(
+            folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
+        )
+        self._infos: list[StepInfo] = []
+        self._step = self._noted = 0  # steps made, and the last of which a move of the gate has been recorded
+        self._quarantined = 0
+        self._trusted_share: float | None = None
+        self._was_open, self._reached = True, False
+        self._mark = (0, 0.0, dict(clock.spent))  # step, clock and time spent at the last line of progress
+
+    def make_refresher(self, engine: Any, sampler: BatchSampler, **options: Any) -> Refresher:
+        """The refresher of the configuration, whose clock is agreed upon by all processes."""
+        config, replayed = self._config, self._parts.replayed
+        clock = (lambda: agree(self._clock())) if replayed is None else lambda: replayed.arrivals[self._step].clock
+        made = refresher(
+            engine,
+            sampler,
+            every=config.refresh_every,
+            publish_every=config.publishes_every,
+            wait=config.mode == "exact" and replayed is None,
+            published=self._parts.published,
+            clock=clock,
+            publish_at=None if replayed is None else lambda step: step in replayed.versions,
+            warn=self._warn,
+        )
+        return ClockedRefresher(made, self._clock)
+
+    def begin(self, run: Run) -> None:
+        if self._resume:
+            self._restore(run)
+            self._folder.write_config(self._config)
+        self._folder.write(data.INPUTS_FILE, self._inputs.to_json())
+        self._folder.write_environment([str(device) for device in jax.devices()], self._work.fingerprint)
+        if self._step < run.num_steps:
+            self._observe(self._plan(run))
+        else:
+            flag = "--steps" if self._config.epochs is None else "--epochs"
+            self._warn(f"nothing is left to do: {self._step:,} updates were made; {flag} N asks for more")
+        self._warn(*self._parts.remarks)
+        self._set_mark()
+        if self._step == 0:
+            self._log(run)
+        self._ask(run)
+
+    def refreshed(self, run: Run) -> None:
+        found, engine = run.refresher.last, self._parts.engine
+        if found is None or engine is None:
+            return
+        proposal = local_copy(run.state.sampler.proposal)
+        self._trusted_share = float(proposal.trusted_share)
+        size = getattr(engine, "chunk_size", 1)
+        self._record(
+            "refresh",
+            clock=found.seconds,
+            chunk_size=size,
+            arrived=arrivals.as_runs(found.chunks, size),
+            scored=sum(len(chunk.ids) for chunk in found.chunks),
+            rejected=self._newly_quarantined(run),
+            trusted_share=self._trusted_share,
+            is_uniform=bool(proposal.is_uniform),
+        )
+        self._warn(*_notices(engine))
+
+    def stepped(self, run: Run, info: StepInfo) -> None:
+        self._infos.append(info)
+        self._step = run.step
+        if run.step % self._config.log_every == 0 or run.step == run.num_steps:
+            self._log(run)
+        if run.step % self._config.checkpoint_every == 0:
+            self._save(run)
+        if jax.process_count() == 1 or run.step % STEPS_IN_FLIGHT == 0:
+            self._ask(run)
+
+    def end(self, run: Run) -> None:
+        self._warn(*_notices(self._parts.engine))
+        self._save(run)
+        self._checkpoints.wait()
+        stopped = run.stopped is not None and run.stopped >= 1
+        self._record("stopped" if stopped else "finished", spent=self._spent(), num_steps=run.num_steps)
+        if jax.process_index() == 0:
+            plots.draw(self._folder)
+            self._observe({"event": "wrote", "paths": [str(path) for path in sorted(self._folder.path.iterdir())]})
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+    def _restore(self, run: Run) -> None:
+        """Take up the newest checkpoint, and forget the records written after it.
+
+        A run that was killed before its first checkpoint begins anew: its first parameters come from the seed.
+        """
+        if self._checkpoints.latest_step() is None:
+            self._folder.forget_after(-1)
+            self._record("resumed")
+            return
+        saved, notes = self._checkpoints.restore({"state": run.state})
+        run.state = saved["state"] if run.parallel is None else run.parallel.replicate(saved["state"])
+        if run.parallel is None:
+            run.state = jax.device_put(run.state)
+        if run.prefetch is not None and notes["prefetch"] is not None:
+            run.prefetch.load_state_dict(notes["prefetch"])
+        if isinstance(self._parts.engine, Resumable):
+            self._parts.engine.restore(notes["engine"])
+        self._clock.go_on_from(notes["seconds"], notes["spent"])
+        run.step = self._step = self._noted = int(local_copy(run.state.sampler.clock.step))
+        self._quarantined = int(local_copy(run.state.sampler.quarantined))
+        self._was_open = bool(local_copy(is_open(run.state.sampler)))
+        self._folder.forget_after(self._step)
+        self._record("resumed")
+
+    def _ask(self, run: Run) -> None:
+        """Whether a signal asked to stop, or what was wanted is reached; all processes agree."""
+        asked = agree(max(float(self._stop.signum or 0), ENOUGH if self._reached else 0.0))
+        if asked > 0:
+            run.stop(asked)
+
+    def _log(self, run: Run) -> None:
+        """Measure, and write one line of progress."""
+        step_before, clock_before, _ = self._mark
+        stepped = self._drain(run)
+        elapsed = self._clock() - clock_before
+        self._clock.spent.update(self._spent())
+        with self._clock.spending("measuring"):
+            measured = self._measures.at(run.state, run.data)
+        rate = (self._step - step_before) / elapsed if self._step > step_before else None
+        shares = self._clock.shares("scoring", "updating", "measuring")
+        training = {"train_seconds": round(self._clock.spent["scoring"] + self._clock.spent["updating"], 3)}
+        watched = NOBODY_SCORES if self._rates is None else self._rates.since_last()
+        watched = watched | {"trusted_share": self._trusted_share}
+        record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
+        self._reached = self._until(record)
+        self._set_mark()
+
+    def _spent(self) -> dict[str, float]:
+        """What time was spent on; all since the last line of progress that nothing else has claimed was updating."""
+        _, clock_before, spent_before = self._mark
+        elsewhere = sum(self._clock.spent.values()) - sum(spent_before.values())
+        return dict(self._clock.spent) | {
+            "updating": self._clock.spent["updating"] + self._clock() - clock_before - elsewhere
+        }
+
+    def _set_mark(self) -> None:
+        self._mark = (self._step, self._clock(), dict(self._clock.spent))
+
+    def _drain(self, run: Run) -> Record:
+        """Fetch what the steps left on the device since the last call, and see that the loss is finite."""
+        infos = jax.device_get(self._infos)
+        self._infos.clear()
+        self._note_switches(infos)
+        for i, info in enumerate(infos):
+            if not np.isfinite(info.loss):
+                at = self._step - len(infos) + i
+                raise FloatingPointError(
+                    f"the training loss became {info.loss} at step {at}: lower --learning-rate "
+                    f"(it was {self._config.learning_rate}); checkpoints from before stay in {self._folder.checkpoints}"
+                )
+        if not infos:
+            return {"loss": None, "max_weight": None}
+        self._newly_quarantined(run)
+        losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
+        return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
+
+    def _note_switches(self, infos: list[StepInfo]) -> None:
+        """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
+        was_open = self._was_open
+        for at, info in enumerate(infos, start=self._step - len(infos) + 1):
+            now_open = bool(info.gate_is_open)
+            if at > self._noted and now_open != was_open and info.gate_ratio is not None:
+                self._record("gate", at=at, is_open=now_open, reason=gate.reason(now_open, info.gate_ratio))
+            if at > self._noted:
+                was_open = now_open
+        self._was_open, self._noted = was_open, self._step
+
+    def _save(self, run: Run) -> None:
+        infos = jax.device_get(self._infos)
+        self._note_switches(infos)
+        if not all(np.isfinite(info.loss) for info in infos):
+            self._drain(run)  # says at which step the loss was lost, and saves nothing
+        spent, engine = self._spent(), self._parts.engine
+        with self._clock.spending("saving"):
+            notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
+            notes |= {"prefetch": None if run.prefetch is None else run.prefetch.state_dict()}
+            notes |= {"seconds": self._clock(), "spent": spent}
+            self._checkpoints.save(self._step, {"state": run.state}, notes)
+
+    def _newly_quarantined(self, run: Run) -> int:
+        """How many scores have been set aside since the last look; a person hears of them."""
+        total = int(local_copy(run.state.sampler.quarantined))
+        count, self._quarantined = total - self._quarantined, total
+        if count:
+            self._warn(f"{count} scores were not finite and were set aside; what was known of these examples stays")
+        return count
+
+    def _warn(self, *texts: str) -> None:
+        for text in texts:
+            self._record("warning", text=text)
+
+    def _record(self, event: str, **values: Any) -> Record:
+        record = {"event": event, "step": self._step, "seconds": round(self._clock(), 3), **values}
+        self._folder.append(record)
+        self._observe(record)
+        return record
+
+    def _plan(self, run: Run) -> Record:
+        """What is about to be done, with the cost of scoring measured on this machine."""
+
+        def updates() -> TrainState:
+            """A few updates that are forgotten, one dispatched behind the other as in training."""
+            state = jax.tree.map(jnp.copy, run.state)  # a step takes over the state that it is given
+            for _ in range(REHEARSED):
+                state, _ = run.advance(state, 0.0)
+            return state
+
+        with self._clock.spending("planning"):
+            (seconds,) = middle_seconds(updates, repeats=1)
+            refresh = 0.0 if self._parts.engine is None else self._seconds_per_refresh(run)
+        return {
+            "event": "plan",
+            "run_dir": str(self._folder.path),
+            "num_examples": self._work.num_examples,
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
+            "devices": [str(device) for device in jax.devices()],
+            "first_step": self._step,
+            "num_steps": run.num_steps,
+            "config": self._config.to_dict(),
+            "sampler": self._config.sampler_in_use,
+            "seconds_per_update": seconds / REHEARSED,
+            "seconds_per_refresh": refresh,
+            "share_scored": self._config.share_scored(self._work.num_examples),
+        }
+
+    def _seconds_per_refresh(self, run: Run) -> float:
+        """Of scoring, of recording what is scored, and of making the proposal."""
+        engine, size = self._parts.engine, self._work.num_examples
+        # What is done once a refresh and what is done for each chunk: the difference is a chunk's.
+        once, with_a_chunk = middle_seconds(
+            lambda: run.refresher.rehearse(run.state.sampler, chunks=0),
+            lambda: run.refresher.rehearse(run.state.sampler, chunks=1),
+            repeats=3,
+        )
+        each = (
+            max(0.0, with_a_chunk - once) * self._config.share_scored(size) * size / getattr(engine, "chunk_size", size)
+        )
+        params = self._parts.published(run.state.params, 0)
+        wait = self._config.mode == "exact"
+        collecting = engine.seconds_per_collect(params, wait=wait) if isinstance(engine, Timed) else 0.0
+        return collecting + once + each
+
+
+class ClockedRefresher(Refresher):
+    """A refresher whose time counts as scoring."""
+
+    def __init__(self, made: Refresher, clock: Clock) -> None:
+        vars(self).update(vars(made))
+        self._spent_on = clock
+
+    def __call__(self, step: int, params: Params, state: SamplerState) -> SamplerState:
+        if self.engine is None:
+            return super().__call__(step, params, state)
+        with self._spent_on.spending("scoring"):
+            return jax.block_until_ready(super().__call__(step, params, state))
+
+
+def _notices(engine: Any) -> list[str]:
+    """What a person should hear of an engine."""
+    return engine.notices() if isinstance(engine, Reports) else []

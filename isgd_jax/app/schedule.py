@@ -1,0 +1,38 @@
+"""The schedule of a run, read from the refreshes in its metrics.jsonl: `isgd train --replay` follows it."""
+
+from isgd_jax.app.run_dir import RunDir
+from isgd_jax.engines.arrivals import Arrivals, Schedule
+
+
+def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None:
+    """Refuse to train beyond the end of the schedule.
+
+    Raises:
+        ValueError: the earlier run made fewer steps.
+    """
+    covered = max(schedule.arrivals) + refresh_every
+    if num_steps > covered:
+        raise ValueError(f"the schedule to replay ends at step {covered}, before --steps {num_steps}: ask for less")
+
+
+def read(run: RunDir, fingerprint: str) -> Schedule:
+    """The schedule of a run, finished or not, on the training set of this fingerprint.
+
+    Raises:
+        FileNotFoundError: this is not the folder of a run.
+        ValueError: it made no refresh, as in uniform mode, or was made on other data.
+    """
+    run.read_config()
+    if run.fingerprint() not in (None, fingerprint):
+        raise ValueError(f"{run.path} was made on another data set: it has {run.fingerprint()}, this is {fingerprint}")
+    refreshes = {record["step"]: record for record in run.records("refresh")}
+    if not refreshes:
+        raise ValueError(f"{run.path} has no schedule to replay: it never refreshed its scores")
+    sizes = {record["chunk_size"] for record in refreshes.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"{run.path} was resumed with chunks of another size, {sorted(sizes)}: it cannot be replayed")
+    arrivals = {
+        step: Arrivals([(version, first, last) for version, first, last in record["arrived"]], record["clock"])
+        for step, record in refreshes.items()
+    }
+    return Schedule(sizes.pop(), arrivals)

@@ -1,0 +1,63 @@
+"""The checkpoints of a run that several processes make together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from isgd_jax.app.checkpoints import Checkpoints
+
+
+class SharedCheckpoints:
+    """Checkpoints that process 0 alone writes and reads: the others get what they hold over the network.
+
+    So the folder need not be on storage that all hosts see.
+    """
+
+    def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
+        first = jax.process_index() == 0
+        self._own = Checkpoints(folder, identity=identity, processes={0}) if first else None
+
+    def latest_step(self) -> int | None:
+        """Of the newest whole checkpoint, or None."""
+        own = None if self._own is None else self._own.latest_step()
+        step = int(_of_first(np.int32(-1 if own is None else own)))
+        return None if step < 0 else step
+
+    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        """Save arrays that are the same on all processes."""
+        if self._own is not None:
+            self._own.save(step, jax.tree.map(np.asarray, tree), notes)
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint, as NumPy arrays on every process."""
+        arrays, notes = jax.tree.map(np.asarray, template), b""
+        if self._own is not None:
+            arrays, found = self._own.restore(arrays)
+            notes = json.dumps(found).encode()
+        text = np.zeros(_of_first(np.int32(len(notes))), np.uint8)
+        text[: len(notes)] = np.frombuffer(notes, np.uint8)
+        return _of_first(arrays), json.loads(_of_first(text).tobytes())
+
+    def wait(self) -> None:
+        """Return when the last save is on disk."""
+        if self._own is not None:
+            self._own.wait()
+
+    def close(self) -> None:
+        """Finish the last save."""
+        if self._own is not None:
+            self._own.close()
+
+
+def of_run(folder: Path, *, identity: dict[str, str]) -> Checkpoints | SharedCheckpoints:
+    """The checkpoints of a run, of one process or several."""
+    return (Checkpoints if jax.process_count() == 1 else SharedCheckpoints)(folder, identity=identity)
+
+
+def _of_first(tree: Any) -> Any:
+    """What process 0 has, on all: NumPy arrays of equal shapes."""
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))

@@ -1,0 +1,42 @@
+"""What the user brings beside the data: numbers an example, and functions by name. Checked before the first step."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = False) -> np.ndarray:
+    """The ``num_examples`` finite numbers in a .npy file, as float32.
+
+    Args:
+        path: the file, as `numpy.save` writes it.
+        num_examples: how many numbers there must be, one for each training example.
+        flag: the option, as messages name it.
+        allow_negative: whether numbers may be less than 0.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else; ``flag`` names the option in the message.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag}: there is no file {path}")
+    expected = f"{flag}: expected {num_examples} numbers, one for each training example"
+    with open(path, "rb") as file:
+        begin = file.read(6)
+    if begin.startswith(b"PK"):
+        raise ValueError(f"{expected}, but {path} is an archive of arrays: save the one with numpy.save, as .npy")
+    if begin != np.lib.format.MAGIC_PREFIX:
+        raise ValueError(f"{expected}, but {path} is no .npy file: it begins with {begin!r}")
+    try:
+        with np.errstate(over="raise"):
+            found = np.lib.format.open_memmap(path, mode="r")  # a header may lie about the size
+    except Exception as error:  # NumPy's parser of headers raises whatever it stumbles over
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{expected}, but {path} is no whole .npy file of numbers ({reason})") from error
+    if found.shape != (num_examples,) or found.dtype.kind not in "iuf":
+        raise ValueError(f"{expected}, got {found.dtype}{list(found.shape)} in {path}")
+    with np.errstate(over="ignore"):  # told below
+        values = np.array(found, np.float32)
+    if not np.isfinite(values).all() or not (allow_negative or (values >= 0).all()):
+        raise ValueError(f"{flag}: expected finite numbers{'' if allow_negative else ' of at least 0'} in {path}")
+    return values

@@ -1,0 +1,22 @@
+# The public names, once: lazy_loader reads this file at run time, type checkers read it as it is.
+from . import scorers as scorers
+from .arrivals import Arrivals as Arrivals
+from .arrivals import Schedule as Schedule
+from .chunks import Chunks as Chunks
+from .contract import Chunked as Chunked
+from .contract import Engine as Engine
+from .contract import EngineStats as EngineStats
+from .contract import Reports as Reports
+from .contract import Resumable as Resumable
+from .contract import ScoredChunk as ScoredChunk
+from .contract import Timed as Timed
+from .contract import WorkersGone as WorkersGone
+from .inline_engine import inline as inline
+from .local_engine import Job as Job
+from .local_engine import local as local
+from .ray_engine import ray_cluster as ray_cluster
+from .replay_engine import replay as replay
+from .work_queue import WorkItem as WorkItem
+from .work_queue import WorkQueue as WorkQueue
+from .worker_pool import Worker as Worker
+from .worker_pool import WorkerPool as WorkerPool

@@ -1,0 +1,451 @@
+"""Workers on a Ray cluster: actors wherever there is room, each with data that it was sent or loaded itself.
+
+Ray does the rest: placement, transport through its object store, restarts of what dies, nodes that come and go. Without
+an address a Ray of this host alone is started, and stopped again; it listens on the loopback interface, and asks for a
+token.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import os
+import secrets
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+try:
+    import ray
+    from ray import _raylet, exceptions
+    from ray._private import ray_constants, worker
+except ImportError as error:
+    raise ImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
+
+from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
+from isgd_jax.engines.contract import ScoredChunk, WorkersGone
+from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
+from isgd_jax.engines.work_queue import WorkItem, WorkQueue
+from isgd_jax.engines.worker_pool import WorkerPool
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Ray would print notices."""
+
+MakeJob = Callable[[], tuple[Job, str]]
+
+PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds before a worker that failed is tried again, longer each time. Ray restarts it meanwhile."""
+
+LOOK = 1.0
+"""Seconds between two looks whether the engine was closed, while a worker takes its time."""
+
+
+class ScoringActor:
+    """The actor: one process, one device, one version of the parameters."""
+
+    def prepare(self, make_job: MakeJob) -> str:
+        """Load the data; returns the fingerprint of the training set. Called first, again after each restart."""
+        self._job, fingerprint = make_job()
+        self._device = jax.local_devices()[0]
+        self._scorer = jax.jit(self._job.scorer)
+        self._params: Params = None
+        self._version: int | None = None
+        return fingerprint
+
+    def load(self, params: Params, version: int) -> int:
+        """Take parameters, NumPy arrays in the shared memory of this node; returns their bytes."""
+        self._params, self._version = jax.device_put(params, self._device), version
+        return num_bytes(self._params)
+
+    def score(self, item: WorkItem) -> Any:
+        """The ``scores [c]`` of a chunk, or ``(scores, sketches [c, dims])``."""
+        if item.version != self._version:
+            raise RuntimeError(f"asked to score at version {item.version}, but holds {self._version}")
+        batch = jax.device_put(self._job.chunks.batch(self._job.data, item.chunk), self._device)
+        return unpadded(self._scorer(self._params, batch), len(self._job.chunks.ids(item.chunk)))
+
+
+class Refused(ValueError):
+    """A worker that can never help: it has another data set, or cannot load it."""
+
+
+class Failed(RuntimeError):
+    """What a worker was asked to do raised an error there."""
+
+
+class Lost(RuntimeError):
+    """A worker that Ray restarts, here or on another node."""
+
+
+class Actor:
+    """The trainer's side of an actor; implements `isgd_jax.engines.worker_pool.Worker`."""
+
+    def __init__(self, name: str, make_job: MakeJob, *, fingerprint: str, needs: Mapping[str, Any]) -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self.handle: Any = ray.remote(ScoringActor).options(max_restarts=-1, **needs).remote()
+        self._make_job = make_job
+        self._closed, self._refused, self._known = threading.Event(), False, False
+
+    def load(self, shipment: ray.ObjectRef, version: int) -> int:
+        if not self._known:
+            self._meet()
+        return self._get(self.handle.load.remote(shipment, version))
+
+    def start(self, item: WorkItem) -> ray.ObjectRef:
+        return self.handle.score.remote(item)
+
+    def finish(self, started: ray.ObjectRef) -> Any:
+        return self._get(started)
+
+    def revive(self, failures: int) -> bool:
+        """As long as Ray restarts it, after a pause."""
+        pause = PAUSES[min(failures, len(PAUSES)) - 1]
+        self._known = False  # the next one may be on another node, and must show its data
+        return not self._refused and not self._closed.wait(pause)
+
+    def close(self) -> None:
+        self._closed.set()
+        ray.kill(self.handle)
+
+    def _meet(self) -> None:
+        """Wait until it has loaded its data, however long there is no room for it, and compare."""
+        try:
+            theirs = self._get(self.handle.prepare.remote(self._make_job))
+        except Failed as error:
+            self._refused = True
+            raise Refused(f"it could not begin: {error}") from error
+        if theirs != self.fingerprint:
+            self._refused = True
+            raise Refused(
+                f"it has another data set: expected fingerprint {self.fingerprint!r}, got {theirs!r}; give every node "
+                "the same files in the same order"
+            )
+        self._known = True
+
+    def _get(self, ref: ray.ObjectRef) -> Any:
+        """Ray's errors are pages long: say what happened in one sentence."""
+        try:
+            while not self._closed.is_set():
+                ready, _ = ray.wait([ref], timeout=LOOK)
+                if ready:
+                    return ray.get(ref)
+            raise Lost("the engine was closed")
+        except exceptions.RayTaskError as error:
+            raise Failed(f"{type(error.cause).__name__}: {error.cause}") from error
+        except exceptions.RayError as error:
+            raise Lost(f"its process or its node is gone ({type(error).__name__}); Ray restarts it") from error
+
+
+class RayCluster(WorkerPool):
+    """A pool of actors.
+
+    Args:
+        queue, seconds_per_chunk, options: those of `WorkerPool`.
+        stops_ray: whether this engine started Ray.
+    """
+
+    def __init__(self, queue: WorkQueue, *, stops_ray: bool, **options: Any) -> None:
+        super().__init__(queue, ship=_ship, **options)
+        self._stops_ray, self._unpublished = stops_ray, ""
+
+    def publish(self, params: Params, version: int) -> None:
+        """As in `WorkerPool`; when Ray's store is full, workers go on with older parameters: `collect` may raise."""
+        try:
+            super().publish(params, version)
+            self._unpublished = ""
+        except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError):
+            self._unpublished = f"Ray's object store has no room for the {num_bytes(params):,} bytes of the parameters"
+            self.tell(f"{self._unpublished}: workers go on with older ones; start Ray with a larger object store")
+
+    def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
+        """As in `WorkerPool`.
+
+        Raises:
+            RuntimeError: nothing was published yet.
+            WorkersGone: ``wait``, and nobody is left who could score.
+            OSError: ``wait``, and Ray's store was full at the last publish.
+        """
+        if self._unpublished and wait:
+            raise OSError(f"{self._unpublished}: start Ray with a larger object store, then go on")
+        if self._unpublished and self._published is None:
+            return []
+        try:
+            return super().collect(wait=wait)
+        except WorkersGone as error:
+            raise WorkersGone("; ".join([str(error), *self.notices()])) from None
+
+    def close(self) -> None:
+        super().close()
+        if self._stops_ray and ray.is_initialized():
+            ray.shutdown()
+
+
+def ray_cluster(
+    scorer: Scorer | SketchingScorer,
+    data: Batch | Callable[[], Batch],
+    *,
+    num_workers: int,
+    address: str | None = None,
+    chunk_size: int = 2048,
+    num_examples: int | None = None,
+    refetch_every: int = 1,
+    timeout: float = 60.0,
+    fingerprint: str = "",
+    make_job: MakeJob | None = None,
+) -> RayCluster:
+    """An engine of ``num_workers`` Ray actors, each a process with one device, here or on other hosts.
+
+    Args:
+        scorer: ``(params, batch) -> scores [b]``, or ``(scores [b], sketches [b, dims])``; cloudpickle takes it to the
+            workers, which jit it.
+        data: a pytree of arrays with one leading axis, which goes through Ray's object store; or a function without
+            arguments that loads one, and is called on each worker.
+        num_workers: actors to start; those for which there is no room now begin when there is.
+        address: of a running Ray cluster, ``"auto"`` for the one this host belongs to; None starts one of this host
+            alone, which is stopped with the engine.
+        chunk_size: examples in one call of the scorer.
+        num_examples: rows of the data, where a function loads them. Without it the function is called here too, and
+            each worker must have loaded the same bytes.
+        refetch_every: chunks that a worker scores between two looks for newer parameters.
+        timeout: seconds after which a chunk is handed to another worker.
+        fingerprint: of the data, as ``make_job`` tells it.
+        make_job: what a worker does to be ready, where neither sending the data nor a function of theirs will do:
+            ``() -> (Job, fingerprint)``. ``data`` are then arrays of this process.
+
+    Raises:
+        ConnectionError: there is no Ray at the address.
+        OSError: Ray's object store has no room for the data.
+        ValueError: the data have no common leading axis.
+    """
+    held: list[Batch] = []
+
+    def load() -> Batch:
+        """The data as this process has them; a function is called once."""
+        if not held:
+            held.append(data() if callable(data) else data)
+        return held[0]
+
+    size = num_rows(load()) if num_examples is None or not callable(data) else num_examples
+    chunks, started = Chunks(size, chunk_size), connect(address, num_workers)
+    try:
+        if make_job is None and callable(data):
+            is_counted = num_examples is not None
+            make_job = functools.partial(_loaded_job, scorer, data, chunks.size, is_counted)
+            fingerprint = f"{size} rows" if is_counted else fingerprint_of(load())
+        elif make_job is None:
+            make_job, fingerprint = functools.partial(_sent_job, scorer, _sent(data), chunks.size), ""
+        return actor_pool(
+            chunks,
+            make_job,
+            num_workers=num_workers,
+            stops_ray=started,
+            seconds_per_chunk=lambda params: seconds_per_chunk(
+                Job(scorer, load(), chunks), jax.local_devices()[0], params
+            ),
+            fingerprint=fingerprint,
+            refetch_every=refetch_every,
+            timeout=timeout,
+        )
+    except BaseException:
+        if started:
+            ray.shutdown()
+        raise
+
+
+def actor_pool(
+    chunks: Chunks,
+    make_job: MakeJob,
+    *,
+    num_workers: int,
+    stops_ray: bool,
+    seconds_per_chunk: Callable[[Params], float],
+    fingerprint: str = "",
+    refetch_every: int = 1,
+    timeout: float = 60.0,
+) -> RayCluster:
+    """An engine of actors on the Ray that this process is connected to.
+
+    Args:
+        chunks: of the training set.
+        make_job: makes the job in a worker; sent there by cloudpickle, so it should name data rather than hold it.
+        num_workers: actors to start.
+        stops_ray: whether closing the engine stops Ray.
+        seconds_per_chunk: what one worker takes for a chunk, given parameters.
+        fingerprint: of the training set.
+        refetch_every: chunks an actor scores between two looks for newer parameters.
+        timeout: seconds after which a chunk is handed to another actor.
+    """
+    engine = RayCluster(
+        WorkQueue(chunks, fingerprint=fingerprint, timeout=timeout),
+        stops_ray=stops_ray,
+        seconds_per_chunk=seconds_per_chunk,
+        refetch_every=refetch_every,
+    )
+    found = places(num_workers, ray.available_resources())
+    if found.room < num_workers:
+        engine.tell(f"Ray has room for {found.room} of {num_workers} workers; the others begin when there is more")
+    for number, needs in enumerate(found.needs):
+        engine.join(Actor(f"scorer-{number}", make_job, fingerprint=fingerprint, needs=needs))
+    return engine
+
+
+def fingerprint_of(data: Batch) -> str:
+    """Of shapes, types and bytes: what tells whether two processes have the same data in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree.leaves_with_path(data):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
+        digest.update(array.view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def _sent(data: Batch) -> ray.ObjectRef:
+    """The data in Ray's object store, once for all workers of a node."""
+    try:
+        return ray.put(jax.tree.map(np.asarray, data))
+    except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError) as error:
+        raise OSError(
+            f"Ray's object store has no room for the {num_bytes(data):,} bytes of the data: "
+            "start Ray with a larger one, or give data= as a function that loads them on the worker"
+        ) from error
+
+
+def _sent_job(scorer: Scorer | SketchingScorer, sent: Any, chunk_size: int) -> tuple[Job, str]:
+    data = ray.get(sent)
+    return Job(scorer, data, Chunks(num_rows(data), chunk_size)), ""
+
+
+def _loaded_job(
+    scorer: Scorer | SketchingScorer, load: Callable[[], Batch], chunk_size: int, is_counted: bool
+) -> tuple[Job, str]:
+    data = load()
+    size = num_rows(data)
+    return Job(scorer, data, Chunks(size, chunk_size)), f"{size} rows" if is_counted else fingerprint_of(data)
+
+
+def connect(address: str | None, num_workers: int) -> bool:
+    """Join the Ray at the address, or start one of this host; says whether it was started.
+
+    Raises:
+        ConnectionError: there is no Ray at the address.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    vars(worker)["print_to_stdstream"] = _log  # there is no switch for what it says of workers that died
+    terminated = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # from jax: what is forked is replaced at once
+            return _connect(address, num_workers)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own handler prints a stack trace
+
+
+def _connect(address: str | None, num_workers: int) -> bool:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if ray.is_initialized():
+        return False
+    try:
+        if address is not None:
+            _unlock()
+            ray.init(address=address, **quiet)
+            return False
+    except (ConnectionError, ValueError) as error:
+        raise ConnectionError(
+            f"there is no Ray at address={address!r} ({_last_line(error)}): start one with `ray start --head` and join "
+            "the other hosts with `ray start --address=HOST:6379`, or leave out address= to start one of this host"
+        ) from error
+    _lock()
+    # Workers share the cores that training leaves: each has its place, however few there are.
+    cores = max(num_workers, os.cpu_count() or 1)
+    with _on_loopback():
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    return True
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """The Ray that is started here listens on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+
+    ``_node_ip_address="127.0.0.1"`` does not do it: Ray replaces that by an address that others can reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    vars(ray_constants)["ENABLE_RAY_CLUSTER"] = False
+    try:
+        yield
+    finally:
+        vars(ray_constants)["ENABLE_RAY_CLUSTER"] = before
+
+
+_own_token: list[str] = []
+
+
+def _lock() -> None:
+    """Make the Ray that is started next ask for a token: without one, whoever reaches a port of it can run code here.
+
+    The token is made anew for each process and goes to Ray's processes in their environment alone: it is on no command
+    line, in no file and no log. A ``RAY_AUTH_MODE`` or token that the user has set is left as it is.
+    """
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        _own_token.append(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN"] = _own_token[-1]
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _read_authentication_anew()
+
+
+def _unlock() -> None:
+    """Forget a token of our own: a cluster that is joined has another one, or none."""
+    if _own_token and os.environ.get("RAY_AUTH_TOKEN") == _own_token[-1]:
+        del os.environ["RAY_AUTH_TOKEN"]
+        os.environ.pop("RAY_AUTH_MODE", None)
+        _own_token.clear()
+        _read_authentication_anew()
+
+
+def _read_authentication_anew() -> None:
+    """Ray reads the environment once, when it is imported."""
+    raylet: Any = _raylet  # compiled: it has no types
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+class Places(NamedTuple):
+    """What each actor asks of Ray, and for how many there is room now."""
+
+    needs: list[dict[str, Any]]
+    room: int
+
+
+def places(num_workers: int, free: Mapping[str, float]) -> Places:
+    """An accelerator for each actor while there are any, then a CPU; those without room ask for what there is most of.
+
+    >>> places(3, {"CPU": 8.0, "GPU": 2.0}).needs
+    [{'num_gpus': 1}, {'num_gpus': 1}, {'num_cpus': 1}]
+    """
+    asks: dict[str, dict[str, Any]] = {"TPU": {"resources": {"TPU": 1}}, "GPU": {"num_gpus": 1}, "CPU": {"num_cpus": 1}}
+    room = [ask for kind, ask in asks.items() for _ in range(math.floor(free.get(kind, 0.0)))]
+    most = max(asks, key=lambda kind: free.get(kind, 0.0))
+    return Places([*room[:num_workers], *[asks[most]] * (num_workers - len(room))], len(room))
+
+
+def _ship(params: Params) -> ray.ObjectRef:
+    """Into the object store, once for all workers of a node."""
+    return ray.put(jax.tree.map(np.asarray, params))
+
+
+def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """What Ray would print between our lines; our notices say the same in a sentence."""
+    logging.getLogger(__name__).debug("\n".join(data["lines"]))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,192 @@
+"""Scorers: ``(params, batch) -> scores[b]``, how much each example is worth drawing.
+
+The best score is the norm of the example's gradient (Alain et al., arXiv 1511.06481). The others are cheaper and rank
+examples alike, more or less: `experiments/benchmarks/ranks.py` measures how much.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.lax import Precision
+from jaxtyping import Float, PyTree
+
+from isgd_jax.gradients import lazy
+from isgd_jax.gradients.batching import in_microbatches
+from isgd_jax.gradients.per_example import per_example_grads
+from isgd_jax.gradients.slices import by_slices
+from isgd_jax.types import Batch, Example, LossFn, Params, Scorer, Scores, SketchingScorer
+
+_SLICE = 8
+"""Examples at a time, where products are formed after all."""
+
+Select: TypeAlias = Callable[[tuple[str, ...]], bool]
+"""Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
+
+
+@runtime_checkable
+class GradientSketch(Protocol):
+    """What makes sketches of per-example gradients, lazy or stacked: `isgd_jax.last_layer_sketch` makes one."""
+
+    def of_grads(self, grads: Any, /) -> Float[Array, "b dims"]:
+        """A row for each example."""
+        ...
+
+
+@overload
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    sketch: None = None,
+    select: Select | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> Scorer: ...
+
+
+@overload
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    sketch: GradientSketch,
+    select: None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> SketchingScorer: ...
+
+
+def grad_norm(
+    loss_fn: LossFn,
+    *,
+    sketch: GradientSketch | None = None,
+    select: Select | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    precision: Any = Precision.HIGHEST,
+) -> Any:
+    """The exact norm of each example's gradient; with a sketch, also where it points, of the same backward pass.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
+            ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
+        select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
+        microbatch_size: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+        precision: of the matrix products.
+
+    Raises:
+        ValueError: ``microbatch_size`` is no positive integer, or ``sketch`` and ``select`` were both given; when
+            called, ``select`` chose no parameter.
+    """
+    if sketch is not None and select is not None:
+        raise ValueError("a sketch needs the gradients of all parameters: give either sketch= or select=")
+
+    def score(params: Params, batch: Batch) -> Any:
+        chosen, rebuild = _selected(params, select)
+        if not chosen:
+            return jnp.zeros(jax.tree.leaves(batch)[0].shape[0])
+
+        def part_loss(chosen: list[Any], example: Example) -> Float[Array, ""]:
+            return loss_fn(rebuild(chosen), example)
+
+        grads = per_example_grads(part_loss, joint=False)
+        found = grads(chosen, batch)
+        norms, cancelled = lazy.unguarded_norms(found, precision=precision)
+
+        def over() -> Scores:
+            safe = partial(lazy.product_norms, precision=precision)
+            return by_slices(lambda some: safe(grads(chosen, some)), batch, _SLICE)
+
+        norms = norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
+        return norms if sketch is None else (norms, sketch.of_grads(found))
+
+    return in_microbatches(score, microbatch_size, reference=jax.grad(_mean(loss_fn)))
+
+
+def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = None) -> Scorer:
+    """The norm of the step the optimiser would make of each example: ``‖g · scale‖``.
+
+    The scorer's parameters are the pair ``(params, scale)``. For Adam the scale is ``1 / (√v + ε)``, with the second
+    moments ``v`` of ``optax.tree.get(opt_state, "nu")``. Ours.
+    """
+
+    def score(scaled_params: tuple[Params, PyTree], batch: Batch) -> Scores:
+        params, scale = scaled_params
+        return lazy.scaled_norms(per_example_grads(loss_fn, joint=False)(params, batch), scale)
+
+    def reference(scaled_params: tuple[Params, PyTree], batch: Batch) -> Params:
+        return jax.grad(_mean(loss_fn))(scaled_params[0], batch)
+
+    return in_microbatches(score, microbatch_size, reference)
+
+
+def under(*names: str) -> Select:
+    """Parameters with one of these names on their path: ``grad_norm(loss_fn, select=under("Dense_3", "Dense_4"))``."""
+    return lambda path: any(name in path for name in names)
+
+
+def normalisation(path: tuple[str, ...]) -> bool:
+    """Parameters of normalisation layers, whose gradients tell much of the norm (Gray et al., arXiv 2411.00999)."""
+    return any("norm" in name.lower() or name.lower().startswith("ln") for name in path)
+
+
+def loss(loss_fn: LossFn) -> Scorer:
+    """The loss of each example (which must not be negative): one forward pass."""
+
+    def score(params: Params, batch: Batch) -> Scores:
+        return jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+
+    return score
+
+
+def softmax_cross_entropy(logits: Float[Array, " c"], example: Example) -> Float[Array, ""]:
+    """The loss that classifiers have, in nats: ``example["label"]`` is the index of the right class."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+
+
+def logit_bound(
+    logits_fn: Callable[[Params, Example], Any],
+    loss_of_logits: Callable[[Any, Example], Float[Array, ""]] = softmax_cross_entropy,
+) -> Scorer:
+    """The norm of the loss's gradient with respect to the logits: one forward pass.
+
+    Up to a constant of the network, an upper bound on the norm of the whole gradient (Katharopoulos & Fleuret,
+    arXiv 1803.00942, equation 20).
+    """
+
+    def one(params: Params, example: Example) -> Float[Array, ""]:
+        slopes = jax.grad(loss_of_logits)(logits_fn(params, example), example)
+        return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(slopes)))
+
+    def score(params: Params, batch: Batch) -> Scores:
+        return jax.vmap(one, in_axes=(None, 0))(params, batch)
+
+    return score
+
+
+def _mean(loss_fn: LossFn) -> Callable[[Params, Batch], Float[Array, ""]]:
+    return lambda params, batch: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
+
+
+def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:
+    """The chosen leaves, and how to put others in their place."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    places = [place for place, (path, _) in enumerate(leaves) if select is None or select(_names(path))]
+    if not places and leaves:
+        known = sorted({name for path, _ in leaves for name in _names(path)})
+        raise ValueError(f"select chose none of the parameters; the names on their paths are {known}")
+
+    def rebuild(chosen: list[Any]) -> Params:
+        values = [leaf for _, leaf in leaves]
+        for place, value in zip(places, chosen, strict=True):
+            values[place] = value
+        return jax.tree.unflatten(structure, values)
+
+    return [leaves[place][1] for place in places], rebuild
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

@@ -1,0 +1,94 @@
+"""A scorer over all devices of this process: same type, values and placement as the scorer it wraps."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
+
+
+@overload
+def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scorer: ...
+
+
+@overload
+def sharded(scorer: SketchingScorer, devices: Sequence[jax.Device] | None = None) -> SketchingScorer: ...
+
+
+def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """``scorer`` mapped over ``devices`` (all local ones) with `jax.pmap`, a slice of the batch on each.
+
+    Guarantees:
+
+    * the scores are those of ``scorer``, to rounding, for any batch size (the last slice is padded);
+    * the scores come home: one plain array where ``scorer`` would have left it, so that nothing downstream spreads;
+    * sketches, where ``scorer`` returns ``(scores, sketches)``, come home with them;
+    * parameters are copied to the devices once, however often they are used: passing the same arrays again, or arrays
+      already replicated over the devices, copies nothing.
+
+    Call it outside `jax.jit`: it places arrays on devices itself.
+
+    Raises:
+        TypeError: when called inside a jax transformation.
+    """
+    devices = list(devices or jax.local_devices())
+    if len(devices) == 1:
+        return jax.jit(scorer)
+    mesh = Mesh(np.array(devices), ("devices",))
+    mapped = jax.pmap(scorer, "devices", in_axes=(None, 0), devices=devices)
+    replicate = _Replicator(NamedSharding(mesh, PartitionSpec()))
+    split = NamedSharding(mesh, PartitionSpec("devices"))
+
+    def score(params: Params, batch: Batch) -> Any:
+        _check_concrete(params, batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        each = -(-size // len(devices))
+        rows = np.minimum(np.arange(each * len(devices)), size - 1)  # the last example, again, is harmless padding
+        slices = jax.tree.map(lambda x: x[rows].reshape(len(devices), each, *x.shape[1:]), batch)
+        found = jax.device_get(mapped(replicate(params), jax.device_put(slices, split)))
+        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
+        return _bring_home(joined, params, batch)
+
+    return score
+
+
+class _Replicator:
+    """Copies parameters to all devices, and remembers the last ones: many batches are scored between two publishes."""
+
+    def __init__(self, sharding: NamedSharding):
+        self._sharding = sharding
+        self._leaves: list[Any] = []
+        self._copies: list[jax.Array] = []
+
+    def __call__(self, params: Params) -> Params:
+        leaves, structure = jax.tree.flatten(params)
+        if not self._has(leaves):
+            self._copies = [self._copy(x) for x in leaves]
+            self._leaves = leaves
+        return jax.tree.unflatten(structure, self._copies)
+
+    def _has(self, leaves: list[Any]) -> bool:
+        """Identity is enough for jax arrays, which never change; numpy arrays may."""
+        same = len(leaves) == len(self._leaves) and all(a is b for a, b in zip(leaves, self._leaves, strict=True))
+        return same and all(isinstance(x, jax.Array) for x in leaves)
+
+    def _copy(self, x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(self._sharding, x.ndim):
+            return x
+        return jax.device_put(x, self._sharding, may_alias=False)  # the caller may donate its own
+
+
+def _check_concrete(params: Params, batch: Batch) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, batch))):
+        raise TypeError("a sharded scorer places arrays on devices itself: call it outside jit, vmap and grad")
+
+
+def _bring_home(found: Any, params: Params, batch: Batch) -> Any:
+    """Plain arrays on the device the inputs were committed to, else on the default one."""
+    arrays = [x for x in jax.tree.leaves((batch, params)) if isinstance(x, jax.Array)]
+    homes = {next(iter(x.devices())) for x in arrays if x.committed and len(x.devices()) == 1}
+    return jax.device_put(found, homes.pop()) if len(homes) == 1 else jax.tree.map(jnp.asarray, found)

@@ -1,0 +1,12 @@
+from . import sketches as sketches
+from .lazy import gram as gram
+from .lazy import inner as inner
+from .lazy import norms as norms
+from .lazy import stack as stack
+from .lazy import weighted_mean as weighted_mean
+from .per_example import from_batch_loss as from_batch_loss
+from .per_example import per_example_grads as per_example_grads
+from .per_example import per_example_value_and_grad as per_example_value_and_grad
+from .per_example import stacked_per_example_grads as stacked_per_example_grads
+from .report import explain as explain
+from .sketches import last_layer_sketch as last_layer_sketch

@@ -1,0 +1,244 @@
+"""A contraction not yet done, with named axes: how it is rearranged without being computed.
+
+Everything here speaks of ONE example and of static shapes; the factors are nodes of the gradient's program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, written_out
+from isgd_jax.gradients.jaxpr import Node, Value, emit
+
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An index of an einsum; two axes are one when their names are."""
+
+    name: int
+    size: int
+
+
+def axes_of(sizes: Sequence[int]) -> tuple[Axis, ...]:
+    return tuple(Axis(next(_names), size) for size in sizes)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One factor. With a ``view``, the trailing axes are not the array's own but those the view unrolls it to:
+
+    ``OneHot``: the class axis, after the axes of the indices;
+    ``Window``: the kernel's axes and the positions', in place of the spatial axes, which the array has last.
+    """
+
+    node: Node
+    axes: tuple[Axis, ...]
+    view: type[OneHot] | Window | None = None
+
+    @property
+    def plain(self) -> tuple[Axis, ...]:
+        """The axes that the array itself has."""
+        if isinstance(self.view, Window):
+            return self.axes[: len(self.axes) - 2 * len(self.view.kernel)]
+        return self.axes[:-1] if self.view else self.axes
+
+    def unrolled(self, dtype: Any) -> Side:
+        """The same factor without a view: its entries written out."""
+        if self.view is None:
+            return self
+        return Side(emit("unroll", lambda x: _unroll(x, self, dtype), self.node), self.axes)
+
+    def mapped(self, function: Callable[[Array], Array]) -> Side:
+        return replace(self, node=emit(getattr(function, "__name__", "map"), function, self.node))
+
+
+def _unroll(x: Array, side: Side, dtype: Any) -> Array:
+    sizes = [axis.size for axis in side.axes]
+    if isinstance(side.view, Window):
+        lead = math.prod(axis.size for axis in side.plain)
+        image = x.reshape(1, 1, lead, *x.shape[len(side.plain) :], 1)
+        places = len(side.view.kernel)
+        unrolled = written_out(Windows(image, side.view))[0, 0].reshape(lead, *side.view.positions, *side.view.kernel)
+        swapped = (0, *range(1 + places, 1 + 2 * places), *range(1, 1 + places))
+        return unrolled.transpose(swapped).reshape(sizes)
+    return written_out(OneHot(x, sizes[-1]), dtype)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``einsum(left, right -> out)``, then reshaped to ``shape``: axes of ``out`` are kept, all others summed over."""
+
+    left: Side
+    right: Side
+    out: tuple[Axis, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def scaled(self, function: Callable[[Array], Array]) -> Contraction:
+        """``function``, which must be linear in each entry, applied to the right factor (which has no view)."""
+        return replace(self, right=self.right.mapped(function))
+
+    def reshaped(self, shape: tuple[int, ...]) -> Contraction:
+        return replace(self, shape=shape)
+
+    def dims(self) -> tuple[Contraction, list[tuple[Axis, ...]]] | None:
+        """The same with axes split until each dimension of ``shape`` is a run of axes; None where none divides so."""
+        term, stop, groups = self, 0, []
+        for size in self.shape:
+            start, room = stop, size
+            while stop < len(term.out) and (room > 1 or term.out[stop].size == 1):
+                if term.out[stop].size > room and term.out[stop].size % room == 0:
+                    term = term._split(term.out[stop], room)
+                if room % term.out[stop].size:
+                    return None
+                room //= term.out[stop].size
+                stop += 1
+            groups.append((start, stop))
+        return term, [term.out[start:stop] for start, stop in groups]
+
+    def rearranged(self, groups: Sequence[Sequence[Axis]]) -> Contraction:
+        """Each dimension made of the given axes; axes left out are summed over."""
+        shape = tuple(math.prod(axis.size for axis in group) for group in groups)
+        return replace(self, out=tuple(axis for group in groups for axis in group), shape=shape)
+
+    def changed(self, axis: Axis, size: int, function: Callable[[Array, int], Array]) -> Contraction | None:
+        """``function(array, place)`` along ``axis``, then ``size`` long; None if both factors have the axis."""
+        mine = [side for side in (self.left, self.right) if axis in side.axes]
+        if len(mine) != 1:
+            return None
+        (new,) = axes_of([size])
+
+        def change(side: Side) -> Side:
+            if axis not in side.axes:
+                return side
+            side, place = side.unrolled(self.dtype), side.axes.index(axis)
+            return replace(side.mapped(lambda x: function(x, place)), axes=_swap(side.axes, axis, (new,)))
+
+        return replace(self, left=change(self.left), right=change(self.right), out=_swap(self.out, axis, (new,)))
+
+    def _split(self, axis: Axis, outer: int) -> Contraction:
+        """``axis`` as two, the first of size ``outer``, wherever it stands."""
+        pair = axes_of([outer, axis.size // outer])
+
+        def split(side: Side) -> Side:
+            if axis not in side.axes:
+                return side
+            if axis not in side.plain:
+                side = side.unrolled(self.dtype)
+            plain = [a.size for a in _swap(side.plain, axis, pair)]
+            return replace(
+                side.mapped(lambda x: x.reshape(*plain, *x.shape[len(side.plain) :])), axes=_swap(side.axes, axis, pair)
+            )
+
+        return replace(self, left=split(self.left), right=split(self.right), out=_swap(self.out, axis, pair))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What could not be cut: the value itself, and the primitive that stood in the way."""
+
+    value: Node
+    because: str
+
+
+Parts: TypeAlias = list[Contraction | Whole]
+"""What a value is the sum of; nothing at all if it is zero."""
+
+
+def _swap(axes: Sequence[Axis], old: Axis, new: Sequence[Axis]) -> tuple[Axis, ...]:
+    return tuple(n for axis in axes for n in (new if axis == old else (axis,)))
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A contraction brought to the form of `terms.Outer`, for one example.
+
+    ``right`` is [k, t, o]; ``left`` is [k, t, i], or the indices [k, t], or the image [k, c, *spatial, i] of the view.
+    """
+
+    left: Value
+    right: Value
+    roles: tuple[tuple[int, str], ...]
+    view: type[OneHot] | Window | None
+
+    def factor(self, left: Array) -> Factor:
+        """The left factor, made of the left array of a whole batch."""
+        if isinstance(self.view, Window):
+            return Windows(left, self.view)
+        return OneHot(left, math.prod(size for size, role in self.roles if role == "i")) if self.view else left
+
+
+def canonical(term: Contraction) -> Canonical:
+    """A viewed factor becomes the left one; without views, the one that holds the first axis of the result."""
+    left, right = _summed(term.left, term.right, term), _summed(term.right, term.left, term)
+    shared = [a for a in term.out if a in left.axes and a in right.axes]
+    first = next(a for a in term.out if a not in shared)
+    if left.view is None and (right.view is not None or first not in left.axes):
+        left, right = right, left
+    left, right = _fitted(left, shared, term), right.unrolled(term.dtype)
+    over = [a for a in left.axes if a not in term.out]
+    kernel = _kernel(left)
+    mine = [a for a in term.out if a in left.plain and a not in shared]
+    yours = [a for a in term.out if a in right.axes and a not in shared]
+    roles = {**dict.fromkeys(shared, "k"), **dict.fromkeys(kernel, "w"), **dict.fromkeys(yours, "o")}
+    if left.view is OneHot:
+        groups = [shared, over]
+    elif left.view is None:
+        groups = [shared, over, mine]
+    else:
+        groups = [shared, [a for a in over if a in left.plain], mine]
+    return Canonical(
+        _laid_out(left, groups),
+        _laid_out(right, [shared, over, yours]),
+        tuple((a.size, roles.get(a, "i")) for a in term.out),
+        left.view,
+    )
+
+
+def _kernel(side: Side) -> tuple[Axis, ...]:
+    if not isinstance(side.view, Window):
+        return ()
+    return side.axes[len(side.plain) : len(side.plain) + len(side.view.kernel)]
+
+
+def _summed(side: Side, other: Side, term: Contraction) -> Side:
+    """Axes that neither the result nor the other factor has are summed over at once."""
+    alone = [a for a in side.axes if a not in term.out and a not in other.axes]
+    if not alone:
+        return side
+    side = side.unrolled(term.dtype)
+    places = tuple(side.axes.index(a) for a in alone)
+    return replace(side.mapped(lambda x: jnp.sum(x, places)), axes=tuple(a for a in side.axes if a not in alone))
+
+
+def _fitted(side: Side, shared: Sequence[Axis], term: Contraction) -> Side:
+    """A view is kept only where `factors` knows its form: classes, or the kernel, as axes of the left factor alone."""
+    kept = [a for a in side.axes if a in term.out and a not in shared]
+    kernel = _kernel(side)
+    fits = (
+        kept == [side.axes[-1]]
+        if side.view is OneHot
+        else all(a in kept for a in kernel)
+        and not any(a in term.out for a in side.axes[len(side.plain) + len(kernel) :])
+    )
+    return side if fits else side.unrolled(term.dtype)
+
+
+def _laid_out(side: Side, groups: Sequence[Sequence[Axis]]) -> Value:
+    """The array with its plain axes grouped; the spatial axes of a window stand before the last group."""
+    spatial = side.node.shape[len(side.plain) :]
+    order = [side.plain.index(a) for group in groups for a in group]
+    inside = len(order) - len(groups[-1])
+    order[inside:inside] = range(len(side.plain), len(side.plain) + len(spatial))
+    sizes = [math.prod(a.size for a in group) for group in groups]
+    sizes[-1:-1] = spatial
+    return emit("lay out", lambda x: lax.transpose(x, order).reshape(sizes), side.node)

@@ -1,0 +1,313 @@
+"""The lazy contraction: what a factored gradient is, and what can be asked of it without forming it.
+
+The gradients of a batch are a tree shaped like the parameters. A leaf stands for an array ``[b, *param.shape]``: either
+that array itself, or a `Factored`, a sum of contractions whose factors are kept and whose product is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.lax import Precision
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, PyTree
+
+from isgd_jax.gradients import costs
+from isgd_jax.gradients.factors import OneHot, Windows, einsum, products, wide
+from isgd_jax.gradients.slices import by_slices
+from isgd_jax.gradients.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A lazy leaf: the sum of ``terms``, ``formed`` [b, *shape], and ``shared`` [*shape], the same for all examples.
+
+    Every array inside but ``shared`` has the leading axis b.
+    """
+
+    terms: tuple[Outer, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    formed: Any = None
+    shared: Any = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.formed.shape[0] if self.formed is not None else self.terms[0].right.shape[0]
+
+
+jax.tree_util.register_dataclass(Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype"])
+
+Grads: TypeAlias = PyTree
+"""Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
+
+
+def split_axis(grads: Grads) -> Any:
+    """The mesh axis that the batch axis of the gradients is split along; None unless a mesh says so explicitly."""
+    leaf = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in _leaves(grads)])[0]
+    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+    return spec[0] if spec else None
+
+
+def _placed(function: Any = None, *, per_example: bool = True) -> Any:
+    """Where axes of a mesh are explicit, ``function(grads, ...)`` leaves placement to the compiler, as elsewhere.
+
+    What comes out has its batch axis split as the gradients have it; a sum over the batch is on every device.
+    """
+    if function is None:
+        return partial(_placed, per_example=per_example)
+
+    @wraps(function)
+    def placed(grads: Grads, *args: Any, **options: Any) -> Any:
+        axis = split_axis(grads)
+        if axis is None:
+            return function(grads, *args, **options)
+        out = PartitionSpec(axis) if per_example else PartitionSpec()
+        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out)(grads, *args)
+
+    return placed
+
+
+_RISK = 1e-3
+"""A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
+
+
+@_placed
+def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """The norm of each example's gradient, over the whole tree.
+
+    Where the Gram sum of a leaf has cancelled, for any example, the leaf's products are formed after all.
+
+    Source: Goodfellow (arXiv 1510.01799) for layers used once; Li et al. (arXiv 2110.05679), section 4, for Gram sums
+    over positions.
+    """
+    squares = []
+    for leaf in _leaves(grads):
+        square, size = _squares(leaf, precision)
+        if size is not None:
+            formed = partial(_formed_squares, leaf, precision)
+            square = lax.cond(jnp.any(square < _RISK * size), formed, lambda square=square: square)
+        squares.append(square)
+    return _root(squares)
+
+
+def unguarded_norms(
+    grads: Grads, *, precision: Any = Precision.HIGHEST
+) -> tuple[Float[Array, " b"], Bool[Array, ""] | None]:
+    """`norms` for those who can do it over: the norms, and whether a Gram sum has cancelled (None: there are none).
+
+    Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
+    """
+    squares, sizes = zip(*(_squares(leaf, precision) for leaf in _leaves(grads)), strict=True)
+    if all(size is None for size in sizes):
+        return _root(squares), None
+    size = _sum([s if z is None else z for s, z in zip(squares, sizes, strict=True)])
+    return _root(squares), jnp.any(_sum(squares) < _RISK * size)
+
+
+@_placed
+def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """`norms` from products alone, which cannot cancel."""
+    return _root(
+        [
+            _formed_squares(leaf, precision) if is_factored(leaf) else _squares(leaf, precision)[0]
+            for leaf in _leaves(grads)
+        ]
+    )
+
+
+@_placed
+def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
+    pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
+    return _root([_scaled_squares(leaf, other, precision) for leaf, other in pairs])
+
+
+@_placed(per_example=False)
+def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
+    """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
+
+    Raises:
+        ValueError: there is not one weight an example.
+    """
+    b = _batch_size(grads)
+    if weights.shape != (b,):
+        raise ValueError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
+    return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
+
+
+@_placed
+def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
+    """The definition: every leaf formed, ``[b, *param.shape]``."""
+    return _map(lambda leaf: _stack(leaf, precision).astype(leaf.dtype), grads)
+
+
+def first(grads: Grads, count: int) -> Grads:
+    """The gradients of the first ``count`` examples of the batch."""
+
+    def part(leaf: Any) -> Any:
+        if not is_factored(leaf):
+            return leaf[:count]
+        return replace(jax.tree.map(lambda x: x[:count], replace(leaf, shared=None)), shared=leaf.shared)
+
+    return _map(part, grads)
+
+
+@_placed
+def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
+    """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
+    return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
+
+
+@_placed
+def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+    """Inner product of each example's gradient with one tree shaped like the parameters."""
+    pairs = zip(_leaves(grads), _alongside(grads, tree), strict=True)
+    return _sum([_inner(leaf, other, precision) for leaf, other in pairs])
+
+
+def is_factored(x: Any) -> bool:
+    return isinstance(x, Factored)
+
+
+def _map(function: Any, grads: Grads) -> PyTree:
+    return jax.tree.map(function, grads, is_leaf=is_factored)
+
+
+def _leaves(grads: Grads) -> list[Any]:
+    leaves = jax.tree.leaves(grads, is_leaf=is_factored)
+    if not leaves:
+        raise ValueError("the gradients have no leaves, so neither batch size nor norms: are there any parameters?")
+    return leaves
+
+
+def _alongside(grads: Grads, tree: PyTree) -> list[Any]:
+    """The leaves of a tree that must have the structure of the gradients."""
+    return jax.tree.leaves(jax.tree.map(lambda _, other: other, grads, tree, is_leaf=is_factored))
+
+
+def _batch_size(grads: Grads) -> int:
+    first = _leaves(grads)[0]
+    return first.batch_size if is_factored(first) else first.shape[0]
+
+
+def _sum(arrays: Sequence[Array]) -> Array:
+    return sum(arrays[1:], start=arrays[0])
+
+
+def _shapes(leaf: Factored) -> list[costs.Shape]:
+    return [shape(term) for term in leaf.terms]
+
+
+def _by_gram(leaf: Factored) -> bool:
+    """Whether the norm of a leaf is asked pair by pair: its terms are laid out alike, and it is cheaper."""
+    alike = all(term.axes == leaf.terms[0].axes for term in leaf.terms)
+    return leaf.formed is None and alike and costs.prefers_gram(_shapes(leaf))
+
+
+def how_squared(leaf: Factored) -> str:
+    """In words, how the norm of a leaf is asked."""
+    if not _by_gram(leaf):
+        return "product"
+    return "norms" if all(term.right.shape[2] == 1 for term in leaf.terms) else "Gram"
+
+
+def formed_if_cheaper(leaf: Factored) -> Any:
+    """The leaf, formed if norms and a mean together are then cheaper than each asked of the factors."""
+    if leaf.formed is not None or leaf.shared is not None or not costs.prefers_formed(_shapes(leaf)):
+        return leaf
+    return _in_slices(lambda part: _stack(part, Precision.HIGHEST), leaf).astype(leaf.dtype)
+
+
+def _in_slices(function: Any, leaf: Factored) -> Array:
+    """``function(leaf)``, on so few examples at a time that their products stay in the cache."""
+    apart = replace(leaf, shared=None)
+    return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(_shapes(leaf)))
+
+
+def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+    """Squared norms of a leaf, and the sums of the sizes of what was added, where that can cancel."""
+    if not is_factored(leaf):
+        return _sum_squares(leaf.astype(wide(leaf.dtype))), None
+    if not _by_gram(leaf):
+        return _formed_squares(leaf, precision), None
+    squares, sizes = gram_squares(leaf.terms, precision)
+    if leaf.shared is None:
+        return squares, sizes
+    own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
+    return squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
+
+
+def _root(squares: Sequence[Array]) -> Float[Array, " b"]:
+    return jnp.sqrt(jnp.maximum(_sum(squares), 0))  # a Gram sum may round below zero
+
+
+def _formed_squares(leaf: Factored, precision: Any) -> Float[Array, " b"]:
+    return _in_slices(lambda part: _sum_squares(_products(part, precision)), leaf)
+
+
+def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b"]:
+    if not is_factored(leaf):
+        return _sum_squares(leaf * scale[None])
+    if leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
+        term = leaf.terms[0]
+        if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io x_i² s_io² δ_o²
+            square = replace(term, left=jnp.square(term.left), right=jnp.square(term.right))
+            return _inner(replace(leaf, terms=(square,)), jnp.square(scale), precision)
+    return _in_slices(lambda part: _sum_squares(_stack(part, precision) * scale[None]), leaf)
+
+
+def _sum_squares(array: Array) -> Float[Array, " b"]:
+    return jnp.sum(jnp.square(array), axis=tuple(range(1, array.ndim)))
+
+
+def _products(leaf: Any, precision: Any) -> Array:
+    """A leaf formed, its axes in the parameter's order only where that matters: for sums of several parts."""
+    if is_factored(leaf) and len(leaf.terms) == 1 and leaf.formed is None and leaf.shared is None:
+        return products(leaf.terms[0].left, leaf.terms[0].right, precision)
+    return _stack(leaf, precision)
+
+
+def _stack(leaf: Any, precision: Any) -> Array:
+    if not is_factored(leaf):
+        return leaf.astype(wide(leaf.dtype))
+    parts = [fold(products(term.left, term.right, precision), term.axes, leaf.shape) for term in leaf.terms]
+    parts += [] if leaf.formed is None else [leaf.formed.astype(wide(leaf.dtype))]
+    parts += [] if leaf.shared is None else [jnp.broadcast_to(leaf.shared, (leaf.batch_size, *leaf.shape))]
+    return _sum(parts)
+
+
+def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
+    if not is_factored(leaf):
+        return einsum("b,b...->...", weights, leaf, precision=precision)
+    parts = [weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]
+    parts += [] if leaf.formed is None else [einsum("b,b...->...", weights, leaf.formed, precision=precision)]
+    parts += (
+        []
+        if leaf.shared is None
+        else [jnp.sum(weights.astype(wide(leaf.dtype))) * leaf.shared.astype(wide(leaf.dtype))]
+    )
+    return _sum(parts)
+
+
+def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
+    if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and leaf.formed is None and leaf.shared is None:
+        return _sum([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
+    flat = _stack(leaf, precision)
+    flat = flat.reshape(flat.shape[0], -1)
+    return einsum("ap,bp->ab", flat, flat, precision=precision)
+
+
+def _inner(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:
+    if not is_factored(leaf):
+        return einsum("bp,p->b", leaf.reshape(leaf.shape[0], -1), other.reshape(-1), precision=precision)
+    parts = [inner_term(term, other, precision) for term in leaf.terms]
+    parts += [] if leaf.formed is None else [_inner(leaf.formed, other, precision)]
+    parts += [] if leaf.shared is None else [_inner(leaf.shared[None], other, precision)]
+    return _sum(parts)

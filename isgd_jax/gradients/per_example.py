@@ -1,0 +1,84 @@
+"""Per-example gradients: the definition, `vmap(jax.grad)`, and the same with the last contraction left lazy.
+
+Ours, after the outer products of Goodfellow (arXiv 1510.01799): the gradient of one example with respect to a weight
+is a contraction of two small factors, and nobody needs the product. There is no list of layers: the factors are found
+in the jaxpr of `jax.grad(loss_fn)`, whatever wrote the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from isgd_jax.gradients.lazy import Grads
+from isgd_jax.gradients.plan import make_plan
+from isgd_jax.types import Batch, Params
+
+
+def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, Batch], Grads]:
+    """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""
+    return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
+
+
+def per_example_grads(
+    loss_fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, joint: bool = True
+) -> Callable[..., Any]:
+    """Like `stacked_per_example_grads`, with lazy leaves: ask `norms`, `weighted_mean`, `gram`, `stack`, `inner`.
+
+    The options are those of `per_example_value_and_grad`; with ``has_aux`` the result is ``(grads, aux)``.
+    """
+    value_and_grad = per_example_value_and_grad(loss_fn, argnums, has_aux, joint=joint)
+
+    def grads(*args: Any) -> Any:
+        value, result = value_and_grad(*args)
+        return (result, value[1]) if has_aux else result
+
+    return grads
+
+
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False, *, joint: bool = True
+) -> Callable[..., tuple[Any, Any]]:
+    """A function ``(params, batch) -> (losses[b], grads)``, like `jax.value_and_grad` of every example.
+
+    ``loss_fn(params, example)`` is the scalar loss of ONE example. It may take more arguments: the last is the example,
+    all others are the same for the whole batch, and ``argnums`` says which of these to differentiate. With ``has_aux``
+    it returns ``(loss, aux)``, and the result is ``((losses, aux), grads)``. ``joint``: choose what is cheapest when
+    norms and a weighted mean are asked together; False when only norms are.
+
+    Guarantees:
+
+    * the gradients are those of the definition, to rounding, whatever the model is made of;
+    * no ``[b, parameters]`` array is made unless it is asked for, or `explain` says why;
+    * the model runs forward and backward once, however much is asked in one jit;
+    * integer parameters have zero gradients of their own dtype.
+    """
+
+    def value_and_grad(*args: Any) -> tuple[Any, Any]:
+        *shared, batch = args
+        plan = make_plan(loss_fn, argnums, has_aux, shared, batch)
+        (losses, aux), grads = plan.run(shared, batch, joint)
+        return ((losses, aux) if has_aux else losses), grads
+
+    return value_and_grad
+
+
+def from_batch_loss(batch_loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss of ONE example, of a loss written for a batch: ``batch_loss_fn(params, batch)``, a mean or a sum.
+
+    The batch loss is called on a batch of one. It must not mix examples (batch normalisation does).
+    """
+
+    def loss_fn(*args: Any) -> Any:
+        *shared, example = args
+        return jax.tree.map(_only, batch_loss_fn(*shared, jax.tree.map(lambda x: x[None], example)))
+
+    return loss_fn
+
+
+def _only(x: Any) -> Any:
+    """What a batch of one gave: without its batch axis, if it has one."""
+    return x[0] if jnp.ndim(x) and jnp.shape(x)[0] == 1 else x

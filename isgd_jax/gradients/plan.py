@@ -1,0 +1,131 @@
+"""The plan of a batch's gradients: what is computed for each example, and how the leaves are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical
+from isgd_jax.gradients.cuts import cut
+from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, program, run
+from isgd_jax.gradients.lazy import Factored, formed_if_cheaper
+from isgd_jax.gradients.terms import Outer
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """One parameter: its ``terms`` stay factors; ``formed`` for each example, ``shared`` once for all."""
+
+    param: Any
+    terms: list[Canonical]
+    formed: list[Whole]
+    shared: list[Whole]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """What is computed for each example."""
+        return [x for term in self.terms for x in (term.left, term.right)] + [part.value for part in self.formed]
+
+    def leaf(self, each: Iterator[Any], once: Iterator[Any], b: int, joint: bool) -> Any:
+        terms = tuple(Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms)
+        formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
+        if formed is not None and shared is None and not terms:
+            return formed
+        if formed is None and not terms:
+            terms = (_nothing(b, self.param),)
+        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared)
+        return formed_if_cheaper(leaf) if joint else leaf
+
+
+def _sum_of(arrays: Iterator[Any], count: int) -> Any:
+    taken = [next(arrays) for _ in range(count)]
+    return sum(taken[1:], start=taken[0]) if taken else None
+
+
+def _nothing(b: int, param: Any) -> Outer:
+    """The gradient of a parameter that no example's loss depends on: a sum over no rows at all."""
+    rows, ones = (jnp.zeros((b, 1, 0, size), jnp.float32) for size in (param.size, 1))
+    return Outer(rows, ones, ((param.size, "i"), (1, "o")))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The program of ONE example's loss and gradients, and how each leaf is made of it."""
+
+    traced: Program
+    result: list[Node]
+    leaves: list[LeafPlan]
+    aux_tree: Any
+    grads_tree: Any
+
+    def run(self, shared: Sequence[Any], batch: Any, joint: bool) -> tuple[tuple[Any, Any], Any]:
+        """``(losses, aux), grads`` of a batch: one forward and one backward pass, mapped over the examples."""
+        arguments, examples = jax.tree.leaves(shared), jax.tree.leaves(batch)
+        wanted = [*self.result, *(node for leaf in self.leaves for node in leaf.nodes)]
+
+        def one(example: list[Any]) -> list[Any]:
+            return run(self.traced.inputs, [*arguments, *example], wanted)
+
+        losses, *rest = jax.vmap(one)(examples)
+        aux, each = rest[: len(self.result) - 1], iter(rest[len(self.result) - 1 :])
+        parts = [part.value for leaf in self.leaves for part in leaf.shared]
+        once = iter(run(self.traced.inputs[: len(arguments)], arguments, parts))
+        grads = [leaf.leaf(each, once, losses.shape[0], joint) for leaf in self.leaves]
+        return (losses, jax.tree.unflatten(self.aux_tree, aux)), jax.tree.unflatten(self.grads_tree, grads)
+
+
+def make_plan(
+    loss_fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, shared: Sequence[Any], batch: Any
+) -> Plan:
+    """Trace the gradient of ONE example and cut it."""
+    example = jax.tree.map(_without_batch_axis, jax.eval_shape(lambda batch: batch, batch))
+    value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
+    closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
+    (_, aux), grads = shapes
+    traced = program(closed)
+    params = [shared[n] for n in argnums] if isinstance(argnums, tuple) else shared[argnums]
+    result = traced.outputs[: 1 + len(jax.tree.leaves(aux))]
+    examples = traced.inputs[len(jax.tree.leaves(shared)) :]
+    leaves = [
+        _leaf_plan(node, param, examples)
+        for node, param in zip(traced.outputs[len(result) :], jax.tree.leaves(params), strict=True)
+    ]
+    return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
+
+
+def _without_batch_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one example: by shape alone, for an axis that lies on several devices is not to be indexed."""
+    if not x.shape:
+        raise ValueError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, weak_type=x.weak_type)
+
+
+def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
+    param = jax.ShapeDtypeStruct(jnp.shape(param), jnp.result_type(param))
+    if not jnp.issubdtype(param.dtype, jnp.inexact):
+        return LeafPlan(param, [], [], [])
+    parts = cut(node)
+    whole = [part for part in parts if isinstance(part, Whole)]
+    varies = dependent(examples, [part.value for part in whole])
+    formed = [part for part, each in zip(whole, varies, strict=True) if each]
+    shared = [part for part, each in zip(whole, varies, strict=True) if not each]
+    return LeafPlan(param, [canonical(part) for part in parts if isinstance(part, Contraction)], formed, shared)
+
+
+def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Any, Any]]:
+    """``loss_fn`` returning (loss, aux) always, with one clear sentence where it is not the loss of one example."""
+
+    def checked(*args: Any) -> tuple[Any, Any]:
+        value, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"loss_fn must return the scalar loss of ONE example, got shape {jnp.shape(value)}; "
+                "if it is written for a batch, wrap it: per_example_grads(from_batch_loss(loss_fn))"
+            )
+        return value, aux
+
+    return checked

@@ -1,0 +1,14 @@
+from . import calibration as calibration
+from . import candidates as candidates
+from . import clusters as clusters
+from . import proposal as proposal
+from . import samplers as samplers
+from . import score_table as score_table
+from .estimator import importance_sampler as importance_sampler
+from .estimator import share as share
+from .plain import fixed as fixed
+from .plain import shuffled_epochs as shuffled_epochs
+from .plain import uniform_draws as uniform_draws
+from .presampler import presampling as presampling
+from .state import BatchSampler as BatchSampler
+from .state import SamplerState as SamplerState

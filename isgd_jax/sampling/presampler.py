@@ -1,0 +1,233 @@
+"""Importance sampling without a table: each step scores many candidates and learns from few.
+
+    sampler = isgd.presampling(num_examples, batch_size=128, scorer=isgd.scorers.logit_bound(logits_fn))
+    draw = sampler.sample(key, state, params=params, data=data)
+
+Where the data stay on the host it is two steps, with the scoring between them:
+
+    found = sampler.candidates(key, state)
+    draw = sampler.resample(key, state, found, scorer(params, batch_of(found.indices)))
+
+The gate is the source's: while the scores promise less than they cost, the batch is drawn uniformly from the
+candidates, which are then not scored; the scores of what is drawn still tell what scoring would promise.
+
+Guarantees:
+
+* the gradient's mean is that of the candidates, and theirs that of the data: unbiased, whatever the scores;
+* the two halves of a batch come from candidates of their own, so they are independent.
+
+Source: Katharopoulos & Fleuret, "Not all samples are created equal" (2018), algorithm 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+from isgd_jax.sampling import candidates, samplers
+from isgd_jax.sampling.estimator import (
+    MONITOR_EVERY,
+    ImportanceSampler,
+    Options,
+    check_fraction,
+    check_number,
+    check_ranges,
+    check_weights,
+    check_whole,
+)
+from isgd_jax.sampling.plain import _Still
+from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, check_state
+from isgd_jax.types import Batch, Draw, Key, Params, Scorer
+
+KEPT = 0.9
+"""The share of the expected speed-up that is kept at each step: it is a mean over the last dozen."""
+
+
+def presampling(
+    num_examples: int,
+    *,
+    batch_size: int,
+    scorer: Scorer | None = None,
+    candidates: int = 4,
+    uniform_fraction: float = 0.1,
+    gate: bool = True,
+    score_cost: float = 1.0,
+    monitor: bool = True,
+    example_weights: Float[Array | np.ndarray, " n"] | None = None,
+    steps_per_update: int = 1,
+) -> BatchSampler:
+    """Draws ``batch_size`` of ``candidates`` times as many uniform draws, by scores at the present parameters.
+
+    Args:
+        num_examples: of the training set, N.
+        batch_size: draws in a step.
+        scorer: ``(params, batch) -> scores [b]``; None where `candidates` and `resample` are called with scores of
+            one's own.
+        candidates: scored for each draw.
+        uniform_fraction: share of uniform draws among the candidates.
+        gate: score only while the scores promise more than they cost.
+        score_cost: of one score, in forward passes.
+        monitor: estimate the variance of the draws.
+        example_weights: a_n [n] of the target sum(a_n g_n).
+        steps_per_update: calls of ``observe`` that make one parameter update.
+
+    Raises:
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range, or an array has not one entry an example.
+    """
+    check_sizes(num_examples, batch_size)
+    check_weights(example_weights, num_examples)
+    check_number(uniform_fraction)
+    check_fraction(uniform_fraction, 0.0)
+    check_whole("candidates", candidates, 1)
+    if not 0.0 <= score_cost < math.inf:
+        raise ValueError(f"score_cost must be 0 or more forward passes, got {score_cost}")
+    options = Options(
+        sampler="uniform",
+        order="index",
+        uniform_fraction=uniform_fraction,
+        calibrate=False,
+        gate=False,
+        monitor=monitor,
+        example_weights=example_weights,
+        record_drawn=False,
+        steps_per_update=steps_per_update,
+    )
+    check_ranges(options)
+    made = _Presampling(num_examples, batch_size, options, scorer, candidates, gate, score_cost)
+    return made.functions(candidates=made.candidates, resample=made.resample)
+
+
+@dataclass(frozen=True)
+class _Presampling(_Still):
+    scorer: Scorer | None
+    each: int
+    is_gated: bool
+    score_cost: float
+
+    def init(self, key: Key | None = None) -> SamplerState:
+        return ImportanceSampler.init(self, key)._replace(gate=SpeedupGate(jnp.ones((), jnp.float32)))
+
+    def candidates(self, key: Key, state: SamplerState) -> Draw:
+        """The candidates of a step, uniform draws; their ``indices`` are to be scored."""
+        check_state(state, self.num_examples)
+        take, *_ = jax.random.split(key, 3)
+        return samplers.uniform(take, state.proposal.law, num_draws=self.each * self.batch_size)
+
+    def resample(self, key: Key, state: SamplerState, candidates: Draw, scores: Float[Array, " c"]) -> Draw:
+        """The draw of a step among its candidates [c], by their scores; ``key`` is that of ``candidates``.
+
+        Raises:
+            ValueError: there is not one score for each candidate.
+        """
+        if scores.shape != candidates.indices.shape:
+            raise ValueError(f"expected {candidates.indices.shape[0]} scores, one a candidate; got {scores.shape}")
+        parts = []
+        for pick, part, size in self._halves(key, candidates):
+            own = scores[part.start : part.start + part.draw.indices.shape[0]]
+            parts.append(_by_score(pick, _sound(own), part.draw, size, self.options.uniform_fraction))
+        return self._joined(state, parts, 0)
+
+    def sample(
+        self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
+    ) -> Draw:
+        """The draw of this step.
+
+        Raises:
+            TypeError: there is no scorer, or no ``params`` and ``data`` to score with.
+        """
+        if self.scorer is None or params is None or data is None:
+            raise TypeError(
+                "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
+                "data=...), or call candidates() and resample() with scores of your own"
+            )
+        found = self.candidates(key, state)
+        pays = candidates.pays(_expected_speedup(state), candidates=self.each, score_cost=self.score_cost)
+        pays = pays | (not self.is_gated)
+        parts = [
+            self._chosen(self.scorer, pick, (params, data), part.draw, pays, size)
+            for pick, part, size in self._halves(key, found)
+        ]
+        return self._joined(state, parts, ahead)
+
+    def observe(self, state: SamplerState, draw: Draw, grads: Params = None, **given: Any) -> SamplerState:
+        after = super().observe(state, draw, grads, **given)
+        if draw.expected_speedup is None:
+            return after
+        mean = KEPT * _expected_speedup(state) + (1.0 - KEPT) * draw.expected_speedup
+        return after._replace(gate=SpeedupGate(mean))
+
+    def _halves(self, key: Key, found: Draw) -> list[tuple[Key, "_Part", int]]:
+        """The key, the candidates and the size of each half-batch."""
+        _, *picks = jax.random.split(key, 3)
+        cut = self.batch_size // 2
+        halves = zip(picks, (0, cut), (cut, self.batch_size - cut), strict=True)
+        return [(pick, _part(found, self.each, start, size), size) for pick, start, size in halves if size]
+
+    def _chosen(
+        self, scorer: Scorer, key: Key, of: tuple[Params, Batch], found: Draw, pays: Array, size: int
+    ) -> tuple[Draw, Float[Array, ""]]:
+        """Draws of one half, by score if that pays; ``of`` are parameters and data."""
+        (params, data), count = of, found.indices.shape[0]
+
+        def scored(indices: Array) -> Array:
+            return _sound(scorer(params, jax.tree.map(lambda x: x[indices], data)))
+
+        def by_chance() -> tuple[Draw, Array]:
+            draw = samplers.uniform(key, jnp.ones(count, jnp.float32), num_draws=size)
+            taken = found.indices[draw.indices]
+            return _drawn_from(found, draw), candidates.speedup(scored(taken))
+
+        fraction = self.options.uniform_fraction
+        return lax.cond(pays, lambda: _by_score(key, scored(found.indices), found, size, fraction), by_chance)
+
+    def _joined(self, state: SamplerState, parts: list[tuple[Draw, Array]], ahead: int | Array) -> Draw:
+        draw, speedups = jax.tree.map(lambda *both: jnp.concatenate([jnp.atleast_1d(x) for x in both]), *parts)
+        step, target = state.clock.step + ahead, state.target
+        size = self.num_examples
+        return draw._replace(
+            target=jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices],
+            version=step // self.options.steps_per_update,
+            in_halves=(step % MONITOR_EVERY == 0) & self._can_halve,
+            expected_speedup=jnp.mean(speedups),
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the candidates, and where they begin."""
+
+    draw: Draw
+    start: int
+
+
+def _part(found: Draw, each: int, start: int, size: int) -> _Part:
+    return _Part(jax.tree.map(lambda x: x[each * start : each * (start + size)], found), each * start)
+
+
+def _expected_speedup(state: SamplerState) -> Float[Array, ""]:
+    assert isinstance(state.gate, SpeedupGate)
+    return state.gate.expected_speedup
+
+
+def _sound(scores: Float[Array, " c"]) -> Float[Array, " c"]:
+    """What is no score counts as nothing known: the uniform fraction still draws it."""
+    return jnp.where(jnp.isfinite(scores) & (scores >= 0.0), scores, 0.0).astype(jnp.float32)
+
+
+def _by_score(
+    key: Key, scores: Float[Array, " c"], found: Draw, size: int, uniform_fraction: Any
+) -> tuple[Draw, Float[Array, ""]]:
+    draw = candidates.resample(key, scores, num_draws=size, mixture=uniform_fraction)
+    return _drawn_from(found, draw), candidates.speedup(scores)
+
+
+def _drawn_from(found: Draw, draw: Draw) -> Draw:
+    """The draw in terms of examples, so that 1/(N probs) is 1/(candidates * its own probs)."""
+    probs = found.indices.shape[0] * draw.probs * found.probs[draw.indices]
+    return Draw(found.indices[draw.indices], probs, draw.mask)

@@ -1,0 +1,1 @@
+"""The training loop: one step, who scores besides, and `fit`, which is both in time order."""

@@ -1,0 +1,210 @@
+"""Scoring besides training: what an engine has scored goes into the state, and the next proposal is made of it.
+
+    with isgd.engines.local(isgd.scorers.grad_norm(loss_fn), data) as engine:
+        refresher = isgd.refresher(engine, sampler, every=100)
+        for step in range(num_steps):
+            state = refresher(step, params, state)
+            ...
+
+Guarantees:
+
+* between two refreshes the proposal stays as it is, so draws may be made ahead;
+* with ``wait`` every score carries the version of the refresh (the paper's exact mode); else nothing waits;
+* a score carries the version of the parameters it was measured with;
+* one program records chunks of any length, and one refreshes;
+* a caller whose steps are not those of the state is told, at the refresh after the first that differs at the latest.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.types import Params
+
+QUIET_REFRESHES = 3
+"""Refreshes without any score after which a person should know."""
+
+
+class Refresh(NamedTuple):
+    """What happened at a refresh."""
+
+    step: int
+    seconds: float
+    """The clock when ages were judged; ``observe`` takes it until the next refresh."""
+    chunks: list[ScoredChunk]
+    """What had been scored since the last one."""
+    quarantined: Array
+    """Scores set aside in all, on the device."""
+
+
+class Refresher:
+    """Publishes, collects, records and refreshes, when it is due: `refresher` makes one."""
+
+    def __init__(
+        self,
+        engine: Any,
+        sampler: BatchSampler,
+        *,
+        every: int,
+        publish_every: int | None,
+        wait: bool,
+        published: Callable[[Params, int], Any],
+        clock: Callable[[], float],
+        publish_at: Callable[[int], bool] | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.engine, self.sampler, self.every = engine, sampler, every
+        self.last: Refresh | None = None
+        self._publish_every, self._wait, self._publish_at = publish_every or every, wait, publish_at
+        self._published, self._clock, self._warn = published, clock, warn
+        self._record = jax.jit(partial(_recorded, sampler), donate_argnums=0)
+        self._refresh = jax.jit(sampler.refresh, donate_argnums=0)
+        self._is_first, self._scored, self._quiet = True, 0, 0
+        self._expected: tuple[int, Array] | None = None
+
+    def __call__(self, step: int, params: Params, state: SamplerState) -> SamplerState:
+        """The state to draw step ``step`` from; the one that was passed is donated where a refresh is due.
+
+        Raises:
+            ValueError: the steps of the caller are not those of the state.
+        """
+        is_due = step % self.every == 0
+        if self.engine is not None and self.publishes(step):
+            self.engine.publish(self._published(params, step), step // self.sampler.steps_per_update)
+        self._is_first = False
+        return self._refreshed(step, state) if is_due else state
+
+    def is_due(self, step: int) -> bool:
+        """Whether the proposal changes before this step."""
+        return step % self.every == 0
+
+    def steps_left(self, step: int) -> int:
+        """For how many steps the proposal stays as it is, this one included."""
+        return self.every - step % self.every
+
+    def rehearse(self, state: SamplerState, *, chunks: int) -> SamplerState:
+        """What a refresh does beside collecting, with so many chunks of ones, and forgets: to be compiled and timed."""
+        copied, known = jax.tree.map(jnp.copy, state), state.ordering.sketches
+        size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
+        sketches = None if known is None else np.zeros((size, known.shape[1]), np.float32)
+        one = ScoredChunk(np.arange(size), np.ones(size, np.float32), 0, sketches)
+        return self._refresh(self._take(copied, [one] * chunks, 0.0))
+
+    def publishes(self, step: int) -> bool:
+        """Every so many steps; also at once where a loop begins or goes on, so that no worker waits or scores the old.
+
+        Where refreshes wait, each follows a publication, so there is nothing to be gained between.
+        """
+        if self._publish_at is not None:
+            return self._publish_at(step)
+        return step % self._publish_every == 0 or (self._is_first and not self._wait)
+
+    def _refreshed(self, step: int, state: SamplerState) -> SamplerState:
+        self._check_version(step, state)
+        chunks = [] if self.engine is None else self.engine.collect(wait=self._wait)
+        now = self._clock()
+        state = self._take(state, chunks, now)
+        state = self._refresh(state)
+        self.last = Refresh(step, now, chunks, jnp.copy(state.quarantined))
+        self._warn_if_quiet(step, chunks)
+        return state
+
+    def _take(self, state: SamplerState, chunks: list[ScoredChunk], now: float) -> SamplerState:
+        """The state with what the chunks say. One shape for all, so that this compiles once."""
+        width = max([getattr(self.engine, "chunk_size", 0), *(len(chunk.ids) for chunk in chunks)], default=0)
+        for chunk in chunks:
+            short, sketches = width - len(chunk.ids), chunk.sketches
+            ids = np.pad(chunk.ids, (0, short), constant_values=self.sampler.num_examples).astype(np.int32)
+            scores = np.pad(chunk.scores, (0, short)).astype(np.float32)
+            rows = None if sketches is None else np.pad(np.asarray(sketches, np.float32), ((0, short), (0, 0)))
+            state = self._record(state, ids, scores, rows, np.int32(chunk.version), np.float32(now))
+        return state
+
+    def _check_version(self, step: int, state: SamplerState) -> None:
+        """Compare the caller's steps with the state's: at once at first, then one refresh late, so as not to wait."""
+        per = self.sampler.steps_per_update
+        told = self._expected or (step // per, state.version)
+        expected, found = told[0], int(told[1])
+        if expected != found:
+            raise ValueError(
+                f"at step {step} the sampler's state had seen {found} parameter updates, expected were {expected}: "
+                "call observe once a step, pass the step of the loop, and say steps_per_update= where several steps "
+                "make one update"
+            )
+        self._expected = (step // per, jnp.copy(state.version))
+
+    def _warn_if_quiet(self, step: int, chunks: list[ScoredChunk]) -> None:
+        self._scored += len(chunks)
+        if self.engine is None or self._scored:
+            return
+        self._quiet += 1
+        if self._quiet == QUIET_REFRESHES:
+            self._warn(
+                f"no worker has scored anything in {step} steps: they may still be compiling, or be too slow; "
+                "only drawn examples have scores"
+            )
+
+
+def refresher(
+    engine: Any,
+    sampler: BatchSampler,
+    *,
+    every: int = 100,
+    publish_every: int | None = None,
+    wait: bool = False,
+    published: Callable[[Params, int], Any] = lambda params, step: params,
+    clock: Callable[[], float] = time.monotonic,
+    publish_at: Callable[[int], bool] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Refresher:
+    """What keeps a sampler's state fresh: ``state = refresher(step, params, state)``, called before each step.
+
+    Args:
+        engine: who scores (`isgd_jax.engines`); None where only drawn examples are scored.
+        sampler: whose state it is.
+        every: steps between two refreshes.
+        publish_every: steps between two publications of the parameters to the engine; by default ``every``.
+        wait: at a refresh, until all scores are of its version.
+        published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
+        clock: seconds, for scores that are distrusted by age in seconds.
+        publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
+        warn: is told, once, when no worker has scored anything in several refreshes.
+
+    Raises:
+        ValueError: a number of steps is not positive.
+    """
+    for name, value in (("every", every), ("publish_every", publish_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1 step, got {value}")
+    return Refresher(
+        engine,
+        sampler,
+        every=every,
+        publish_every=publish_every,
+        wait=wait,
+        published=published,
+        clock=clock,
+        publish_at=publish_at,
+        warn=warn,
+    )
+
+
+def _recorded(
+    sampler: BatchSampler,
+    state: SamplerState,
+    ids: Array,
+    scores: Array,
+    sketches: Array | None,
+    version: Array,
+    seconds: Array,
+) -> SamplerState:
+    return sampler.record(state, ids, scores, version=version, sketches=sketches, seconds=seconds)

@@ -1,0 +1,99 @@
+"""What watches a run: the interface, and lines of plain text, which is what `fit` prints by itself.
+
+Checkpoints, consoles, figures and records of a folder are callbacks too; they live with the command.
+"""
+
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from isgd_jax.training.loop import Run
+
+Record = dict[str, Any]
+
+
+class Callback:
+    """Something that happens beside the steps of a run; each method does nothing unless it is written over."""
+
+    def begin(self, run: "Run") -> None:
+        """Before the first step. ``run.state`` and ``run.step`` may be set here, to go on from a checkpoint."""
+
+    def refreshed(self, run: "Run") -> None:
+        """After a refresh of the proposal, before the step it is for."""
+
+    def stepped(self, run: "Run", info: Any) -> None:
+        """After each step; ``run.step`` counts it. ``info`` (`StepInfo`) lies on the device."""
+
+    def end(self, run: "Run") -> None:
+        """After the last step, or when a callback has stopped the run (``run.stop(reason)``)."""
+
+    def close(self) -> None:
+        """Release what is held; called also when the run ends by an error."""
+
+
+class History(Callback):
+    """Keeps a record of numbers every so many steps: the loss, held-out measurements, and what draws are worth."""
+
+    def __init__(self, *, every: int = 100) -> None:
+        self._every, self._infos = every, list[Any]()
+        self._evaluate: Any = None
+        self.records: list[Record] = []
+
+    def begin(self, run: "Run") -> None:
+        self._evaluate = run.problem.evaluator()
+        self._began = time.monotonic()
+
+    def stepped(self, run: "Run", info: Any) -> None:
+        self._infos.append(info)
+        if run.step % self._every == 0 or run.step == run.num_steps:
+            self.records.append(self._record(run))
+            self.recorded(run, self.records[-1])
+
+    def recorded(self, run: "Run", record: Record) -> None:
+        """After a record was made."""
+
+    def _record(self, run: "Run") -> Record:
+        losses = [float(info.loss) for info in jax.device_get(self._infos)]
+        self._infos.clear()
+        bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
+        if bad is not None:
+            at = run.step - len(losses) + bad
+            raise FloatingPointError(f"the training loss became {losses[bad]} at step {at}: lower the learning rate")
+        found = run.sampler.report(run.state.sampler)
+        record: Record = {"step": run.step, "seconds": time.monotonic() - self._began}
+        record["loss"] = sum(losses) / len(losses)
+        for name, data in run.problem.held_out.items():
+            means = self._evaluate(run.state.params, data) if run.problem.measured() else {}
+            record |= {f"{name}_{what}": float(value) for what, value in means.items()}
+        if found.variance is not None and int(found.num_measured):
+            record["variance_ratio"] = _over(found.variance.drawn.value, found.variance.uniform.value)
+            record["equivalent_batch"] = float(found.equivalent_batch)
+        record |= {"scored_share": float(found.scored_share), "mean_age": float(found.mean_age)}
+        return record | {"gate_is_open": bool(found.gate_is_open)}
+
+
+class PlainProgress(History):
+    """A line of text for each record: what `fit` prints unless it is given callbacks."""
+
+    def __init__(self, *, every: int = 100, file: IO[str] | None = None) -> None:
+        super().__init__(every=every)
+        self._file = file
+
+    def recorded(self, run: "Run", record: Record) -> None:
+        parts = [f"step {record['step']:>{len(str(run.num_steps))}}/{run.num_steps}", f"loss {record['loss']:.4g}"]
+        parts += [f"{name} {record[name]:.4g}" for name in record if name.split("_")[0] in run.problem.held_out]
+        if "equivalent_batch" in record:
+            parts.append(f"variance {record['variance_ratio']:.2f} of uniform")
+            parts.append(f"worth a batch of {record['equivalent_batch']:.0f}")
+        if not record["gate_is_open"]:
+            parts.append("gate shut")
+        parts.append(f"{record['seconds']:.1f} s")
+        print(" | ".join(parts), file=self._file or sys.stdout, flush=True)
+
+
+def _over(above: Any, below: Any) -> float:
+    return float(above) / float(below) if float(below) > 0 else float("nan")

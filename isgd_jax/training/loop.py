@@ -1,0 +1,170 @@
+"""The training loop, in time order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from isgd_jax.sampling.state import BatchSampler
+from isgd_jax.training.background import Refresher, refresher
+from isgd_jax.training.callbacks import Callback, PlainProgress, Record
+from isgd_jax.training.data_parallel import DataParallel
+from isgd_jax.training.prefetch import Prefetch
+from isgd_jax.training.problem import Problem
+from isgd_jax.training.train_step import FreshScores, Steps, TrainState, check_chain, make_steps
+from isgd_jax.types import Batch, Key, Params
+
+STEPS_IN_FLIGHT = 8
+"""Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
+
+
+class FitResult(NamedTuple):
+    """What a run leaves."""
+
+    params: Params
+    state: TrainState
+    """All of it: parameters, the optimizer's state and the sampler's."""
+    step: int
+    history: list[Record]
+    """What was recorded, a dict every so many steps."""
+    stopped: Any = None
+    """The reason that a callback gave for ending the run early; None where it made all steps."""
+
+
+@dataclass
+class Run:
+    """A run as its callbacks see it."""
+
+    problem: Problem
+    sampler: BatchSampler
+    steps: Steps
+    refresher: Refresher
+    num_steps: int
+    key: Key
+    """Of the draws."""
+    state: TrainState
+    data: Batch
+    step: int = 0
+    parallel: DataParallel | None = None
+    prefetch: Prefetch | None = None
+    stopped: Any = field(default=None)
+
+    def stop(self, reason: Any) -> None:
+        """End the run after this step."""
+        self.stopped = reason
+
+    def advance(self, state: TrainState, seconds: float) -> tuple[TrainState, Any]:
+        """One step from this state, which is donated."""
+        now = jnp.float32(seconds)
+        if self.prefetch is None:
+            return self.steps.step(state, self.problem.frozen, self.data, self.key, now)
+        draw, batch = self.prefetch.next(self.step, state.sampler, self.refresher.steps_left(self.step))
+        return self.steps.step_drawn(state, self.problem.frozen, draw, batch, self.key, now)
+
+
+def fit(
+    problem: Problem,
+    sampler: BatchSampler,
+    tx: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    key: Key,
+    engine: Any = None,
+    devices: Sequence[jax.Device] | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    refresh_every: int = 100,
+    fresh_scores: FreshScores | None = None,
+    make_refresher: Callable[..., Refresher] = refresher,
+) -> FitResult:
+    """Train by importance sampling, or by whatever the sampler does.
+
+    Args:
+        problem: the loss, the parameters and the data.
+        sampler: which examples (`isgd_jax.importance_sampler`, `shuffled_epochs`, ...).
+        tx: an Optax chain that begins with `isgd_jax.importance_weighting`.
+        num_steps: in all; a run that goes on from a checkpoint makes the rest.
+        key: of parameters, draws and the sampler.
+        engine: who scores besides (`isgd_jax.engines`), with a scorer made by `Problem.scorer`; None scores only what
+            is drawn. The caller closes it.
+        devices: that train, each with an equal part of the batch; one by default.
+        callbacks: in place of the lines of text that are printed by default; an empty list is silent.
+        refresh_every: steps between two refreshes of the proposal.
+        fresh_scores: what the table gets of the drawn examples, ``(losses, gradients) -> scores``; norms by default.
+        make_refresher: with other options than `refresher` has by default.
+
+    Returns:
+        Parameters, the whole state, and the history.
+
+    Raises:
+        ValueError: the parts do not fit each other; before the first step.
+        FloatingPointError: the loss is no longer finite.
+    """
+    _check_fit(problem, sampler, num_steps)
+    callbacks = [PlainProgress()] if callbacks is None else list(callbacks)
+    parallel = None if devices is None else DataParallel(sampler.batch_size, devices)
+    init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)
+    params = problem.init(init_key)
+    check_chain(tx, params, sampler.batch_size)
+    state = TrainState(params, tx.init(params), sampler.init(sampler_key))
+    data = problem.train
+    if problem.hold == "device":
+        data = jax.device_put(data) if parallel is None else parallel.replicate(data)
+    published = problem.published(picture_key)
+    steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores)
+    run = Run(
+        problem=problem,
+        sampler=sampler,
+        steps=steps,
+        refresher=make_refresher(engine, sampler, every=refresh_every, published=published),
+        num_steps=num_steps,
+        key=draw_key,
+        state=state if parallel is None else parallel.replicate(state),
+        data=data,
+        parallel=parallel,
+        prefetch=None if problem.hold == "device" else Prefetch(data, steps.draw_ahead, draw_key),
+    )
+    try:
+        return _loop(run, callbacks)
+    finally:
+        if run.prefetch is not None:
+            run.prefetch.close()
+        for callback in callbacks:
+            callback.close()
+
+
+def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
+    for callback in callbacks:
+        callback.begin(run)
+    seconds = float(run.state.sampler.clock.seconds)
+    while run.step < run.num_steps and run.stopped is None:
+        if run.refresher.is_due(run.step) or run.refresher.publishes(run.step):
+            refreshed = run.refresher(run.step, run.state.params, run.state.sampler)
+            run.state = run.state._replace(sampler=refreshed)
+            if run.refresher.is_due(run.step) and run.refresher.last is not None:
+                seconds = run.refresher.last.seconds
+                for callback in callbacks:
+                    callback.refreshed(run)
+        run.state, info = run.advance(run.state, seconds)
+        run.step += 1
+        if run.step % STEPS_IN_FLIGHT == 0:
+            jax.block_until_ready(info.loss)
+        for callback in callbacks:
+            callback.stepped(run, info)
+    for callback in callbacks:
+        callback.end(run)
+    records: list[Record] = next((callback.records for callback in callbacks if hasattr(callback, "records")), [])
+    return FitResult(run.state.params, run.state, run.step, records, run.stopped)
+
+
+def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:
+    if sampler.num_examples != problem.num_examples:
+        raise ValueError(
+            f"the sampler draws from {sampler.num_examples} examples, the problem has {problem.num_examples}"
+        )
+    if num_steps < 0:
+        raise ValueError(f"num_steps must be 0 or more, got {num_steps}")
+    if sampler.candidates is not None and problem.hold != "device":
+        raise ValueError('presampling scores candidates inside the step: hold="device", or a loop of your own')

@@ -1,0 +1,171 @@
+"""What is trained: a loss of one example, parameters, and data as any pytree of arrays."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from isgd_jax.types import Batch, Example, Key, Params
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss on data.
+
+    Args:
+        loss_fn: the loss of ONE example, a scalar: ``loss_fn(params, example)``; with ``frozen`` it is
+            ``loss_fn(params, frozen, example)``, and with ``needs_key`` it takes a key of the example's own, last.
+        params: to start from, a pytree of arrays (`flax.nnx.split` and `equinox.partition` make one); or a function
+            ``key -> params``.
+        train: a pytree of arrays with leading axis n, on the device or on the host (NumPy, memory-mapped). Integers
+            stay integers, and nothing is standardized: that is the loss's business.
+        held_out: more such pytrees, by name; measured, never trained on.
+        frozen: arrays that the loss needs and nobody trains, such as a pretrained base: passed, not baked in.
+        needs_key: the loss draws random numbers, such as dropout.
+        augment: ``(key, example) -> example``: another picture of an example at each draw.
+        metrics: ``(params, example) -> scalar`` by name (with ``frozen`` in between), measured on held-out data; by
+            default the loss, where it needs no key.
+        hold: "device" moves the training data there; "host" leaves them, and a thread fetches what is drawn.
+
+    Raises:
+        TypeError: parameters or data are no arrays.
+        ValueError: arrays of the data differ in length, or there are none.
+    """
+
+    loss_fn: Callable[..., Float[Array, ""]]
+    params: Params
+    train: Batch
+    held_out: Mapping[str, Batch] = field(default_factory=lambda: NOTHING)
+    frozen: Any = None
+    needs_key: bool = False
+    augment: Callable[[Key, Example], Example] | None = None
+    metrics: Mapping[str, Callable[..., Float[Array, ""]]] = field(default_factory=lambda: NOTHING)
+    hold: str = "device"
+
+    def __post_init__(self) -> None:
+        for name, data in {"train": self.train, **self.held_out}.items():
+            _check_data(name, data)
+        if not callable(self.params):
+            _check_params(self.params)
+        if self.hold not in ("device", "host"):
+            raise ValueError(f'hold must be "device" or "host", got {self.hold!r}')
+        if self.needs_key and self.held_out and not self.metrics:
+            raise ValueError(
+                "the loss needs a key, so held-out data are measured by something else: metrics={'loss': "
+                "a function of (params, example) without randomness}"
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the training data."""
+        return int(jax.tree.leaves(self.train)[0].shape[0])
+
+    def init(self, key: Key) -> Params:
+        """The parameters to start from: copies, since training donates them."""
+        made = self.params(key) if callable(self.params) else self.params
+        _check_params(made)
+        return jax.tree.map(jnp.array, made)
+
+    def loss(self, params: Params, frozen: Any, example: tuple[Example, Key | None]) -> Float[Array, ""]:
+        """The loss, in the form that training differentiates: of an example with its key."""
+        example, key = example
+        arguments = (params, example) if frozen is None else (params, frozen, example)
+        return self.loss_fn(*arguments, key) if self.needs_key else self.loss_fn(*arguments)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether examples need keys of their own."""
+        return self.needs_key or self.augment is not None
+
+    def measured(self) -> Mapping[str, Callable[..., Float[Array, ""]]]:
+        """What is measured on held-out data."""
+        return self.metrics or ({} if self.needs_key else {"loss": self.loss_fn})
+
+    def evaluator(self, *, batch_size: int = 1024) -> Callable[[Params, Batch], dict[str, Float[Array, ""]]]:
+        """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices."""
+        functions = dict(self.measured())
+
+        @jax.jit
+        def evaluate(params: Params, frozen: Any, data: Batch) -> dict[str, Array]:
+            extra = () if frozen is None else (frozen,)
+
+            def one(example: Example) -> dict[str, Array]:
+                return {name: jnp.asarray(fn(params, *extra, example), jnp.float32) for name, fn in functions.items()}
+
+            size = jax.tree.leaves(data)[0].shape[0]
+            values = jax.lax.map(one, data, batch_size=min(batch_size, size))
+            return jax.tree.map(jnp.mean, values)
+
+        return lambda params, data: evaluate(params, self.frozen, data)
+
+    def scorer(self, make: Callable[..., Any] | None = None) -> Callable[[Any, Batch], Any]:
+        """What an engine scores with: exact norms, of one random picture of each example where there are pictures.
+
+        Args:
+            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`.
+
+        Its parameters are what `published` makes of a refresh's.
+        """
+        from isgd_jax.engines.scorers import grad_norm  # a scorer is made only where somebody scores
+
+        plain = (make or grad_norm)(self._loss_of_pair)
+
+        def score(published: tuple[Params, Any, Array | None], batch: Batch) -> Any:
+            params, frozen, bits = published
+            size = jax.tree.leaves(batch)[0].shape[0]
+            keys = None if bits is None else jax.random.split(jax.random.wrap_key_data(bits), size)
+            return plain((params, frozen), self.pictures(keys, batch))
+
+        return score
+
+    def published(self, key: Key) -> Callable[[Params, int], Any]:
+        """What the scorer is told at a refresh: parameters, what is frozen and, for randomness, bits of a key."""
+
+        def make(params: Params, step: int) -> Any:
+            bits = jax.random.key_data(jax.random.fold_in(key, step)) if self.is_random else None
+            return params, self.frozen, bits
+
+        return make
+
+    def pictures(self, keys: Key | None, batch: Batch) -> tuple[Batch, Key | None]:
+        """A batch as the loss sees it: augmented, with a key an example."""
+        if self.augment is not None and keys is not None:
+            batch = jax.vmap(self.augment)(keys, batch)
+        return batch, keys if self.needs_key else None
+
+    def _loss_of_pair(self, pair: tuple[Params, Any], example: Any) -> Float[Array, ""]:
+        params, frozen = pair
+        return self.loss(params, jax.lax.stop_gradient(frozen), example)
+
+
+def _check_params(params: Params) -> None:
+    leaves = jax.tree.leaves(params)
+    wrong = next((x for x in leaves if not hasattr(x, "dtype") or not hasattr(x, "shape")), None)
+    if not leaves or wrong is not None:
+        got = "no leaves at all" if wrong is None else f"a leaf of type {type(wrong).__name__}"
+        raise TypeError(
+            f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (flax.nnx.split, "
+            "equinox.partition), and close the rest over in loss_fn"
+        )
+
+
+def _check_data(name: str, data: Batch) -> None:
+    leaves = jax.tree.leaves(data)
+    for leaf in leaves:
+        if not isinstance(leaf, np.ndarray | jax.Array):
+            raise TypeError(f"the data of {name!r} must be arrays, got a {type(leaf).__name__}")
+        if leaf.ndim == 0:
+            raise ValueError(f"every array of {name!r} needs a leading axis of examples, got a single number")
+    if not leaves:
+        raise ValueError(f"the data of {name!r} hold no arrays")
+    lengths = {leaf.shape[0] for leaf in leaves}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"the arrays of {name!r} must have one row an example, got {sorted(lengths)} rows")

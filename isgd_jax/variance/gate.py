@@ -1,0 +1,78 @@
+"""Do no harm: importance sampling while it helps, uniform draws while it hurts.
+
+The gate watches STALE/UNIFORM, the ratio of second moments of one draw under the proposal and under uniform draws. The
+proposal is judged on the batches drawn, whichever law they were drawn from, so a closed gate learns when to open.
+
+Guarantees:
+
+* shut as soon as the ratio is above 1 beyond its 95 % band, open again as soon as it is below ``open_below``;
+* what is judged is unbiased, whether the gate is open or shut;
+* the decision is a function of the draws alone: no clock, so a resumed run decides the same.
+
+Source: ours. The effective sample size of the weights would be no gate: it falls while the variance falls too.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from isgd_jax.variance import rolling
+from isgd_jax.variance.rolling import Band, Window
+
+
+class Gate(NamedTuple):
+    """The evidence, STALE and UNIFORM of each step, and whether the proposal is in use."""
+
+    window: Window
+    is_open: Bool[Array, ""]
+
+
+class Verdict(NamedTuple):
+    """The ratio STALE/UNIFORM that was judged, with its band, and whether the gate has just moved: for the log."""
+
+    ratio: Band
+    switched: Bool[Array, ""]
+
+
+def create(size: int = 64) -> Gate:
+    """An open gate that judges by the last ``size`` steps."""
+    return Gate(rolling.create(size, 2), jnp.asarray(True))
+
+
+def observe(
+    gate: Gate,
+    weights: Float[Array, " m"],
+    proposal_weights: Float[Array, " m"],
+    norms: Float[Array, " m"],
+    mask: Bool[Array, " m"] | None = None,
+    *,
+    min_steps: int = 8,
+    open_below: float = 0.95,
+) -> tuple[Gate, Verdict]:
+    """Add a step, and decide.
+
+    ``weights`` 1/(N probs) [m] are those of the draws as they were made; ``proposal_weights`` 1/(N q) [m] those that
+    the proposal would have given, the same while the gate is open; ``norms`` [m] are fresh.
+    """
+    uniform = weights * jnp.square(norms)
+    stale = uniform * proposal_weights
+    used = jnp.ones(norms.shape, bool) if mask is None else mask
+    stale_mean, uniform_mean = (jnp.mean(jnp.where(used, moment, 0.0)) for moment in (stale, uniform))
+    window = rolling.push(gate.window, stale_mean, uniform_mean)
+    ratio = rolling.ratio(window, *window.values.T)
+    enough = window.seen >= min_steps
+    shut, open_ = gate.is_open & enough & (ratio.low > 1.0), ~gate.is_open & enough & (ratio.high < open_below)
+    return Gate(window, (gate.is_open & ~shut) | open_), Verdict(ratio, shut | open_)
+
+
+def apply(gate: Gate, probs: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The probabilities [n] to draw with: the proposal's, or uniform ones while the gate is shut."""
+    return jnp.where(gate.is_open, probs, 1.0 / probs.shape[0])
+
+
+def reason(is_open: bool, ratio: Band) -> str:
+    """In words, why the gate has moved."""
+    band = f"STALE/UNIFORM is {float(ratio.value):.2f} [{float(ratio.low):.2f}, {float(ratio.high):.2f}]"
+    return f"{band}: the scores help again" if is_open else f"{band}: the scores do harm, draws are uniform"

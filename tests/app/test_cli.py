@@ -1,0 +1,256 @@
+"""The command as a user types it, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isgd_jax.app.cli import _parse, main
+from isgd_jax.app.config import Config
+from isgd_jax.app.run_dir import RunDir
+
+SMALL = [
+    "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
+    "--chunk-size", "512",
+]  # fmt: skip
+PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
+"""Where the sampling does not matter: less to compile."""
+
+
+def isgd(*arguments: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | changes  # compiling is what takes the time
+    return subprocess.Popen(
+        [sys.executable, "-c", "from isgd_jax.app.cli import main; main()", *arguments],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a mistake: its exit message, or what the parser printed."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code not in (0, None)
+    return " ".join(f"{exit_info.value.code} {capsys.readouterr().err}".replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
+    code, out, err = finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))
+    assert (code, err) == (0, "")
+    for text in ("digits, N = 1,437", "of the training time", "held-out error", "run/variance.png"):
+        assert text in " ".join(out.split())
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {
+        "loss.png", "error.png", "variance.png", "scores.png",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Kill -9 as soon as the first checkpoint is there; the same parameters come out as without a kill."""
+    arguments = ["train", "--run-dir", "run", "--data-dir", "data", *SMALL, "--steps", "400"]
+    # Without the cache of compiled programs: killed while it writes there, a process would leave half an entry.
+    process = isgd(*arguments, cwd=tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    deadline = time.monotonic() + 150
+    while not any((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run" / "config.json").is_file()
+    code, _, err = finished(isgd("train", "--resume", "run", cwd=tmp_path))
+    assert (code, err) == (0, "")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 400
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(tmp_path: Path) -> None:
+    """Writing is refused past a size, as by a quota: the run ends with a sentence, and goes on when there is room."""
+    large = ["--hidden", "2048"]  # a checkpoint of it is larger than the limit, a figure is not
+    assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, *large, cwd=tmp_path))[0] == 0
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
+    code = f"{limit}from isgd_jax.app.cli import main; main()"
+    more = ["train", "--resume", "run", "--steps", "100"]
+    full = subprocess.run(
+        [sys.executable, "-c", code, *more], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # or the limit would cut its entries in half
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "isgd: cannot write a checkpoint to" in full.stderr
+    assert "the one of step 60 stays; make room and resume" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert finished(isgd(*more, cwd=tmp_path))[0] == 0
+
+
+@pytest.mark.slow
+def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
+    process = isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, "--steps", "100000", cwd=tmp_path)
+    deadline = time.monotonic() + 150
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finished(process)
+    assert code == 128 + signal.SIGTERM
+    assert "Go on with: isgd train --resume run" in out
+
+
+def test_the_bare_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Expected one of" in sentence([], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--preset", "paper-2"], {"learning_rate": 0.001, "additive": 1.0, "mode": "relaxed", "run_dir": None}),
+        (
+            ["--preset", "paper-1", "--additive", "3", "--steps", "7"],
+            {"learning_rate": 0.01, "additive": 3.0, "steps": 7},
+        ),
+        (["--replay", "old"], {"seed": 5, "mode": "relaxed", "run_dir": None, "replay": "old"}),
+    ],
+)
+def test_presets_and_replays_begin_with_their_configuration(
+    arguments: list[str], expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDir.create(Config(mode="relaxed", seed=5, run_dir="old"))
+    config = _parse(["train", *arguments]).config
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_who_reads_us_may_stop_reading() -> None:
+    called = f"{sys.executable} -c 'from isgd_jax.app.cli import main; main()' train --help"
+    command = f"(sleep 0.5; {called}; echo $? >&2) | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr.split() == [str(128 + signal.SIGPIPE)]
+
+
+def test_help_is_instant(tmp_path: Path) -> None:
+    """It imports none of the heavy packages: that is what keeps it fast."""
+    code = (
+        "import sys\nfrom isgd_jax.app.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('jax', 'flax', 'optax', 'tensorflow_datasets', 'orbax', 'matplotlib') "
+        "if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--learning-rate" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--learning-rte", "0.1"], "--learning-rate"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["train", "--mode", "sometimes"], "--mode"),
+        (["train", "--dataset", "digit"], "did you mean 'digits'"),
+        (["train", "--resume", "nowhere"], "nowhere is not the folder of a run: it has no config.json"),
+        (["report", "nowhere"], "nowhere is not the folder of a run"),
+        (["train", "--model", "no.such:thing"], "cannot import 'no.such'"),
+        (["compare"], "name either --arms to train or folders to read"),
+        (["compare", "--arms", "a: --mode exact"], "--out must name the folder of the study"),
+        (["compare", "--arms", "a --mode exact", "--out", "x"], 'an arm is "NAME: FLAGS"'),
+        (["compare", "--arms", "a: --seed 3", "--out", "x"], "--seed is the same for all arms"),
+        (["compare", "--arms", "a: --mode exact", "a: --mode uniform", "--out", "x"], "two arms are called 'a'"),
+        (["compare", "--arms", "a: --mixtur 3", "--out", "x"], "--mixtur"),
+        (["compare", "--arms", "a:", "--out", "x", "--levels", "train_loss=1"], "needs --full-train-loss"),
+        (["compare", "--arms", "a:", "--out", "x", "--run-dir", "y"], "name the folder of them all with --out"),
+        (["compare", "--arms", "a:", "--out", "x", "--until-levels"], "--until-levels needs --levels"),
+        (["compare", "nowhere"], "nowhere is not the folder of a study"),
+        (["compare", "--levels", "low", "--arms", "a:", "--out", "x"], "a level is a field and its values"),
+        (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["train", "--coin", "0.5"], "isgd: --coin went in 0.2: every step draws from the proposal; use --mixture"),
+        (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
+        (["train", "--sampler", "poisson"], "isgd: --sampler poisson went in 0.2: use stratified (the default)"),
+        (["compare", "--arms", "a: --coin 0.5", "--out", "x"], "isgd: --coin went in 0.2: "),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in sentence(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("keep me")
+    said = sentence(["train", "--run-dir", "run", "--data-dir", "data"], capsys)
+    assert "run is there already: resume it with --resume run, or name another --run-dir" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.slow
+def test_a_model_and_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--model pkg.module:factory and --loss pkg.module:fn, found in the current folder."""
+    (tmp_path / "mine.py").write_text(
+        "import flax.linen as nn\nimport jax.numpy as jnp\n"
+        "class Small(nn.Module):\n"
+        "    classes: int\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        return nn.Dense(self.classes)(x.reshape(-1))\n"
+        "def factory(num_classes):\n"
+        "    return Small(num_classes)\n"
+        "def squared(outputs, example):\n"
+        "    return jnp.sum(jnp.square(outputs - jnp.eye(10)[example['label']]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = ["--model", "mine:factory", "--loss", "mine:squared", "--run-dir", "run", "--data-dir", "data"]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", *mine, *PLAIN])
+    assert exit_info.value.code == 0
+
+
+@pytest.mark.slow
+def test_from_a_run_to_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Two arms compared, one of the runs reported and probed: every file that is promised is there."""
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        assert exit_info.value.code == 0
+        return capsys.readouterr().out
+
+    arms = ["uniform: --mode uniform", "exact: --mode exact"]
+    small = [*SMALL, "--data-dir", "data", "--tensorboard"]
+    out = said("compare", "--arms", *arms, "--seeds", "1", "--levels", "test_loss=1.0", "--out", "study", *small)
+    assert "over the first arm's [95 %]" in out
+    assert {"test_loss-updates.png", "test_loss-seconds.png", "comparison.html", "comparison.md"} <= names("study")
+    assert "exact-0" in names("study")
+    assert any(name.startswith("events.out") for name in names("study/exact-0"))
+    assert "1/1" in said("compare", "study", "--levels", "test_loss=2.0")
+    assert "mode=exact" in said("compare", "study/uniform-0", "study/exact-0")
+    assert "report.html" in said("report", "study/exact-0")
+    assert 'src="data:image/png' in Path("study/exact-0/report.html").read_text()
+    out = said("probe", "--run", "study/exact-0", "--ages", "5", "10", "--examples", "200")
+    assert "Importance sampling" in out
+    assert {"norms.png", "ageing.png", "periods.png", "probe.json", "probe.html"} <= names("study/exact-0/probe")
+    assert json.loads(Path("study/exact-0/probe/probe.json").read_text())["num_updates"] == 60
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}

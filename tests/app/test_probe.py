@@ -1,0 +1,160 @@
+"""The probe: against closed forms, against the definition, and its words against numbers worked by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import blobs, linear_loss, linear_problem, small_config
+
+from isgd_jax.app import checkpoints, optimizers, task
+from isgd_jax.app.html import probe_page
+from isgd_jax.app.probe import Period, findings, measure, periods, probe, verdict
+from isgd_jax.app.run import fit
+from isgd_jax.gradients.per_example import stacked_per_example_grads
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
+
+
+def rows(params: Any, data: Any) -> np.ndarray:
+    """All gradients, one a row, by definition."""
+    grads = stacked_per_example_grads(linear_loss)(params, data)
+    return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(grads)], axis=1)
+
+
+@pytest.mark.parametrize("num_examples", [40, measure.CHUNK + 3])
+def test_the_spread_of_norms_by_definition(num_examples: int) -> None:
+    params, data = linear_problem(num_examples)
+    grads = rows(params, data).astype(np.float64)
+    norms = np.linalg.norm(grads, axis=1)
+    found = measure.spread(linear_loss, params, data)
+    gram = grads @ grads.T
+    between = (gram.sum() - np.trace(gram)) / (num_examples * (num_examples - 1))  # the mean over pairs: unbiased
+    assert found.norms == pytest.approx(norms, rel=1e-4)
+    assert found.second_moment_ratio == pytest.approx((norms**2).mean() / norms.mean() ** 2, rel=1e-4)
+    assert found.mean_grad_norm_sq == pytest.approx(max(between, 0.0), rel=1e-3, abs=1e-4 * (norms**2).mean())
+    whole = measure.spread(linear_loss, params, data, is_whole=True)
+    assert whole.mean_grad_norm_sq == pytest.approx(np.square(grads.mean(0)).sum(), rel=1e-3)
+    assert found.uniform - found.ideal == pytest.approx(norms.var(), rel=1e-3)
+    assert found.quantiles[0.5] == pytest.approx(np.median(norms), rel=1e-4)
+
+
+def work(tmp_path: Path, **changes: Any) -> tuple[Any, task.Task]:
+    config = small_config(tmp_path, **changes)
+    return config, task.make(config, blobs())
+
+
+def test_a_plain_step_is_that_of_the_optimiser_alone(tmp_path: Path, key: jax.Array) -> None:
+    config, made = work(tmp_path)
+    steps = measure.Steps(config, made)
+    params = made.init(key)
+    data = jax.device_put(dict(made.train))
+    ours, _ = steps.plain(params, steps.tx.init(params), data, key)
+    indices = jax.random.randint(key, (config.batch_size,), 0, made.num_examples)
+    batch = jax.tree.map(lambda x: x[indices], data)
+    grads = jax.grad(lambda p: jnp.mean(jax.vmap(made.loss_fn, (None, 0))(p, batch)))(params)
+    plain = optax.sgd(config.learning_rate, momentum=config.momentum, nesterov=True)
+    updates, _ = plain.update(grads, plain.init(params), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, optax.apply_updates(params, updates)
+    )
+
+
+def test_scores_do_not_age_while_the_parameters_stand_still(tmp_path: Path, key: jax.Array) -> None:
+    """At rate 1e-20 every age is worth what fresh scores are: STALE by its formula, on the mixed probabilities."""
+    config, made = work(tmp_path, learning_rate=1e-20)
+    sample = dict(made.train)
+    found = measure.ageing(config, made, made.init(key), None, sample=sample, ages=[3, 9], mixture=0.2, key=key)
+    norms, mean = measure.norms_and_mean(made.loss_fn, made.init(key), sample)
+    probs = 0.8 * norms / norms.sum() + 0.2 / len(norms)
+    square = float(optax.tree.vdot(mean, mean))
+    expected = ((norms**2 / probs).sum() / len(norms) ** 2 - square) / ((norms**2).mean() - square)
+    assert list(found) == [0, 3, 9]
+    assert list(found.values()) == pytest.approx([expected] * 3, rel=1e-4)
+
+
+def test_scores_age_when_the_parameters_move(tmp_path: Path, key: jax.Array) -> None:
+    config, made = work(tmp_path, learning_rate=0.05)
+    params = made.init(key)
+    found = measure.ageing(config, made, params, None, sample=dict(made.train), ages=[40], mixture=0.1, key=key)
+    assert found[40] > found[0]
+
+
+def test_periods_by_hand() -> None:
+    """Ages 0 to 3 lie on the line from 0.2 to 0.6: 0.2, 0.3, 0.4, 0.5, in the mean 0.35."""
+    (found,) = periods({0: 0.2, 4: 0.6}, update=2.0, reweighted_update=3.0, score_all=4.0)
+    assert found == (4, pytest.approx(0.35), pytest.approx(2.0), pytest.approx(1.5))
+    assert found.at_equal_time == pytest.approx(0.7)
+    assert found.at_equal_time_elsewhere == pytest.approx(0.525)
+
+
+@pytest.mark.parametrize(
+    ("period", "expected"),
+    [
+        (Period(100, 0.3, 1.5, 1.1), "can pay here, scoring included"),
+        (Period(100, 0.3, 9.0, 1.1), "only if other devices do the scoring"),
+        (Period(100, 0.9, 1.2, 1.08), "hardly pays"),
+        (Period(100, 0.95, 2.0, 1.2), "does not pay here"),
+    ],
+)
+def test_the_verdict_in_words(period: Period, expected: str) -> None:
+    assert expected in verdict(1.2, 1.3, [period], num_updates=10)[0]
+
+
+def test_the_remarks_of_a_verdict() -> None:
+    table = [Period(10, 0.9, 2.0, 1.0), Period(100, 1.3, 1.2, 1.0)]
+    words = " ".join(verdict(1.2, 1.3, table, num_updates=0))
+    assert "measured at initialisation" in words
+    assert "From 100 updates between refreshes on, stale scores are worse than none" in words
+    assert "initialisation" not in " ".join(verdict(1.2, 1.3, table[:1], num_updates=5))
+
+
+def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", mode="exact", steps=20)
+    result = fit(config, dataset=blobs())
+    made = task.make(config, blobs())
+    _, opt_state, step = findings._restored(tmp_path / "run", config, made, made.init(jax.random.key(1)))
+    params = findings._restored(tmp_path / "run", config, made, made.init(jax.random.key(1)))[0]
+    assert step == 20
+    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+    assert float(optax.tree.norm(opt_state)) > 0
+    found = probe(config, made, run=tmp_path / "run", ages=[2, 5], num_examples=50)
+    assert (found.num_updates, found.num_examples, list(found.by_age)) == (20, 50, [0, 2, 5])
+    assert found.costs.score_all == pytest.approx(90 * found.costs.score_example)
+    assert found.words[0] in probe_page(found, "blobs")
+    with pytest.raises(ValueError, match="the checkpoint is of another data set"):
+        probe(config, task.make(config, blobs(seed=1)), run=tmp_path / "run")
+    wider = small_config(tmp_path / "run", hidden=(9,))
+    with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser"):
+        probe(wider, task.make(wider, blobs()), run=tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
+    config, made = work(tmp_path, optimizer="adam")
+    tx = optimizers.make(config, num_examples=made.num_examples, num_steps=40)
+    with pytest.raises(ValueError, match="is no array, not"):
+        checkpoints.into(tx.init(made.init(jax.random.key(0))), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"after": -1}, "--after must be 0 or more; got -1"),
+        ({"ages": [0]}, "--ages must be numbers of steps of at least 1"),
+        ({"num_examples": 1}, "--examples must be at least 2; got 1"),
+        ({"run": Path("x"), "after": 3}, "leave it out with --run"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_first(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    config, made = work(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        probe(config, made, **options)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    config, made = work(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        probe(config, made, run=tmp_path / "nothing")

@@ -1,0 +1,350 @@
+"""`fit` from configuration to folder, on a problem of a second or two."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import blobs, small_config
+
+from isgd_jax.app import data, task
+from isgd_jax.app.run import fit
+from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.engines import scorers
+from isgd_jax.engines.local_engine import DeviceWorker
+from isgd_jax.sampling import samplers
+from isgd_jax.training.train_step import TrainState
+from isgd_jax.variance import second_moments
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
+
+MODES = [
+    {"mode": "uniform"},
+    pytest.param({"mode": "uniform", "sampler": "uniform"}, marks=pytest.mark.soak),
+    {"mode": "exact"},
+    pytest.param({"mode": "exact", "sampler": "independent"}, marks=pytest.mark.soak),
+    {"mode": "relaxed", "refresh_share": 0.3},
+    {"mode": "presample", "scorer": "loss"},
+]
+
+
+def progress(folder: Path) -> list[Record]:
+    return list(RunDir(folder).records("progress"))
+
+
+@pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Stopped at step 23, in the middle of a refresh period and of an epoch, and gone on with."""
+    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    lines = progress(whole.run_dir)
+    assert [line["step"] for line in lines] == [0, 10, 20, 30, 40]
+    assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
+    names = {path.name for path in whole.run_dir.iterdir()}
+    is_scored = changes["mode"] in ("exact", "relaxed")
+    assert names == {"config.json", "environment.json", "inputs.json", "metrics.jsonl", "checkpoints"}
+    for line in lines[1:]:
+        assert 0 < line["sd_ideal"] <= line["sd_uniform"] * 1.2
+    for line in lines:
+        assert (line["age_mean"] is None) == (not is_scored or line["step"] == 0)
+
+    fit(small_config(tmp_path / "broken", **changes | {"steps": 23}), dataset=blobs())
+    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
+    assert resumed.step == 40
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    steps = [line["step"] for line in progress(resumed.run_dir)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.figures
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"mode": "uniform"}, set()),
+        ({"mode": "relaxed"}, {"scores.png"}),
+        ({"mode": "presample", "scorer": "loss"}, set()),
+    ],
+)
+def test_a_run_ends_with_its_figures(tmp_path: Path, changes: dict[str, Any], more: set[str]) -> None:
+    run = fit(small_config(tmp_path / "run", **changes), dataset=blobs())
+    assert {path.name for path in run.run_dir.glob("*.png")} == {"loss.png", "error.png", "variance.png"} | more
+
+
+@pytest.mark.parametrize("optimizer", [*(pytest.param(x, marks=pytest.mark.soak) for x in ("sgd", "adam")), "adamw"])
+@jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
+def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: str) -> None:
+    changes: dict[str, Any] = {"optimizer": optimizer, "schedule": "cosine"}
+    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+
+    def enough(record: Record) -> bool:
+        return record["step"] == 20
+
+    broken = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), until=enough)
+    assert broken.step == 20
+    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+def test_a_run_goes_on_to_more_steps_and_then_has_nothing_left_to_do(tmp_path: Path) -> None:
+    for steps in (20, 30):
+        fit(small_config(tmp_path / "run", steps=steps), dataset=blobs(), resume=steps == 30)
+    told: list[Record] = []
+    again = fit(RunDir(tmp_path / "run").read_config(), dataset=blobs(), resume=True, observe=told.append)
+    assert again.step == 30
+    assert [record["text"] for record in told if record["event"] == "warning"] == [
+        "nothing is left to do: 30 updates were made; --steps N asks for more"
+    ]
+    assert not any(record["event"] == "plan" for record in told)
+
+
+def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
+    whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / signum.name
+
+        def interrupt(record: Record, signum: int = signum) -> None:
+            if record["event"] == "progress" and record["step"] == 20:
+                os.kill(os.getpid(), signum)
+
+        stopped = fit(small_config(folder), dataset=blobs(), observe=interrupt)
+        assert stopped.stopped_by == signum
+        assert 20 <= stopped.step < 40
+        assert [record["event"] for record in RunDir(stopped.run_dir).records()][-1] == "stopped"
+        resumed = fit(small_config(folder), dataset=blobs(), resume=True)
+        chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=lambda: fit(small_config(tmp_path / "run"), dataset=blobs()))
+    thread.start()
+    thread.join(timeout=120)
+    assert [record["event"] for record in RunDir(tmp_path / "run").records()][-1] == "finished"
+
+
+def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    def fragile(outputs: jax.Array, example: Any) -> jax.Array:
+        return jnp.where(outputs[0] > 3.0, jnp.nan, -outputs[0])
+
+    with pytest.raises(FloatingPointError, match=r"the training loss became nan at step \d+: lower --learning-rate"):
+        fit(small_config(tmp_path / "run", mode="uniform", checkpoint_every=1), dataset=blobs(), loss=fragile)
+    for line in RunDir(tmp_path / "run").records():
+        assert "NaN" not in json.dumps(line)
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_scores_that_are_not_finite_are_set_aside_and_said(tmp_path: Path) -> None:
+    """A gradient of 1e30 has a norm beyond float32, its loss has not: the score is quarantined, the run goes on."""
+
+    def loss(outputs: jax.Array, example: Any) -> jax.Array:
+        poison = jnp.where(example["features"][0] > 1e6, 1e30, 0.0) * outputs[0]
+        return -jax.nn.log_softmax(outputs)[example["label"]] + poison
+
+    arrays = {key: array.copy() for key, array in blobs().train.items()}
+    arrays["features"][5] = 2e6
+    dataset = data.from_arrays(arrays, blobs().test)
+    seen: list[Record] = []
+    config = small_config(tmp_path / "run", steps=1, sampler="independent", batch_size=1)
+    fit(config, dataset=dataset, loss=loss, observe=seen.append)
+    refresh = next(record for record in seen if record["event"] == "refresh")
+    assert refresh["rejected"] == 1
+    assert any("1 scores were not finite" in record["text"] for record in seen if record["event"] == "warning")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 91}, "--batch-size must be at most 90, the training examples of blobs; got 91"),
+        ({"model": "nowhere:factory"}, "cannot import 'nowhere'"),
+        ({"model": "mpl"}, "unknown model 'mpl'"),
+        ({"loss": "json:nothing"}, r"json.__init__.py\) has no 'nothing'"),
+        ({"loss": "sys:nothing"}, r"\(built in\) has no 'nothing'"),
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    dataset = None if "dataset" in changes else blobs()
+    with pytest.raises((ValueError, ImportError, AttributeError), match=message):
+        fit(small_config(tmp_path / "run", **changes), dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_scalar_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must return one floating-point scalar .* it returns float32\[3\]"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), loss=lambda outputs, example: outputs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_is_refused(tmp_path: Path) -> None:
+    class WithBatchNorm(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=False)(x))
+
+    with pytest.raises(ValueError, match="use LayerNorm or GroupNorm in place of BatchNorm"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), model=WithBatchNorm())
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_data_set_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    fit(small_config(tmp_path / "run"), dataset=blobs())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="the checkpoint is of another data set"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(seed=1), resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(x)
+
+    fit(small_config(tmp_path / "run"), dataset=blobs())
+    with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), model=Other(), resume=True)
+
+
+def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
+    """With some wrong labels, at the end of training: the proposal in use beats uniform draws, and ideal beats it."""
+    config = small_config(tmp_path / "run", steps=100, refresh_every=10)
+    work = task.make(config, blobs())
+
+    @jax.jit
+    def traces(params: Any, law: samplers.Law) -> second_moments.Moments:
+        """Of all the data, by the definitions."""
+        norms = scorers.grad_norm(work.loss_fn)(params, work.train)
+        mean_grad = jax.grad(lambda p: jnp.mean(jax.vmap(work.loss_fn, (None, 0))(p, work.train)))(params)
+        moments = second_moments.moments(norms, samplers.probabilities(law))
+        return second_moments.trace_covariance(moments, optax.tree.norm(mean_grad, squared=True))
+
+    def measure(state: TrainState) -> Record:
+        found = traces(state.params, state.sampler.proposal.law)
+        return {name: float(value) for name, value in found._asdict().items()}
+
+    fit(config, dataset=blobs(), measure=measure)
+    late = progress(tmp_path / "run")[-4:]
+    stale, ideal, uniform = (np.mean([line[of] for line in late]) for of in ("stale", "ideal", "uniform"))
+    assert stale < 0.7 * uniform
+    assert ideal <= stale
+
+
+def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
+    seen: list[Record] = []
+    fit(small_config(tmp_path / "run", steps=1), dataset=blobs(), observe=seen.append)
+    plan = seen[0]
+    assert plan["event"] == "plan"
+    assert plan["num_examples"] == 90
+    assert plan["num_params"] == 5 * 8 + 8 + 8 * 3 + 3
+    assert plan["seconds_per_update"] > 0
+    assert plan["seconds_per_refresh"] > 0
+
+
+LOCAL: dict[str, Any] = {"engine": "local"}
+
+
+def test_exact_mode_gives_the_same_parameters_on_every_engine(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 200, "log_every": 200, "checkpoint_every": 200}
+    inline = fit(small_config(tmp_path / "inline", **changes), dataset=blobs())
+    local = fit(small_config(tmp_path / "local", **changes, **LOCAL), dataset=blobs())
+    chex.assert_trees_all_equal(local.params, inline.params)
+
+
+def arrivals(folder: Path) -> list[Any]:
+    return [(record["step"], record["arrived"]) for record in RunDir(folder).records("refresh")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "local", "chunk_size": 10, "publish_every": 3, "refetch_every": 2},
+        {"engine": "local", "chunk_size": 10, "max_age_seconds": 0.2, "min_trusted": 0.5},
+        {"engine": "inline", "refresh_share": 0.3},
+    ],
+    ids=["local", "local by the clock", "inline"],
+)
+def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Also one that was stopped in the middle and resumed, with other workers in flight."""
+    changes = {"mode": "relaxed"} | changes
+    fit(small_config(tmp_path / "run", **changes | {"steps": 23}), dataset=blobs())
+    run = fit(small_config(tmp_path / "run", **changes), dataset=blobs(), resume=True)
+    assert sum(len(arrived) for _, arrived in arrivals(run.run_dir)) > 0
+    again = fit(small_config(tmp_path / "again", **changes, replay=str(run.run_dir)), dataset=blobs())
+    chex.assert_trees_all_equal(again.params, run.params)
+    assert arrivals(again.run_dir) == arrivals(run.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "--seed is 1 but the run was started with 0"),
+        ({"steps": 49}, "the schedule to replay ends at step 48, before --steps 49"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    relaxed: dict[str, Any] = {"mode": "relaxed", "steps": 41}
+    fit(small_config(tmp_path / "run", **relaxed), dataset=blobs())
+    with pytest.raises(ValueError, match=message):
+        fit(small_config(tmp_path / "no", **relaxed | changes, replay=str(tmp_path / "run")), dataset=blobs())
+    with pytest.raises(ValueError, match="was made on another data set"):
+        fit(small_config(tmp_path / "no2", **relaxed, replay=str(tmp_path / "run")), dataset=blobs(seed=1))
+
+
+def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The devices fail from step 16 on; scores older than 10 steps are not trusted. The run lasts till all is told."""
+    failing, told = threading.Event(), list[int]()
+
+    def finish(self: DeviceWorker, started: Any, honest: Any = DeviceWorker.finish) -> np.ndarray:
+        if failing.is_set():
+            raise RuntimeError("no power")
+        return honest(self, started)
+
+    def observe(record: Record) -> None:
+        if record["event"] == "refresh" and record["step"] >= 16:
+            failing.set()
+        if record["event"] == "warning" and "no worker is left" in record["text"]:
+            told.append(record["step"])
+
+    monkeypatch.setattr(DeviceWorker, "finish", finish)
+    config = small_config(tmp_path / "run", mode="relaxed", steps=100_000, max_age=10, min_trusted=0.9, **LOCAL)
+    enough = 60
+    result = fit(
+        config, dataset=blobs(), observe=observe, until=lambda line: bool(told) and line["step"] >= told[0] + enough
+    )
+    assert told
+    assert told[0] + enough <= result.step < 100_000
+    last = list(RunDir(tmp_path / "run").records("refresh"))[-1]
+    assert last["is_uniform"]
+
+
+def test_one_device_says_that_it_scores_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jax.local_devices()[0]
+    monkeypatch.setattr(jax, "local_devices", lambda: [first])
+    seen: list[Record] = []
+    fit(small_config(tmp_path / "run", steps=1, mode="relaxed", **LOCAL), dataset=blobs(), observe=seen.append)
+    assert any("it scores inline" in record["text"] for record in seen if record["event"] == "warning")
+
+
+@pytest.mark.slow
+def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
+    """The batch in parts: the losses of one device, to rounding (which moves later draws); the same bits each time."""
+    changes: dict[str, Any] = {**LOCAL, "steps": 10, "log_every": 10}
+    one = fit(small_config(tmp_path / "one", **changes), dataset=blobs())
+    two, again = (
+        fit(small_config(tmp_path / name, **changes, train_devices=2), dataset=blobs()) for name in ("two", "again")
+    )
+    chex.assert_trees_all_equal(jax.device_get(two.params), jax.device_get(again.params))
+    expected, got = progress(one.run_dir)[-1], progress(two.run_dir)[-1]
+    for name in ("loss", "test_loss", "sd_stale", "max_weight"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+    with pytest.raises(ValueError, match="--train-devices 10 leaves no device to score: this host has 8"):
+        fit(small_config(tmp_path / "no", **LOCAL, train_devices=10), dataset=blobs())

@@ -1,0 +1,90 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from problems import small_config
+
+from isgd_jax.app.config import Config
+from isgd_jax.app.run_dir import RunDir
+
+
+def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "run"))
+    RunDir.create(config)
+    with pytest.raises(FileExistsError, match="resume it with --resume"):
+        RunDir.create(config)
+
+
+def test_the_configuration_comes_back(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "run"), hidden=(3,), seed=5)
+    assert RunDir.create(config).read_config() == config
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no config.json"):
+        RunDir(tmp_path).read_config()
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    RunDir.create(small_config(tmp_path / "runs" / "one"))
+    with pytest.raises(FileNotFoundError, match=r"runs is not the folder of a run: .*; it holds the runs .*runs/one$"):
+        RunDir(tmp_path / "runs").read_config()
+
+
+def test_what_decides_the_parameters_may_not_change_on_resume(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run.check_resumable(Config(run_dir="elsewhere", steps=9999, log_every=7))
+    with pytest.raises(ValueError, match=r"--learning-rate is 0.5 but the run was started with"):
+        run.check_resumable(Config(learning_rate=0.5))
+
+
+def test_a_resumed_run_is_that_of_its_last_configuration(tmp_path: Path) -> None:
+    run = RunDir.create(small_config(tmp_path / "run", steps=40))
+    run.check_resumable(small_config(tmp_path / "run", steps=70))
+    run.write_config(small_config(tmp_path / "run", steps=70))
+    assert run.read_config().steps == 70
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run.append({"event": "progress", "step": 1})
+    with run.metrics.open("a") as file:
+        file.write('{"event": "progr')
+    assert [record["step"] for record in run.records()] == [1]
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    for step in (10, 20, 30):
+        run.append({"event": "progress", "step": step})
+    run.forget_after(20)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [10, 20]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run.write("note.txt", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.write("note.txt", "new and longer")
+    assert (run.path / "note.txt").read_text() == "old"
+
+
+def test_metrics_are_json_that_any_reader_takes(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append({"event": "progress", "step": 1, "loss": float("nan")})
+
+
+def test_a_folder_one_may_not_write_to_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)  # as root every folder is writable
+    with pytest.raises(PermissionError, match="choose a --run-dir where you may write"):
+        RunDir.create(Config(run_dir=str(tmp_path / "run")))

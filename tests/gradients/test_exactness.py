@@ -1,0 +1,108 @@
+"""How exact norms are: where Gram sums cancel, in float64, in bf16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import flat
+
+import isgd_jax as isgd
+from isgd_jax.engines import scorers
+from isgd_jax.gradients import lazy
+from isgd_jax.gradients.lazy import Factored
+from isgd_jax.gradients.terms import Outer
+
+
+def sequence_loss(w, x):
+    return jnp.sum(jnp.sin(x @ w) ** 2)
+
+
+def outer(left, right):
+    i, o = left.shape[-1], right.shape[-1]
+    return Factored((Outer(left[:, None], right[:, None], ((i, "i"), (o, "o"))),), (i, o), left.dtype)
+
+
+def formed_norms(left, right):
+    product = np.einsum("bti,bto->bio", np.asarray(left, np.float64), np.asarray(right, np.float64))
+    return np.linalg.norm(product.reshape(len(product), -1), axis=1)
+
+
+def cancelling(key, b=4, t=32, i=64, o=96):
+    """Rows that hardly differ, times slopes that sum to zero: where Gram sums cancel."""
+    one, two = jax.random.split(key)
+    left = 1 + 1e-3 * jax.random.normal(one, (b, t, i))
+    right = jax.random.normal(two, (b, t, o))
+    return left, right - jnp.mean(right, axis=1, keepdims=True)
+
+
+def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
+    left, right = cancelling(key)
+    leaf = outer(left, right)
+    assert lazy.how_squared(leaf) == "Gram"
+    expected = formed_norms(left, right)
+    np.testing.assert_allclose(isgd.norms(leaf), expected, rtol=2e-5)
+    monkeypatch.setattr(lazy, "_RISK", 0.0)  # without the guard the trap is real
+    assert np.max(np.abs(isgd.norms(leaf) / expected - 1)) > 1e-3
+
+
+def test_norms_of_gradients_that_vanish_are_zero_and_not_nan():
+    leaf = outer(jnp.ones((2, 32, 64)), jnp.stack([jnp.ones((32, 96)), jnp.ones((32, 96))]).at[:, ::2].set(-1))
+    np.testing.assert_array_equal(isgd.norms(leaf), [0, 0])
+    assert np.all(np.isfinite(isgd.norms(outer(jnp.zeros((2, 32, 64)), jnp.zeros((2, 32, 96))))))
+
+
+def test_nan_in_one_example_stays_there(key):
+    left, right = jax.random.normal(key, (3, 32, 64)), jax.random.normal(key, (3, 32, 96))
+    norms = isgd.norms(outer(left.at[1, 0, 0].set(jnp.nan), right))
+    np.testing.assert_array_equal(np.isnan(norms), [False, True, False])
+
+
+def test_float64_to_twelve_digits(key):
+    with jax.enable_x64(True):
+        x = jax.random.normal(key, (3, 32, 16), jnp.float64)
+        w = jax.random.normal(key, (16, 24), jnp.float64)
+        norms = isgd.norms(isgd.per_example_grads(sequence_loss, joint=False)(w, x))
+        expected = np.linalg.norm(flat(isgd.stacked_per_example_grads(sequence_loss)(w, x)), axis=1)
+        assert norms.dtype == jnp.float64
+        np.testing.assert_allclose(norms, expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 32])
+def test_bfloat16_compute_to_two_digits_of_float64(key, rows):
+    x, w = jax.random.normal(key, (5, rows, 16)), jax.random.normal(key, (16, 24)) / 4
+
+    def rounded(w, x):
+        return jnp.sum(jnp.square((x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)))
+
+    def exact(w, x):
+        return jnp.sum(jnp.square(x @ w))
+
+    norms = scorers.grad_norm(rounded)(w, x)
+    assert norms.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (w, x)]
+        expected = isgd.norms(isgd.stacked_per_example_grads(exact)(*map(jnp.asarray, wide)))
+    np.testing.assert_allclose(norms, expected, rtol=1e-2)
+
+
+def test_contractions_are_at_the_highest_precision_unless_told():
+    grads = outer(jnp.ones((2, 8, 64)), jnp.ones((2, 8, 96)))
+    for precision, expected in (({}, "HIGHEST"), ({"precision": jax.lax.Precision.DEFAULT}, "DEFAULT")):
+        jaxpr = str(jax.make_jaxpr(lambda g, how=precision: isgd.norms(g, **how))(grads))
+        assert f"Precision.{expected}" in jaxpr
+    assert "DEFAULT" not in str(jax.make_jaxpr(isgd.norms)(grads))
+
+
+@pytest.mark.slow
+def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
+    left, right = cancelling(key, b=11)
+
+    def loss_fn(w, example):
+        return jnp.sum((example["left"] @ w) * example["right"])
+
+    batch, expected = {"left": left, "right": right}, formed_norms(left, right)
+    score = scorers.grad_norm(loss_fn)
+    np.testing.assert_allclose(jax.jit(score)(jnp.zeros((64, 96)), batch), expected, rtol=2e-5)
+    monkeypatch.setattr(lazy, "_RISK", 0.0)
+    assert np.max(np.abs(score(jnp.zeros((64, 96)), batch) / expected - 1)) > 1e-3

@@ -1,0 +1,116 @@
+"""Lazy per-example gradients against the definition and against answers worked by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import check
+from problems import images, mlp, mlp_loss
+
+import isgd_jax as isgd
+from isgd_jax.gradients.lazy import Factored
+
+
+def linear_loss(params, example):
+    """Half the squared residual of a linear model: the gradient is r·(x, 1), its norm |r|·sqrt(‖x‖² + 1)."""
+    residual = jnp.dot(example["x"], params["w"]) + params["b"] - example["y"]
+    return 0.5 * jnp.square(residual)
+
+
+def test_linear_model_has_the_norms_of_the_closed_form(key):
+    x = jax.random.normal(key, (9, 4))
+    params, batch = {"w": jnp.arange(4.0), "b": jnp.float32(0.5)}, {"x": x, "y": jnp.arange(9.0)}
+    residual = x @ params["w"] + params["b"] - batch["y"]
+    expected = jnp.abs(residual) * jnp.sqrt(jnp.sum(jnp.square(x), axis=1) + 1)
+    np.testing.assert_allclose(isgd.norms(isgd.per_example_grads(linear_loss)(params, batch)), expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
+def test_dense_layers_agree_with_the_definition(key, shape):
+    grads = check(mlp_loss, mlp(key, [12, 16, 16, 5]), images(key, *shape))
+    assert all(isinstance(layer["w"], Factored) for layer in grads)
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_the_loss_function(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    losses, _ = isgd.per_example_value_and_grad(mlp_loss)(params, batch)
+    np.testing.assert_allclose(losses, jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_weights_of_one_give_the_gradient_of_the_mean_loss(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch))
+
+    mean = isgd.weighted_mean(isgd.per_example_grads(mlp_loss)(params, batch), jnp.ones(6))
+    chex.assert_trees_all_close(mean, jax.grad(mean_loss)(params), atol=1e-6)
+
+
+def test_the_tree_has_the_structure_of_the_parameters_and_passes_through_jit_and_optax(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+    grads = jax.jit(isgd.per_example_grads(mlp_loss))(params, batch)
+    assert jax.tree.structure(grads, is_leaf=lambda x: isinstance(x, Factored)) == jax.tree.structure(params)
+    assert all(x.shape[0] == 6 for x in jax.tree.leaves(grads))
+    seen = []
+    mask = [{"w": True, "b": False}, {"w": False, "b": True}]
+    tx = optax.masked(optax.stateless(lambda g, _: seen.append(g) or g), mask)
+    tx.update(grads, tx.init(params), params)
+    assert isinstance(seen[0][0]["w"], Factored)
+    assert isinstance(seen[0][1]["w"], optax.MaskedNode)
+
+
+@pytest.mark.slow
+def test_no_gradient_is_formed_for_the_norms_of_a_dense_net(key):
+    params, batch = mlp(key, [64, 256, 256, 10]), images(key, 4, 64)
+    jaxpr = jax.make_jaxpr(lambda p, x: isgd.norms(isgd.per_example_grads(mlp_loss)(p, x)))(params, batch)
+    assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) <= 256 * 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(7, 12), (7, 3, 12), (7, 40, 12)], ids=["once", "short sequence", "long sequence"])
+def test_norms_and_mean_together_are_those_of_the_definition(key, shape):
+    params, batch = mlp(key, [12, 16, 5]), images(key, *shape)
+    grads = isgd.per_example_grads(mlp_loss, joint=True)(params, batch)
+    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
+    weights = jnp.linspace(0.5, 2, 7)
+    np.testing.assert_allclose(isgd.norms(grads), isgd.norms(stacked), rtol=1e-5)
+    chex.assert_trees_all_close(isgd.weighted_mean(grads, weights), isgd.weighted_mean(stacked, weights), atol=1e-5)
+
+
+def test_the_model_is_differentiated_once_however_much_is_asked(key):
+    calls = []
+
+    def counted(params, example):
+        calls.append(1)
+        return mlp_loss(params, example)
+
+    @jax.jit
+    def ask(params, batch):
+        losses, grads = isgd.per_example_value_and_grad(counted)(params, batch)
+        return losses, isgd.norms(grads), isgd.weighted_mean(grads, jnp.ones(4)), isgd.gram(grads)
+
+    ask(mlp(key, [12, 16, 5]), images(key, 4, 12))
+    assert len(calls) == 1
+
+
+def test_a_loss_that_is_not_a_scalar_is_refused_with_advice(key):
+    with pytest.raises(ValueError, match=r"scalar loss of ONE example, got shape \(12,\).*from_batch_loss"):
+        isgd.per_example_grads(lambda params, example: example["x"] * params)(jnp.float32(1), images(key, 4, 12))
+
+
+@pytest.mark.slow
+def test_a_loss_written_for_a_batch_is_adapted(key):
+    params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
+
+    def batch_loss(params, batch):
+        return jnp.mean(jax.vmap(mlp_loss, in_axes=(None, 0))(params, batch))
+
+    expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
+    norms = isgd.norms(isgd.per_example_grads(isgd.from_batch_loss(batch_loss))(params, batch))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)

@@ -1,0 +1,302 @@
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from isgd_jax.sampling import double_float, samplers
+from isgd_jax.sampling.samplers import Law
+from isgd_jax.types import Draw
+
+EXACT = [samplers.independent, samplers.stratified, samplers.systematic]
+ALL = [*EXACT, samplers.without_replacement, samplers.poisson, samplers.uniform, samplers.uniform_strata]
+
+
+@cache
+def repeated(sampler: Callable, num_draws: int) -> Callable[[jax.Array, Law], Draw]:
+    return jax.jit(jax.vmap(partial(sampler, num_draws=num_draws), (0, None)))
+
+
+def many(sampler: Callable, law: Law, num_draws: int, repeats: int, seed: int = 0) -> Draw:
+    return repeated(sampler, num_draws)(jax.random.split(jax.random.key(seed), repeats), law)
+
+
+def counts(draw: Draw, size: int) -> np.ndarray:
+    """How often each index was drawn, over all repeats."""
+    return np.bincount(np.asarray(draw.indices)[np.asarray(draw.mask)], minlength=size)
+
+
+def log_normal(size: int, sigma: float, mixture: float = 0.0, seed: int = 0) -> np.ndarray:
+    scores = np.random.default_rng(seed).lognormal(0.0, sigma, size)
+    return ((1 - mixture) * scores / scores.sum() + mixture / size).astype(np.float32)
+
+
+def at_offsets(
+    monkeypatch: pytest.MonkeyPatch, sampler: Callable, law: Law, num_draws: int, offsets: np.ndarray
+) -> Draw:
+    """The draws of a sampler when its random numbers are all ``offsets[0]``, then all ``offsets[1]``, and so on."""
+
+    def one(offset: jax.Array) -> Draw:
+        monkeypatch.setattr(samplers, "_unit_pair", lambda key, size: double_float.exact(jnp.full(size, offset)))
+        return sampler(jax.random.key(0), law, num_draws=num_draws)
+
+    return jax.vmap(one)(jnp.asarray(offsets, jnp.float32))
+
+
+GRID = (np.arange(5000) + 0.5) / 5000
+"""Fine enough for expectations without chance."""
+
+
+@pytest.mark.parametrize("num_draws", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", EXACT)
+def test_probs_is_the_expected_count_by_enumeration(
+    monkeypatch: pytest.MonkeyPatch, sampler: Callable, num_draws: int
+) -> None:
+    masses = np.array([0.3, 0.0, 0.02, 0.4, 0.05, 0.05, 0.1, 0.08], np.float32)
+    order = np.array([3, 1, 0, 7, 6, 5, 4, 2], np.int32)
+    law = samplers.prepare(jnp.asarray(masses), jnp.asarray(order))
+    draw = at_offsets(monkeypatch, sampler, law, num_draws, GRID)
+    expected = counts(draw, 8) / (5000 * num_draws)
+    np.testing.assert_allclose(expected, masses, atol=2 / 5000)
+    np.testing.assert_allclose(np.asarray(draw.probs), masses[np.asarray(draw.indices)], rtol=1e-6)
+
+
+def test_uniform_strata_are_equal_parts_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 8 examples, 3 draws: a stratum is 8/3 of an example long, whatever the masses are.
+    order = np.array([3, 1, 0, 7, 6, 5, 4, 2], np.int32)
+    law = samplers.prepare(jnp.asarray([0.3, 0.0, 0.02, 0.4, 0.05, 0.05, 0.1, 0.08]), jnp.asarray(order))
+    draw = at_offsets(monkeypatch, samplers.uniform_strata, law, 3, GRID)
+    np.testing.assert_allclose(counts(draw, 8) / (5000 * 3), 1 / 8, atol=2 / 5000)
+    np.testing.assert_array_equal(draw.probs, np.float32(1 / 8))
+    places = np.argsort(order)[np.asarray(draw.indices)]
+    np.testing.assert_array_equal(places.min(axis=0), [0, 2, 5])
+    np.testing.assert_array_equal(places.max(axis=0), [2, 5, 7])
+
+
+@pytest.mark.slow
+def test_inclusion_probabilities_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    # kappa = 5: two of the four draws are certain, and the rest shares the other two.
+    masses = np.array([0.5, 0.3, 0.08, 0.06, 0.04, 0.02], np.float32)
+    inclusion = np.array([1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    law = samplers.prepare(jnp.asarray(masses))
+    draw = at_offsets(monkeypatch, samplers.without_replacement, law, 4, GRID)
+    np.testing.assert_allclose(counts(draw, 6) / 5000, inclusion, atol=2 / 5000)
+    np.testing.assert_allclose(np.asarray(draw.probs), (inclusion / 4)[np.asarray(draw.indices)], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ALL)
+def test_probs_is_the_expected_count_by_chance(sampler: Callable) -> None:
+    # z of each of 50 counts; P(some |z| > 5) < 3e-5 for independent counts, less for the others.
+    law = samplers.prepare(jnp.asarray(log_normal(50, 1.5)))
+    draw = many(sampler, law, 8, 20_000)
+    probs = np.zeros(50)
+    probs[np.asarray(draw.indices)] = np.asarray(draw.probs)
+    mean = 20_000 * 8 * probs
+    seen = mean > 0
+    assert np.all(np.abs(counts(draw, 50) - mean)[seen] < 5 * np.sqrt(mean[seen]) + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ALL)
+def test_a_draw_has_static_shapes_and_knows_its_padding(sampler: Callable) -> None:
+    draw = many(sampler, samplers.prepare(jnp.asarray(log_normal(50, 1.0))), 8, 20_000)
+    assert draw.indices.shape == draw.probs.shape == draw.mask.shape == (20_000, 8)
+    assert (draw.indices.dtype, draw.probs.dtype, draw.mask.dtype) == (jnp.int32, jnp.float32, bool)
+    assert bool(jnp.all(draw.mask)) == (sampler is not samplers.poisson)
+
+
+@pytest.mark.slow
+def test_distinct_indices_without_replacement() -> None:
+    law = samplers.prepare(jnp.asarray(log_normal(50, 2.0)))
+    indices = np.sort(np.asarray(many(samplers.without_replacement, law, 8, 20_000).indices), axis=1)
+    assert np.all(np.diff(indices, axis=1) > 0)
+    once = np.asarray(many(samplers.systematic, samplers.capped(law, num_draws=8), 8, 20_000).indices)
+    np.testing.assert_array_equal(np.sort(once, axis=1), indices)
+
+
+@pytest.mark.slow
+def test_systematic_counts_are_floor_or_ceil() -> None:
+    masses = log_normal(50, 1.0)
+    indices = np.asarray(many(samplers.systematic, samplers.prepare(jnp.asarray(masses)), 8, 20_000).indices)
+    each = np.stack([(indices == index).sum(axis=1) for index in range(50)], axis=1)
+    assert np.all(np.abs(each - 8 * masses) < 1)
+
+
+@pytest.mark.slow
+def test_stratified_draws_once_in_every_equal_mass() -> None:
+    masses = log_normal(50, 2.0)
+    edges = np.concatenate([[0.0], np.cumsum(masses.astype(np.float64))])
+    edges /= edges[-1]
+    indices = np.asarray(many(samplers.stratified, samplers.prepare(jnp.asarray(masses)), 8, 20_000).indices)
+    strata = np.arange(8)
+    assert np.all(edges[indices] < (strata + 1) / 8 + 1e-9)
+    assert np.all(edges[indices + 1] > strata / 8 - 1e-9)
+
+
+HOSTILE = {
+    "one huge": [1e-8] * 20 + [1.0] + [1e-8] * 20,
+    "trailing zeros": [1.0, 2.0, 3.0],
+    "leading zeros": [0.0] * 255 + [1.0, 2.0],
+    "zeros between": [0.0, 1.0, 0.0, 0.0, 2.0, 0.0] * 20,
+    "no square": [1.0] * 257,
+    "one past a block": [1.0] * 17,
+    "unnormalised, huge": [1e30, 2e30, 0.0, 3e30],
+    "unnormalised, tiny": [1e-25, 2e-25, 0.0, 3e-25],
+}
+
+
+@pytest.mark.parametrize(
+    "sampler", [samplers.stratified, *(pytest.param(s, marks=pytest.mark.slow) for s in EXACT[::2])]
+)
+def test_mass_zero_is_never_drawn(sampler: Callable) -> None:
+    for name, masses in HOSTILE.items():
+        masses = np.pad(masses, (0, 257 - len(masses)))
+        draw = many(sampler, samplers.prepare(jnp.asarray(masses, jnp.float32)), 5, 2000)
+        drawn = masses[np.asarray(draw.indices)]
+        assert np.all(drawn > 0), name
+        np.testing.assert_allclose(draw.probs, drawn / masses.sum(), rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 17])
+def test_small_laws(size: int) -> None:
+    draw = many(samplers.stratified, samplers.prepare(jnp.full(size, 2.0)), size, 100)
+    np.testing.assert_array_equal(draw.indices, np.broadcast_to(np.arange(size), (100, size)))
+    np.testing.assert_allclose(draw.probs, 1 / size, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_both_ends_of_the_line_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Even an offset of 1, which no generator gives but roundings might.
+    offsets = np.array([0.0, 1.0 - 2.0**-24, 1.0])
+    for name, masses in HOSTILE.items():
+        masses = np.pad(masses, (0, 257 - len(masses)))
+        law = samplers.prepare(jnp.asarray(masses, jnp.float32))
+        indices = at_offsets(monkeypatch, samplers.stratified, law, 7, offsets).indices
+        assert np.all(masses[np.asarray(indices)] > 0), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ALL)
+def test_an_all_zero_law_is_uniform(sampler: Callable) -> None:
+    draw = many(sampler, samplers.prepare(jnp.zeros(50)), 8, 20_000)
+    size = float(jnp.sum(draw.mask)) / 50
+    assert np.all(np.abs(counts(draw, 50) - size) < 5 * np.sqrt(size) + 2)
+    np.testing.assert_allclose(np.unique(draw.probs), draw.probs[0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_masses_that_are_not_finite_show(bad: float) -> None:
+    draw = samplers.independent(jax.random.key(0), jnp.asarray([1.0, bad, 2.0]), num_draws=4)
+    assert not bool(jnp.any(jnp.isfinite(draw.probs) & (draw.probs > 0)))
+
+
+@pytest.mark.parametrize(("size", "ordered"), [(1, False), (16, True), (17, False), (1000, True), (4096, False)])
+def test_update_gives_the_law_that_prepare_builds(size: int, ordered: bool) -> None:
+    rng = np.random.default_rng(size)
+    masses, order = log_normal(size, 2.0), jnp.asarray(rng.permutation(size), jnp.int32) if ordered else None
+    chosen = rng.choice(size, min(size, 40), replace=False)
+    values = rng.random(len(chosen)).astype(np.float32)
+    padded = np.concatenate([chosen, [size, size, -1]]).astype(np.int32)
+    updated = jax.jit(samplers.update)(
+        samplers.prepare(jnp.asarray(masses), order), jnp.asarray(padded), jnp.asarray([*values, 9.0, 9.0, 9.0])
+    )
+    masses[chosen] = values
+    jax.tree.map(np.testing.assert_array_equal, updated, samplers.prepare(jnp.asarray(masses), order))
+
+
+def test_duplicates_in_an_update() -> None:
+    law = samplers.update(samplers.prepare(jnp.ones(20)), jnp.asarray([3, 3, 3]), jnp.asarray([5.0, 5.0, 5.0]))
+    jax.tree.map(np.testing.assert_array_equal, law, samplers.prepare(jnp.ones(20).at[3].set(5.0)))
+
+
+def test_probabilities_are_in_the_order_of_the_examples() -> None:
+    masses = log_normal(50, 1.0)
+    law = samplers.prepare(jnp.asarray(masses), samplers.order_by(jnp.asarray(masses)))
+    np.testing.assert_allclose(samplers.probabilities(law), masses / masses.sum(), rtol=1e-6)
+
+
+def test_order_by_sorts_by_the_first_key_first() -> None:
+    order = samplers.order_by(jnp.asarray([1, 0, 1, 0]), jnp.asarray([0.5, 2.0, 0.1, 1.0]))
+    assert order.tolist() == [3, 1, 2, 0]
+
+
+def attained(law: Law, fractions: np.ndarray) -> np.ndarray:
+    """Where the sampler lands when its random number is one of the 48-bit values nearest to ``fractions``."""
+    bits = np.floor(fractions * 2.0**48)
+    high = np.floor(bits / 2.0**24)
+    unit = double_float.two_sum(
+        jnp.asarray(high * 2.0**-24, jnp.float32), jnp.asarray((bits - high * 2.0**24) * 2.0**-48, jnp.float32)
+    )
+    return np.asarray(jax.jit(partial(samplers._descend, denominator=1))(law, unit))
+
+
+@pytest.mark.parametrize("size", [10_000, pytest.param(2_000_000, marks=pytest.mark.slow)])
+def test_every_positive_mass_can_be_drawn(size: int) -> None:
+    # Computed, not drawn: aim at the middle of every example's share of the line.
+    masses = log_normal(size, 3.0, mixture=0.1).astype(np.float64)
+    ends = np.cumsum(masses)
+    np.testing.assert_array_equal(
+        attained(samplers.prepare(jnp.asarray(masses, jnp.float32)), (ends - masses / 2) / ends[-1]), np.arange(size)
+    )
+
+
+def test_a_giant_starves_nobody() -> None:
+    masses = np.full(1000, 1e-9)
+    masses[500] = 0.9
+    ends = np.cumsum(masses.astype(np.float32).astype(np.float64))
+    middles = np.concatenate([[0.0], ends[:-1]]) / 2 + ends / 2
+    found = attained(samplers.prepare(jnp.asarray(masses, jnp.float32)), middles / ends[-1])
+    np.testing.assert_array_equal(found, np.arange(1000))
+
+
+@pytest.mark.slow
+def test_chi_square_of_equal_mass_cells_against_float64() -> None:
+    # 1,000 cells of equal mass; the statistic has mean 999 and standard deviation 45.
+    masses = log_normal(100_000, 3.0, mixture=0.1)
+    cells = np.searchsorted(np.linspace(0, 1, 1001)[1:-1], np.cumsum(masses.astype(np.float64) / masses.sum()))
+    share = np.bincount(cells, masses.astype(np.float64), 1000)
+    share /= share.sum()
+    draw = samplers.independent(jax.random.key(1), samplers.prepare(jnp.asarray(masses)), num_draws=400_000)
+    expected = 400_000 * share
+    statistic = np.sum(
+        (np.bincount(cells[np.asarray(draw.indices)], minlength=1000) - expected)[expected > 0] ** 2
+        / expected[expected > 0]
+    )
+    degrees = np.sum(expected > 0) - 1
+    assert abs(statistic - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("size", [0, 2**31])
+def test_laws_that_int32_cannot_index_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=r"1 to 2\^31 - 1 examples"):
+        jax.eval_shape(samplers.prepare, jax.ShapeDtypeStruct((size,), jnp.float32))
+
+
+@pytest.mark.parametrize("sampler", [samplers.without_replacement, samplers.poisson])
+def test_more_distinct_draws_than_examples_are_refused(sampler: Callable) -> None:
+    with pytest.raises(ValueError, match="distinct indices"):
+        sampler(jax.random.key(0), jnp.ones(3), num_draws=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ALL)
+def test_an_array_of_probabilities_is_a_law_too(sampler: Callable) -> None:
+    masses = jnp.asarray(log_normal(50, 1.0))
+    draws = [many(sampler, law, 8, 20_000) for law in (masses, samplers.prepare(masses))]
+    jax.tree.map(np.testing.assert_array_equal, *draws)
+
+
+@pytest.mark.slow
+def test_a_law_sharded_over_devices_draws_the_same() -> None:
+    masses = log_normal(4096, 2.0)
+    law = samplers.prepare(jnp.asarray(masses), samplers.order_by(jnp.asarray(masses)))
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(law, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("shard")))
+    draw = jax.jit(partial(samplers.stratified, num_draws=64))
+    jax.tree.map(np.testing.assert_array_equal, draw(jax.random.key(0), sharded), draw(jax.random.key(0), law))
+    at, values = jnp.arange(5, dtype=jnp.int32), jnp.ones(5)
+    updated = jax.jit(samplers.update)(sharded, at, values)
+    jax.tree.map(np.testing.assert_array_equal, updated, samplers.update(law, at, values))

@@ -9,8 +9,8 @@ import pytest
 import sampling_problem as problem
 
 import isgd_jax as isgd
-from isgd_jax import presample
-from isgd_jax.sampling.presampling import KEPT
+from isgd_jax.sampling import candidates
+from isgd_jax.sampling.presampler import KEPT
 
 N, M = 9, 4
 SCORES = np.r_[0.0, np.geomspace(0.1, 10.0, N - 1)].astype(np.float32)
@@ -107,7 +107,7 @@ def test_scores_that_are_none_count_as_nothing_known() -> None:
 
 
 def test_the_gate_scores_only_while_scores_promise_more_than_they_cost() -> None:
-    sampler = _sampler(candidates=2)
+    sampler = isgd.presampling(N, batch_size=32, scorer=scorer, candidates=2)
     sample, observe = jax.jit(sampler.sample), jax.jit(sampler.observe)
     state, key, seen = sampler.init(), jax.random.key(0), []
     for at in range(60):
@@ -116,7 +116,7 @@ def test_the_gate_scores_only_while_scores_promise_more_than_they_cost() -> None
         mean = KEPT * state.gate.expected_speedup + (1.0 - KEPT) * draw.expected_speedup
         np.testing.assert_allclose(after.gate.expected_speedup, mean, rtol=1e-6)
         seen.append(not np.allclose(draw.probs, 1.0 / N))
-        assert seen[-1] == bool(presample.pays(state.gate.expected_speedup, candidates=2))
+        assert seen[-1] == bool(candidates.pays(state.gate.expected_speedup, candidates=2))
         state = after
     assert not seen[0]
     assert any(seen)

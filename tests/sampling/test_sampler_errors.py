@@ -12,7 +12,7 @@ import pytest
 
 import isgd_jax as isgd
 from isgd_jax.sampling.state import FORMAT
-from isgd_jax.typing import Draw
+from isgd_jax.types import Draw
 
 N, M = 8, 4
 

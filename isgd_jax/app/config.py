@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
+
 Mode = Literal["uniform", "exact", "relaxed", "static", "presample"]
 SCORERS = ("grad_norm", "loss", "logit_bound")
 OrderName = Literal["auto", "index", "label", "score", "label-score", "cells"]
@@ -358,7 +360,7 @@ class Config:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown configuration key {key!r}{hint}")
+                raise ArgumentError(f"unknown configuration key {key!r}{hint}")
         lists = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
         return cls(**(values | lists))
 
@@ -374,7 +376,7 @@ def refuse_gone(arguments: Sequence[str]) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         for key in (name, f"{name} {value or following}"):
             if flag.startswith("--") and key in GONE:
-                raise ValueError(GONE[key])
+                raise ArgumentError(GONE[key])
 
 
 def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
@@ -385,21 +387,23 @@ def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
     """
     for name, value in values.items():
         if name in GONE and value != _UNCHOSEN.get(name, value):
-            raise ValueError(GONE[name])
+            raise ArgumentError(GONE[name])
         if f"{name} {value}" in GONE:
-            raise ValueError(GONE[f"{name} {value}"])
+            raise ArgumentError(GONE[f"{name} {value}"])
     return {name: value for name, value in values.items() if name not in GONE}
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} must be {expected}; got {value!r}")
+        raise ArgumentError(f"--{name.replace('_', '-')} must be {expected}; got {value!r}")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _matches(value, hint):
         readable = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint).replace("typing.", "")
-        raise TypeError(f"--{name.replace('_', '-')} must be {readable}; got {value!r} of type {type(value).__name__}")
+        raise ArgumentTypeError(
+            f"--{name.replace('_', '-')} must be {readable}; got {value!r} of type {type(value).__name__}"
+        )
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -35,6 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
@@ -307,7 +308,9 @@ class ImportanceSampler:
         self._check_seconds(seconds)
         ids, scores = jnp.asarray(ids), jnp.asarray(scores)
         if ids.ndim != 1 or scores.shape != ids.shape:
-            raise ValueError(f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}")
+            raise ArgumentError(
+                f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
+            )
         state = self._written(state, ids, scores, version, sketches, seconds)
         if seconds is None:
             return state
@@ -446,9 +449,11 @@ class ImportanceSampler:
         """The ordering with these sketches, but for padding, those of an older version, and any not finite."""
         keys, rows, known = state.ordering
         if rows is None or known is None:
-            raise ValueError("sketches came, but the order of this sampler is not made of any: order=sketch wants them")
+            raise ArgumentError(
+                "sketches came, but the order of this sampler is not made of any: order=sketch wants them"
+            )
         if sketches.shape != (*ids.shape, rows.shape[1]):
-            raise ValueError(
+            raise ArgumentError(
                 f"expected sketches of shape {(*ids.shape, rows.shape[1])}, one of {rows.shape[1]} numbers for each of "
                 f"the ids; got {sketches.shape}"
             )
@@ -461,7 +466,7 @@ class ImportanceSampler:
 
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
-            raise ValueError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
+            raise ArgumentError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
 
 
 def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) -> Draw:
@@ -480,7 +485,7 @@ def share(draw: Draw, axis_name: str) -> Draw:
     num_devices = lax.axis_size(axis_name)
     size, rest = divmod(draw.indices.shape[0], num_devices)
     if rest:
-        raise ValueError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
+        raise ArgumentError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
     start = lax.axis_index(axis_name) * size
 
     def part(x: Array) -> Array:
@@ -506,18 +511,18 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     """Refuse what no sampler can be made of, in the names of the arguments."""
     names = get_args(SamplerName)
     if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
-        raise ValueError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
+        raise ArgumentError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
     if options.sampler in ("without_replacement", "poisson") and batch_size > num_examples:
-        raise ValueError(
+        raise ArgumentError(
             f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
         )
     if isinstance(options.order, str) and options.order not in ("score", "index"):
-        raise ValueError(
+        raise ArgumentError(
             f'order must be "score", "index", an array [n] or a sketch of gradients; got {options.order!r}'
         )
     keys = _order_keys(options)
     if keys is not None and keys.shape != (num_examples,):
-        raise ValueError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
+        raise ArgumentError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
     check_weights(options.example_weights, num_examples)
     check_fraction(options.uniform_fraction, options.additive)
     check_ranges(options)
@@ -532,13 +537,13 @@ def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None
     if weights is None:
         return
     if weights.shape != (num_examples,):
-        raise ValueError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
+        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
     if isinstance(weights, jax.core.Tracer):
         return
     with jax.transfer_guard("allow"):
         is_finite = np.isfinite(np.asarray(weights).astype(np.float32))
     if not np.all(is_finite):
-        raise ValueError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
+        raise ArgumentError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:
@@ -550,7 +555,7 @@ def check_fraction(uniform_fraction: float | str, additive: float) -> None:
     is_fraction = not isinstance(uniform_fraction, str) and 0.0 < uniform_fraction <= 1.0
     stands_in = uniform_fraction == 0.0 and additive > 0.0
     if not (uniform_fraction == "auto" or is_fraction or stands_in):
-        raise ValueError(
+        raise ArgumentError(
             f'uniform_fraction must be "auto", or above 0 and at most 1 (0 only beside additive above 0), got '
             f"{uniform_fraction!r}: an example without a chance would be a bias"
         )
@@ -563,7 +568,7 @@ def check_number(uniform_fraction: float | str) -> None:
         TypeError: it is no number.
     """
     if isinstance(uniform_fraction, str):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"uniform_fraction must be a number here, above 0 and at most 1, got {uniform_fraction!r}: only "
             "importance_sampler learns it"
         )
@@ -577,9 +582,9 @@ def check_whole(name: str, value: int, least: int) -> None:
         ValueError: it is less than the least.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+        raise ArgumentError(f"{name} must be {least} or more, got {value}")
 
 
 def check_ranges(options: Options) -> None:
@@ -595,12 +600,12 @@ def check_ranges(options: Options) -> None:
         if limit is not None:
             check_whole(name, limit, 0)
     if not (0.0 <= options.additive < math.inf):
-        raise ValueError(f"additive must be 0 or more, got {options.additive}")
+        raise ArgumentError(f"additive must be 0 or more, got {options.additive}")
     if not 0.0 <= options.min_trusted <= 1.0:
-        raise ValueError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
+        raise ArgumentError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
     if not 0.0 <= options.score_memory < 1.0:
-        raise ValueError(
+        raise ArgumentError(
             f"score_memory is the share of the old mean square to keep, 0 to below 1, got {options.score_memory}"
         )
     if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
-        raise ValueError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")
+        raise ArgumentError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")

@@ -1,5 +1,6 @@
 """What a state knows, for a person: variances with their bands, how draws are shared out, and how fresh scores are."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ class SamplerReport(NamedTuple):
             names = {"uniform": "uniform", "stale": "in use, independent", "drawn": "drawn", "ideal": "ideal"}
             for field, label in names.items():
                 value, low, high = (float(x) for x in getattr(self.variance, field))
-                rows.append((f"variance of a draw, {label}", f"{value:.4g} [{low:.4g}, {high:.4g}]"))
+                told = f"{value:.4g} [{low:.4g}, {high:.4g}]" if math.isfinite(high - low) else "not known yet"
+                rows.append((f"variance of a draw, {label}", told))
             rows.append(("equivalent plain batch", f"{float(self.equivalent_batch):.4g}"))
             rows.append(("gradient noise scale", f"{float(self.noise_scale):.4g}"))
         rows += [
@@ -63,7 +65,7 @@ class SamplerReport(NamedTuple):
         if int(self.quarantined):
             rows.append(("scores set aside", f"{int(self.quarantined):,} were not finite or negative"))
         if self.variance is not None and int(self.num_measured) == 0:
-            rows.append(("note", "the mean gradient was never measured: variances are second moments"))
+            rows.append(("note", "no mean gradient was measured: variances are second moments"))
         width = 2 + max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
@@ -143,7 +144,7 @@ class Refresher:
         told = self._expected or (step // per, state.version)
         expected, found = told[0], int(told[1])
         if expected != found:
-            raise ValueError(
+            raise ArgumentError(
                 f"at step {step} the sampler's state had seen {found} parameter updates, expected were {expected}: "
                 "call observe once a step, pass the step of the loop, and say steps_per_update= where several steps "
                 "make one update"
@@ -193,7 +194,7 @@ def refresher(
     """
     for name, value in (("every", every), ("publish_every", publish_every)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 step, got {value}")
+            raise ArgumentError(f"{name} must be at least 1 step, got {value}")
     return Refresher(
         engine,
         sampler,

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.per_example import per_example_value_and_grad
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
@@ -149,7 +150,7 @@ def check_chain(tx: optax.GradientTransformation, params: Params, num_draws: int
     except (ValueError, TypeError) as raised:
         fits, error = False, raised
     if not fits:
-        raise ValueError(
+        raise ArgumentError(
             "the optimizer must begin with the reweighting, optax.chain(isgd_jax.importance_weighting(num_examples), "
             f"...): it is given one gradient for each draw and must give one update{f' ({error})' if error else ''}"
         ) from error

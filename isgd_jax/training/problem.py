@@ -136,7 +136,7 @@ class Problem:
 
         return make
 
-    def pictures(self, keys: Key | None, batch: Batch) -> tuple[Batch, Key | None]:
+    def pictures(self, keys: Array | None, batch: Batch) -> tuple[Batch, Array | None]:
         """A batch as the loss sees it: augmented, with a key an example."""
         if self.augment is not None and keys is not None:
             batch = jax.vmap(self.augment)(keys, batch)

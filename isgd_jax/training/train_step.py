@@ -123,7 +123,7 @@ def make_steps(
     )
 
 
-def _keys(step_key: Key, count: int) -> Key:
+def _keys(step_key: Key, count: int) -> Array:
     """A key for each place of the batch, which no draw uses."""
     own = jax.random.fold_in(step_key, PICTURES)
     return jax.vmap(lambda place: jax.random.fold_in(own, place))(jnp.arange(count, dtype=jnp.int32))

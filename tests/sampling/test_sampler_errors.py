@@ -145,7 +145,7 @@ def test_fixed_refuses_what_are_no_scores(scores: np.ndarray, words: str) -> Non
 
 
 def test_a_state_of_another_format_or_data_set_is_refused_by_name() -> None:
-    for make in EACH:
+    for make in (_importance, _epochs):
         sampler, other = make(), isgd.importance_sampler(N + 1, batch_size=M)
         state = sampler.init()
         key, strange = jax.random.key(0), state._replace(format=jnp.int32(FORMAT + 1))

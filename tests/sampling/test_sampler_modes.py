@@ -14,6 +14,7 @@ import isgd_jax as isgd
 from isgd_jax.sampling.state import SamplerState
 
 KINDS = problem.KINDS
+REST = tuple(name for name in problem.NAMES if name != "epochs")
 DTYPES = {jnp.dtype(name) for name in ("int32", "uint32", "float32", "bool")}
 
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
@@ -161,7 +162,7 @@ def test_nothing_leaks_from_a_trace(kind: str) -> None:
         jax.eval_shape(step, own, tx.init(own), state, problem.data(), jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", ["stratified", *(pytest.param(k, marks=pytest.mark.slow) for k in problem.NAMES[1:])])
+@pytest.mark.parametrize("kind", ["epochs", *(pytest.param(k, marks=pytest.mark.slow) for k in REST)])
 def test_scan_over_steps_with_refresh_in_cond_is_the_loop(kind: str) -> None:
     sampler, tx = problem.samplers()[kind], problem.optimizer()
     step, key = problem.make_step(sampler, tx), jax.random.key(3)

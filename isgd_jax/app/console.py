@@ -156,9 +156,13 @@ def _describe(plan: Record) -> list[tuple[str, str]]:
     share = plan["share_scored"]
     if share > 0:
         scored = "all examples" if share == 1 else f"{_percent(share)} of the examples"
+        scored = f"{scored} every {every} updates"
+        if config["engine"] != "inline" and config["mode"] == "relaxed":
+            published = config["publish_every"] or every
+            scored = f"by workers meanwhile, with parameters of every {published} updates; taken in every {every}"
         rows += [
             ("proposal", f"{config['scorer']} scores, mixture {config['mixture']}, additive {config['additive']:g}"),
-            ("scoring", f"{scored} every {every} updates; expected to take "
+            ("scoring", f"{scored}; expected to take "
                         f"{_percent(refresh / (refresh + every * update))} of the training time "
                         f"({refresh:.2g} s beside {every} updates of {1000 * update:.2g} ms)"),
         ]  # fmt: skip

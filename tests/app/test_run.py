@@ -16,7 +16,7 @@ import optax
 import pytest
 from problems import blobs, small_config
 
-from isgd_jax.app import data, task
+from isgd_jax.app import console, data, task
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines import scorers
@@ -348,3 +348,22 @@ def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
     with pytest.raises(ValueError, match="--train-devices 10 leaves no device to score: this host has 8"):
         fit(small_config(tmp_path / "no", **LOCAL, train_devices=10), dataset=blobs())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mode": "relaxed"}, "25.0% of the examples every 8 updates; expected to take"),
+        (
+            {"mode": "relaxed", "engine": "local"},
+            "by workers meanwhile, with parameters of every 8 updates; taken in every 8",
+        ),
+    ],
+)
+def test_the_plan_tells_who_scores(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    plan = {
+        "config": small_config(tmp_path, **changes).to_dict(), "num_examples": 90, "num_params": 3, "devices": ["cpu"],
+        "first_step": 0, "num_steps": 40, "seconds_per_update": 0.1, "seconds_per_refresh": 0.1, "sampler": "stratified",
+        "share_scored": 0.25, "run_dir": "runs/x",
+    }  # fmt: skip
+    assert told in dict(console._describe(plan))["scoring"]

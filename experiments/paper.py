@@ -61,6 +61,7 @@ from isgd_jax.app.config import Config
 from isgd_jax.app.data import Dataset
 from isgd_jax.app.run_dir import Record
 from isgd_jax.sampling import proposal, samplers
+from isgd_jax.training.train_step import TrainState
 from isgd_jax.variance import second_moments
 
 LEVELS = compare.levels("train_error=0.05,0.02")
@@ -190,11 +191,11 @@ def fit(config: Config, /, *, dataset: Dataset, variance_every: int, **options: 
     return run.fit(config, dataset=dataset, measure=measuring(config, dataset, variance_every), **options)
 
 
-Measure = Callable[[Any, samplers.Law], Record]
+Measure = Callable[[TrainState], Record]
 
 
 def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
-    """Build ``measure(state, law)``: fit on the validation split, and now and then √Tr Cov over all examples.
+    """Build ``measure(state)``: fit on the validation split, and now and then √Tr Cov over all examples.
 
     ``full_sd_uniform``, ``full_sd_ideal``, ``full_sd_stale`` of the law drawn from, and ``full_sd_stale_<c>`` of the
     scores in the table with the constant c added; ``full_ratio`` is Tr Cov STALE over UNIFORM. Exact, not estimated.
@@ -204,16 +205,17 @@ def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
     norms_and_square = norms_and_mean_square(work)
     valid, train_data = jax.device_put((dict(dataset.valid or {}), dict(work.train)))
 
-    def measure(state: Any, law: samplers.Law) -> Record:
+    def measure(state: TrainState) -> Record:
         found = fitness(state.params, valid)
         measured = {"valid_loss": float(found.loss), "valid_error": float(found.error)}
-        if int(state.step) % variance_every:
+        known = state.sampler
+        if int(known.clock.step) % variance_every:
             return measured
         norms, square = norms_and_square(state.params, train_data)
-        laws = {"stale": samplers.probabilities(law)}
-        trusted = proposal.trust(state.table, version=state.step)
+        laws = {"stale": samplers.probabilities(known.proposal.law)}
+        trusted = proposal.trust(known.table, version=known.version)
         if bool(trusted.any()):
-            scores = proposal.fill_untrusted(state.table.scores, trusted)
+            scores = proposal.fill_untrusted(known.table.scores, trusted)
             laws |= {f"stale_{constant:g}": scores + constant for constant in CONSTANTS}
         return measured | spreads(norms, square, laws)
 

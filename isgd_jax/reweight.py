@@ -20,6 +20,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.weights import draw_weights
 
@@ -49,9 +50,9 @@ def importance_weighting(
         TypeError: from ``update``, without ``probs``, or without ``indices`` where there are example weights.
     """
     if num_examples < 1:
-        raise ValueError(f"num_examples must be the size of the data set, at least 1, got {num_examples}")
+        raise ArgumentError(f"num_examples must be the size of the data set, at least 1, got {num_examples}")
     if example_weights is not None and example_weights.shape != (num_examples,):
-        raise ValueError(f"example_weights must have shape ({num_examples},), got {example_weights.shape}")
+        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {example_weights.shape}")
 
     def init(params: Any) -> ReweightState:
         del params
@@ -71,7 +72,7 @@ def importance_weighting(
     ) -> tuple[Any, ReweightState]:
         del extra_args
         if probs is None:
-            raise TypeError(
+            raise ArgumentTypeError(
                 "importance_weighting needs the probabilities of the draws: tx.update(grads, state, params, "
                 "probs=draw.probs). flax's TrainState.apply_gradients drops them; call tx.update yourself."
             )
@@ -84,12 +85,12 @@ def importance_weighting(
 
 def _given(state: ReweightState, target: Float[Array, " m"], probs: Float[Array, " m"]) -> Float[Array, " m"]:
     if state.example_weights is not None:
-        raise ValueError(
+        raise ArgumentError(
             "the weights of the examples were given twice, as target= and as importance_weighting(example_weights=): "
             "leave them to the sampler, importance_sampler(example_weights=), and pass target=draw.target"
         )
     if target.shape != probs.shape:
-        raise ValueError(f"target must have one number a draw, {probs.shape}; got {target.shape}")
+        raise ArgumentError(f"target must have one number a draw, {probs.shape}; got {target.shape}")
     return target
 
 
@@ -97,7 +98,9 @@ def _wanted(state: ReweightState, num_examples: int, indices: Int[Array, " m"] |
     if state.example_weights is None:
         return 1.0 / num_examples
     if indices is None:
-        raise TypeError("example_weights were given: pass indices=draw.indices so that each draw finds its own weight")
+        raise ArgumentTypeError(
+            "example_weights were given: pass indices=draw.indices so that each draw finds its own weight"
+        )
     return state.example_weights[indices]
 
 
@@ -111,7 +114,7 @@ def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
         try:
             leaves = structure.flatten_up_to(grads)
         except ValueError as error:
-            raise ValueError(f"gradients must be a tree like the parameters, {structure}: {error}") from error
+            raise ArgumentError(f"gradients must be a tree like the parameters, {structure}: {error}") from error
         expected = [(num_draws, *jnp.shape(param)) for param in jax.tree.leaves(params)]
     for leaf, shape in zip(leaves, expected, strict=True):
         _check_leaf(leaf, shape)
@@ -122,12 +125,12 @@ def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
     if shape == expected:
         return
     if shape == expected[1:]:
-        raise ValueError(
+        raise ArgumentError(
             f"got a plain gradient of shape {shape}: importance_weighting takes one gradient for each of the "
             f"{expected[0]} draws, {expected}. Use isgd_jax.per_example_grads(loss_fn)(params, batch) in place of "
             "jax.grad, and put importance_weighting first in the chain, outside MultiSteps."
         )
-    raise ValueError(
+    raise ArgumentError(
         f"expected per-example gradients of shape {expected} ({expected[0]} draws by the parameter's shape), got "
         f"{shape}: probs and gradients must come from the same draw."
     )

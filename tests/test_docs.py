@@ -95,4 +95,4 @@ def test_the_reference_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "importance_weighting" in (tmp_path / "isgd_jax.html").read_text()
-    assert "stratified" in (tmp_path / "isgd_jax" / "samplers.html").read_text()
+    assert "stratified" in (tmp_path / "isgd_jax" / "sampling" / "samplers.html").read_text()

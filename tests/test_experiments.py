@@ -12,6 +12,8 @@ import paper
 import pytest
 from selection import contest, problems, rivals
 
+from isgd_jax.sampling import score_table
+
 pytestmark = pytest.mark.usefixtures("hardly_optimised")
 SIZE, NUM_CLASSES, WIDTH = 96, 3, 4
 STEPS = 4_000
@@ -56,7 +58,7 @@ def learnt(name: str, method: contest.Method, problem: contest.Problem) -> objec
         return memory._replace(losses=worth, **order)
     if name == "ours":
         indices = jnp.arange(SIZE, dtype=jnp.int32)
-        scored = rivals.table.record(memory.table, indices, worth, version=0)[0]
+        scored = score_table.record(memory.table, indices, worth, version=0)[0]
         memory = memory._replace(table=scored)
         return method.refresh(jax.random.key(0), memory, None, problem.train, jnp.int32(0))[0]
     return memory

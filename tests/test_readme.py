@@ -20,7 +20,7 @@ def run(code: str, cwd: Path) -> str:
 
 
 def test_there_is_code_to_test() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
@@ -33,18 +33,22 @@ def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
     assert {"variance.png", "loss.png", "error.png"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
 
 
-def test_the_loop_of_ones_own_learns(tmp_path: Path) -> None:
-    before_and_after = (
-        "mean_loss = lambda: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
-        "first = mean_loss()\n"
-    )  # fmt: skip
+def test_the_loop_of_ones_own_learns_and_so_does_fit(tmp_path: Path) -> None:
+    """The second block is the loop, the third goes on from its parameters with `isgd.fit`."""
+    mean_loss = "mean_loss = lambda params: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
     setup, loop = BLOCKS[1].split("for step in range")
-    out = run(f"{setup}{before_and_after}for step in range{loop}\nprint(mean_loss() / first)", tmp_path)
-    assert float(out) < 0.8
+    measured = f"{setup}{mean_loss}first = mean_loss(params)\nfor step in range{loop}"
+    out = run(
+        f"{measured}second = mean_loss(params)\n{BLOCKS[2]}\nprint(first, second, mean_loss(result.params))", tmp_path
+    )
+    first, second, third = map(float, out.splitlines()[-1].split())
+    assert third < second < 0.8 * first
+    assert "equivalent plain batch" in out
+    assert "step 200/200 | loss" in out
 
 
 def test_arrays_of_ones_own(tmp_path: Path) -> None:
-    out = run(f"{BLOCKS[2]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
+    out = run(f"{BLOCKS[3]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
     assert out.split() == ["100", "True"]
 
 

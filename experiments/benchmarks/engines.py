@@ -74,20 +74,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimation import problem_of, true_traces
-from isgd_jax.assembly import make_scorer
-from isgd_jax.jobs import job_elsewhere
 
-from isgd_jax import laws, step
-from isgd_jax.app import compare, data, optimizers, task
+import isgd_jax as isgd
+from isgd_jax.app import build, compare, data, task
 from isgd_jax.app.clock import Clock
 from isgd_jax.app.config import Config
-from isgd_jax.app.engine_choice import make_engine
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.chunks import Chunks
-from isgd_jax.engines.contract import EngineStats, FullEngine, ScoredChunk
+from isgd_jax.engines.contract import EngineStats, ScoredChunk
 from isgd_jax.engines.work_queue import WorkQueue
 from isgd_jax.sampling import samplers
+from isgd_jax.training.background import Refresh, Refresher
+from isgd_jax.training.train_step import TrainState, make_steps
 from isgd_jax.types import Params
 
 SETTING: dict[str, Any] = {
@@ -204,38 +203,35 @@ class Bench:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.work = task.make(config, data.load(config.dataset, data_dir=config.data_dir))
-        tx = optimizers.make(config, num_examples=self.work.num_examples, num_steps=config.steps)
-        self.state = step.init_state(self.work.init(jax.random.key(0)), tx, self.work.num_examples)
-        scorer, fresh = make_scorer(config, self.work)
-        self.update = step.make_update(
-            self.work.loss_fn, tx, samplers.stratified, num_draws=config.batch_size, fresh_scores=fresh
-        )
+        make_job = build.job_elsewhere(config, None, None, None)
+        parts = build.build(config, self.work, num_steps=config.steps, make_job=make_job)
+        self.problem, self.sampler, self.engine = parts.problem, parts.sampler, parts.engine
+        self.steps = make_steps(parts.problem, parts.sampler, parts.tx, fresh_scores=parts.fresh_scores)
+        params = parts.problem.init(jax.random.key(0))
+        self.state = TrainState(params, parts.tx.init(params), parts.sampler.init())
         self.data, self.key, self.clock = jax.device_put(dict(self.work.train)), jax.random.key(1), Clock()
         self.step = 0
-        job = job_elsewhere(config, None, None, None)
-        self.engine, remarks = make_engine(
-            config, scorer, self.work.train, fingerprint=self.work.fingerprint, make_job=job
+        print(*parts.remarks, sep="\n", end="")
+        self._mute, self._scoring = (
+            isgd.refresher(engine, self.sampler, every=config.refresh_every, warn=lambda text: None)
+            for engine in (Mute(), self.engine)
         )
-        print(*remarks, sep="\n", end="")
-        self._mute, self._scoring = self._laws(Mute()), self._laws(self.engine)
         self.train(0.0, self._mute)
         self.engine.publish(self.state.params, self.step)
         while self.scored() < config.scorers * self.engine.chunk_size:
             time.sleep(0.1)
 
-    def _laws(self, engine: FullEngine) -> laws.ScoredLaws:
-        return laws.ScoredLaws(engine, self.config, self.data["label"])
-
     def train(
-        self, seconds: float, source: laws.ScoredLaws, watch: Callable[[laws.Refresh], None] = lambda r: None
+        self, seconds: float, source: Refresher, watch: Callable[[Refresh], None] = lambda refresh: None
     ) -> float:
         """Train for so long, and to the end of a period; steps a second, refreshes included."""
         first, began = self.step, self.clock()
         while self.clock() - began < seconds or self.step % self.config.refresh_every or self.step == first:
-            self.state, refresh = source.before(self.step, self.state, self.clock)
-            if refresh is not None:
-                watch(refresh)
-            self.state, info = self.update(self.state, source.law, self.data, self.key, jnp.float32(0.0))
+            refreshed = source(self.step, self.state.params, self.state.sampler)
+            if source.is_due(self.step):
+                watch(source.last)
+            state = self.state._replace(sampler=refreshed)
+            self.state, info = self.steps.step(state, None, self.data, self.key, jnp.float32(0.0))
             self.step += 1
             if self.step % 8 == 0:
                 jax.block_until_ready(info.loss)
@@ -253,6 +249,9 @@ class Bench:
         before, began = self.scored(), time.monotonic()
         while time.monotonic() - began < seconds:
             self.step += self.config.refresh_every
+            clock = self.state.sampler.clock
+            clock = clock._replace(step=jnp.int32(self.step), version=jnp.int32(self.step))
+            self.state = self.state._replace(sampler=self.state.sampler._replace(clock=clock))
             self.engine.publish(self.state.params, self.step)
             self.engine.collect()
             time.sleep(0.25)
@@ -263,9 +262,9 @@ class Bench:
         chunks = Chunks(self.work.num_examples, self.engine.chunk_size)
         versions, ages = np.full(len(chunks), -1), []
 
-        def watch(refresh: laws.Refresh) -> None:
-            for version, first, last in refresh.arrived:
-                versions[first : last + 1] = version
+        def watch(refresh: Refresh) -> None:
+            for chunk in refresh.chunks:
+                versions[chunk.ids[0] // chunks.size] = chunk.version
             ages.append(self.step - versions[versions >= 0].mean())
 
         before, began = self.scored(), time.monotonic()
@@ -275,7 +274,7 @@ class Bench:
 
     def ratio(self) -> float:
         """Tr Cov STALE/UNIFORM of the law in use, at the parameters of now."""
-        probs = samplers.probabilities(self._scoring.proposal)
+        probs = samplers.probabilities(self.state.sampler.proposal.law)
         traces = true_traces(problem_of(self.work, self.data), self.state.params, probs)
         return float(traces.stale / traces.uniform)
 

@@ -78,12 +78,12 @@ import jax.numpy as jnp
 import numpy as np
 from estimation import all_norms, load, problem_of, sliced, true_traces, uniform_checkpoints
 
-from isgd_jax import assembly, watch
-from isgd_jax.app import compare, data, task
-from isgd_jax.app.clock import Clock
+import isgd_jax as isgd
+from isgd_jax.app import build, compare, data, task
 from isgd_jax.app.config import Config
-from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.sampling import proposal, samplers
+from isgd_jax.sampling.gates import is_open, with_gate
+from isgd_jax.training.train_step import TrainState, make_steps
 from isgd_jax.variance import gate, monitor, second_moments
 
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
@@ -101,7 +101,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """A run of the parts of `isgd train`, update by update; its scores can be made worthless, its gate shut by hand."""
+    """The parts of `isgd train` in a loop of its own; its scores can be made worthless, its gate shut by hand."""
 
     def __init__(
         self,
@@ -115,47 +115,44 @@ class Run:
         self.work = task.make(config, dataset)
         self.data = jax.device_put(dict(self.work.train))
         self.problem = problem_of(self.work, self.data)
-        self.parts = assembly.assemble(config, self.work, self.data, num_steps=config.steps)
-        self.state, self.clock, self.step = self.parts.state, Clock(), 0
-        self.key = assembly.keys(config)[1]
+        parts = build.build(config, self.work, num_steps=config.steps)
+        self.sampler, init_key, self.key, sampler_key = parts.sampler, *jax.random.split(jax.random.key(config.seed), 3)
+        self.steps = make_steps(parts.problem, self.sampler, parts.tx, fresh_scores=parts.fresh_scores)
+        params = parts.problem.init(init_key)
+        self.state, self.step = TrainState(params, parts.tx.init(params), self.sampler.init(sampler_key)), 0
+        self.refresher = isgd.refresher(parts.engine, self.sampler, every=config.refresh_every, wait=True)
         self.is_uniform, self.is_spoilt, self.is_told = is_uniform, is_spoilt, is_told
         self.rng = np.random.default_rng(config.seed)
-        if is_spoilt:
-            collect = self.parts.engine.collect
-            self.parts.engine.collect = lambda **how: [self.spoilt(chunk) for chunk in collect(**how)]
-
-    def spoilt(self, chunk: ScoredChunk) -> ScoredChunk:
-        if self.step < WORTHLESS_FROM:
-            return chunk
-        return chunk._replace(scores=self.rng.lognormal(0.0, 1.5, len(chunk.ids)).astype(np.float32))
 
     def advance(self, steps: int) -> list[Any]:
         infos = []
         for _ in range(steps):
             if not self.is_uniform:
-                # Scores turn worthless at once, not at the next refresh: update 500 is none.
-                is_moment = self.is_spoilt and self.step == WORTHLESS_FROM
-                due = self.step - self.step % BASE.refresh_every if is_moment else self.step
-                self.state, _ = self.parts.laws.before(due, self.state, self.clock)
+                self.state = self.state._replace(sampler=self.refreshed(self.state.sampler))
             if self.is_told and self.step >= WORTHLESS_FROM:
-                self.state = self.state._replace(watch=shut(self.state.watch))
-            law = self.parts.laws.law
-            self.state, info = self.parts.updates.update(self.state, law, self.data, self.key, jnp.float32(0))
+                self.state = self.state._replace(sampler=with_gate(self.state.sampler, False))
+            self.state, info = self.steps.step(self.state, None, self.data, self.key, jnp.float32(0))
             infos.append(info)
             self.step += 1
             if self.step % 8 == 0:
                 jax.block_until_ready(info.loss)
         return jax.device_get(infos)
 
+    def refreshed(self, state: isgd.SamplerState) -> isgd.SamplerState:
+        """As in `isgd train`; but worthless scores come at once, not at the next refresh: update 500 is none."""
+        if not self.is_spoilt or self.step < WORTHLESS_FROM:
+            return self.refresher(self.step, self.state.params, state)
+        if self.step > WORTHLESS_FROM and not self.refresher.is_due(self.step):
+            return state
+        scores = jnp.asarray(self.rng.lognormal(0.0, 1.5, self.problem.size), jnp.float32)
+        ids = jnp.arange(self.problem.size, dtype=jnp.int32)
+        return self.sampler.refresh(self.sampler.record(state, ids, scores, version=state.version))
+
     def true_traces(self) -> second_moments.Moments:
-        """Tr Cov of one draw by the law in use, from all the data at the parameters of now."""
-        is_open, size = bool(self.state.watch.gate.is_open), self.problem.size
-        probs = samplers.probabilities(self.parts.laws.proposal) if is_open else jnp.full(size, 1 / size)
+        """Tr Cov of one draw by the proposal in use, from all the data at the parameters of now."""
+        size, state = self.problem.size, self.state.sampler
+        probs = samplers.probabilities(state.proposal.law) if bool(is_open(state)) else jnp.full(size, 1 / size)
         return true_traces(self.problem, self.state.params, probs)
-
-
-def shut(seen: watch.Watch) -> watch.Watch:
-    return seen._replace(gate=seen.gate._replace(is_open=jnp.asarray(False)))
 
 
 def main() -> None:
@@ -190,7 +187,7 @@ def print_monitor(dataset: data.Dataset, options: argparse.Namespace) -> None:
             run.advance(CHECK)
             if check == 0:
                 continue  # the window is not full yet
-            found = jax.device_get(report(run.state.watch.monitor))._asdict()
+            found = jax.device_get(report(run.state.sampler.monitor))._asdict()
             true = run.true_traces()._asdict()
             inside.append([float(found[n].low) < float(true[n]) < float(found[n].high) for n in names])
             widths.append([float(found[n].high - found[n].value) / float(true[n]) for n in names])

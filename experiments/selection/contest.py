@@ -65,6 +65,8 @@ class Choice(NamedTuple):
     indices: Array
     weights: Array
     cost: Array | float
+    draw: isgd.Draw | None = None
+    """What a method wants to remember of it until it learns."""
 
 
 def _no_refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array) -> tuple[Tree, Array | float]:

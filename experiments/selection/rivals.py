@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import isgd_jax as isgd
 from isgd_jax.engines import scorers
-from isgd_jax.sampling import calibration, candidates, proposal, samplers, score_table
-from isgd_jax.variance import gate
+from isgd_jax.sampling import candidates
 from selection.contest import FORWARD, NORMS, Choice, Method, Problem
 
 Tree = Any
@@ -232,68 +232,27 @@ def rho_loss(problem: Problem) -> Method:
     return Method(start, choose)
 
 
-class Ours(NamedTuple):
-    table: score_table.ScoreTable
-    law: samplers.Law
-    proposed: Array
-    """Probabilities [n] that the proposal would give, in use or not."""
-    old: tuple[Array, Array]
-    """Scores and versions [n] that the law was made of."""
-    calibration: calibration.Calibration
-    gate: gate.Gate
-    next_slice: Array
-
-
-def ours(
-    problem: Problem, *, sweep: float, every: int, calibrated: bool = True, gated: bool = True, mixture: float = 0.1
-) -> Method:
+def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1) -> Method:
     """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
-    size, num_examples = problem.batch_size, problem.num_examples
-    swept = round(sweep * num_examples)
+    size, swept, fixed = problem.num_examples, round(sweep * problem.num_examples), {"uniform_fraction": mixture}
+    fixed |= {"order": problem.train["y"], "learning_steps": 0, "monitor": False}
+    sampler = isgd.importance_sampler(size, batch_size=problem.batch_size, **fixed)
 
-    def start(key: Array, data: Tree) -> tuple[Ours, float]:
-        probs = jnp.full(num_examples, 1.0 / num_examples)
-        scores = score_table.create(num_examples)
-        law = samplers.prepare(probs, samplers.order_by(data["y"], probs))
-        old = (scores.scores, scores.versions)
-        return Ours(scores, law, probs, old, calibration.create(), gate.create(), jnp.int32(0)), 0.0
+    def choose(key: Array, memory: Tree, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Tree]:
+        draw = sampler.sample(key, memory)
+        return Choice(draw.indices, draw.target / draw.probs, 0.0, draw), memory
 
-    def choose(key: Array, memory: Ours, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Ours]:
-        draw = samplers.stratified(key, memory.law, num_draws=size)
-        return Choice(draw.indices, 1.0 / (num_examples * draw.probs), 0.0), memory
+    def learn(memory: Tree, choice: Choice, losses: Array, norms: Array, step: Array) -> Tree:
+        return sampler.observe(memory, choice.draw, norms=norms)
 
-    def learn(memory: Ours, choice: Choice, losses: Array, norms: Array, step: Array) -> Ours:
-        at = choice.indices
-        scores, versions = memory.old[0][at], memory.old[1][at]
-        known = calibration.observe(
-            memory.calibration, scores, step - versions, norms, choice.weights, versions != score_table.NEVER
-        )
-        judged, _ = gate.observe(memory.gate, choice.weights, 1.0 / (num_examples * memory.proposed[at]), norms)
-        written, _ = score_table.record(memory.table, at, norms, version=step)
-        return memory._replace(table=written, calibration=known, gate=judged)
+    def refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array) -> tuple[Tree, float]:
+        at = (step // every * swept + jnp.arange(swept)) % size
+        scored = sampler.record(memory, at, _sweep(problem, params, data, at), version=step) if swept else memory
+        return sampler.refresh(scored), NORMS * swept
 
-    def refresh(key: Array, memory: Ours, params: Tree, data: Tree, step: Array) -> tuple[Ours, float]:
-        scored, next_slice = memory.table, memory.next_slice
-        if swept:
-            indices = (next_slice + jnp.arange(swept)) % num_examples
-            norms = _sweep(problem, params, data, indices)
-            scored, _ = score_table.record(scored, indices, norms, version=step)
-            next_slice = (next_slice + swept) % num_examples
-        made = proposal.propose(
-            scored,
-            version=step,
-            mixture=mixture,
-            calibration=memory.calibration if calibrated else None,
-            horizon=every // 2,
-        )
-        probs = gate.apply(memory.gate, made.probs) if gated else made.probs
-        law = samplers.prepare(probs, samplers.order_by(data["y"], made.probs))
-        old = (scored.scores, scored.versions)
-        return memory._replace(
-            table=scored, law=law, proposed=made.probs, old=old, next_slice=next_slice
-        ), NORMS * swept
-
-    return Method(start, choose, learn, refresh, refresh_every=every, wants_norms=True)
+    return Method(
+        lambda key, _: (sampler.init(key), 0.0), choose, learn, refresh, refresh_every=every, wants_norms=True
+    )
 
 
 def _sweep(problem: Problem, params: Tree, data: Tree, indices: Array) -> Array:

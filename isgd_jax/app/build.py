@@ -107,7 +107,8 @@ def make_sampler(
             size, scorer=make_scorer(config, work)[0], candidates=config.candidates, gate=is_gated,
             score_cost=2.0 if config.scorer == "grad_norm" else 1.0, uniform_fraction=_number(fraction), **alike,
         )  # fmt: skip
-    alike |= {"sampler": name, "order": _order(config, work, sketch), "gate": is_gated, "additive": config.additive}
+    chosen = models.from_reference(name) if ":" in name else name
+    alike |= {"sampler": chosen, "order": _order(config, work, sketch), "gate": is_gated, "additive": config.additive}
     if config.mode == "static":
         scores = userfiles.numbers(str(config.static_scores), size, flag="--static-scores")
         return fixed(scores, uniform_fraction=_number(fraction), **alike)
@@ -120,7 +121,7 @@ def make_sampler(
         max_age_seconds=config.max_age_seconds,
         min_trusted=config.min_trusted,
         score_memory=config.score_memory if config.augment else 0.0,
-        record_drawn=config.scorer != "logit_bound",
+        record_drawn=config.scorer in ("grad_norm", "loss"),
         **alike,
     )
 
@@ -137,7 +138,9 @@ def make_scorer(config: Config, work: Task) -> tuple[Scorer, FreshScores | None]
         return scorers.grad_norm(work.loss_fn), None
     if config.scorer == "loss":
         return scorers.loss(work.loss_fn), lambda losses, grads: jnp.abs(losses)
-    return scorers.logit_bound(work.logits_fn), None
+    if config.scorer == "logit_bound":
+        return scorers.logit_bound(work.logits_fn), None
+    return models.from_reference(config.scorer)(work.loss_fn), None
 
 
 def engine_scorer(config: Config, work: Task, sketch: LayerSketch | None = None) -> Any:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from isgd_jax.errors import ArgumentError
+
 Tree = TypeVar("Tree")
 
 
@@ -74,7 +76,7 @@ class Checkpoints:
         for what, ours in self._identity.items():
             theirs = record["identity"].get(what)
             if theirs != ours:
-                raise ValueError(f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}")
+                raise ArgumentError(f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}")
         _check_same_arrays(record["arrays"], _describe(template))
         restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template)))
         return restored.arrays, record["notes"]
@@ -154,7 +156,9 @@ def into(template: Tree, tree: Any) -> Tree:
         shape = getattr(found, "shape", "no array")
         if shape != leaf.shape:
             where = jax.tree_util.keystr(path)
-            raise ValueError(f"the checkpoint is of another model or optimiser: {where} is {shape}, not {leaf.shape}")
+            raise ArgumentError(
+                f"the checkpoint is of another model or optimiser: {where} is {shape}, not {leaf.shape}"
+            )
         return jnp.asarray(found)
 
     return jax.tree_util.tree_map_with_path(find, template)
@@ -168,7 +172,7 @@ def _describe(tree: Any) -> dict[str, str]:
 def _check_same_arrays(theirs: dict[str, str], ours: dict[str, str]) -> None:
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
-            raise ValueError(
+            raise ArgumentError(
                 f"the checkpoint is of another model or optimiser: {name} is {theirs.get(name, 'absent')} there "
                 f"and {ours.get(name, 'absent')} here; resume with the configuration the run was started with"
             )

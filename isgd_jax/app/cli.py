@@ -20,9 +20,11 @@ from isgd_jax.app.commands import compare, probe
 from isgd_jax.app.config import Config, refuse_gone
 from isgd_jax.app.presets import PRESETS
 from isgd_jax.app.run_dir import RunDir
+from isgd_jax.errors import ArgumentError, IsgdError
 
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, AttributeError, FloatingPointError)
-"""Mistakes of the user or of the machine: one sentence. Set ISGD_TRACEBACK=1 to see where they come from."""
+EXPECTED_ERRORS = (IsgdError, OSError)
+"""Mistakes of the user or of the machine: one sentence. Set ISGD_TRACEBACK=1 to see where they come from. All else that
+is raised is a fault of a program, ours or the model's, and keeps its traceback."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def report(command: Report) -> int:
     from isgd_jax.app.html import run_page
     from isgd_jax.app.plots import draw
 
+    if not command.runs:
+        raise ArgumentError("isgd report needs the folder of a run: isgd report runs/NAME")
     runs = [RunDir(Path(folder)) for folder in command.runs]
     for run in runs:
         run.read_config()

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
+
 Mode = Literal["uniform", "exact", "relaxed", "static", "presample"]
-SamplerName = Literal["auto", "shuffled", "uniform", "independent", "stratified", "systematic", "without_replacement"]
+SCORERS = ("grad_norm", "loss", "logit_bound")
 OrderName = Literal["auto", "index", "label", "score", "label-score", "cells"]
 Switch = Literal["on", "off"]
-ScorerName = Literal["grad_norm", "loss", "logit_bound"]
 EngineName = Literal["inline", "local", "cluster"]
 OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine"]
@@ -107,16 +108,17 @@ class Config:
     mode: Mode = "exact"
     """uniform: plain SGD; exact: all scores at the current parameters, every refresh; relaxed: a share of them;
     static: scores of your own, for ever (--static-scores); presample: no table, each step scores candidates."""
-    sampler: SamplerName = "auto"
+    sampler: str = "auto"
     """How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
-    Modes with scores: stratified (the default), independent, systematic or without_replacement. presample:
-    stratified."""
+    Modes with scores: stratified (the default), independent, systematic, without_replacement, or pkg.module:fn of your
+    own, fn(key, law, *, num_draws) -> Draw. presample: stratified."""
     order: OrderName = "auto"
     """The line along which stratified and systematic draws cut: neighbours should have similar gradients. cells: of
     sketches of the last layer's gradients, no labels needed, refreshed with the scores (the default of exact mode, and
     of relaxed mode with the inline engine). Elsewhere the default is label-score: nobody waits for sketches."""
-    scorer: ScorerName = "grad_norm"
-    """What scores an example: the exact norm of its gradient, its loss, or the bound from its logits."""
+    scorer: str = "grad_norm"
+    """What scores an example. grad_norm: the exact norm of its gradient; loss; logit_bound: the bound from its logits;
+    or pkg.module:fn of your own, fn(loss_fn) -> scorer, where scorer(params, batch) -> scores [b]."""
     engine: EngineName = "inline"
     """Who scores. inline: all devices, between steps; local: the devices of this host that do not train, meanwhile;
     cluster: actors on a Ray cluster, meanwhile too."""
@@ -277,7 +279,12 @@ class Config:
         _check("weight_decay", self.weight_decay, self.weight_decay == 0 or self.optimizer == "adamw",
                "0 unless --optimizer adamw, whose decay is decoupled")  # fmt: skip
         fitting = ("auto", *FITTING[self.mode])
-        _check("sampler", self.sampler, self.sampler in fitting, f"one of {', '.join(fitting)} in {self.mode} mode")
+        may_be_own = self.mode in ("exact", "relaxed", "static")
+        more = ", or pkg.module:fn" if may_be_own else ""
+        _check("sampler", self.sampler, self.sampler in fitting or (may_be_own and ":" in self.sampler),
+               f"one of {', '.join(fitting)} in {self.mode} mode{more}")  # fmt: skip
+        _check("scorer", self.scorer, self.scorer in SCORERS or ":" in self.scorer,
+               f"one of {', '.join(SCORERS)}, or pkg.module:fn")  # fmt: skip
         for name, other in (("mode", "presample"), ("full_train_loss", True), ("distributed", True)):
             _check("hold", self.hold, self.hold == "device" or getattr(self, name) != other,
                    f"device with {name.replace('_', '-')} {other}, which needs the data there")  # fmt: skip
@@ -353,7 +360,7 @@ class Config:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown configuration key {key!r}{hint}")
+                raise ArgumentError(f"unknown configuration key {key!r}{hint}")
         lists = {name: tuple(values[name]) for name in TUPLES if isinstance(values.get(name), list)}
         return cls(**(values | lists))
 
@@ -369,7 +376,7 @@ def refuse_gone(arguments: Sequence[str]) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         for key in (name, f"{name} {value or following}"):
             if flag.startswith("--") and key in GONE:
-                raise ValueError(GONE[key])
+                raise ArgumentError(GONE[key])
 
 
 def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
@@ -380,21 +387,23 @@ def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
     """
     for name, value in values.items():
         if name in GONE and value != _UNCHOSEN.get(name, value):
-            raise ValueError(GONE[name])
+            raise ArgumentError(GONE[name])
         if f"{name} {value}" in GONE:
-            raise ValueError(GONE[f"{name} {value}"])
+            raise ArgumentError(GONE[f"{name} {value}"])
     return {name: value for name, value in values.items() if name not in GONE}
 
 
 def _check(name: str, value: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} must be {expected}; got {value!r}")
+        raise ArgumentError(f"--{name.replace('_', '-')} must be {expected}; got {value!r}")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _matches(value, hint):
         readable = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint).replace("typing.", "")
-        raise TypeError(f"--{name.replace('_', '-')} must be {readable}; got {value!r} of type {type(value).__name__}")
+        raise ArgumentTypeError(
+            f"--{name.replace('_', '-')} must be {readable}; got {value!r} of type {type(value).__name__}"
+        )
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -12,6 +12,7 @@ from isgd_jax.engines.contract import FullEngine
 from isgd_jax.engines.inline_engine import inline
 from isgd_jax.engines.local_engine import Job, device_pool
 from isgd_jax.engines.replay_engine import replay
+from isgd_jax.errors import CannotImportError
 from isgd_jax.types import Batch, Scorer
 
 MakeJob = Callable[[], tuple[Job, str]]
@@ -66,7 +67,7 @@ def make_engine(
 
 def _cluster(config: Config, scorer: Scorer, data: Batch, make_job: MakeJob | None, fingerprint: str) -> FullEngine:
     if importlib.util.find_spec("ray") is None:
-        raise ImportError("--engine cluster needs Ray: pip install 'isgd_jax[cluster]'")
+        raise CannotImportError("--engine cluster needs Ray: pip install 'isgd_jax[cluster]'")
     from isgd_jax.engines.ray_engine import ray_cluster
 
     try:

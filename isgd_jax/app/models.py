@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, CannotImportError, ReferenceNotFoundError
 from isgd_jax.types import Key, Params
 
 Input: TypeAlias = PyTree
@@ -64,7 +65,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Logits:
         if x.ndim != 3:
-            raise ValueError(f"cnn: expected one image [height, width, channels], got shape {x.shape}; try mlp")
+            raise ArgumentError(f"cnn: expected one image [height, width, channels], got shape {x.shape}; try mlp")
         kernel_init = _INITIALIZERS[self.initializer]
         for features in (32, 64):
             x = nn.relu(nn.Conv(features, (5, 5), kernel_init=kernel_init)(x))
@@ -82,7 +83,7 @@ def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initi
     (64, 16)
     """
     if any(width < 1 for width in hidden):
-        raise ValueError(f"mlp: expected hidden widths of at least 1, got {tuple(hidden)}")
+        raise ArgumentError(f"mlp: expected hidden widths of at least 1, got {tuple(hidden)}")
     return MLP(tuple(hidden), _classes(num_classes), _initializer(initializer))
 
 
@@ -106,16 +107,16 @@ def by_name(name: str, num_classes: int | None, **options: Any) -> Model:
     """
     if name not in _FACTORIES and ":" not in name:
         meant = f": did you mean '{name.removesuffix('.py')}:factory'?" if name.endswith(".py") else ""
-        raise ValueError(f"unknown model {name!r}: expected {', '.join(_FACTORIES)} or 'pkg.module:factory'{meant}")
+        raise ArgumentError(f"unknown model {name!r}: expected {', '.join(_FACTORIES)} or 'pkg.module:factory'{meant}")
     factory = _FACTORIES.get(name) or from_reference(name)
     try:
         inspect.signature(factory).bind(num_classes, **options)
     except TypeError as error:
         called = ", ".join(["num_classes", *(f"{key}={value!r}" for key, value in options.items())])
-        raise TypeError(f"model {name!r} cannot be called with ({called}): {error}") from error
+        raise ArgumentTypeError(f"model {name!r} cannot be called with ({called}): {error}") from error
     model = factory(num_classes, **options)
     if not isinstance(model, Model):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"model {name!r}: expected the factory to return an object with .init(key, x) and .apply(variables, x), "
             f"such as a Flax Linen module, got {type(model).__name__}"
         )
@@ -133,19 +134,19 @@ def from_reference(reference: str) -> Any:
     """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"expected 'pkg.module:name', got {reference!r}")
+        raise ArgumentError(f"expected 'pkg.module:name', got {reference!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ImportError(f"{reference!r}: cannot import {module_name!r} from {os.getcwd()}: {error}") from error
+        raise CannotImportError(f"{reference!r}: cannot import {module_name!r} from {os.getcwd()}: {error}") from error
     found = getattr(module, attribute, None)
     if found is None:
         where = getattr(module, "__file__", None) or "built in"
-        raise AttributeError(f"{reference!r}: the module {module_name!r} ({where}) has no {attribute!r}")
+        raise ReferenceNotFoundError(f"{reference!r}: the module {module_name!r} ({where}) has no {attribute!r}")
     if not callable(found):
-        raise TypeError(f"{reference!r}: expected a function, got {type(found).__name__}")
+        raise ArgumentTypeError(f"{reference!r}: expected a function, got {type(found).__name__}")
     return found
 
 
@@ -167,7 +168,7 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
     shape = getattr(output, "shape", None)
     if num_classes is not None and shape != (num_classes,):
         shapes = jax.tree.map(jnp.shape, example)
-        raise ValueError(
+        raise ArgumentError(
             f"expected the model to map one example {shapes}, without a batch axis, to logits of shape "
             f"({num_classes},), got {shape if shape is not None else type(output).__name__}"
         )
@@ -177,10 +178,10 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
 def _check_collections(variables: Mapping[str, Any]) -> None:
     if not isinstance(variables, Mapping) or "params" not in variables:
         came = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise TypeError(f"expected the model's init to return a dict with 'params', got {came}")
+        raise ArgumentTypeError(f"expected the model's init to return a dict with 'params', got {came}")
     others = sorted(set(variables) - {"params"})
     if others:
-        raise ValueError(
+        raise ArgumentError(
             f"the model keeps variables other than 'params': {', '.join(others)}. Statistics of a batch couple its "
             "examples, so that none has a gradient of its own; use LayerNorm or GroupNorm in place of BatchNorm"
         )
@@ -190,7 +191,7 @@ def _applied(model: Model, variables: Mapping[str, Any], example: Input) -> Any:
     try:
         return jax.eval_shape(model.apply, variables, example)
     except flax.errors.InvalidRngError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"the model needs random numbers when applied ({error}); a score must be the same each time it is "
             "measured: build the model with dropout left out or deterministic"
         ) from error
@@ -198,11 +199,11 @@ def _applied(model: Model, variables: Mapping[str, Any], example: Input) -> Any:
 
 def _classes(num_classes: int) -> int:
     if num_classes < 1:
-        raise ValueError(f"expected num_classes of at least 1, got {num_classes}")
+        raise ArgumentError(f"expected num_classes of at least 1, got {num_classes}")
     return num_classes
 
 
 def _initializer(name: str) -> str:
     if name not in _INITIALIZERS:
-        raise ValueError(f"unknown initializer {name!r}: expected {' or '.join(map(repr, _INITIALIZERS))}")
+        raise ArgumentError(f"unknown initializer {name!r}: expected {' or '.join(map(repr, _INITIALIZERS))}")
     return name

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from isgd_jax.app.config import PER_HOST, Config
+from isgd_jax.errors import ArgumentError
 
 LOST = 75
 """Exit code where others did not come or were lost: what `sysexits.h` calls a temporary failure."""
@@ -77,7 +78,7 @@ def _check_port(config: Config) -> None:
             try:
                 trial.bind(("127.0.0.1" if host in _LOOPBACK else "", int(port)))
             except (OSError, OverflowError) as error:
-                raise ValueError(f"process 0 cannot have port {port} ({error}): name another") from error
+                raise ArgumentError(f"process 0 cannot have port {port} ({error}): name another") from error
 
 
 def _initialize(config: Config) -> None:
@@ -113,7 +114,7 @@ def _initialize(config: Config) -> None:
         )
     if failed and None in place:
         needs = "where no cluster is found --distributed needs --coordinator, --num-processes and --process-id"
-        raise ValueError(f"{needs} ({failed[0]})") from failed[0]
+        raise ArgumentError(f"{needs} ({failed[0]})") from failed[0]
     if failed:
         raise failed[0]
 
@@ -140,7 +141,7 @@ def _check_same(identities: list[dict[str, Any]]) -> None:
         got = [f"{other!r} in process {i}" for i, other in enumerate(others, start=1) if other != first]
         if got:
             what = f"the processes differ in {name}: {first!r} in process 0, but {', '.join(got)}"
-            raise ValueError(f"{what}; start the same command on every host")
+            raise ArgumentError(f"{what}; start the same command on every host")
 
 
 def _end(grace: float, code: int) -> None:

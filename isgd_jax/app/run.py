@@ -20,6 +20,7 @@ from isgd_jax.app.tensorboard import require_tensorboard, with_events
 from isgd_jax.engines import arrivals
 from isgd_jax.engines.contract import Reports, Resumable, Timed
 from isgd_jax.engines.rates import Rates
+from isgd_jax.errors import ArgumentError, DivergedError
 from isgd_jax.sampling.gates import is_open
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training import loop
@@ -106,7 +107,7 @@ def fit(
                 config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir, on_disk=config.hold == "disk"
             )
     if config.batch_size > len(dataset):
-        raise ValueError(
+        raise ArgumentError(
             f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
             f"got {config.batch_size}"
         )
@@ -156,12 +157,12 @@ def _devices(config: Config) -> list[jax.Device] | None:
     if config.train_devices > 1:
         devices, wanted = jax.local_devices(), config.train_devices
         if wanted >= len(devices):
-            raise ValueError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
+            raise ArgumentError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
         return devices[:wanted]
     if not config.distributed:
         return None
     if config.batch_size % len(jax.devices()):
-        raise ValueError(
+        raise ArgumentError(
             f"--batch-size must be a multiple of the {len(jax.devices())} devices that train, so that each handles an "
             f"equal part; got {config.batch_size}"
         )
@@ -371,7 +372,7 @@ class Recorder(Callback):
         for i, info in enumerate(infos):
             if not np.isfinite(info.loss):
                 at = self._step - len(infos) + i
-                raise FloatingPointError(
+                raise DivergedError(
                     f"the training loss became {info.loss} at step {at}: lower --learning-rate "
                     f"(it was {self._config.learning_rate}); checkpoints from before stay in {self._folder.checkpoints}"
                 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
+from isgd_jax.errors import ArgumentError
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: `event` says which kind, `step` how many updates had been made."""
@@ -63,7 +64,7 @@ class RunDir:
             inside = sorted(str(found.parent) for found in self.path.glob("*/config.json"))
             meant = f"; it holds the runs {', '.join(inside)}" if inside else ""
             raise FileNotFoundError(f"{self.path} is not the folder of a run: it has no config.json{meant}")
-        return Config.from_dict(json.loads(file.read_text()))
+        return Config.from_dict(_read_json(file))
 
     def check_resumable(self, config: Config) -> None:
         """Refuse to go on with other settings than the run was started with.
@@ -72,7 +73,9 @@ class RunDir:
             ValueError: a field that decides the parameters differs, or the run is a replay.
         """
         if config.replay is not None:
-            raise ValueError(f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again")
+            raise ArgumentError(
+                f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again"
+            )
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
 
     def write_config(self, config: Config) -> None:
@@ -92,7 +95,7 @@ class RunDir:
         for name in before:
             if before[name] != now[name] and name not in may_change:
                 flag = name.replace("_", "-")
-                raise ValueError(
+                raise ArgumentError(
                     f"--{flag} is {now[name]!r} but the run was started with {before[name]!r}; drop the flag"
                 )
 
@@ -122,7 +125,7 @@ class RunDir:
     def fingerprint(self) -> str | None:
         """Of the training set the run was made on; None if it has not begun."""
         file = self.path / "environment.json"
-        return json.loads(file.read_text()).get("fingerprint") if file.is_file() else None
+        return _read_json(file).get("fingerprint") if file.is_file() else None
 
     def append(self, record: Record) -> None:
         """Add one line to metrics.jsonl."""
@@ -133,12 +136,15 @@ class RunDir:
         """The lines of metrics.jsonl, those of one kind if ``event`` is given; a last line cut short is left out."""
         if not self.metrics.is_file():
             return
-        for line in self.metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                return
-            record = json.loads(line)
-            if event is None or record["event"] == event:
-                yield record
+        with self.metrics.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                record = _parsed(line, f"{self.metrics}, line {number}")
+                if not {"event", "step"} <= set(record):
+                    raise ArgumentError(f"{self.metrics}, line {number}: expected an event and its step, got {record}")
+                if event is None or record["event"] == event:
+                    yield record
 
     def forget_after(self, step: int) -> None:
         """Drop the lines written after ``step``: the resumed run will write them again.
@@ -162,6 +168,27 @@ class Unwritten(RunDir):
 
     def records(self, event: str | None = None) -> Iterator[Record]:
         return iter(())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return _parsed(file.read_bytes(), str(file))
+
+
+def _parsed(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ArgumentError: it is damaged, or something else; ``where`` names the file.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(
+            f"{where} is damaged, no JSON can be read from it ({error}): restore it, or start anew"
+        ) from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"{where} is damaged: expected a JSON object, got a {type(found).__name__}")
+    return found
 
 
 def _default_name(config: Config) -> str:

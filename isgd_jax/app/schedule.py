@@ -2,6 +2,7 @@
 
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.arrivals import Arrivals, Schedule
+from isgd_jax.errors import ArgumentError
 
 
 def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None:
@@ -12,7 +13,7 @@ def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None
     """
     covered = max(schedule.arrivals) + refresh_every
     if num_steps > covered:
-        raise ValueError(f"the schedule to replay ends at step {covered}, before --steps {num_steps}: ask for less")
+        raise ArgumentError(f"the schedule to replay ends at step {covered}, before --steps {num_steps}: ask for less")
 
 
 def read(run: RunDir, fingerprint: str) -> Schedule:
@@ -24,13 +25,17 @@ def read(run: RunDir, fingerprint: str) -> Schedule:
     """
     run.read_config()
     if run.fingerprint() not in (None, fingerprint):
-        raise ValueError(f"{run.path} was made on another data set: it has {run.fingerprint()}, this is {fingerprint}")
+        raise ArgumentError(
+            f"{run.path} was made on another data set: it has {run.fingerprint()}, this is {fingerprint}"
+        )
     refreshes = {record["step"]: record for record in run.records("refresh")}
     if not refreshes:
-        raise ValueError(f"{run.path} has no schedule to replay: it never refreshed its scores")
+        raise ArgumentError(f"{run.path} has no schedule to replay: it never refreshed its scores")
     sizes = {record["chunk_size"] for record in refreshes.values()}
     if len(sizes) > 1:
-        raise ValueError(f"{run.path} was resumed with chunks of another size, {sorted(sizes)}: it cannot be replayed")
+        raise ArgumentError(
+            f"{run.path} was resumed with chunks of another size, {sorted(sizes)}: it cannot be replayed"
+        )
     arrivals = {
         step: Arrivals([(version, first, last) for version, first, last in record["arrived"]], record["clock"])
         for step, record in refreshes.items()

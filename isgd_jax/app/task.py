@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from isgd_jax.app import data, models
 from isgd_jax.app.config import Config
 from isgd_jax.engines.scorers import softmax_cross_entropy
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Example, LossFn, Params
 
 OutputLoss = Callable[[Array, Example], Float[Array, ""]]
@@ -48,7 +49,9 @@ def make(
         options = {"hidden": config.hidden, "initializer": config.initializer} if config.model == "mlp" else {}
         model = models.by_name(config.model, dataset.num_classes, **options)
     if loss is None and config.loss is None and dataset.num_classes is None:
-        raise ValueError(f"{dataset.name} has no classes, whole-number labels [n]: name a loss of (outputs, example)")
+        raise ArgumentError(
+            f"{dataset.name} has no classes, whole-number labels [n]: name a loss of (outputs, example)"
+        )
     if loss is None:
         loss = softmax_cross_entropy if config.loss is None else models.from_reference(config.loss)
 
@@ -75,15 +78,17 @@ def _check_suits(name: str, dataset: data.Dataset) -> None:
     if ":" in name:
         return
     if dataset.num_classes is None:
-        raise ValueError(f"{name} classifies, and {dataset.name} has no classes, whole-number labels [n]: give a model")
+        raise ArgumentError(
+            f"{name} classifies, and {dataset.name} has no classes, whole-number labels [n]: give a model"
+        )
     if len(dataset.inputs.shapes) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} takes one input, and {dataset.name} has {', '.join(dataset.inputs.shapes)}: name it with "
             "input_key, or give a model"
         )
     if not dataset.statistics:
         key = dataset.input_key
-        raise ValueError(
+        raise ArgumentError(
             f"{name} takes quantities, and {key!r} of {dataset.name} is of {dataset.inputs.dtypes[key]}, which stays "
             "as it is: make it float32 if they are quantities, or give a model"
         )
@@ -93,7 +98,7 @@ def _check_scalar(loss_fn: LossFn, params: Params, example: Example, name: str |
     out = jax.eval_shape(loss_fn, params, example)
     is_scalar = isinstance(out, jax.ShapeDtypeStruct) and out.shape == ()
     if not is_scalar or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(
+        raise ArgumentError(
             f"the loss {name or ''} must return one floating-point scalar for one example; it returns "
             f"{jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', out)}: average or sum over what is left"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isgd_jax.app.run_dir import Record
+from isgd_jax.errors import CannotImportError
 
 
 def require_tensorboard() -> None:
@@ -15,7 +16,7 @@ def require_tensorboard() -> None:
         ImportError: tensorboardX is not installed.
     """
     if importlib.util.find_spec("tensorboardX") is None:
-        raise ImportError("--tensorboard needs tensorboardX: pip install 'isgd_jax[tensorboard]'")
+        raise CannotImportError("--tensorboard needs tensorboardX: pip install 'isgd_jax[tensorboard]'")
 
 
 def with_events(folder: Path, observe: Callable[[Record], None]) -> Callable[[Record], None]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from isgd_jax.errors import ArgumentError
+
 
 def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = False) -> np.ndarray:
     """The ``num_examples`` finite numbers in a .npy file, as float32.
@@ -24,19 +26,19 @@ def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = F
     with open(path, "rb") as file:
         begin = file.read(6)
     if begin.startswith(b"PK"):
-        raise ValueError(f"{expected}, but {path} is an archive of arrays: save the one with numpy.save, as .npy")
+        raise ArgumentError(f"{expected}, but {path} is an archive of arrays: save the one with numpy.save, as .npy")
     if begin != np.lib.format.MAGIC_PREFIX:
-        raise ValueError(f"{expected}, but {path} is no .npy file: it begins with {begin!r}")
+        raise ArgumentError(f"{expected}, but {path} is no .npy file: it begins with {begin!r}")
     try:
         with np.errstate(over="raise"):
             found = np.lib.format.open_memmap(path, mode="r")  # a header may lie about the size
     except Exception as error:  # NumPy's parser of headers raises whatever it stumbles over
         reason = " ".join(str(error).split())
-        raise ValueError(f"{expected}, but {path} is no whole .npy file of numbers ({reason})") from error
+        raise ArgumentError(f"{expected}, but {path} is no whole .npy file of numbers ({reason})") from error
     if found.shape != (num_examples,) or found.dtype.kind not in "iuf":
-        raise ValueError(f"{expected}, got {found.dtype}{list(found.shape)} in {path}")
+        raise ArgumentError(f"{expected}, got {found.dtype}{list(found.shape)} in {path}")
     with np.errstate(over="ignore"):  # told below
         values = np.array(found, np.float32)
     if not np.isfinite(values).all() or not (allow_negative or (values >= 0).all()):
-        raise ValueError(f"{flag}: expected finite numbers{'' if allow_negative else ' of at least 0'} in {path}")
+        raise ArgumentError(f"{flag}: expected finite numbers{'' if allow_negative else ' of at least 0'} in {path}")
     return values

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch
 
 
@@ -18,7 +19,9 @@ class Chunks:
 
     def __init__(self, num_examples: int, size: int) -> None:
         if num_examples < 1 or size < 1:
-            raise ValueError(f"chunks need at least one example each, got {num_examples} examples in chunks of {size}")
+            raise ArgumentError(
+                f"chunks need at least one example each, got {num_examples} examples in chunks of {size}"
+            )
         self.num_examples = num_examples
         self.size = min(size, num_examples)
 
@@ -62,7 +65,7 @@ def num_rows(data: Batch) -> int:
     """
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
+        raise ArgumentError(
             "data must be a pytree of arrays with one common leading axis, one row per example; "
             f"got leading axes {sorted(sizes)}"
         )

@@ -13,6 +13,7 @@ from isgd_jax.engines.all_hosts import AllHosts
 from isgd_jax.engines.chunks import Chunks, Scored, as_scored, num_rows, unpadded, what_is_wrong
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
 from isgd_jax.engines.sharded import sharded
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 
@@ -145,7 +146,7 @@ class InlineEngine(ClosesOnExit):
         found = unpadded(pending, count)
         wrong = what_is_wrong(found, count)
         if wrong is not None:
-            raise ValueError(f"the scorer returned what cannot be scores: {wrong}")
+            raise ArgumentError(f"the scorer returned what cannot be scores: {wrong}")
         return found
 
     def _scored_chunk(self, found: Any, place: int, chunk: int, version: int) -> ScoredChunk:
@@ -187,7 +188,7 @@ def inline(
         ValueError: ``share`` is not above 0 and at most 1, or the data have no common leading axis.
     """
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"share must be above 0 and at most 1, got {share!r}: the part that one collect() scores")
+        raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}: the part that one collect() scores")
     size, processes = num_rows(data), jax.process_count()
     wanted = math.ceil(share * size)
     chunk_size = min(chunk_size, wanted)

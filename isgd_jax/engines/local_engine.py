@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 TRIES = 3
@@ -104,7 +105,7 @@ def device_pool(
         ValueError: there are no devices.
     """
     if not devices:
-        raise ValueError(
+        raise ArgumentError(
             "a local engine needs a device that scores besides the one that trains: "
             "with a single device use isgd.engines.inline, which scores between the steps"
         )

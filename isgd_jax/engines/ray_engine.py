@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from isgd_jax.errors import CannotImportError
+
 try:
     import ray
     from ray import _raylet, exceptions
     from ray._private import ray_constants, worker
 except ImportError as error:
-    raise ImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
+    raise CannotImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
 from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.contract import ScoredChunk, WorkersGone

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.lax import Precision
 from jaxtyping import Float, PyTree
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.batching import in_microbatches
 from isgd_jax.gradients.per_example import per_example_grads
@@ -82,7 +83,7 @@ def grad_norm(
             called, ``select`` chose no parameter.
     """
     if sketch is not None and select is not None:
-        raise ValueError("a sketch needs the gradients of all parameters: give either sketch= or select=")
+        raise ArgumentError("a sketch needs the gradients of all parameters: give either sketch= or select=")
 
     def score(params: Params, batch: Batch) -> Any:
         chosen, rebuild = _selected(params, select)
@@ -177,7 +178,7 @@ def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callabl
     places = [place for place, (path, _) in enumerate(leaves) if select is None or select(_names(path))]
     if not places and leaves:
         known = sorted({name for path, _ in leaves for name in _names(path)})
-        raise ValueError(f"select chose none of the parameters; the names on their paths are {known}")
+        raise ArgumentError(f"select chose none of the parameters; the names on their paths are {known}")
 
     def rebuild(chosen: list[Any]) -> Params:
         values = [leaf for _, leaf in leaves]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from isgd_jax.errors import ArgumentTypeError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 
@@ -84,7 +85,7 @@ class _Replicator:
 
 def _check_concrete(params: Params, batch: Batch) -> None:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, batch))):
-        raise TypeError("a sharded scorer places arrays on devices itself: call it outside jit, vmap and grad")
+        raise ArgumentTypeError("a sharded scorer places arrays on devices itself: call it outside jit, vmap and grad")
 
 
 def _bring_home(found: Any, params: Params, batch: Batch) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 
 from isgd_jax.engines.chunks import Chunks, as_scored, what_is_wrong
 from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.errors import ArgumentError
 
 NEVER = -1
 
@@ -97,7 +98,7 @@ class WorkQueue:
             ValueError: it has.
         """
         if fingerprint != self._fingerprint:
-            raise ValueError(
+            raise ArgumentError(
                 f"the worker has another data set: expected fingerprint {self._fingerprint!r}, got {fingerprint!r}; "
                 "give it the same files in the same order"
             )

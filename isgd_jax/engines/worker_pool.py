@@ -18,6 +18,7 @@ from isgd_jax.engines import exits
 from isgd_jax.engines.chunks import as_scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk, WorkersGone
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Params
 
 LOG = logging.getLogger("isgd_jax")
@@ -130,7 +131,7 @@ class WorkerPool(ClosesOnExit):
         """
         with self._changed:
             if worker.name in self._workers:
-                raise ValueError(f"there is a worker {worker.name} already")
+                raise ArgumentError(f"there is a worker {worker.name} already")
             self._queue.check(worker.fingerprint)
             self._workers[worker.name] = worker
             self._scored.setdefault(worker.name, 0)
@@ -275,7 +276,7 @@ class WorkerPool(ClosesOnExit):
         with self._changed:
             wrong = self._queue.complete(item, found, fingerprint=worker.fingerprint)
             if wrong is not None:
-                raise ValueError(wrong)
+                raise ArgumentError(wrong)
             scored = as_scored(found)
             self._bytes += scored.nbytes
             self._scored[worker.name] += len(scored.scores)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.slices import by_slices
 
 Scoring = Callable[[Any, Any], Any]
@@ -22,7 +23,7 @@ def in_microbatches(
 ) -> Scoring:
     """``score``, on ``size`` examples at a time; "auto": as many as fit in 1.5 times the memory of ``reference``."""
     if size not in (None, "auto") and (not isinstance(size, int) or size < 1):
-        raise ValueError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
+        raise ArgumentError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
     fitting: dict[Any, int] = {}
 
     def scored(params: Any, batch: Any) -> Any:

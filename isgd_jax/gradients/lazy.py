@@ -18,6 +18,7 @@ from jax.lax import Precision
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, PyTree
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
 from isgd_jax.gradients.factors import OneHot, Windows, einsum, products, wide
 from isgd_jax.gradients.slices import by_slices
@@ -138,7 +139,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
     """
     b = _batch_size(grads)
     if weights.shape != (b,):
-        raise ValueError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
+        raise ArgumentError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
     return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
@@ -183,7 +184,7 @@ def _map(function: Any, grads: Grads) -> PyTree:
 def _leaves(grads: Grads) -> list[Any]:
     leaves = jax.tree.leaves(grads, is_leaf=is_factored)
     if not leaves:
-        raise ValueError("the gradients have no leaves, so neither batch size nor norms: are there any parameters?")
+        raise ArgumentError("the gradients have no leaves, so neither batch size nor norms: are there any parameters?")
     return leaves
 
 

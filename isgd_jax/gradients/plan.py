@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, program, run
@@ -100,7 +101,7 @@ def make_plan(
 def _without_batch_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of one example: by shape alone, for an axis that lies on several devices is not to be indexed."""
     if not x.shape:
-        raise ValueError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
+        raise ArgumentError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, weak_type=x.weak_type)
 
 
@@ -122,7 +123,7 @@ def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[
     def checked(*args: Any) -> tuple[Any, Any]:
         value, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
         if jnp.shape(value) != ():
-            raise ValueError(
+            raise ArgumentError(
                 f"loss_fn must return the scalar loss of ONE example, got shape {jnp.shape(value)}; "
                 "if it is written for a batch, wrap it: per_example_grads(from_batch_loss(loss_fn))"
             )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Key
 
 ROWS = 4096
@@ -62,7 +63,7 @@ def cells(
 ) -> Float[Array, "cells dims"]:
     """Centres of the cells: weighted k-means, from ``num_cells`` examples drawn by score."""
     if not 0 < num_cells <= sketches.shape[0]:
-        raise ValueError(f"num_cells must lie in 1..n={sketches.shape[0]}, got {num_cells}")
+        raise ArgumentError(f"num_cells must lie in 1..n={sketches.shape[0]}, got {num_cells}")
     weights = jnp.where(jnp.sum(scores) > 0.0, scores, 1.0)
     start = sketches[_spread(key, weights, num_cells)]
 

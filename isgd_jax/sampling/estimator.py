@@ -35,6 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
@@ -89,7 +90,7 @@ class GradientSketch(Protocol):
 class Options:
     """The arguments of `importance_sampler`, which documents them; also what is alike for other samplers."""
 
-    sampler: str = "stratified"
+    sampler: str | Sampler = "stratified"
     order: OrderName | GradientSketch | Array | np.ndarray = "score"
     order_every: int = 1
     uniform_fraction: float | Literal["auto"] = "auto"
@@ -111,7 +112,7 @@ def importance_sampler(
     num_examples: int,
     *,
     batch_size: int,
-    sampler: SamplerName = "stratified",
+    sampler: SamplerName | Sampler = "stratified",
     order: OrderName | GradientSketch | Array | np.ndarray = "score",
     order_every: int = 1,
     uniform_fraction: float | Literal["auto"] = "auto",
@@ -135,7 +136,7 @@ def importance_sampler(
         batch_size: draws in a step, m.
         sampler: how indices are drawn. "stratified": one in each of m equal parts of the line of probabilities;
             "systematic": equal steps along it; "independent": the paper's; "without_replacement"; "poisson": a random
-            number of draws, with ``draw.mask``.
+            number of draws, with ``draw.mask``; or a function of one's own, ``(key, law, *, num_draws) -> Draw``.
         order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
             such as labels, to order by it and then by score; or a `GradientSketch`
             (`isgd_jax.gradients.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
@@ -307,7 +308,9 @@ class ImportanceSampler:
         self._check_seconds(seconds)
         ids, scores = jnp.asarray(ids), jnp.asarray(scores)
         if ids.ndim != 1 or scores.shape != ids.shape:
-            raise ValueError(f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}")
+            raise ArgumentError(
+                f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
+            )
         state = self._written(state, ids, scores, version, sketches, seconds)
         if seconds is None:
             return state
@@ -363,7 +366,8 @@ class ImportanceSampler:
         """Of the four ways to draw (by score or uniformly, whole or in halves) the one whose turn it is, alone."""
         options, law = self.options, state.proposal.law
         is_apart = options.sampler in _APART
-        by_score, plain = _SAMPLERS[options.sampler], samplers.uniform if is_apart else samplers.uniform_strata
+        by_score = _SAMPLERS[options.sampler] if isinstance(options.sampler, str) else options.sampler
+        plain = samplers.uniform if is_apart else samplers.uniform_strata
         halve = self._can_halve and not is_apart
 
         def way(sampler: Sampler) -> Callable[[], Draw]:
@@ -445,9 +449,11 @@ class ImportanceSampler:
         """The ordering with these sketches, but for padding, those of an older version, and any not finite."""
         keys, rows, known = state.ordering
         if rows is None or known is None:
-            raise ValueError("sketches came, but the order of this sampler is not made of any: order=sketch wants them")
+            raise ArgumentError(
+                "sketches came, but the order of this sampler is not made of any: order=sketch wants them"
+            )
         if sketches.shape != (*ids.shape, rows.shape[1]):
-            raise ValueError(
+            raise ArgumentError(
                 f"expected sketches of shape {(*ids.shape, rows.shape[1])}, one of {rows.shape[1]} numbers for each of "
                 f"the ids; got {sketches.shape}"
             )
@@ -460,7 +466,7 @@ class ImportanceSampler:
 
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
-            raise ValueError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
+            raise ArgumentError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
 
 
 def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) -> Draw:
@@ -479,7 +485,7 @@ def share(draw: Draw, axis_name: str) -> Draw:
     num_devices = lax.axis_size(axis_name)
     size, rest = divmod(draw.indices.shape[0], num_devices)
     if rest:
-        raise ValueError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
+        raise ArgumentError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
     start = lax.axis_index(axis_name) * size
 
     def part(x: Array) -> Array:
@@ -504,19 +510,19 @@ def _sketch_of(options: Options) -> GradientSketch | None:
 def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     """Refuse what no sampler can be made of, in the names of the arguments."""
     names = get_args(SamplerName)
-    if options.sampler not in names:
-        raise ValueError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
+    if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
+        raise ArgumentError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
     if options.sampler in ("without_replacement", "poisson") and batch_size > num_examples:
-        raise ValueError(
+        raise ArgumentError(
             f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
         )
     if isinstance(options.order, str) and options.order not in ("score", "index"):
-        raise ValueError(
+        raise ArgumentError(
             f'order must be "score", "index", an array [n] or a sketch of gradients; got {options.order!r}'
         )
     keys = _order_keys(options)
     if keys is not None and keys.shape != (num_examples,):
-        raise ValueError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
+        raise ArgumentError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
     check_weights(options.example_weights, num_examples)
     check_fraction(options.uniform_fraction, options.additive)
     check_ranges(options)
@@ -531,13 +537,13 @@ def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None
     if weights is None:
         return
     if weights.shape != (num_examples,):
-        raise ValueError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
+        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
     if isinstance(weights, jax.core.Tracer):
         return
     with jax.transfer_guard("allow"):
         is_finite = np.isfinite(np.asarray(weights).astype(np.float32))
     if not np.all(is_finite):
-        raise ValueError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
+        raise ArgumentError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:
@@ -549,7 +555,7 @@ def check_fraction(uniform_fraction: float | str, additive: float) -> None:
     is_fraction = not isinstance(uniform_fraction, str) and 0.0 < uniform_fraction <= 1.0
     stands_in = uniform_fraction == 0.0 and additive > 0.0
     if not (uniform_fraction == "auto" or is_fraction or stands_in):
-        raise ValueError(
+        raise ArgumentError(
             f'uniform_fraction must be "auto", or above 0 and at most 1 (0 only beside additive above 0), got '
             f"{uniform_fraction!r}: an example without a chance would be a bias"
         )
@@ -562,7 +568,7 @@ def check_number(uniform_fraction: float | str) -> None:
         TypeError: it is no number.
     """
     if isinstance(uniform_fraction, str):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"uniform_fraction must be a number here, above 0 and at most 1, got {uniform_fraction!r}: only "
             "importance_sampler learns it"
         )
@@ -576,9 +582,9 @@ def check_whole(name: str, value: int, least: int) -> None:
         ValueError: it is less than the least.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+        raise ArgumentError(f"{name} must be {least} or more, got {value}")
 
 
 def check_ranges(options: Options) -> None:
@@ -594,12 +600,12 @@ def check_ranges(options: Options) -> None:
         if limit is not None:
             check_whole(name, limit, 0)
     if not (0.0 <= options.additive < math.inf):
-        raise ValueError(f"additive must be 0 or more, got {options.additive}")
+        raise ArgumentError(f"additive must be 0 or more, got {options.additive}")
     if not 0.0 <= options.min_trusted <= 1.0:
-        raise ValueError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
+        raise ArgumentError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
     if not 0.0 <= options.score_memory < 1.0:
-        raise ValueError(
+        raise ArgumentError(
             f"score_memory is the share of the old mean square to keep, 0 to below 1, got {options.score_memory}"
         )
     if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
-        raise ValueError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")
+        raise ArgumentError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")

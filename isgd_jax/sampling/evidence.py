@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.weights import draw_weights
@@ -70,7 +71,7 @@ def norms_of(
     scores = norms if scores is None else gathered(jnp.asarray(scores).astype(jnp.float32), axis_name)
     for what, values in (("norms", norms), ("scores", scores)):
         if values is not None and values.shape != draw.probs.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"expected {what} of the {draw.probs.shape[0]} draws, got shape {values.shape}: pass the draw that the "
                 "gradients were made of, whole (a device that has a part of it names the axis, axis_name=)"
             )
@@ -99,7 +100,7 @@ def target_of(draw: Draw) -> Float[Array, " m"]:
         TypeError: the draw is of a bare sampler, which does not know it.
     """
     if draw.target is None:
-        raise TypeError("observe needs a draw that sample() of the same sampler made; this one has no target")
+        raise ArgumentTypeError("observe needs a draw that sample() of the same sampler made; this one has no target")
     return draw.target
 
 

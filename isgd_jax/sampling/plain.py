@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
@@ -34,7 +35,7 @@ from isgd_jax.sampling.estimator import (
     check_weights,
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
-from isgd_jax.types import Draw, Key, Params
+from isgd_jax.types import Draw, Key, Params, Sampler
 
 
 def shuffled_epochs(
@@ -65,7 +66,7 @@ def shuffled_epochs(
     check_sizes(num_examples, batch_size)
     check_weights(example_weights, num_examples)
     if batch_size > num_examples:
-        raise ValueError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
+        raise ArgumentError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
     options = _plain(monitor, example_weights, steps_per_update)
     check_ranges(options)
     return _Epochs(num_examples, batch_size, options).functions()
@@ -91,7 +92,7 @@ def fixed(
     scores: Array | np.ndarray,
     *,
     batch_size: int,
-    sampler: SamplerName = "stratified",
+    sampler: SamplerName | Sampler = "stratified",
     order: OrderName | GradientSketch | Array | np.ndarray = "score",
     uniform_fraction: float = 0.1,
     additive: float = 0.0,
@@ -123,7 +124,7 @@ def fixed(
     is_score = np.isfinite(values) & (values >= 0)
     if values.ndim != 1 or not np.all(is_score):
         bad = "" if values.ndim != 1 else f"; the first wrong one is at {int(np.argmin(is_score))}"
-        raise ValueError(
+        raise ArgumentError(
             f"fixed scores are one number an example [n], at least 0 and finite as float32, got shape {values.shape}"
             f"{bad}"
         )
@@ -168,7 +169,9 @@ class _Still(ImportanceSampler):
         Raises:
             TypeError: always.
         """
-        raise TypeError("this sampler's proposal never changes, so it takes no scores: use isgd_jax.importance_sampler")
+        raise ArgumentTypeError(
+            "this sampler's proposal never changes, so it takes no scores: use isgd_jax.importance_sampler"
+        )
 
     def refresh(self, state: SamplerState, key: Key | None = None) -> SamplerState:
         """The state as it is: there is nothing to renew."""

@@ -29,6 +29,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import candidates, samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
@@ -86,7 +87,7 @@ def presampling(
     check_fraction(uniform_fraction, 0.0)
     check_whole("candidates", candidates, 1)
     if not 0.0 <= score_cost < math.inf:
-        raise ValueError(f"score_cost must be 0 or more forward passes, got {score_cost}")
+        raise ArgumentError(f"score_cost must be 0 or more forward passes, got {score_cost}")
     options = Options(
         sampler="uniform",
         order="index",
@@ -126,7 +127,7 @@ class _Presampling(_Still):
             ValueError: there is not one score for each candidate.
         """
         if scores.shape != candidates.indices.shape:
-            raise ValueError(f"expected {candidates.indices.shape[0]} scores, one a candidate; got {scores.shape}")
+            raise ArgumentError(f"expected {candidates.indices.shape[0]} scores, one a candidate; got {scores.shape}")
         parts = []
         for pick, part, size in self._halves(key, candidates):
             own = scores[part.start : part.start + part.draw.indices.shape[0]]
@@ -142,7 +143,7 @@ class _Presampling(_Still):
             TypeError: there is no scorer, or no ``params`` and ``data`` to score with.
         """
         if self.scorer is None or params is None or data is None:
-            raise TypeError(
+            raise ArgumentTypeError(
                 "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
                 "data=...), or call candidates() and resample() with scores of your own"
             )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import calibration as calibrations
 from isgd_jax.sampling import score_table as tables
 from isgd_jax.sampling.calibration import Calibration
@@ -58,7 +59,7 @@ def propose(
         ValueError: ``mixture`` and ``additive`` are both 0, or one of the numbers is out of range.
     """
     if isinstance(mixture, float | int) and mixture == 0.0 and additive == 0.0:
-        raise ValueError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
+        raise ArgumentError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
     trusted = trust(table, version=version, seconds=seconds, max_age=max_age, max_age_seconds=max_age_seconds)
     share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
     scores = table.scores
@@ -107,9 +108,9 @@ def smooth(
         ValueError: ``mixture`` is not in [0, 1], or ``additive`` is negative.
     """
     if isinstance(mixture, float | int) and not 0.0 <= mixture <= 1.0:
-        raise ValueError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
+        raise ArgumentError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
     if not additive >= 0.0:
-        raise ValueError(f"additive must not be negative, got {additive}")
+        raise ArgumentError(f"additive must not be negative, got {additive}")
     size = scores.shape[0]
     wanted = _relative(scores + additive)[0]
     if example_weights is not None:

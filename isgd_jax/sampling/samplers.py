@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
 from isgd_jax.types import Draw, Key
@@ -154,7 +155,7 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """
     law, size = _as_law(law), _poisson_size(num_draws)
     if num_draws > law.masses.shape[0]:
-        raise ValueError(f"poisson draws distinct indices: num_draws={num_draws} exceeds n={law.masses.shape[0]}")
+        raise ArgumentError(f"poisson draws distinct indices: num_draws={num_draws} exceeds n={law.masses.shape[0]}")
     probs = _line_probabilities(capped(law, num_draws=size))
     choose, shuffle = jax.random.split(key)
     included = ~double_float.at_least(_unit_pair(choose, probs.shape[0]), double_float.exact(probs * size))
@@ -189,7 +190,9 @@ def capped(law: LawLike, *, num_draws: int | float) -> Law:
     """
     law = _as_law(law)
     if not 0 < num_draws <= law.masses.shape[0]:
-        raise ValueError(f"num_draws must lie in 1..n={law.masses.shape[0]} to draw distinct indices, got {num_draws}")
+        raise ArgumentError(
+            f"num_draws must lie in 1..n={law.masses.shape[0]} to draw distinct indices, got {num_draws}"
+        )
 
     def lower(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         cap, count, _ = state
@@ -212,7 +215,7 @@ def _as_law(law: LawLike) -> Law:
 
 def _check_size(size: int) -> int:
     if not 0 < size < 2**31:
-        raise ValueError(f"a law holds 1 to 2^31 - 1 examples (indices are int32), got {size}; split the data set")
+        raise ArgumentError(f"a law holds 1 to 2^31 - 1 examples (indices are int32), got {size}; split the data set")
     return size
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from isgd_jax.errors import ArgumentError
+
 NEVER = -1
 """The version of an example that was never scored."""
 
@@ -38,7 +40,7 @@ def create(num_examples: int) -> ScoreTable:
         ValueError: ``num_examples`` is not positive.
     """
     if num_examples < 1:
-        raise ValueError(f"a score table needs at least one example, got num_examples={num_examples}")
+        raise ArgumentError(f"a score table needs at least one example, got num_examples={num_examples}")
     return ScoreTable(
         jnp.zeros((num_examples,), jnp.float32),
         jnp.full((num_examples,), NEVER, jnp.int32),
@@ -64,7 +66,7 @@ def record(
         ValueError: ``memory`` is not in [0, 1).
     """
     if not 0.0 <= memory < 1.0:
-        raise ValueError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
+        raise ArgumentError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
     size = table.scores.shape[0]
     version = jnp.asarray(version, jnp.int32)
     indices, scores = indices.astype(jnp.int32), scores.astype(jnp.float32)

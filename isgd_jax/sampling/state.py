@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.samplers import Law
@@ -162,9 +163,9 @@ def check_sizes(num_examples: int, batch_size: int) -> None:
     """
     for name, value in (("num_examples", num_examples), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
+            raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
         if not 1 <= value < 2**31:
-            raise ValueError(f"{name} must be 1 to 2^31 - 1, got {value}")
+            raise ArgumentError(f"{name} must be 1 to 2^31 - 1, got {value}")
 
 
 def check_state(state: SamplerState, num_examples: int) -> None:
@@ -175,16 +176,18 @@ def check_state(state: SamplerState, num_examples: int) -> None:
         ValueError: it is of another format or another number of examples.
     """
     if not isinstance(state, SamplerState):
-        raise TypeError(f"expected a SamplerState as init() makes it, got {type(state).__name__}")
+        raise ArgumentTypeError(f"expected a SamplerState as init() makes it, got {type(state).__name__}")
     known = state.table.scores.shape[0]
     if known != num_examples:
-        raise ValueError(f"the state is of {known} examples, this sampler of {num_examples}: they are not of one run")
+        raise ArgumentError(
+            f"the state is of {known} examples, this sampler of {num_examples}: they are not of one run"
+        )
     if isinstance(state.format, jax.core.Tracer):
         return
     with jax.transfer_guard("allow"):
         found = int(state.format)
     if found != FORMAT:
-        raise ValueError(
+        raise ArgumentError(
             f"the sampler's state has format {found}, this version of isgd_jax reads format {FORMAT}: "
             "begin with init(), or go on with the version that wrote it"
         )

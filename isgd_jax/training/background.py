@@ -27,7 +27,9 @@ import numpy as np
 from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
 
 QUIET_REFRESHES = 3
@@ -58,7 +60,7 @@ class Refresher:
         publish_every: int | None,
         wait: bool,
         published: Callable[[Params, int], Any],
-        clock: Callable[[], float],
+        clock: Callable[[], float] | None,
         publish_at: Callable[[int], bool] | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -111,12 +113,19 @@ class Refresher:
     def _refreshed(self, step: int, state: SamplerState) -> SamplerState:
         self._check_version(step, state)
         chunks = [] if self.engine is None else self.engine.collect(wait=self._wait)
-        now = self._clock()
+        now = self._now(state)
         state = self._take(state, chunks, now)
         state = self._refresh(state)
         self.last = Refresh(step, now, chunks, jnp.copy(state.quarantined))
         self._warn_if_quiet(step, chunks)
         return state
+
+    def _now(self, state: SamplerState) -> float:
+        """The caller's clock, or seconds of running: small numbers, since float32 holds few digits."""
+        if self._clock is None:
+            began = time.monotonic() - float(state.clock.seconds)
+            self._clock = lambda: agree(time.monotonic() - began)
+        return self._clock()
 
     def _take(self, state: SamplerState, chunks: list[ScoredChunk], now: float) -> SamplerState:
         """The state with what the chunks say. One shape for all, so that this compiles once."""
@@ -135,7 +144,7 @@ class Refresher:
         told = self._expected or (step // per, state.version)
         expected, found = told[0], int(told[1])
         if expected != found:
-            raise ValueError(
+            raise ArgumentError(
                 f"at step {step} the sampler's state had seen {found} parameter updates, expected were {expected}: "
                 "call observe once a step, pass the step of the loop, and say steps_per_update= where several steps "
                 "make one update"
@@ -162,7 +171,7 @@ def refresher(
     publish_every: int | None = None,
     wait: bool = False,
     published: Callable[[Params, int], Any] = lambda params, step: params,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] | None = None,
     publish_at: Callable[[int], bool] | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Refresher:
@@ -175,7 +184,8 @@ def refresher(
         publish_every: steps between two publications of the parameters to the engine; by default ``every``.
         wait: at a refresh, until all scores are of its version.
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
-        clock: seconds, for scores that are distrusted by age in seconds.
+        clock: seconds, for scores that are distrusted by age in seconds; by default those of running, which go on from
+            what the state says.
         publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
         warn: is told, once, when no worker has scored anything in several refreshes.
 
@@ -184,7 +194,7 @@ def refresher(
     """
     for name, value in (("every", every), ("publish_every", publish_every)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 step, got {value}")
+            raise ArgumentError(f"{name} must be at least 1 step, got {value}")
     return Refresher(
         engine,
         sampler,

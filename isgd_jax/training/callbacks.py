@@ -10,6 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from isgd_jax.errors import DivergedError
+
 if TYPE_CHECKING:
     from isgd_jax.training.loop import Run
 
@@ -62,7 +64,7 @@ class History(Callback):
         bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
         if bad is not None:
             at = run.step - len(losses) + bad
-            raise FloatingPointError(f"the training loss became {losses[bad]} at step {at}: lower the learning rate")
+            raise DivergedError(f"the training loss became {losses[bad]} at step {at}: lower the learning rate")
         found = run.sampler.report(run.state.sampler)
         record: Record = {"step": run.step, "seconds": time.monotonic() - self._began}
         record["loss"] = sum(losses) / len(losses)

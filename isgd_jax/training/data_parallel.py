@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from isgd_jax.errors import ArgumentError
+
 Tree = TypeVar("Tree")
 
 AXIS = "devices"
@@ -37,7 +39,7 @@ class DataParallel:
         devices = list(devices or jax.devices())
         self.num_devices, self.num_processes = len(devices), jax.process_count()
         if batch_size % self.num_devices:
-            raise ValueError(
+            raise ArgumentError(
                 f"batch_size must be a multiple of the {self.num_devices} devices that train, so that each handles an "
                 f"equal part; got {batch_size}"
             )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
@@ -161,10 +162,10 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
 
 def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:
     if sampler.num_examples != problem.num_examples:
-        raise ValueError(
+        raise ArgumentError(
             f"the sampler draws from {sampler.num_examples} examples, the problem has {problem.num_examples}"
         )
     if num_steps < 0:
-        raise ValueError(f"num_steps must be 0 or more, got {num_steps}")
+        raise ArgumentError(f"num_steps must be 0 or more, got {num_steps}")
     if sampler.candidates is not None and problem.hold != "device":
-        raise ValueError('presampling scores candidates inside the step: hold="device", or a loop of your own')
+        raise ArgumentError('presampling scores candidates inside the step: hold="device", or a loop of your own')

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Batch, Example, Key, Params
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -56,9 +57,9 @@ class Problem:
         if not callable(self.params):
             _check_params(self.params)
         if self.hold not in ("device", "host"):
-            raise ValueError(f'hold must be "device" or "host", got {self.hold!r}')
+            raise ArgumentError(f'hold must be "device" or "host", got {self.hold!r}')
         if self.needs_key and self.held_out and not self.metrics:
-            raise ValueError(
+            raise ArgumentError(
                 "the loss needs a key, so held-out data are measured by something else: metrics={'loss': "
                 "a function of (params, example) without randomness}"
             )
@@ -135,7 +136,7 @@ class Problem:
 
         return make
 
-    def pictures(self, keys: Key | None, batch: Batch) -> tuple[Batch, Key | None]:
+    def pictures(self, keys: Array | None, batch: Batch) -> tuple[Batch, Array | None]:
         """A batch as the loss sees it: augmented, with a key an example."""
         if self.augment is not None and keys is not None:
             batch = jax.vmap(self.augment)(keys, batch)
@@ -151,7 +152,7 @@ def _check_params(params: Params) -> None:
     wrong = next((x for x in leaves if not hasattr(x, "dtype") or not hasattr(x, "shape")), None)
     if not leaves or wrong is not None:
         got = "no leaves at all" if wrong is None else f"a leaf of type {type(wrong).__name__}"
-        raise TypeError(
+        raise ArgumentTypeError(
             f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (flax.nnx.split, "
             "equinox.partition), and close the rest over in loss_fn"
         )
@@ -161,11 +162,11 @@ def _check_data(name: str, data: Batch) -> None:
     leaves = jax.tree.leaves(data)
     for leaf in leaves:
         if not isinstance(leaf, np.ndarray | jax.Array):
-            raise TypeError(f"the data of {name!r} must be arrays, got a {type(leaf).__name__}")
+            raise ArgumentTypeError(f"the data of {name!r} must be arrays, got a {type(leaf).__name__}")
         if leaf.ndim == 0:
-            raise ValueError(f"every array of {name!r} needs a leading axis of examples, got a single number")
+            raise ArgumentError(f"every array of {name!r} needs a leading axis of examples, got a single number")
     if not leaves:
-        raise ValueError(f"the data of {name!r} hold no arrays")
+        raise ArgumentError(f"the data of {name!r} hold no arrays")
     lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) > 1 or 0 in lengths:
-        raise ValueError(f"the arrays of {name!r} must have one row an example, got {sorted(lengths)} rows")
+        raise ArgumentError(f"the arrays of {name!r} must have one row an example, got {sorted(lengths)} rows")

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.per_example import per_example_value_and_grad
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
@@ -122,7 +123,7 @@ def make_steps(
     )
 
 
-def _keys(step_key: Key, count: int) -> Key:
+def _keys(step_key: Key, count: int) -> Array:
     """A key for each place of the batch, which no draw uses."""
     own = jax.random.fold_in(step_key, PICTURES)
     return jax.vmap(lambda place: jax.random.fold_in(own, place))(jnp.arange(count, dtype=jnp.int32))
@@ -149,7 +150,7 @@ def check_chain(tx: optax.GradientTransformation, params: Params, num_draws: int
     except (ValueError, TypeError) as raised:
         fits, error = False, raised
     if not fits:
-        raise ValueError(
+        raise ArgumentError(
             "the optimizer must begin with the reweighting, optax.chain(isgd_jax.importance_weighting(num_examples), "
             f"...): it is given one gradient for each draw and must give one update{f' ({error})' if error else ''}"
         ) from error

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from isgd_jax.errors import ArgumentError
+
 
 class Window(NamedTuple):
     """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""
@@ -30,7 +32,7 @@ class Band(NamedTuple):
 def create(size: int, width: int) -> Window:
     """A window over ``size`` steps of ``width`` numbers each."""
     if size < 2:
-        raise ValueError(f"a window needs at least 2 steps to know its own error, got {size}")
+        raise ArgumentError(f"a window needs at least 2 steps to know its own error, got {size}")
     return Window(jnp.zeros((size, width), jnp.float32), jnp.int32(0))
 
 

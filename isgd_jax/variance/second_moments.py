@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from isgd_jax.errors import ArgumentError
+
 
 class Moments(NamedTuple):
     """Second moments of one weighted draw s·g; less ‖mean gradient‖² they are traces of covariances."""
@@ -82,5 +84,5 @@ def mean_grad_norm_sq(
 
 def _at_least_two(num_draws: int) -> int:
     if num_draws < 2:
-        raise ValueError(f"an estimate over pairs needs at least 2 draws, got {num_draws}")
+        raise ArgumentError(f"an estimate over pairs needs at least 2 draws, got {num_draws}")
     return num_draws

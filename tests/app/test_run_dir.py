@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from problems import small_config
 
 from isgd_jax.app.config import Config
 from isgd_jax.app.run_dir import RunDir
+from isgd_jax.errors import ArgumentError
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
@@ -88,3 +90,31 @@ def test_a_folder_one_may_not_write_to_is_one_sentence(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "mkdir", forbidden)  # as root every folder is writable
     with pytest.raises(PermissionError, match="choose a --run-dir where you may write"):
         RunDir.create(Config(run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[1, 2]", "config.json is damaged: expected a JSON object, got a list"),
+        ("config.json", b'{"mode": ', "config.json is damaged, no JSON can be read from it"),
+        ("config.json", b"\xff\xfe", "config.json is damaged, no JSON can be read from it"),
+        ("config.json", b"[" * 100_000, "config.json is damaged, no JSON can be read from it"),
+        (
+            "metrics.jsonl",
+            b'{"event": "progress", "step": 0}\nnull\n',
+            "metrics.jsonl, line 2 is damaged: expected a JSON",
+        ),
+        ("metrics.jsonl", b'{"event": "progress"}\n', "metrics.jsonl, line 1: expected an event and its step"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        list(run.records()) if name == "metrics.jsonl" else run.read_config()
+
+
+def test_a_line_may_hold_any_separator_that_json_allows(tmp_path: Path) -> None:
+    """U+2028 and form feeds end a line for str.splitlines, not for a file."""
+    (tmp_path / "metrics.jsonl").write_text('{"event": "warning", "step": 1, "text": "a\u2028b"}\n')
+    assert [record["text"] for record in RunDir(tmp_path).records()] == ["a\u2028b"]

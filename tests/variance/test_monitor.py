@@ -136,6 +136,11 @@ def test_a_shut_gate_draws_uniformly() -> None:
     np.testing.assert_allclose(gate.apply(shut, jnp.asarray([0.9, 0.1])), 0.5)
 
 
+def test_the_reason_of_the_gate_names_the_numbers() -> None:
+    band = gate.Band(jnp.float32(1.5), jnp.float32(1.2), jnp.float32(1.8))
+    assert gate.reason(False, band) == "STALE/UNIFORM is 1.50 [1.20, 1.80]: the scores do harm, draws are uniform"
+
+
 def test_bands_widen_when_the_parameters_move() -> None:
     # The same noise of draws, on norms that stand still and on norms that fall by a half within the window.
     rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import tyro
 
 from isgd_jax.app import compare
 from isgd_jax.app.config import Config, refuse_gone
+from isgd_jax.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Compare:
 
     def __post_init__(self) -> None:
         if bool(self.runs) == bool(self.arms):
-            raise ValueError("name either --arms to train or folders to read")
+            raise ArgumentError("name either --arms to train or folders to read")
         if self.arms and self.out is None:
-            raise ValueError("--out must name the folder of the study")
+            raise ArgumentError("--out must name the folder of the study")
         if self.config.run_dir is not None:
-            raise ValueError("--run-dir is chosen for each run; name the folder of them all with --out")
+            raise ArgumentError("--run-dir is chosen for each run; name the folder of them all with --out")
         if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1; got {self.seeds}")
+            raise ArgumentError(f"--seeds must be at least 1; got {self.seeds}")
         if self.until_levels and not self.levels:
-            raise ValueError("--until-levels needs --levels")
+            raise ArgumentError("--until-levels needs --levels")
 
 
 def run(command: Compare) -> int:
@@ -81,7 +82,7 @@ def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -
     measured_on_train = [level for level in levels if level.field.startswith("train_")]
     for name, arm in arms.items():
         if measured_on_train and not arm.config.full_train_loss:
-            raise ValueError(f"the level {measured_on_train[0]} of arm {name!r} needs --full-train-loss")
+            raise ArgumentError(f"the level {measured_on_train[0]} of arm {name!r} needs --full-train-loss")
     first = command.config.seed
     return compare.train(
         arms,
@@ -118,11 +119,11 @@ def parse_arms(texts: Sequence[str], base: Config) -> dict[str, compare.Arm]:
         name, colon, flags = text.partition(":")
         name = name.strip()
         if not colon or not re.fullmatch(r"[\w.+=-]+", name):
-            raise ValueError(
+            raise ArgumentError(
                 f'an arm is "NAME: FLAGS", such as "exact: --mode exact", its name without spaces; got {text!r}'
             )
         if name in arms:
-            raise ValueError(f"two arms are called {name!r}")
+            raise ArgumentError(f"two arms are called {name!r}")
         arms[name] = compare.Arm(_config(name, shlex.split(flags), base))
     return arms
 
@@ -131,5 +132,5 @@ def _config(name: str, flags: list[str], base: Config) -> Config:
     refuse_gone(flags)
     for fixed in ("--seed", "--run-dir"):
         if any(flag.split("=")[0] == fixed for flag in flags):
-            raise ValueError(f"arm {name!r}: {fixed} is the same for all arms")
+            raise ArgumentError(f"arm {name!r}: {fixed} is the same for all arms")
     return tyro.cli(Config, prog=f"isgd compare, arm {name!r}", args=flags, default=base)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from isgd_jax.errors import ArgumentError
+
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
@@ -64,7 +66,7 @@ def geometric_mean(values: Any) -> Interval:
     """
     values = np.asarray(values, np.float64)
     if not len(values) or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"a geometric mean needs positive finite numbers, got {values}: take the median")
+        raise ArgumentError(f"a geometric mean needs positive finite numbers, got {values}: take the median")
     return Interval(*(float(x) for x in np.exp(mean(np.log(values)))))
 
 
@@ -76,7 +78,7 @@ def paired_ratio(ours: Any, base: Any) -> Interval:
     """
     ours, base = np.asarray(ours, np.float64), np.asarray(base, np.float64)
     if ours.shape != base.shape:
-        raise ValueError(f"paired ratios need the same seeds, got {ours.shape} and {base.shape} of them")
+        raise ArgumentError(f"paired ratios need the same seeds, got {ours.shape} and {base.shape} of them")
     known = np.isfinite(ours) | np.isfinite(base)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = ours[known] / base[known]

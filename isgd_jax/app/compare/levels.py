@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from isgd_jax.app.run_dir import Record
+from isgd_jax.errors import ArgumentError
 
 FIELDS = ("train_loss", "test_loss", "test_error")
 
@@ -44,7 +45,7 @@ def first_seen(curve: list[Record], level: Level, against: str = "step") -> floa
     """
     for name in (level.field, against):
         if curve and not any(line.get(name) is not None for line in curve):
-            raise ValueError(f"the lines of progress have no {name!r}; they have {', '.join(_fields(curve))}")
+            raise ArgumentError(f"the lines of progress have no {name!r}; they have {', '.join(_fields(curve))}")
     return next((float(line[against]) for line in curve if level.reached(line)), math.inf)
 
 
@@ -77,7 +78,7 @@ def _parse(text: str) -> list[Level]:
     except ValueError:
         parsed = []
     if not equals or not field.strip() or not all(math.isfinite(level.value) for level in parsed) or not parsed:
-        raise ValueError(f"a level is a field and its values, such as test_loss=0.2,0.1; got {text!r}")
+        raise ArgumentError(f"a level is a field and its values, such as test_loss=0.2,0.1; got {text!r}")
     return parsed
 
 

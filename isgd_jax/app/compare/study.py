@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
 from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.errors import ArgumentError
 
 SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
 
@@ -125,7 +126,7 @@ def group(folders: Iterable[Path]) -> Study:
         name = " ".join(f"{field}={_plain(config[field])}" for field in differing) or "all runs"
         by_seed = arms.setdefault(name, {})
         if config["seed"] in by_seed:
-            raise ValueError(
+            raise ArgumentError(
                 f"{folder}: there is another run of the arm {name!r} with seed {config['seed']}; leave one"
             )
         by_seed[config["seed"]] = _curve(folder)
@@ -199,9 +200,9 @@ def _plain(value: Any) -> str:
 
 def _check_names(arms: Mapping[str, Arm]) -> None:
     if not arms:
-        raise ValueError("nothing to compare: name at least one arm")
+        raise ArgumentError("nothing to compare: name at least one arm")
     for name in arms:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\\0"):
-            raise ValueError(
+            raise ArgumentError(
                 f"an arm's name becomes a folder: it must have no slash and begin with no dot; got {name!r}"
             )

@@ -12,6 +12,7 @@ from isgd_jax.app.data.flights import NYCFLIGHTS13
 from isgd_jax.app.data.idx import FASHION_MNIST, MNIST
 from isgd_jax.app.data.recipe import Recipe
 from isgd_jax.app.data.svhn import SVHN_CROPPED
+from isgd_jax.errors import ArgumentError, CannotImportError
 
 _RECIPES = {recipe.name: recipe for recipe in (DIGITS, FASHION_MNIST, MNIST, CIFAR10, SVHN_CROPPED, NYCFLIGHTS13)}
 
@@ -51,7 +52,7 @@ def load(
         return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw, on_disk=on_disk)
     folder = _newest_version(root / name) if name else None
     if folder is None:
-        raise ValueError(_unknown(name, root))
+        raise ArgumentError(_unknown(name, root))
     _require_tfds()
     from isgd_jax.app.data.prepared import load_folder
 
@@ -78,7 +79,7 @@ def _require_tfds() -> None:
     """TFDS is half a second of imports, and an extra: asked for when it is needed, not before."""
     missing = [name for name in ("tensorflow_datasets", "array_record") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"named data sets need {' and '.join(missing)}: pip install 'isgd_jax[train]'")
+        raise CannotImportError(f"named data sets need {' and '.join(missing)}: pip install 'isgd_jax[train]'")
 
 
 def _data_dir(given: str | os.PathLike[str] | None) -> Path:

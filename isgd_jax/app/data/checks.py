@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
+
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """A split: a flat dict of arrays with one leading axis, the examples; inputs, and ``label`` if there is one."""
 
@@ -42,13 +44,13 @@ def converted(split: str, arrays: Any) -> dict[str, np.ndarray]:
     """
     if not isinstance(arrays, Mapping) or not arrays:
         came = f"a {type(arrays).__name__}" if not isinstance(arrays, Mapping) else "no array"
-        raise TypeError(f"{split}: expected a flat dict of arrays, the model's inputs and 'label', got {came}")
+        raise ArgumentTypeError(f"{split}: expected a flat dict of arrays, the model's inputs and 'label', got {came}")
     made = {key: held(f"{split}[{key!r}]", array) for key, array in arrays.items()}
     lengths = {key: len(array) for key, array in made.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{split}: expected arrays of one length, got {lengths}")
+        raise ArgumentError(f"{split}: expected arrays of one length, got {lengths}")
     if not next(iter(lengths.values())):
-        raise ValueError(f"{split}: expected at least one example, got none")
+        raise ArgumentError(f"{split}: expected at least one example, got none")
     if LABEL in made:
         made[LABEL] = _label(f"{split}[{LABEL!r}]", made[LABEL])
     return {key: _read_only(array) for key, array in made.items()}
@@ -62,12 +64,14 @@ def held(where: str, array: Any) -> np.ndarray:
         ValueError: it has an axis of size 0, or numbers that are not finite or do not fit.
     """
     if np.ma.isMaskedArray(array):
-        raise TypeError(f"{where}: expected an array without a mask, got a masked one; say what to put: .filled(value)")
+        raise ArgumentTypeError(
+            f"{where}: expected an array without a mask, got a masked one; say what to put: .filled(value)"
+        )
     if isinstance(array, Mapping):
-        raise TypeError(f"{where}: expected an array, got a dict; a split is a flat dict, join the keys")
+        raise ArgumentTypeError(f"{where}: expected an array, got a dict; a split is a flat dict, join the keys")
     array = _native(where, np.asarray(array))
     if array.size == 0 and len(array):
-        raise ValueError(f"{where}: expected at least one number an example, got the shape {array.shape}")
+        raise ArgumentError(f"{where}: expected at least one number an example, got the shape {array.shape}")
     return _floats(where, array) if is_floating(array.dtype) else _integers(where, array)
 
 
@@ -79,7 +83,7 @@ def check_like_train(split: str, arrays: Arrays, train: Arrays) -> None:
     """
     got, expected = ({key: (array.dtype.name, array.shape[1:]) for key, array in of.items()} for of in (arrays, train))
     if got != expected:
-        raise ValueError(f"{split}: expected the keys, types and shapes of train, {expected}, got {got}")
+        raise ArgumentError(f"{split}: expected the keys, types and shapes of train, {expected}, got {got}")
 
 
 def check_labels(where: str, labels: np.ndarray, *, num_classes: int) -> None:
@@ -90,9 +94,9 @@ def check_labels(where: str, labels: np.ndarray, *, num_classes: int) -> None:
         ValueError: one of them is outside.
     """
     if labels.dtype.kind not in "iu":
-        raise TypeError(f"{where}: expected integer labels, got {labels.dtype}{labels.shape}")
+        raise ArgumentTypeError(f"{where}: expected integer labels, got {labels.dtype}{labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
+        raise ArgumentError(
             f"{where}: expected labels from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}; "
             "classes are numbered from 0, and num_classes is how many there are"
         )
@@ -109,15 +113,15 @@ def class_count(labels: np.ndarray | None, given: Any) -> int | None:
         if labels is None or labels.ndim != 1 or labels.dtype.kind != "i":
             return None
         if labels.max() == _INT32.max:
-            raise ValueError(f"expected labels that number classes from 0, got one of {labels.max()}")
+            raise ArgumentError(f"expected labels that number classes from 0, got one of {labels.max()}")
         return int(labels.max()) + 1
     if isinstance(given, bool) or not isinstance(given, (int, np.integer)):
-        raise TypeError(f"expected num_classes to be a whole number, got {given!r}")
+        raise ArgumentTypeError(f"expected num_classes to be a whole number, got {given!r}")
     if not 1 <= given <= _INT32.max:
-        raise ValueError(f"expected num_classes from 1 to {_INT32.max}, got {given}")
+        raise ArgumentError(f"expected num_classes from 1 to {_INT32.max}, got {given}")
     if labels is None or labels.dtype.kind != "i":
         came = "no 'label'" if labels is None else f"labels of {labels.dtype}"
-        raise TypeError(f"num_classes={given} expects integer labels, got {came}; leave num_classes out")
+        raise ArgumentTypeError(f"num_classes={given} expects integer labels, got {came}; leave num_classes out")
     return int(given)
 
 
@@ -127,7 +131,7 @@ def _native(where: str, array: np.ndarray) -> np.ndarray:
     is_number = dtype.kind in "bui" or dtype == _BFLOAT16 or (dtype.kind == "f" and dtype.itemsize <= 8)
     if array.ndim == 0 or not is_number:
         cure = "; convert it with .astype(np.float32)" if dtype.kind == "f" and array.ndim else ""
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{where}: expected an array of numbers, whole or floating of at most 64 bits, one row an example, "
             f"got {dtype}{array.shape}{cure}"
         )
@@ -139,7 +143,7 @@ def _floats(where: str, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # told below
             array = array.astype(np.float32)
     if not all(np.isfinite(array[rows]).all() for rows in blocks(len(array))):
-        raise ValueError(f"{where}: expected finite numbers, got NaN, infinity, or more than float32 can hold")
+        raise ArgumentError(f"{where}: expected finite numbers, got NaN, infinity, or more than float32 can hold")
     return array
 
 
@@ -155,7 +159,7 @@ def _label(where: str, labels: np.ndarray) -> np.ndarray:
 
 def _int32(where: str, array: np.ndarray) -> np.ndarray:
     if array.size and array.dtype.kind != "b" and (array.max() > _INT32.max or array.min() < _INT32.min):
-        raise ValueError(f"{where}: expected integers that int32 can hold, got {array.min()} to {array.max()}")
+        raise ArgumentError(f"{where}: expected integers that int32 can hold, got {array.min()} to {array.max()}")
     return array.astype(np.int32, copy=False)
 
 

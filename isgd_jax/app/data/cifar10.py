@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits
+from isgd_jax.errors import ArgumentError
 
 _ARCHIVE = "cifar-10-binary.tar.gz"
 _FOLDER = "cifar-10-batches-bin"
@@ -28,9 +29,9 @@ def read_archive(path: Path) -> Splits:
         with tarfile.open(path, "r:gz") as archive:
             content = {split: b"".join(_member(archive, name) for name in names) for split, names in _MEMBERS.items()}
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+        raise ArgumentError(f"{path} is cut short or damaged ({error}); fetch it again") from error
     except LookupError as error:
-        raise ValueError(f"{path} is not CIFAR-10's binary archive: {error.args[0]}") from error
+        raise ArgumentError(f"{path} is not CIFAR-10's binary archive: {error.args[0]}") from error
     return {split: _records(path, data) for split, data in content.items()}
 
 
@@ -44,7 +45,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _records(path: Path, content: bytes) -> dict[str, np.ndarray]:
     if not content or len(content) % _RECORD:
-        raise ValueError(f"{path} is damaged: expected records of {_RECORD} bytes, got {len(content)} bytes in all")
+        raise ArgumentError(f"{path} is damaged: expected records of {_RECORD} bytes, got {len(content)} bytes in all")
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return {"image": images, "label": records[:, 0].astype(np.int32)}

@@ -13,6 +13,7 @@ from isgd_jax.app.data.checks import LABEL, Arrays
 from isgd_jax.app.data.inputs import Inputs, Statistics
 from isgd_jax.app.data.sources import read
 from isgd_jax.app.data.spill import spilled
+from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Source
 
 
@@ -164,4 +165,4 @@ def fingerprint(arrays: Arrays) -> str:
 
 def _check_choice(train: Arrays) -> None:
     if len(next(iter(train.values()))) < 2:
-        raise ValueError("train: expected at least 2 examples, got 1: there is nothing to choose from")
+        raise ArgumentError("train: expected at least 2 examples, got 1: there is nothing to choose from")

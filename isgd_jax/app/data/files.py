@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isgd_jax.app.data.recipe import RawFile, Recipe
+from isgd_jax.errors import ArgumentError
 
 _TIMEOUT_SECONDS = 10.0  # to connect, and for each read: a dead network is told in seconds
 _AS_IT_IS = {"Accept-Encoding": "identity"}
@@ -80,7 +81,7 @@ def _downloaded(recipe: Recipe, file: RawFile, folder: Path) -> Path:
             f"file's end ({error}); put {bring} into a folder and name it as raw_dir"
         ) from error
     except ValueError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{file.url} gave another file than the one with SHA-256 {file.sha256}: the download was cut short, or the "
             f"file there is another one; try again ({error})"
         ) from error

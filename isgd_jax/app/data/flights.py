@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits, hold_out
+from isgd_jax.errors import ArgumentError
 
 _TABLE = "flights.csv.zip"
 _LATE_MINUTES = 60
@@ -50,12 +51,12 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     """
     arrived = [row for row in _rows(path) if row["arr_delay"] not in ("", "NA")]
     if not arrived:
-        raise ValueError(f"{path}: expected flights that arrived, got none")
+        raise ArgumentError(f"{path}: expected flights that arrived, got none")
     try:
         numbers = np.array([_numbers(row) for row in arrived], np.float32).reshape(len(arrived), -1)
         late = np.array([float(row["arr_delay"]) > _LATE_MINUTES for row in arrived], np.int32)
     except ValueError as error:
-        raise ValueError(f"{path}: expected numbers in the columns {', '.join(_COLUMNS)}: {error}") from error
+        raise ArgumentError(f"{path}: expected numbers in the columns {', '.join(_COLUMNS)}: {error}") from error
     one_hots = [_one_hot([row[name] for row in arrived]) for name in _CATEGORIES]
     return {"features": np.concatenate([numbers, *one_hots], axis=1), "label": late}
 
@@ -66,14 +67,14 @@ def _rows(path: Path) -> list[Row]:
             rows = list(csv.DictReader(io.TextIOWrapper(table, "utf-8")))
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is cut short, damaged, encrypted, or holds no flights.csv ({reason})") from error
+        raise ArgumentError(f"{path} is cut short, damaged, encrypted, or holds no flights.csv ({reason})") from error
     needed = (*_COLUMNS, *_CATEGORIES)
     missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
-        raise ValueError(f"{path}: expected the columns {', '.join(missing)}, which it does not have")
+        raise ArgumentError(f"{path}: expected the columns {', '.join(missing)}, which it does not have")
     for number, row in enumerate(rows, start=2):  # the first line has the names
         if any(row[name] is None for name in needed):
-            raise ValueError(f"{path}: line {number} of flights.csv is cut short, it has not all columns")
+            raise ArgumentError(f"{path}: line {number} of flights.csv is cut short, it has not all columns")
     return rows
 
 

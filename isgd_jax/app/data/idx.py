@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits
+from isgd_jax.errors import ArgumentError
 
 _UINT8 = 0x08
 _MOST_PACKED = 1032
@@ -31,24 +32,24 @@ def read_idx(path: Path) -> np.ndarray:
         with gzip.open(path) as file:
             begin = file.read(4)
             if len(begin) < 4 or begin[:3] != bytes([0, 0, _UINT8]) or not begin[3]:
-                raise ValueError(
+                raise ArgumentError(
                     f"{path} is not an idx file of bytes: expected it to begin with 0, 0, 8 and a rank of at least 1, "
                     f"got {begin!r}"
                 )
             rank = begin[3]
             sizes = file.read(4 * rank)
             if len(sizes) < 4 * rank:
-                raise ValueError(f"{path} is damaged: its header is cut short")
+                raise ArgumentError(f"{path} is damaged: its header is cut short")
             shape = struct.unpack(f">{rank}I", sizes)
             size = math.prod(shape)
             if size > _MOST_PACKED * path.stat().st_size:
-                raise ValueError(f"{path} is damaged: its header says {shape} bytes, more than fit into it")
+                raise ArgumentError(f"{path} is damaged: its header says {shape} bytes, more than fit into it")
             content = _read_at_most(file, size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from error
+        raise ArgumentError(f"{path} is cut short or damaged ({error}); fetch it again") from error
     if len(content) != size:
         got = "more" if len(content) > size else len(content)
-        raise ValueError(f"{path} is damaged: expected {shape} bytes after its header, got {got}")
+        raise ArgumentError(f"{path} is damaged: expected {shape} bytes after its header, got {got}")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 

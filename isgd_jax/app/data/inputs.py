@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isgd_jax.app.data.checks import LABEL, Arrays, blocks, is_floating
+from isgd_jax.errors import ArgumentError
 
 INPUTS_FILE = "inputs.json"
 """In the folder of a run, beside config.json."""
@@ -64,7 +65,7 @@ class Inputs:
             return self.apply(self.only, x)
         missing = sorted(set(self.shapes) - set(x))
         if missing:
-            raise ValueError(f"expected the inputs {', '.join(sorted(self.shapes))}, got the keys {sorted(x)}")
+            raise ArgumentError(f"expected the inputs {', '.join(sorted(self.shapes))}, got the keys {sorted(x)}")
         return dict(x) | {key: self.apply(key, x[key]) for key in self.shapes}
 
     def of(self, example: Mapping[str, Any]) -> Any:
@@ -87,7 +88,7 @@ class Inputs:
         mean, std = self.statistics[key]
         x = x if hasattr(x, "astype") else np.asarray(x)
         if mean.ndim and (x.ndim < mean.ndim or x.shape[x.ndim - mean.ndim :] != mean.shape):
-            raise ValueError(f"expected {key!r} to be of shape {mean.shape} or [n, ...] of it, got {x.shape}")
+            raise ArgumentError(f"expected {key!r} to be of shape {mean.shape} or [n, ...] of it, got {x.shape}")
         # As many axes as x has: JAX can be told to refuse what NumPy broadcasts.
         axes = (1,) * (x.ndim - mean.ndim) if mean.ndim else ()
         return (x.astype(np.float32) - mean.reshape(axes + mean.shape)) / std.reshape(axes + std.shape)
@@ -100,7 +101,7 @@ class Inputs:
           ValueError: there are several.
         """
         if len(self.shapes) > 1:
-            raise ValueError(f"there are several inputs, {', '.join(self.shapes)}: expected a dict that names each")
+            raise ArgumentError(f"there are several inputs, {', '.join(self.shapes)}: expected a dict that names each")
         return next(iter(self.shapes))
 
     def to_json(self) -> str:
@@ -138,7 +139,7 @@ def measure(
     names = tuple(names)
     chosen = [key for key in names if is_measured(train[key].dtype)] if standardized is None else list(standardized)
     if not set(chosen) <= set(names):
-        raise ValueError(f"standardize={chosen}: expected names of the inputs {', '.join(names)}")
+        raise ArgumentError(f"standardize={chosen}: expected names of the inputs {', '.join(names)}")
     apart = {key: _is_table(train[key]) if per_coordinate is None else per_coordinate for key in chosen}
     return Inputs(
         shapes={key: train[key].shape[1:] for key in names},
@@ -166,7 +167,7 @@ def check_standardized(split: str, arrays: Arrays, inputs: Inputs) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             becomes = inputs.apply(key, ends)
         if not np.isfinite(becomes).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"{split}[{key!r}]: numbers from {float(ends.min()):g} to {float(ends.max()):g} are infinite in "
                 "float32 once they are standardized; scale them down"
             )
@@ -191,7 +192,7 @@ def read_inputs(run_dir: str | os.PathLike[str]) -> Inputs:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT}")
+            raise ArgumentError(f"its format is {content['format']!r}, expected {_FORMAT}")
         found = content["inputs"]
         shapes = {key: tuple(map(int, one["shape"])) for key, one in found.items()}
         return Inputs(
@@ -201,7 +202,7 @@ def read_inputs(run_dir: str | os.PathLike[str]) -> Inputs:
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} cannot be read ({reason}): it is damaged, or from another version") from error
+        raise ArgumentError(f"{path} cannot be read ({reason}): it is damaged, or from another version") from error
 
 
 def input_names(train: Arrays, input_key: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -213,12 +214,12 @@ def input_names(train: Arrays, input_key: str | Iterable[str] | None) -> tuple[s
     given = (input_key,) if isinstance(input_key, str) else input_key
     names = tuple(key for key in train if key != LABEL) if given is None else tuple(given)
     if not names:
-        raise ValueError(f"expected an input beside 'label', got the keys {sorted(train)}")
+        raise ArgumentError(f"expected an input beside 'label', got the keys {sorted(train)}")
     if LABEL in names:
-        raise ValueError(f"input_key={input_key!r}: 'label' is what is to be predicted; give the input another name")
+        raise ArgumentError(f"input_key={input_key!r}: 'label' is what is to be predicted; give the input another name")
     for key in names:
         if key not in train:
-            raise ValueError(f"expected the input {key!r}, got the keys {sorted(train)}")
+            raise ArgumentError(f"expected the input {key!r}, got the keys {sorted(train)}")
     return names
 
 
@@ -255,7 +256,7 @@ def _read_statistics(one: Mapping[str, Any], shape: tuple[int, ...]) -> Statisti
     with np.errstate(over="ignore"):  # told below
         mean, std = (np.asarray(one[name], np.float32) for name in ("mean", "std"))
     if mean.shape not in ((), shape) or std.shape != mean.shape:
-        raise ValueError(f"mean {mean.shape} and std {std.shape} are not of the shape {shape}")
+        raise ArgumentError(f"mean {mean.shape} and std {std.shape} are not of the shape {shape}")
     if not np.isfinite(mean).all() or not np.isfinite(std).all() or not (std > 0).all():
-        raise ValueError("mean and std are not finite, or std is not positive")
+        raise ArgumentError("mean and std are not finite, or std is not positive")
     return Statistics(mean, std)

@@ -24,6 +24,7 @@ from isgd_jax.app.data.files import locate
 from isgd_jax.app.data.recipe import Recipe, Splits
 from isgd_jax.app.data.sources import read
 from isgd_jax.app.data.spill import CannotSpillError, spilled
+from isgd_jax.errors import ArgumentError
 
 # Importing this module is the library's business alone: the bars would write over its own progress.
 tfds.disable_progress_bar()
@@ -141,7 +142,7 @@ def told_if_damaged(folder: Path, errors: tuple[type[Exception], ...] = (Runtime
         yield
     except errors as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise ArgumentError(
             f"the data set prepared in {folder} cannot be read ({reason}); delete that folder and try again"
         ) from error
 
@@ -177,7 +178,7 @@ def _told_if_unwritable(recipe: Recipe, data_dir: Path) -> Iterator[None]:
 def _check(recipe: Recipe, splits: Splits, *, where: Path | str) -> None:
     got = {split: len(arrays["label"]) for split, arrays in splits.items()}
     if got != dict(recipe.counts):
-        raise ValueError(f"{recipe.name}: expected {dict(recipe.counts)} examples in {where}, got {got}")
+        raise ArgumentError(f"{recipe.name}: expected {dict(recipe.counts)} examples in {where}, got {got}")
     for split, arrays in splits.items():
         name = f"{recipe.name} {split} in {where}"
         checks.check_labels(name, checks.converted(name, arrays)["label"], num_classes=recipe.num_classes)

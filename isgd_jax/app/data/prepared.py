@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from isgd_jax.app.data.dataset import Dataset, from_arrays
 from isgd_jax.app.data.prepare import open_folder, read_split
+from isgd_jax.errors import ArgumentError
 
 
 class _Pairs:
@@ -36,7 +37,7 @@ def load_folder(name: str, folder: Path, *, on_disk: bool = False) -> Dataset:
     try:
         sources = builder.as_data_source(split=parts)
     except NotImplementedError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} in {folder} is prepared as {builder.info.file_format.value}; prepare it once more with "
             "download_and_prepare(file_format='array_record')"
         ) from error
@@ -57,14 +58,14 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     keys = info.supervised_keys or ("image", "label")
     features = dict(info.features)
     if len(keys) != 2 or keys[0] not in features or not isinstance(features.get(keys[1]), tfds.features.ClassLabel):
-        raise ValueError(f"{name}: expected an input and a class label among the features, got {sorted(features)}")
+        raise ArgumentError(f"{name}: expected an input and a class label among the features, got {sorted(features)}")
     return keys
 
 
 def _parts(name: str, splits: set[str]) -> dict[str, str]:
     """Our name of a split -> TFDS's."""
     if "train" not in splits or not splits & {"test", "validation"}:
-        raise ValueError(f"{name}: expected the splits train and test (or validation), got {sorted(splits)}")
+        raise ArgumentError(f"{name}: expected the splits train and test (or validation), got {sorted(splits)}")
     if "test" not in splits:
         return {"train": "train", "test": "validation"}
     return {"train": "train", "test": "test"} | ({"valid": "validation"} if "validation" in splits else {})

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from isgd_jax.app.data.checks import blocks
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Source
 
 _READ_TOGETHER = 4096
@@ -23,7 +24,7 @@ def read(source: Any) -> dict[str, np.ndarray]:
     try:
         return {key: np.concatenate([stack[key] for stack in stacks]) for key in stacks[0]}
     except ValueError as error:
-        raise ValueError(f"expected items with arrays of the same shapes: {error}") from error
+        raise ArgumentError(f"expected items with arrays of the same shapes: {error}") from error
 
 
 def check_source(source: Any) -> None:
@@ -34,9 +35,9 @@ def check_source(source: Any) -> None:
       ValueError: it is empty.
     """
     if not isinstance(source, Source):
-        raise TypeError(f"expected an object with __len__ and __getitems__, got {type(source).__name__}")
+        raise ArgumentTypeError(f"expected an object with __len__ and __getitems__, got {type(source).__name__}")
     if not len(source):
-        raise ValueError("the source is empty: expected at least one example")
+        raise ArgumentError("the source is empty: expected at least one example")
 
 
 def stacked(source: Any) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
@@ -68,14 +69,18 @@ def gathered(source: Source, indices: list[int], *, keys: list[str] | None = Non
     """
     items = source.__getitems__(indices)
     if len(items) != len(indices):
-        raise ValueError(f"expected __getitems__ to give the {len(indices)} items it was asked for, got {len(items)}")
+        raise ArgumentError(
+            f"expected __getitems__ to give the {len(indices)} items it was asked for, got {len(items)}"
+        )
     for index, item in zip(indices, items, strict=True):
         if not isinstance(item, Mapping):
-            raise TypeError(f"expected the items of a source to be dicts of arrays, got {type(item).__name__}")
+            raise ArgumentTypeError(f"expected the items of a source to be dicts of arrays, got {type(item).__name__}")
         keys = list(item) if keys is None else keys
         if set(item) != set(keys):
-            raise ValueError(f"expected items with the same keys, {sorted(keys)}, got {sorted(item)} in item {index}")
+            raise ArgumentError(
+                f"expected items with the same keys, {sorted(keys)}, got {sorted(item)} in item {index}"
+            )
     try:
         return {key: np.stack([np.asarray(item[key]) for item in items]) for key in keys or ()}
     except ValueError as error:
-        raise ValueError(f"expected items with arrays of the same shapes: {error}") from error
+        raise ArgumentError(f"expected items with arrays of the same shapes: {error}") from error

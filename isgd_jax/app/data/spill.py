@@ -28,6 +28,7 @@ import numpy as np
 
 from isgd_jax.app.data.checks import blocks, held
 from isgd_jax.app.data.sources import check_source, gathered, stacked
+from isgd_jax.errors import ArgumentError, CannotImportError
 
 _MANIFEST = "spilled.json"
 _FORMAT = 1
@@ -66,7 +67,7 @@ def spilled(source: Any, folder: Path) -> dict[str, np.ndarray]:
                 _write(source, folder)
                 found = _mapped(folder)
     if found is None:
-        raise ValueError(f"{folder} was emptied while it was read: try again")
+        raise ArgumentError(f"{folder} was emptied while it was read: try again")
     _check_same(source, found, folder)
     return found
 
@@ -83,20 +84,20 @@ def _mapped(folder: Path) -> dict[str, np.ndarray] | None:
         return {name: _map_one(folder / one["file"], one) for name, one in content["arrays"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{path} or what it names is damaged ({reason}): delete {folder} and try again") from error
+        raise ArgumentError(f"{path} or what it names is damaged ({reason}): delete {folder} and try again") from error
 
 
 def _map_one(path: Path, one: dict[str, Any]) -> np.ndarray:
     dtype, shape, start = np.dtype(one["dtype"]), tuple(one["shape"]), int(one["start"])
     if dtype.hasobject:
-        raise ValueError(f"{path} is said to hold Python objects")
+        raise ArgumentError(f"{path} is said to hold Python objects")
     expected = start + _nbytes(dtype, shape)
     size = path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes, expected {expected}")
+        raise ArgumentError(f"{path} has {size} bytes, expected {expected}")
     array = np.memmap(path, dtype, mode="r", offset=start, shape=shape)
     if _checksum(array) != one["crc32"]:
-        raise ValueError(f"{path} has been changed since it was written: its checksum is another one")
+        raise ArgumentError(f"{path} has been changed since it was written: its checksum is another one")
     return array
 
 
@@ -161,7 +162,7 @@ class _File(contextlib.AbstractContextManager):
     def append(self, array: np.ndarray) -> None:
         """The next rows. Ordinary writes: those into a mapped file end by a signal where the disk is full."""
         if (array.dtype, array.shape[1:]) != (self.dtype, self.shape[1:]):
-            raise ValueError(
+            raise ArgumentError(
                 f"expected items of one type and shape, got {self.dtype}{self.shape[1:]} and then "
                 f"{array.dtype}{array.shape[1:]} for {self.path.name}"
             )
@@ -215,7 +216,9 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         import filelock
     except ModuleNotFoundError as error:
-        raise ImportError("writing a training set to disk needs filelock: pip install 'isgd_jax[train]'") from error
+        raise CannotImportError(
+            "writing a training set to disk needs filelock: pip install 'isgd_jax[train]'"
+        ) from error
     lock = filelock.FileLock(folder / ".lock")
     with _told_if_unwritable(folder):
         is_locked = _locked(lock, filelock.Timeout, folder)
@@ -269,4 +272,4 @@ def _check_same(source: Any, found: dict[str, np.ndarray], folder: Path) -> None
         for name, array in wanted.items()
     )
     if not is_same:
-        raise ValueError(f"{folder} holds another data set: delete it and try again, or name another folder")
+        raise ArgumentError(f"{folder} holds another data set: delete it and try again, or name another folder")

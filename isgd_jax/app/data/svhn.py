@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits, hold_out
+from isgd_jax.errors import ArgumentError
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
@@ -16,9 +17,9 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
         content = loadmat(path, variable_names=["X", "y"])
         images, labels = np.moveaxis(content["X"], -1, 0), content["y"].reshape(-1)
     except Exception as error:  # scipy raises whatever its parser stumbles over
-        raise ValueError(f"{path} is cut short, damaged, or no .mat file with X and y ({error})") from error
+        raise ArgumentError(f"{path} is cut short, damaged, or no .mat file with X and y ({error})") from error
     if images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8:
-        raise ValueError(f"{path}: expected X to be uint8[32, 32, 3, n], got {images.dtype}{content['X'].shape}")
+        raise ArgumentError(f"{path}: expected X to be uint8[32, 32, 3, n], got {images.dtype}{content['X'].shape}")
     return {"image": images, "label": labels.astype(np.int32) % 10}
 
 

@@ -13,6 +13,7 @@ from isgd_jax.app.probe import measure
 from isgd_jax.app.probe.verdict import Period, periods, verdict
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.task import Task
+from isgd_jax.errors import ArgumentError, DivergedError
 from isgd_jax.types import Params
 
 FALLBACK_MIXTURE = 0.3
@@ -71,7 +72,7 @@ def probe(
     mixture = config.mixture if isinstance(config.mixture, (int, float)) else FALLBACK_MIXTURE
     spread = measure.spread(task.loss_fn, params, sample, is_whole=size == task.num_examples)
     if not np.isfinite(spread.norms).all():
-        raise FloatingPointError(f"the gradients are not finite after {after} updates: lower --learning-rate")
+        raise DivergedError(f"the gradients are not finite after {after} updates: lower --learning-rate")
     cost = measure.costs(config, task, params)
     by_age = measure.ageing(config, task, params, opt_state, sample=sample, ages=ages, mixture=mixture, key=step_key)
     table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
@@ -87,7 +88,7 @@ def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Pa
         raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialisation, without --run")
     theirs = saved.identity.get("data set")
     if theirs != task.fingerprint:
-        raise ValueError(f"the checkpoint is of another data set: it has {theirs}, this one has {task.fingerprint}")
+        raise ArgumentError(f"the checkpoint is of another data set: it has {theirs}, this one has {task.fingerprint}")
     tx = optimizers.make(config, num_examples=task.num_examples, num_steps=config.num_steps(task.num_examples))
     template = {"params": params, "opt_state": tx.init(params)}
     state = checkpoints.into(template, saved.tree["state"])
@@ -96,10 +97,10 @@ def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Pa
 
 def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int) -> None:
     if run is not None and after:
-        raise ValueError("--after counts from initialisation: leave it out with --run")
+        raise ArgumentError("--after counts from initialisation: leave it out with --run")
     if after < 0:
-        raise ValueError(f"--after must be 0 or more; got {after}")
+        raise ArgumentError(f"--after must be 0 or more; got {after}")
     if not ages or min(ages) < 1:
-        raise ValueError(f"--ages must be numbers of steps of at least 1; got {tuple(ages)}")
+        raise ArgumentError(f"--ages must be numbers of steps of at least 1; got {tuple(ages)}")
     if num_examples < 2:
-        raise ValueError(f"--examples must be at least 2; got {num_examples}")
+        raise ArgumentError(f"--examples must be at least 2; got {num_examples}")

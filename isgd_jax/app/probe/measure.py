@@ -14,6 +14,7 @@ from isgd_jax.app.clock import middle_seconds
 from isgd_jax.app.config import Config
 from isgd_jax.app.task import Task
 from isgd_jax.engines.sharded import sharded
+from isgd_jax.errors import DivergedError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.per_example import per_example_grads, per_example_value_and_grad
 from isgd_jax.sampling import proposal, samplers
@@ -191,7 +192,7 @@ def _ratio(loss_fn: LossFn, params: Params, sample: Batch, probs: Float[Array, "
     """STALE/UNIFORM of one draw: Tr Cov with these probabilities over that of uniform draws."""
     norms, mean = norms_and_mean(loss_fn, params, sample)
     if not np.isfinite(norms).all():
-        raise FloatingPointError("the gradients are no longer finite after some steps: lower --learning-rate")
+        raise DivergedError("the gradients are no longer finite after some steps: lower --learning-rate")
     traces = second_moments.trace_covariance(
         second_moments.moments(jnp.asarray(norms), probs), optax.tree.vdot(mean, mean)
     )

@@ -140,7 +140,7 @@ def test_four_devices_are_one(way: str, kind: str) -> None:
     own, state, indices, first = _alone(kind)
     other_own, other_state, other_indices, other_first = RUNS[way](problem.samplers()[kind])
     assert np.array_equal(indices, other_indices)
-    assert not problem.unlike(first, other_first, rtol=1e-6), "after one step, all of it"
+    assert not problem.unlike(first, other_first, rtol=1e-5), "after one step, all of it"
     assert not problem.unlike((own, _solid(state)), (other_own, _solid(other_state)), rtol=1e-6)
     assert not problem.unlike(state, other_state, rtol=ROUNDED)
 

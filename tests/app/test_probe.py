@@ -14,6 +14,7 @@ from isgd_jax.app import checkpoints, optimizers, task
 from isgd_jax.app.html import probe_page
 from isgd_jax.app.probe import Period, findings, measure, periods, probe, verdict
 from isgd_jax.app.run import fit
+from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.per_example import stacked_per_example_grads
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
@@ -49,7 +50,7 @@ def work(tmp_path: Path, **changes: Any) -> tuple[Any, task.Task]:
 
 def test_a_plain_step_is_that_of_the_optimiser_alone(tmp_path: Path, key: jax.Array) -> None:
     config, made = work(tmp_path)
-    steps = measure.Steps(config, made)
+    steps = measure.Steps(findings.probed_of(config, made))
     params = made.init(key)
     data = jax.device_put(dict(made.train))
     ours, _ = steps.plain(params, steps.tx.init(params), data, key)
@@ -67,8 +68,11 @@ def test_scores_do_not_age_while_the_parameters_stand_still(tmp_path: Path, key:
     """At rate 1e-20 every age is worth what fresh scores are: STALE by its formula, on the mixed probabilities."""
     config, made = work(tmp_path, learning_rate=1e-20)
     sample = dict(made.train)
-    found = measure.ageing(config, made, made.init(key), None, sample=sample, ages=[3, 9], mixture=0.2, key=key)
-    norms, mean = measure.norms_and_mean(made.loss_fn, made.init(key), sample)
+    found = measure.ageing(
+        findings.probed_of(config, made), made.init(key), None, sample=sample, ages=[3, 9], mixture=0.2, key=key
+    )
+    found_norms, mean = norms_and_mean_gradient(made.loss_fn, made.init(key), sample)
+    norms = np.asarray(found_norms)
     probs = 0.8 * norms / norms.sum() + 0.2 / len(norms)
     square = float(optax.tree.vdot(mean, mean))
     expected = ((norms**2 / probs).sum() / len(norms) ** 2 - square) / ((norms**2).mean() - square)
@@ -79,7 +83,8 @@ def test_scores_do_not_age_while_the_parameters_stand_still(tmp_path: Path, key:
 def test_scores_age_when_the_parameters_move(tmp_path: Path, key: jax.Array) -> None:
     config, made = work(tmp_path, learning_rate=0.05)
     params = made.init(key)
-    found = measure.ageing(config, made, params, None, sample=dict(made.train), ages=[40], mixture=0.1, key=key)
+    probed, sample = findings.probed_of(config, made), dict(made.train)
+    found = measure.ageing(probed, params, None, sample=sample, ages=[40], mixture=0.1, key=key)
     assert found[40] > found[0]
 
 

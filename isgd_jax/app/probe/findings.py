@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.app import checkpoints, optimizers
+from isgd_jax.app import build, checkpoints, optimizers
 from isgd_jax.app.config import Config
 from isgd_jax.app.probe import measure
 from isgd_jax.app.probe.verdict import Period, periods, verdict
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.task import Task
 from isgd_jax.errors import ArgumentError, DivergedError
+from isgd_jax.training.problem import Problem
 from isgd_jax.types import Params
 
 FALLBACK_MIXTURE = 0.3
@@ -61,11 +62,12 @@ def probe(
     """
     _check(run, after, ages, num_examples)
     init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+    probed = probed_of(config, task)
     params, opt_state = task.init(jax.random.split(jax.random.key(config.seed), 4)[0]), None
     if run is not None:
         params, opt_state, after = _restored(run, config, task, params)
     elif after:
-        params, opt_state = measure.run_plain(config, task, params, num_steps=after, key=init_key)
+        params, opt_state = measure.run_plain(probed, params, num_steps=after, key=init_key)
     size = min(num_examples, task.num_examples)
     rows = np.sort(np.asarray(jax.random.permutation(sample_key, task.num_examples))[:size])
     sample = jax.tree.map(lambda x: x[rows], dict(task.train))
@@ -73,12 +75,23 @@ def probe(
     spread = measure.spread(task.loss_fn, params, sample, is_whole=size == task.num_examples)
     if not np.isfinite(spread.norms).all():
         raise DivergedError(f"the gradients are not finite after {after} updates: lower --learning-rate")
-    cost = measure.costs(config, task, params)
-    by_age = measure.ageing(config, task, params, opt_state, sample=sample, ages=ages, mixture=mixture, key=step_key)
+    cost = measure.costs(probed, params)
+    by_age = measure.ageing(probed, params, opt_state, sample=sample, ages=ages, mixture=mixture, key=step_key)
     table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
     headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
     words = verdict(spread.second_moment_ratio, headroom, table, num_updates=after)
     return Probe(after, size, float(mixture), spread, cost, by_age, table, words)
+
+
+def probed_of(config: Config, task: Task) -> measure.Probed:
+    """What a configuration would train, and how."""
+    return measure.Probed(
+        problem=Problem(task.loss_fn, task.init, dict(task.train)),
+        optimizer=optimizers.behind(config, num_steps=config.num_steps(task.num_examples)),
+        batch_size=config.batch_size,
+        scorer=build.make_scorer(config, task)[0],
+        chunk_size=config.chunk_size,
+    )
 
 
 def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Params, Any, int]:

@@ -1,6 +1,6 @@
 """What a probe measures: the spread of the norms, what scoring costs beside a step, and how fast scores lose worth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,16 +9,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from isgd_jax.app import build, optimizers
 from isgd_jax.app.clock import middle_seconds
-from isgd_jax.app.config import Config
-from isgd_jax.app.task import Task
 from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import DivergedError
-from isgd_jax.gradients import lazy
-from isgd_jax.gradients.per_example import per_example_grads, per_example_value_and_grad
-from isgd_jax.sampling import proposal, samplers
-from isgd_jax.types import Batch, Key, LossFn, Params
+from isgd_jax.gradients.all_examples import norms_and_mean_gradient
+from isgd_jax.reweight import importance_weighting
+from isgd_jax.sampling import proposal
+from isgd_jax.sampling.estimator import importance_sampler
+from isgd_jax.sampling.state import BatchSampler
+from isgd_jax.training.problem import Problem
+from isgd_jax.training.train_step import StepInfo, TrainState, make_steps
+from isgd_jax.types import Batch, Key, LossFn, Params, Scorer
 from isgd_jax.variance import second_moments
 
 CHUNK = 256
@@ -50,7 +51,7 @@ class Costs(NamedTuple):
     update: float
     """A step of plain SGD."""
     reweighted_update: float
-    """A step that draws by scores, reweights, and has the fresh norms of what it drew."""
+    """A step of training by importance sampling: it draws by scores, reweights, and learns from the fresh norms."""
     score_example: float
     """Scoring one example of a chunk."""
     score_all: float
@@ -59,7 +60,8 @@ class Costs(NamedTuple):
 
 def spread(loss_fn: LossFn, params: Params, sample: Batch, *, is_whole: bool = False) -> Spread:
     """Norms and mean gradient of a random ``sample`` [n] of the training set, or of the whole of it."""
-    norms, mean = norms_and_mean(loss_fn, params, sample)
+    found, mean = norms_and_mean_gradient(loss_fn, params, sample, batch_size=CHUNK)
+    norms = np.asarray(found)
     size = len(norms)
     square = float(optax.tree.vdot(mean, mean))
     if not is_whole:  # the mean over pairs: the squared norm of a sample's mean is too large
@@ -71,47 +73,42 @@ def spread(loss_fn: LossFn, params: Params, sample: Batch, *, is_whole: bool = F
     return Spread(norms, quantiles, ratio, square, second - square, max(ideal - square, 0.0))
 
 
-def norms_and_mean(loss_fn: LossFn, params: Params, sample: Batch) -> tuple[np.ndarray, Params]:
-    """The exact norm of each example's gradient [n], and the mean gradient; the sample passes through in chunks."""
+class Probed(NamedTuple):
+    """What is probed: a loss on data, and how it would be trained."""
 
-    @jax.jit
-    def one(params: Params, chunk: Batch, weights: Float[Array, " b"]) -> tuple[Params, Array]:
-        grads = per_example_grads(loss_fn)(params, chunk)
-        return lazy.weighted_mean(grads, weights), lazy.norms(grads)
-
-    size = len(jax.tree.leaves(sample)[0])
-    width = min(CHUNK, size)
-    total, norms = jax.tree.map(jnp.zeros_like, params), []
-    for start in range(0, size, width):
-        rows = np.minimum(np.arange(start, start + width), size - 1)
-        real = np.arange(start, start + width) < size
-        mean, some = one(params, jax.tree.map(lambda x, rows=rows: x[rows], sample), jnp.asarray(real, jnp.float32))
-        total = jax.tree.map(lambda t, m: t + m * (width / size), total, mean)
-        norms.append(np.asarray(some)[real])
-    return np.concatenate(norms), total
+    problem: Problem
+    optimizer: optax.GradientTransformation
+    """For mean gradients; the reweighting stands before it."""
+    batch_size: int
+    scorer: Scorer
+    chunk_size: int
+    """Examples scored in one call."""
 
 
-def costs(config: Config, task: Task, params: Params) -> Costs:
-    """Time a plain step, a reweighted step, and the scoring of one chunk."""
-    steps = Steps(config, task)
-    data = jax.device_put(dict(task.train))
-    law = samplers.prepare(jnp.full(task.num_examples, 1.0 / task.num_examples))
+def costs(probed: Probed, params: Params) -> Costs:
+    """Time a plain step, the step of training by importance sampling, and the scoring of one chunk."""
+    steps = Steps(probed)
+    data, num_examples = jax.device_put(probed.problem.train), probed.problem.num_examples
     opt_state, key = steps.tx.init(params), jax.random.key(0)
-    size = min(config.chunk_size, task.num_examples)
-    chunk = jax.tree.map(lambda x: x[:size], task.train)
-    scorer = sharded(build.make_scorer(config, task)[0])
-    plain, reweighted, scoring = middle_seconds(
-        lambda: steps.plain(params, opt_state, data, key),
-        lambda: steps.reweighted(params, opt_state, law, data, key),
-        lambda: scorer(params, chunk),
-        repeats=REPEATS,
+    sampler = importance_sampler(num_examples, batch_size=probed.batch_size)
+    reweighted, state = steps.reweighted(sampler), [TrainState(params, opt_state, sampler.init())]
+    state = jax.tree.map(jnp.copy, state)  # a step takes over the state that it is given
+
+    def advance() -> TrainState:
+        state[0], _ = reweighted(state[0], None, data, key, jnp.float32(0.0))
+        return state[0]
+
+    size = min(probed.chunk_size, num_examples)
+    chunk = jax.tree.map(lambda x: x[:size], probed.problem.train)
+    scorer = sharded(probed.scorer)
+    plain, ours, scoring = middle_seconds(
+        lambda: steps.plain(params, opt_state, data, key), advance, lambda: scorer(params, chunk), repeats=REPEATS
     )
-    return Costs(plain, reweighted, scoring / size, scoring / size * task.num_examples)
+    return Costs(plain, ours, scoring / size, scoring / size * num_examples)
 
 
 def ageing(
-    config: Config,
-    task: Task,
+    probed: Probed,
     params: Params,
     opt_state: Any | None,
     *,
@@ -123,54 +120,48 @@ def ageing(
     """What scores are worth after so many real steps of plain SGD: STALE/UNIFORM of one draw, by age; age 0 is fresh.
 
     The scores and the norms are those of the ``sample``; the steps draw from the whole training set, with the batch
-    size and the optimiser of the configuration. ``mixture`` is the share of the uniform law in the proposal.
+    size and the optimizer that are probed. ``mixture`` is the share of the uniform law in the proposal.
     """
-    scorer = sharded(build.make_scorer(config, task)[0])
+    loss_fn, scorer = probed.problem.loss_fn, sharded(probed.scorer)
     probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=mixture)
-    found = {0: _ratio(task.loss_fn, params, sample, probs)}
-    steps = Steps(config, task)
+    found = {0: _ratio(loss_fn, params, sample, probs)}
+    steps = Steps(probed)
     first = (params, steps.tx.init(params) if opt_state is None else opt_state)
-    for age, state in _after(steps, first, jax.device_put(dict(task.train)), sorted(ages), key):
-        found[age] = _ratio(task.loss_fn, state[0], sample, probs)
+    for age, state in _after(steps, first, jax.device_put(probed.problem.train), sorted(ages), key):
+        found[age] = _ratio(loss_fn, state[0], sample, probs)
     return found
 
 
 class Steps:
-    """Real steps with the optimiser and the batch size of a configuration: plain, and reweighted."""
+    """Real steps with the optimizer and the batch size of what is probed: plain ones, and those of training itself."""
 
-    def __init__(self, config: Config, task: Task) -> None:
-        num_examples, num_draws = task.num_examples, config.batch_size
-        num_steps = config.num_steps(num_examples)
-        self.tx = optimizers.make(config, num_examples=num_examples, num_steps=num_steps)
-        behind = optimizers.behind(config, num_steps=num_steps)
+    def __init__(self, probed: Probed) -> None:
+        problem, num_examples, optimizer = probed.problem, probed.problem.num_examples, probed.optimizer
+        self.tx = optax.chain(importance_weighting(num_examples), optimizer)
+        self._problem = problem
 
         def mean_loss(params: Params, batch: Batch) -> Float[Array, ""]:
-            return jnp.mean(jax.vmap(task.loss_fn, (None, 0))(params, batch))
+            return jnp.mean(jax.vmap(problem.loss_fn, (None, 0))(params, batch))
 
         def plain(params: Params, opt_state: Any, data: Batch, key: Key) -> tuple[Params, Any]:
-            indices = jax.random.randint(key, (num_draws,), 0, num_examples)
+            indices = jax.random.randint(key, (probed.batch_size,), 0, num_examples)
             grads = jax.grad(mean_loss)(params, jax.tree.map(lambda x: x[indices], data))
             reweighting, inner = opt_state
-            updates, inner = behind.update(grads, inner, params)
+            updates, inner = optimizer.update(grads, inner, params)
             return optax.apply_updates(params, updates), (reweighting, inner)
 
-        def reweighted(
-            params: Params, opt_state: Any, law: samplers.Law, data: Batch, key: Key
-        ) -> tuple[Params, Any, Array]:
-            draw = samplers.stratified(key, law, num_draws=num_draws)
-            batch = jax.tree.map(lambda x: x[draw.indices], data)
-            _, grads = per_example_value_and_grad(task.loss_fn)(params, batch)
-            updates, opt_state = self.tx.update(grads, opt_state, params, probs=draw.probs)
-            return optax.apply_updates(params, updates), opt_state, lazy.norms(grads)
+        self.plain = jax.jit(plain)
 
-        self.plain, self.reweighted = jax.jit(plain), jax.jit(reweighted)
+    def reweighted(self, sampler: BatchSampler) -> Callable[..., tuple[TrainState, StepInfo]]:
+        """The step of training by this sampler, ``(state, frozen, data, key, seconds)``; the state is donated."""
+        return make_steps(self._problem, sampler, self.tx).step
 
 
-def run_plain(config: Config, task: Task, params: Params, *, num_steps: int, key: Key) -> tuple[Params, Any]:
-    """Parameters and optimiser state after so many steps of plain SGD."""
-    steps = Steps(config, task)
+def run_plain(probed: Probed, params: Params, *, num_steps: int, key: Key) -> tuple[Params, Any]:
+    """Parameters and optimizer state after so many steps of plain SGD."""
+    steps = Steps(probed)
     first = (params, steps.tx.init(params))
-    [(_, state)] = _after(steps, first, jax.device_put(dict(task.train)), [num_steps], key)
+    [(_, state)] = _after(steps, first, jax.device_put(probed.problem.train), [num_steps], key)
     return state
 
 
@@ -190,10 +181,8 @@ def _after(
 
 def _ratio(loss_fn: LossFn, params: Params, sample: Batch, probs: Float[Array, " n"]) -> float:
     """STALE/UNIFORM of one draw: Tr Cov with these probabilities over that of uniform draws."""
-    norms, mean = norms_and_mean(loss_fn, params, sample)
+    norms, mean = norms_and_mean_gradient(loss_fn, params, sample, batch_size=CHUNK)
     if not np.isfinite(norms).all():
         raise DivergedError("the gradients are no longer finite after some steps: lower --learning-rate")
-    traces = second_moments.trace_covariance(
-        second_moments.moments(jnp.asarray(norms), probs), optax.tree.vdot(mean, mean)
-    )
+    traces = second_moments.trace_covariance(second_moments.moments(norms, probs), optax.tree.vdot(mean, mean))
     return float(traces.stale / traces.uniform)

@@ -75,7 +75,7 @@ def make_run(
     if scores is not None:
         versions = np.where(scores > 0, 17, -1).astype(np.int32)
         checkpoints = Checkpoints(run.checkpoints, identity={"data set": dataset.fingerprint if dataset else "other"})
-        checkpoints.save(20, {"state": {"table": {"scores": scores, "versions": versions}}}, {})
+        checkpoints.save(20, {"state": {"sampler": {"table": {"scores": scores, "versions": versions}}}}, {})
         checkpoints.close()
     return run
 

@@ -364,6 +364,6 @@ def test_the_plan_tells_who_scores(tmp_path: Path, changes: dict[str, Any], told
     plan = {
         "config": small_config(tmp_path, **changes).to_dict(), "num_examples": 90, "num_params": 3, "devices": ["cpu"],
         "first_step": 0, "num_steps": 40, "seconds_per_update": 0.1, "seconds_per_refresh": 0.1,
-        "share_scored": 0.25, "run_dir": "runs/x",
+        "share_scored": 0.25, "run_dir": "runs/x", "sampler": "systematic",
     }  # fmt: skip
     assert told in dict(console._describe(plan))["scoring"]

@@ -17,10 +17,14 @@ from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Batch, Draw, Key, Params
+from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.rolling import Band
 
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""
+
+LOOK_EVERY = 16
+"""While the gate is shut, steps from one that looks at the gradients one by one to the next."""
 
 FreshScores = Callable[[Float[Array, " m"], Params], Float[Array, " m"]]
 """Scores of the drawn examples from what the step has anyway: (losses, per-example gradients) -> scores."""
@@ -72,6 +76,8 @@ def make_steps(
         * One backward pass gives the update, the fresh scores of the drawn examples, and all that is monitored.
         * The draw of step t depends on ``fold_in(key, t)`` alone, so resuming needs no saved key.
         * With uniform probabilities the update is that of plain SGD on the same indices.
+        * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which costs no norms and
+          teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says.
 
     Args:
         problem: what is trained.
@@ -105,22 +111,50 @@ def make_steps(
         )
         batch = problem.pictures(keys, batch)
         batch = batch if parallel is None else parallel.split(batch)
+        if isinstance(state.sampler.gate, Gate):
+            rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
+            made, info = jax.lax.cond(rests, together, one_by_one, state, frozen, drawn, batch, seconds)
+        else:
+            made, info = one_by_one(state, frozen, drawn, batch, seconds)
+        return (made, info) if parallel is None else parallel.same((made, info))
+
+    def one_by_one(
+        state: TrainState, frozen: Any, drawn: Draw, batch: Any, seconds: Float[Array, ""]
+    ) -> tuple[TrainState, StepInfo]:
         losses, grads = per_example_value_and_grad(problem.loss)(state.params, frozen, batch)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, probs=drawn.probs, mask=drawn.mask, target=drawn.target
         )
         scores = None if fresh_scores is None else fresh_scores(losses, grads)
         after = sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
-        weights = draw_weights(drawn.probs, drawn.mask, 1.0 if drawn.target is None else drawn.target)
-        info = StepInfo(jnp.mean(weights * losses), jnp.max(weights), is_open(after), ratio(after))
-        made = TrainState(optax.apply_updates(state.params, updates), opt_state, after)
-        return (made, info) if parallel is None else parallel.same((made, info))
+        loss = jnp.mean(_weights(drawn) * losses)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, after), info_of(loss, drawn, after)
+
+    def together(
+        state: TrainState, frozen: Any, drawn: Draw, batch: Any, seconds: Float[Array, ""]
+    ) -> tuple[TrainState, StepInfo]:
+        def mean_loss(params: Params) -> Float[Array, ""]:
+            losses = jax.vmap(problem.loss, in_axes=(None, None, 0))(params, frozen, batch)
+            return jnp.mean(_weights(drawn) * losses)
+
+        loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+        one, alone = jnp.ones(1, jnp.float32), jax.tree.map(lambda g: g[None], gradient)  # to the chain, a single draw
+        updates, opt_state = tx.update(alone, state.opt_state, state.params, probs=one, target=one)
+        after = sampler.observe(state.sampler, drawn, seconds=seconds)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, after), info_of(loss, drawn, after)
+
+    def info_of(loss: Float[Array, ""], drawn: Draw, after: SamplerState) -> StepInfo:
+        return StepInfo(loss, jnp.max(_weights(drawn)), is_open(after), ratio(after))
 
     return Steps(
         jax.jit(step, donate_argnames="state"),
         jax.jit(draw_ahead, static_argnames="num_steps"),
         jax.jit(learn, donate_argnames="state"),
     )
+
+
+def _weights(drawn: Draw) -> Float[Array, " m"]:
+    return draw_weights(drawn.probs, drawn.mask, 1.0 if drawn.target is None else drawn.target)
 
 
 def _keys(step_key: Key, count: int) -> Array:

@@ -12,8 +12,9 @@ from problems import linear_loss, linear_problem
 
 import isgd_jax as isgd
 from isgd_jax.sampling import score_table
+from isgd_jax.sampling.gates import with_gate
 from isgd_jax.training.problem import Problem
-from isgd_jax.training.train_step import Steps, TrainState, check_chain, make_steps
+from isgd_jax.training.train_step import LOOK_EVERY, Steps, TrainState, check_chain, make_steps
 
 N, M = 40, 8
 SKEWED = np.arange(1.0, N + 1.0)
@@ -48,7 +49,7 @@ def copied(state: TrainState) -> TrainState:
 def test_it_traces_once_in_200_steps_and_their_refreshes(key: jax.Array) -> None:
     chex.clear_trace_counter()
     params, data = linear_problem(N)
-    made = problem(loss_fn=chex.assert_max_traces(linear_loss, n=1))
+    made = problem(loss_fn=chex.assert_max_traces(linear_loss, n=2))  # one by one, and together where the gate is shut
     sampler, tx = isgd.importance_sampler(N, batch_size=M), chain()
     steps, refresher = make_steps(made, sampler, tx), isgd.refresher(None, sampler, every=10, clock=lambda: 0.0)
     state = TrainState(made.init(key), tx.init(params), sampler.init())
@@ -121,6 +122,56 @@ def test_uniform_probabilities_recover_sgd(key: jax.Array) -> None:
         plain = optax.apply_updates(plain, updates)
         state, _ = steps.step(state, None, data, key, jnp.float32(0))
     chex.assert_trees_all_close(state.params, plain, rtol=1e-5)
+
+
+def shut(state: TrainState, step: int) -> TrainState:
+    clock = state.sampler.clock._replace(step=jnp.int32(step))
+    return copied(state._replace(sampler=with_gate(state.sampler, False)._replace(clock=clock)))
+
+
+@pytest.mark.parametrize("name", ["stratified", "poisson"])
+def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_costs_no_norms(
+    key: jax.Array, name: Any
+) -> None:
+    sampler = isgd.importance_sampler(N, batch_size=M, sampler=name, example_weights=SKEWED / SKEWED.sum())
+    state, data, steps = prepared(sampler)
+    state = shut(state, LOOK_EVERY + 1)
+    before = copied(state)
+    after, info = steps.step(state, None, data, key, jnp.float32(0))
+    drawn = sampler.sample(jax.random.fold_in(key, LOOK_EVERY + 1), before.sampler)
+    batch, weights = jax.tree.map(lambda x: x[drawn.indices], data), drawn.target / drawn.probs
+    weights = weights if drawn.mask is None else jnp.where(drawn.mask, weights, 0.0)
+
+    def mean_loss(params: Any) -> jax.Array:
+        return jnp.mean(weights * jax.vmap(linear_loss, (None, 0))(params, batch))
+
+    loss, gradient = jax.value_and_grad(mean_loss)(before.params)
+    expected = jax.tree.map(lambda x, g: x - 0.01 * g, before.params, gradient)
+    chex.assert_trees_all_close(after.params, expected, rtol=1e-6)
+    chex.assert_trees_all_close(info.loss, loss, rtol=1e-6)
+    moved = before.sampler._replace(clock=after.sampler.clock)
+    chex.assert_trees_all_equal(after.sampler, moved)
+    assert int(after.sampler.clock.step) == LOOK_EVERY + 2
+
+
+def test_a_shut_gate_looks_again_every_16th_step_and_opens(key: jax.Array) -> None:
+    """Scores proportional to the norms, and a learning rate of 0: whatever shut the gate, the scores help."""
+    data = problem().train
+    norms = jnp.abs(data["x"].sum(axis=1) - data["y"]) * jnp.sqrt(jnp.sum(data["x"] ** 2, axis=1) + 1)
+    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.1, calibrate=False, monitor=False)
+    state, data, steps = prepared(sampler, tx=chain(0.0))
+    scores = sampler.refresh(sampler.record(state.sampler, jnp.arange(N), norms, version=0))
+    state, looked, opened = shut(state._replace(sampler=scores), 0), [], []
+    for at in range(12 * LOOK_EVERY):
+        seen = int(state.sampler.gate.window.seen)
+        state, info = steps.step(state, None, data, key, jnp.float32(0))
+        looked += [at] if int(state.sampler.gate.window.seen) > seen else []
+        opened += [bool(info.gate_is_open)]
+    first = opened.index(True)
+    assert looked[:4] == [0, 16, 32, 48]
+    assert first % LOOK_EVERY == 0
+    assert looked[looked.index(first) :] == list(range(first, 12 * LOOK_EVERY))
+    assert all(opened[first:])
 
 
 def test_the_reported_loss_is_unbiased() -> None:

@@ -53,6 +53,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 import isgd_jax as isgd
@@ -202,7 +203,6 @@ def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
     """
     work = task.make(config, dataset)
     fitness = evaluation.make_evaluate(work)
-    norms_and_square = norms_and_mean_square(work)
     valid, train_data = jax.device_put((dict(dataset.valid or {}), dict(work.train)))
 
     def measure(state: TrainState) -> Record:
@@ -211,36 +211,14 @@ def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
         known = state.sampler
         if int(known.clock.step) % variance_every:
             return measured
-        norms, square = norms_and_square(state.params, train_data)
+        norms, mean = isgd.norms_and_mean_gradient(work.loss_fn, state.params, train_data, batch_size=SLICE)
+        square = optax.tree.norm(mean, squared=True)
         laws = {"stale": samplers.probabilities(known.proposal.law)}
         trusted = proposal.trust(known.table, version=known.version)
         if bool(trusted.any()):
             scores = proposal.fill_untrusted(known.table.scores, trusted)
             laws |= {f"stale_{constant:g}": scores + constant for constant in CONSTANTS}
         return measured | spreads(norms, square, laws)
-
-    return measure
-
-
-def norms_and_mean_square(work: task.Task) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Build ``(params, data) -> (norms [n], ‖mean gradient‖²)`` over all examples, a thousand at a time."""
-
-    @jax.jit
-    def measure(params: Any, batch: Any) -> tuple[Array, Array]:
-        size = work.num_examples
-        slices = -(-size // SLICE)
-        indices = jnp.arange(slices * SLICE, dtype=jnp.int32).reshape(slices, SLICE)
-
-        def add(total: Any, some: Array) -> tuple[Any, Array]:
-            real = (some < size).astype(jnp.float32)
-            picked = jax.tree.map(lambda x: x[jnp.minimum(some, size - 1)], batch)
-            grads = isgd.per_example_grads(work.loss_fn)(params, picked)
-            part = isgd.weighted_mean(grads, real)
-            return jax.tree.map(lambda t, p: t + p * (SLICE / size), total, part), isgd.norms(grads)
-
-        mean, norms = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), indices)
-        square = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(mean))
-        return norms.reshape(-1)[:size], square
 
     return measure
 

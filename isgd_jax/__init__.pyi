@@ -8,6 +8,7 @@ from .app import models as models
 from .engines import scorers as scorers
 from .engines.sharded import sharded as sharded
 from .gradients import sketches as sketches
+from .gradients.all_examples import norms_and_mean_gradient as norms_and_mean_gradient
 from .gradients.lazy import gram as gram
 from .gradients.lazy import inner as inner
 from .gradients.lazy import norms as norms

@@ -8,6 +8,7 @@ import honest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import paper
 import pytest
 from selection import contest, problems, rivals
@@ -186,9 +187,8 @@ def test_the_papers_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem) -> None:
     # Against the definition: the gradients of all examples, stacked.
     params = problem.init(jax.random.key(0))
-    problem_of = (problem.loss_fn, problem.logits_fn, problem.init, problem.train, problem.test)
-    work = paper.task.Task(*problem_of, num_examples=SIZE, fingerprint="")
-    norms, square = paper.norms_and_mean_square(work)(params, problem.train)
+    norms, mean = paper.isgd.norms_and_mean_gradient(problem.loss_fn, params, problem.train, batch_size=paper.SLICE)
+    square = optax.tree.norm(mean, squared=True)
     grads = paper.isgd.stacked_per_example_grads(problem.loss_fn)(params, problem.train)
     flat = jnp.concatenate([leaf.reshape(SIZE, -1) for leaf in jax.tree.leaves(grads)], axis=1)
     np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-4)

@@ -126,23 +126,10 @@ def runner_up(problem: Problem, params: Params) -> jax.Array:
     return jnp.asarray(sliced(runner_up_of(problem.logits_fn), params, problem))
 
 
-@cache
-def mean_grad_of(loss_fn: LossFn) -> Callable[[Params, Batch, jax.Array], Params]:
-    def mean_grad(params: Params, train: Batch, pieces: jax.Array) -> Params:
-        def add(total: Params, at: jax.Array) -> tuple[Params, None]:
-            grads = weighted_grad(loss_fn, params, take(train, at), jnp.full(SLICE, 1.0 / pieces.size))
-            return jax.tree.map(jnp.add, total, grads), None
-
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), pieces)[0]
-
-    return jax.jit(mean_grad)
-
-
 def full_truth(problem: Problem, params: Params) -> Truth:
     params = jax.tree.map(jnp.asarray, params)
-    pieces = jnp.arange(problem.size).reshape(-1, SLICE)
-    mean = mean_grad_of(problem.loss_fn)(params, problem.train, pieces)
-    return Truth(params, all_norms(problem, params), mean, float(squared(mean)))
+    norms, mean = isgd.norms_and_mean_gradient(problem.loss_fn, params, problem.train, batch_size=SLICE)
+    return Truth(params, np.asarray(norms), mean, float(squared(mean)))
 
 
 def true_traces(problem: Problem, params: Params, probs: jax.Array) -> second_moments.Moments:
@@ -152,7 +139,7 @@ def true_traces(problem: Problem, params: Params, probs: jax.Array) -> second_mo
 
 
 def squared(tree: Params) -> jax.Array:
-    return sum((jnp.vdot(x, x, precision="highest") for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    return optax.tree.norm(tree, squared=True)
 
 
 def stale_moment(truth: Truth, probs: jax.Array) -> float:

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-import isgd_jax as isgd
 from isgd_jax.engines import scorers
 
 
@@ -71,15 +70,14 @@ def main() -> None:
     images = (digits.images[..., None] / 16).astype(np.float32)
     data = {"image": jnp.asarray(images), "label": jnp.asarray(digits.target, jnp.int32)}
     size = len(images)
-    tx = optax.chain(isgd.importance_weighting(size), optax.adam(1e-3))
+    tx = optax.adam(1e-3)
     params = Net().init(jax.random.key(0), data["image"][0])
 
     @jax.jit
     def update(params: Any, opt_state: Any, key: Any) -> Any:
-        indices = jax.random.randint(key, (64,), 0, size)
-        batch = jax.tree.map(lambda x: x[indices], data)
-        grads = isgd.per_example_grads(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, probs=jnp.full(64, 1 / size))
+        batch = jax.tree.map(lambda x: x[jax.random.randint(key, (64,), 0, size)], data)
+        grads = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0))(p, batch)))(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state, columns = tx.init(params), {}

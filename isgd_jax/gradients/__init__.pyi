@@ -1,4 +1,5 @@
 from . import sketches as sketches
+from .all_examples import norms_and_mean_gradient as norms_and_mean_gradient
 from .lazy import gram as gram
 from .lazy import inner as inner
 from .lazy import norms as norms

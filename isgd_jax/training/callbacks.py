@@ -38,7 +38,20 @@ class Callback:
 
 
 class History(Callback):
-    """Keeps a record of numbers every so many steps: the loss, held-out measurements, and what draws are worth."""
+    """Keeps a record of numbers every so many steps: the loss, held-out measurements, what draws are worth.
+
+    A record is a dict: ``step``; ``seconds`` since the run began; ``loss``, the mean over the steps since the last
+    record of unbiased estimates of the training loss; each held-out measurement as ``<data>_<metric>``; once the
+    monitor knows them, ``variance_ratio``, Tr Cov of a batch as drawn over that of a uniform one, and
+    ``equivalent_batch``, the draws of a uniform batch of the same variance; ``scored_share`` and ``mean_age`` (in
+    versions) of the scores; ``gate_is_open``.
+
+    Args:
+        every: steps between two records. The last step has one too.
+
+    Raises:
+        DivergedError: while the run goes on, at the first record after the loss was not finite.
+    """
 
     def __init__(self, *, every: int = 100) -> None:
         self._every, self._infos = every, list[Any]()
@@ -46,10 +59,12 @@ class History(Callback):
         self.records: list[Record] = []
 
     def begin(self, run: "Run") -> None:
+        """Start the clock."""
         self._evaluate = run.problem.evaluator()
         self._began = time.monotonic()
 
     def stepped(self, run: "Run", info: Any) -> None:
+        """Keep what the step told, on the device; read it when a record is due."""
         self._infos.append(info)
         if run.step % self._every == 0 or run.step == run.num_steps:
             self.records.append(self._record(run))
@@ -79,13 +94,19 @@ class History(Callback):
 
 
 class PlainProgress(History):
-    """A line of text for each record: what `fit` prints unless it is given callbacks."""
+    """A line of text for each record: what `fit` prints unless it is given callbacks.
+
+    Args:
+        every: steps between two lines.
+        file: where they go; standard output by default.
+    """
 
     def __init__(self, *, every: int = 100, file: IO[str] | None = None) -> None:
         super().__init__(every=every)
         self._file = file
 
     def recorded(self, run: "Run", record: Record) -> None:
+        """Print the line."""
         parts = [f"step {record['step']:>{len(str(run.num_steps))}}/{run.num_steps}", f"loss {record['loss']:.4g}"]
         parts += [f"{name} {record[name]:.4g}" for name in record if name.split("_")[0] in run.problem.held_out]
         if "equivalent_batch" in record:

@@ -1,4 +1,13 @@
-"""The training loop, in time order."""
+"""The training loop, in time order: `fit`, which is the loop of the README with checks, progress and many devices.
+
+Guarantees:
+
+* before the first step everything that can be seen not to fit is refused; after it nothing is done silently otherwise;
+* what a run does depends on its arguments and on the scores that engines deliver, on no clock but theirs;
+* a run that a callback sets back to a saved state (`Callback.begin`) goes on as if it had never stopped, without an
+  engine or with ``inline`` bit for bit;
+* engines are the caller's to close: prefetching threads and callbacks end here, whatever ends the run.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,12 +91,21 @@ def fit(
 ) -> FitResult:
     """Train by importance sampling, or by whatever the sampler does.
 
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import isgd_jax as isgd
+    >>> problem = isgd.Problem(lambda w, x: (w - x) ** 2, params=jnp.zeros(()), train=jnp.arange(4.0))
+    >>> tx = optax.chain(isgd.importance_weighting(4), optax.sgd(0.05))
+    >>> sampler = isgd.importance_sampler(4, batch_size=2)
+    >>> result = isgd.fit(problem, sampler, tx, num_steps=100, key=jax.random.key(0), callbacks=[])
+    >>> bool(abs(result.params - 1.5) < 0.3)  # the mean of 0, 1, 2, 3
+    True
+
     Args:
         problem: the loss, the parameters and the data.
         sampler: which examples (`isgd_jax.importance_sampler`, `shuffled_epochs`, ...).
         tx: an Optax chain that begins with `isgd_jax.importance_weighting`.
         num_steps: in all; a run that goes on from a checkpoint makes the rest.
-        key: of parameters, draws and the sampler.
+        key: of parameters, draws and the sampler, one for each by ``jax.random.split``.
         engine: who scores besides (`isgd_jax.engines`), with a scorer made by `Problem.scorer`; None scores only what
             is drawn. The caller closes it.
         devices: that train, each with an equal part of the batch; one by default.
@@ -102,6 +120,8 @@ def fit(
     Raises:
         ValueError: the parts do not fit each other; before the first step.
         FloatingPointError: the loss is no longer finite.
+
+    Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
     _check_fit(problem, sampler, num_steps)
     callbacks = [PlainProgress()] if callbacks is None else list(callbacks)

@@ -1,6 +1,7 @@
 """The jitted step: draw, gather, differentiate once, reweight, update, and learn from the fresh norms."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -69,14 +70,14 @@ def make_steps(
     parallel: DataParallel | None = None,
     fresh_scores: FreshScores | None = None,
 ) -> Steps:
-    """The step of a problem.
+    """The step of a problem, jitted: `fit` calls it, and so may a loop of one's own.
 
     Guarantees:
-        * Each function traces once: steps, proposals and clocks of one shape share one program.
+        * Each function compiles once: steps, proposals and clocks of one shape share one program.
         * One backward pass gives the update, the fresh scores of the drawn examples, and all that is monitored.
-        * The draw of step t depends on ``fold_in(key, t)`` alone, so resuming needs no saved key.
+        * The draw of step t depends on ``fold_in(key, t)`` and the sampler's state alone: resuming needs no saved key.
         * With uniform probabilities the update is that of plain SGD on the same indices.
-        * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which costs no norms and
+        * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which needs no norms and
           teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says.
 
     Args:
@@ -86,71 +87,99 @@ def make_steps(
         parallel: several devices, each with a part of the batch.
         fresh_scores: what the table gets of the drawn examples; their norms by default.
 
-    Raises:
-        ValueError: the chain leaves one gradient for each draw.
-    """
-    tx = optax.with_extra_args_support(tx)
+    Returns:
+        The functions. Each donates the state it is given.
 
-    def draw(state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
-        return sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)
+    Source: the paper, section 4, with scores from the update's own backward pass; the gate is ours.
+    """
+    made = _Step(problem, sampler, optax.with_extra_args_support(tx), parallel, fresh_scores)
+    return Steps(
+        jax.jit(made.step, donate_argnames="state"),
+        jax.jit(made.draw_ahead, static_argnames="num_steps"),
+        jax.jit(made.step_drawn, donate_argnames="state"),
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The functions of `Steps`, not yet jitted.
+
+    ``frozen`` is what the loss needs and nobody trains; ``seconds`` the caller's clock, a float32 scalar, by which scores
+    age where ``max_age_seconds`` is set; ``key`` that of the run, into which the step's number is folded.
+    """
+
+    problem: Problem
+    sampler: BatchSampler
+    tx: optax.GradientTransformationExtraArgs
+    parallel: DataParallel | None
+    fresh_scores: FreshScores | None
 
     def step(
-        state: TrainState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
+        self, state: TrainState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
-        drawn = draw(state.sampler, key, params=state.params, data=data)
-        return learn(state, frozen, drawn, jax.tree.map(lambda x: x[drawn.indices], data), key, seconds)
+        """Draw, gather from data on the device, learn."""
+        drawn = self._draw(state.sampler, key, params=state.params, data=data)
+        return self.step_drawn(state, frozen, drawn, jax.tree.map(lambda x: x[drawn.indices], data), key, seconds)
 
-    def draw_ahead(state: SamplerState, key: Key, num_steps: int) -> Draw:
-        return jax.lax.map(lambda ahead: draw(state, key, ahead), jnp.arange(num_steps, dtype=jnp.int32))
+    def draw_ahead(self, state: SamplerState, key: Key, num_steps: int) -> Draw:
+        """The draws of the next ``num_steps`` steps, stacked, from the proposal and the gate as they are now."""
+        return jax.lax.map(lambda ahead: self._draw(state, key, ahead), jnp.arange(num_steps, dtype=jnp.int32))
 
-    def learn(
-        state: TrainState, frozen: Any, drawn: Draw, batch: Batch, key: Key, seconds: Float[Array, ""]
+    def step_drawn(
+        self, state: TrainState, frozen: Any, drawn: Draw, batch: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
-        keys = (
-            _keys(jax.random.fold_in(key, state.sampler.clock.step), sampler.batch_size) if problem.is_random else None
-        )
-        batch = problem.pictures(keys, batch)
-        batch = batch if parallel is None else parallel.split(batch)
+        """Learn from a draw whose batch has been fetched."""
+        seen = self._seen(batch, jax.random.fold_in(key, state.sampler.clock.step))
         if isinstance(state.sampler.gate, Gate):
             rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
-            made, info = jax.lax.cond(rests, together, one_by_one, state, frozen, drawn, batch, seconds)
+            made = jax.lax.cond(rests, self._together, self._one_by_one, state, frozen, drawn, seen, seconds)
         else:
-            made, info = one_by_one(state, frozen, drawn, batch, seconds)
-        return (made, info) if parallel is None else parallel.same((made, info))
+            made = self._one_by_one(state, frozen, drawn, seen, seconds)
+        return made if self.parallel is None else self.parallel.same(made)
 
-    def one_by_one(
-        state: TrainState, frozen: Any, drawn: Draw, batch: Any, seconds: Float[Array, ""]
+    def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
+        return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)
+
+    def _seen(self, batch: Batch, step_key: Key) -> tuple[Batch, Array | None]:
+        """The batch as the loss takes it: augmented, with a key for each example, on all devices."""
+        keys = _keys(step_key, self.sampler.batch_size) if self.problem.is_random else None
+        seen = self.problem.pictures(keys, batch)
+        return seen if self.parallel is None else self.parallel.split(seen)
+
+    def _one_by_one(
+        self, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
-        losses, grads = per_example_value_and_grad(problem.loss)(state.params, frozen, batch)
-        updates, opt_state = tx.update(
+        """By the gradients of single examples, which teach the sampler."""
+        losses, grads = per_example_value_and_grad(self.problem.loss)(state.params, frozen, seen)
+        updates, opt_state = self.tx.update(
             grads, state.opt_state, state.params, probs=drawn.probs, mask=drawn.mask, target=drawn.target
         )
-        scores = None if fresh_scores is None else fresh_scores(losses, grads)
-        after = sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
-        loss = jnp.mean(_weights(drawn) * losses)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, after), info_of(loss, drawn, after)
+        scores = None if self.fresh_scores is None else self.fresh_scores(losses, grads)
+        after = self.sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
+        return _updated(state, updates, opt_state, after, jnp.mean(_weights(drawn) * losses), drawn)
 
-    def together(
-        state: TrainState, frozen: Any, drawn: Draw, batch: Any, seconds: Float[Array, ""]
+    def _together(
+        self, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
+        """By the ordinary gradient: the same update, and nothing is learnt."""
+
         def mean_loss(params: Params) -> Float[Array, ""]:
-            losses = jax.vmap(problem.loss, in_axes=(None, None, 0))(params, frozen, batch)
+            losses = jax.vmap(self.problem.loss, in_axes=(None, None, 0))(params, frozen, seen)
             return jnp.mean(_weights(drawn) * losses)
 
         loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-        one, alone = jnp.ones(1, jnp.float32), jax.tree.map(lambda g: g[None], gradient)  # to the chain, a single draw
-        updates, opt_state = tx.update(alone, state.opt_state, state.params, probs=one, target=one)
-        after = sampler.observe(state.sampler, drawn, seconds=seconds)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, after), info_of(loss, drawn, after)
+        # The chain takes one gradient a draw: to it, this is the only one of a single draw with weight 1.
+        alone, one = jax.tree.map(lambda g: g[None], gradient), jnp.ones(1, jnp.float32)
+        updates, opt_state = self.tx.update(alone, state.opt_state, state.params, probs=one, target=one)
+        after = self.sampler.observe(state.sampler, drawn, seconds=seconds)
+        return _updated(state, updates, opt_state, after, loss, drawn)
 
-    def info_of(loss: Float[Array, ""], drawn: Draw, after: SamplerState) -> StepInfo:
-        return StepInfo(loss, jnp.max(_weights(drawn)), is_open(after), ratio(after))
 
-    return Steps(
-        jax.jit(step, donate_argnames="state"),
-        jax.jit(draw_ahead, static_argnames="num_steps"),
-        jax.jit(learn, donate_argnames="state"),
-    )
+def _updated(
+    state: TrainState, updates: Any, opt_state: Any, after: SamplerState, loss: Float[Array, ""], drawn: Draw
+) -> tuple[TrainState, StepInfo]:
+    made = TrainState(optax.apply_updates(state.params, updates), opt_state, after)
+    return made, StepInfo(loss, jnp.max(_weights(drawn)), is_open(after), ratio(after))
 
 
 def _weights(drawn: Draw) -> Float[Array, " m"]:

@@ -104,7 +104,7 @@ def make_steps(
 class _Step:
     """The functions of `Steps`, not yet jitted.
 
-    ``frozen`` is what the loss needs and nobody trains; ``seconds`` the caller's clock, a float32 scalar, by which scores
+    ``frozen`` is what the loss needs and nobody trains; ``seconds`` the caller's clock, a float32, by which scores
     age where ``max_age_seconds`` is set; ``key`` that of the run, into which the step's number is folded.
     """
 

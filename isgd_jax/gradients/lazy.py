@@ -25,6 +25,10 @@ from isgd_jax.gradients.slices import by_slices
 from isgd_jax.gradients.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
 
 
+ANYWHERE = PartitionSpec()
+"""Nothing is said of a placement."""
+
+
 @dataclass(frozen=True)
 class Factored:
     """A lazy leaf: the sum of ``terms``, ``formed`` [b, *shape], and ``shared`` [*shape], the same for all examples.
@@ -37,40 +41,72 @@ class Factored:
     dtype: Any
     formed: Any = None
     shared: Any = None
+    spec: PartitionSpec = ANYWHERE
+    """How the parameter is split, where axes of a mesh are explicit."""
 
     @property
     def batch_size(self) -> int:
         return self.formed.shape[0] if self.formed is not None else self.terms[0].right.shape[0]
 
 
-jax.tree_util.register_dataclass(Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype"])
+jax.tree_util.register_dataclass(
+    Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype", "spec"]
+)
 
 Grads: TypeAlias = PyTree
 """Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
 
 
+def spec_of(x: Any) -> PartitionSpec:
+    """How the axes of an array are split, as far as a mesh says so explicitly."""
+    return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
+
+
 def split_axis(grads: Grads) -> Any:
     """The mesh axis that the batch axis of the gradients is split along; None unless a mesh says so explicitly."""
     leaf = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in _leaves(grads)])[0]
-    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+    spec = spec_of(leaf)
     return spec[0] if spec else None
 
 
-def _placed(function: Any = None, *, per_example: bool = True) -> Any:
+def _batch_split(grads: Grads) -> PartitionSpec:
+    return PartitionSpec(split_axis(grads))
+
+
+def _as_parameters(grads: Grads) -> PyTree:
+    """How each parameter is split: a mean stays so, with no more copies than the parameters have."""
+    return _map(lambda leaf: leaf.spec if is_factored(leaf) else PartitionSpec(*spec_of(leaf)[1:]), grads)
+
+
+def _stacked_split(grads: Grads) -> PyTree:
+    """The same, below the batch axis; no mesh axis can split two axes of one array."""
+    batch = split_axis(grads)
+    taken = set(batch) if isinstance(batch, tuple) else {batch}
+
+    def free(names: Any) -> Any:
+        left = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name not in taken)
+        return left if isinstance(names, tuple) and left else left[0] if left else None
+
+    return jax.tree.map(
+        lambda spec: PartitionSpec(batch, *(free(names) for names in spec)),
+        _as_parameters(grads),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def _placed(function: Any = None, *, out: Any = _batch_split) -> Any:
     """Where axes of a mesh are explicit, ``function(grads, ...)`` leaves placement to the compiler, as elsewhere.
 
-    What comes out has its batch axis split as the gradients have it; a sum over the batch is on every device.
+    What comes out is split as ``out(grads)`` says: by default along its batch axis alone.
     """
     if function is None:
-        return partial(_placed, per_example=per_example)
+        return partial(_placed, out=out)
 
     @wraps(function)
     def placed(grads: Grads, *args: Any, **options: Any) -> Any:
-        axis = split_axis(grads)
-        if axis is None:
+        if split_axis(grads) is None:
             return function(grads, *args, **options)
-        out = PartitionSpec(axis) if per_example else PartitionSpec()
-        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out)(grads, *args)
+        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out(grads))(grads, *args)
 
     return placed
 
@@ -130,7 +166,7 @@ def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGH
     return _root([_scaled_squares(leaf, other, precision) for leaf, other in pairs])
 
 
-@_placed(per_example=False)
+@_placed(out=_as_parameters)
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
     """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
 
@@ -143,7 +179,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
     return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
-@_placed
+@_placed(out=_stacked_split)
 def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
     """The definition: every leaf formed, ``[b, *param.shape]``."""
     return _map(lambda leaf: _stack(leaf, precision).astype(leaf.dtype), grads)

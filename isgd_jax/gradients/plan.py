@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, program, run
-from isgd_jax.gradients.lazy import Factored, formed_if_cheaper
+from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
 from isgd_jax.gradients.terms import Outer
 
 
@@ -22,6 +23,8 @@ class LeafPlan:
     """One parameter: its ``terms`` stay factors; ``formed`` for each example, ``shared`` once for all."""
 
     param: Any
+    spec: PartitionSpec
+    """How it is split, where axes of a mesh are explicit."""
     terms: list[Canonical]
     formed: list[Whole]
     shared: list[Whole]
@@ -38,7 +41,7 @@ class LeafPlan:
             return formed
         if formed is None and not terms:
             terms = (_nothing(b, self.param),)
-        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared)
+        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared, self.spec)
         return formed_if_cheaper(leaf) if joint else leaf
 
 
@@ -106,15 +109,16 @@ def _without_batch_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
+    spec = spec_of(param)
     param = jax.ShapeDtypeStruct(jnp.shape(param), jnp.result_type(param))
     if not jnp.issubdtype(param.dtype, jnp.inexact):
-        return LeafPlan(param, [], [], [])
+        return LeafPlan(param, spec, [], [], [])
     parts = cut(node)
     whole = [part for part in parts if isinstance(part, Whole)]
     varies = dependent(examples, [part.value for part in whole])
     formed = [part for part, each in zip(whole, varies, strict=True) if each]
     shared = [part for part, each in zip(whole, varies, strict=True) if not each]
-    return LeafPlan(param, [canonical(part) for part in parts if isinstance(part, Contraction)], formed, shared)
+    return LeafPlan(param, spec, [canonical(part) for part in parts if isinstance(part, Contraction)], formed, shared)
 
 
 def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Any, Any]]:

@@ -1,0 +1,123 @@
+"""Parameters that are split over a mesh: exact, split as they were, and no collective that `jax.grad` does not need."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import isgd_jax as isgd
+
+P = PartitionSpec
+WIDTHS, B = (16, 32, 8), 16
+TENSOR = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None), "b2": P(None)}
+FULLY = {"w1": P("data", None), "b1": P("data"), "w2": P("data", None), "b2": P("data")}
+GATHERS = ("all-gather", "all-to-all", "collective-permute")
+
+
+def make_loss(**placed: Any) -> Callable[..., jax.Array]:
+    """A dense net; on an explicit mesh its second product must say where it goes, for `jax.grad` too."""
+
+    def loss_fn(params: Any, example: Any) -> jax.Array:
+        hidden = jax.nn.relu(example["x"] @ params["w1"] + params["b1"])
+        out = jnp.dot(hidden, params["w2"], **placed) + params["b2"]
+        return jnp.sum((out - example["y"]) ** 2)
+
+    return loss_fn
+
+
+def make_params() -> dict[str, jax.Array]:
+    one, two = jax.random.split(jax.random.key(0))
+    inside, hidden, out = WIDTHS
+    return {
+        "w1": jax.random.normal(one, (inside, hidden)),
+        "b1": jnp.ones(hidden),
+        "w2": jax.random.normal(two, (hidden, out)),
+        "b2": jnp.ones(out),
+    }
+
+
+def make_batch() -> dict[str, jax.Array]:
+    return {"x": jax.random.normal(jax.random.key(1), (B, WIDTHS[0])), "y": jnp.ones((B, WIDTHS[2]))}
+
+
+def collectives(function: Callable[..., Any], *args: Any) -> Counter:
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return Counter(
+        re.findall(r"\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(", text)
+    )
+
+
+def norms(params: Any, batch: Any, loss_fn: Any) -> Any:
+    return isgd.norms(isgd.per_example_grads(loss_fn)(params, batch))
+
+
+def both(params: Any, batch: Any, loss_fn: Any) -> Any:
+    grads = isgd.per_example_grads(loss_fn)(params, batch)
+    return isgd.norms(grads), isgd.weighted_mean(grads, jnp.ones(B))
+
+
+def ordinary(params: Any, batch: Any, loss_fn: Any) -> Any:
+    return jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, (None, 0))(p, batch)))(params)
+
+
+def assert_close(found: Any, expected: Any, part: float = 1e-6) -> None:
+    """Of each leaf, no entry is off by more than this part of the largest: single entries may have cancelled."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert np.max(np.abs(one - other)) <= part * np.max(np.abs(other))
+
+
+CASES = [
+    pytest.param(AxisType.Auto, (2, 2), TENSOR, id="auto, tensor parallel, 4 devices"),
+    pytest.param(AxisType.Auto, (4, 2), TENSOR, id="auto, tensor parallel, 8 devices"),
+    pytest.param(AxisType.Auto, (8, 1), FULLY, id="auto, fully sharded, 8 devices"),
+    pytest.param(AxisType.Explicit, (4, 2), TENSOR, id="explicit, tensor parallel, 8 devices"),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "layout"), CASES)
+def test_split_parameters_give_exact_norms_and_means_where_they_are(
+    kind: AxisType, shape: tuple[int, int], layout: dict[str, PartitionSpec]
+) -> None:
+    params, batch = make_params(), make_batch()
+    stacked = isgd.stacked_per_example_grads(make_loss())(params, batch)
+    expected, mean = isgd.norms(stacked), jax.tree.map(lambda x: jnp.mean(x, axis=0), stacked)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[: np.prod(shape)])
+    is_explicit = kind == AxisType.Explicit
+    loss_fn = make_loss(out_sharding=P(None)) if is_explicit else make_loss()
+    with jax.set_mesh(mesh) if is_explicit else nullcontext():
+        params = {name: jax.device_put(x, NamedSharding(mesh, layout[name])) for name, x in params.items()}
+        batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        found, found_mean = jax.jit(both, static_argnums=2)(params, batch, loss_fn)
+        alone = jax.jit(isgd.scorers.grad_norm(loss_fn))(params, batch)
+        plain = jax.jit(ordinary, static_argnums=2)(params, batch, loss_fn)
+        needed, for_both, for_norms = (
+            collectives(lambda p, b, f=function: f(p, b, loss_fn), params, batch)
+            for function in (ordinary, both, norms)
+        )
+    assert_close((found, alone, found_mean), (expected, expected, mean))
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), found_mean, plain)
+    assert all(jax.tree.leaves(same)), f"{found_mean} is placed otherwise than {plain}"
+    for kind_of in GATHERS:
+        assert for_both[kind_of] <= needed[kind_of], (kind_of, for_both, needed)
+        assert for_norms[kind_of] <= needed[kind_of], (kind_of, for_norms, needed)
+
+
+def test_stacked_gradients_of_split_parameters_stay_split() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with jax.set_mesh(mesh):
+        params = {name: jax.device_put(x, NamedSharding(mesh, TENSOR[name])) for name, x in make_params().items()}
+        batch = jax.device_put(make_batch(), NamedSharding(mesh, P("data")))
+        loss_fn = make_loss(out_sharding=P(None))
+        found = jax.jit(lambda p, b: isgd.stack(isgd.per_example_grads(loss_fn)(p, b)))(params, batch)
+    assert found["w1"].sharding.spec == P("data", None, "model")
+    assert found["w2"].sharding.spec == P("data", "model", None)
+    stacked = isgd.stacked_per_example_grads(make_loss())(make_params(), make_batch())
+    assert_close(found, stacked)

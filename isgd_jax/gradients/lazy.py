@@ -24,7 +24,6 @@ from isgd_jax.gradients.factors import OneHot, Windows, einsum, products, wide
 from isgd_jax.gradients.slices import by_slices
 from isgd_jax.gradients.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
 
-
 ANYWHERE = PartitionSpec()
 """Nothing is said of a placement."""
 

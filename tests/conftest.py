@@ -1,8 +1,10 @@
 """Strictness for every test: shapes and types checked on public functions, no silent promotion, eight CPU devices."""
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -35,12 +37,29 @@ for name, value in {
     os.environ[name.upper()] = str(value)
 
 
+MAPPED_REGIONS = 30_000
+
+
 @pytest.fixture(scope="module")
 def hardly_optimised() -> Iterator[None]:
     """For tests of many small programs, each run once: compiling takes longer than running, and half as long so."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> Iterator[None]:
+    """Forget compiled programs before they are too many.
+
+    Linux gives a process 65,530 mapped regions, XLA takes some twenty for each program on the CPU, and beyond them it
+    ends by a segmentation fault: a worker of the whole suite came there.
+    """
+    yield
+    mapped = Path("/proc/self/maps")
+    if mapped.exists() and len(mapped.read_bytes().splitlines()) > MAPPED_REGIONS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

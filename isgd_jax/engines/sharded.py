@@ -29,7 +29,8 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     * the scores come home: one plain array where ``scorer`` would have left it, so that nothing downstream spreads;
     * sketches, where ``scorer`` returns ``(scores, sketches)``, come home with them;
     * parameters are copied to the devices once, however often they are used: passing the same arrays again, or arrays
-      already replicated over the devices, copies nothing.
+      already replicated over the devices, copies nothing;
+    * parameters that are split over a mesh stay split: then the batch is split over the whole mesh, by `jax.jit`.
 
     Call it outside `jax.jit`: it places arrays on devices itself.
 
@@ -43,9 +44,13 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     mapped = jax.pmap(scorer, "devices", in_axes=(None, 0), devices=devices)
     replicate = _Replicator(NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("devices"))
+    whole = jax.jit(scorer)
 
     def score(params: Params, batch: Batch) -> Any:
         _check_concrete(params, batch)
+        over = _mesh_of(params)
+        if over is not None:
+            return _bring_home(_scored_over(over, whole, params, batch), None, batch)
         size = jax.tree.leaves(batch)[0].shape[0]
         each = -(-size // len(devices))
         rows = np.minimum(np.arange(each * len(devices)), size - 1)  # the last example, again, is harmless padding
@@ -55,6 +60,23 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         return _bring_home(joined, params, batch)
 
     return score
+
+
+def _mesh_of(params: Params) -> Mesh | None:
+    """The mesh over which parameters are split, if they are."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and not leaf.is_fully_replicated:
+            return Mesh(leaf.sharding.mesh.devices, leaf.sharding.mesh.axis_names)
+    return None
+
+
+def _scored_over(mesh: Mesh, scorer: Any, params: Params, batch: Batch) -> Any:
+    """The scores of a batch, split over all devices of a mesh, by parameters that stay where they are."""
+    size = jax.tree.leaves(batch)[0].shape[0]
+    rows = np.minimum(np.arange(-(-size // mesh.size) * mesh.size), size - 1)  # the last example, again, as padding
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    found = jax.device_get(scorer(params, jax.device_put(jax.tree.map(lambda x: x[rows], batch), split)))
+    return jax.tree.map(lambda x: x[:size], found)
 
 
 class _Replicator:

@@ -1,18 +1,22 @@
 """One step in equal parts on several devices, of one process or of all: one program, the same draw everywhere.
 
-The parameters, the optimizer's state and the sampler's are on every device; only the batch is split. The compiler adds
-the collectives, so the step is the very function that one device runs.
+The sampler's state is on every device, the batch is split; the parameters and the optimizer's state are on every device
+too or, with ``shard_params``, each in equal parts (fully sharded data parallelism; ZeRO-3 of Rajbhandari et al. 2020). The
+compiler adds the collectives, so the step is the very function that one device runs.
 
 Guarantees:
 
-* the state is the same bits on every device, so every process draws the same indices;
+* the sampler's state is the same bits on every device, so every process draws the same indices;
+* with ``shard_params`` no device holds the whole of a parameter that can be cut, but while it is used: neither at the
+  start nor between steps;
 * of numbers by which processes could differ (clocks, signals) the largest counts, for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -30,12 +34,16 @@ class DataParallel:
     Args:
         batch_size: draws in a step; each device handles an equal part.
         devices: all devices of all processes by default.
+        shard_params: keep of each parameter, and of what the optimizer has of it, an equal part on each device: along
+            its longest axis that the number of devices divides. Arrays without such an axis are on every device.
 
     Raises:
         ValueError: the batch cannot be cut into equal parts.
     """
 
-    def __init__(self, batch_size: int, devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(
+        self, batch_size: int, devices: Sequence[jax.Device] | None = None, *, shard_params: bool = False
+    ) -> None:
         devices = list(devices or jax.devices())
         self.num_devices, self.num_processes = len(devices), jax.process_count()
         if batch_size % self.num_devices:
@@ -46,6 +54,7 @@ class DataParallel:
         mesh = jax.sharding.Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+        self.shard_params = shard_params
 
     def replicate(self, tree: Tree) -> Tree:
         """Arrays of the host, or of one device, on every device."""
@@ -58,6 +67,32 @@ class DataParallel:
     def same(self, tree: Tree) -> Tree:
         """Results of a step, whole on every device."""
         return jax.lax.with_sharding_constraint(tree, self._everywhere)
+
+    def parted(self, tree: Tree) -> Tree:
+        """Parameters, or what is shaped like them, inside a step: in parts where parameters are, else whole."""
+        return jax.lax.with_sharding_constraint(tree, self._parts(tree))
+
+    def made(self, make: Callable[..., Tree], *args: Any) -> Tree:
+        """``make(*args)``, parameters or what is shaped like them, made where they belong: never whole on a device."""
+        return jax.jit(make, out_shardings=self._parts(jax.eval_shape(make, *args)))(*args)
+
+    def place(self, params: Tree) -> Tree:
+        """Arrays of the host, such as those of a checkpoint, where parameters of their shape belong."""
+        if not self.shard_params:
+            return self.replicate(params)
+        # Copies: the caller's own arrays are not to be lost where the state is donated.
+        return jax.device_put(params, self._parts(params), may_alias=False)
+
+    def _parts(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: self._part(jnp.shape(x)), tree)
+
+    def _part(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Along the longest axis that can be cut."""
+        can = [axis for axis, length in enumerate(shape) if length and length % self.num_devices == 0]
+        if not self.shard_params or not can:
+            return self._everywhere
+        longest = max(can, key=lambda axis: shape[axis])
+        return NamedSharding(self._everywhere.mesh, PartitionSpec(*[None] * longest, AXIS))
 
     def _copied(self, x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:

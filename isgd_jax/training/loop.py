@@ -84,6 +84,7 @@ def fit(
     key: Key,
     engine: Any = None,
     devices: Sequence[jax.Device] | None = None,
+    shard_params: bool = False,
     callbacks: Sequence[Callback] | None = None,
     refresh_every: int = 100,
     fresh_scores: FreshScores | None = None,
@@ -109,6 +110,8 @@ def fit(
         engine: who scores besides (`isgd_jax.engines`), with a scorer made by `Problem.scorer`; None scores only what
             is drawn. The caller closes it.
         devices: that train, each with an equal part of the batch; one by default.
+        shard_params: each device holds an equal part of the parameters and of the optimizer's state, for models that
+            are too large for one; of processes there is one then, and ``engine`` is None or ``inline``.
         callbacks: in place of the lines of text that are printed by default; an empty list is silent.
         refresh_every: steps between two refreshes of the proposal.
         fresh_scores: what the table gets of the drawn examples, ``(losses, gradients) -> scores``; norms by default.
@@ -125,11 +128,9 @@ def fit(
     """
     _check_fit(problem, sampler, num_steps)
     callbacks = [PlainProgress()] if callbacks is None else list(callbacks)
-    parallel = None if devices is None else DataParallel(sampler.batch_size, devices)
+    parallel = _parallel(sampler.batch_size, devices, shard_params)
     init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)
-    params = problem.init(init_key)
-    check_chain(tx, params, sampler.batch_size)
-    state = TrainState(params, tx.init(params), sampler.init(sampler_key))
+    state = _first_state(problem, tx, sampler, parallel, init_key, sampler_key)
     data = problem.train
     if problem.hold == "device":
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
@@ -142,7 +143,7 @@ def fit(
         refresher=make_refresher(engine, sampler, every=refresh_every, published=published),
         num_steps=num_steps,
         key=draw_key,
-        state=state if parallel is None else parallel.replicate(state),
+        state=state,
         data=data,
         parallel=parallel,
         prefetch=None if problem.hold == "device" else Prefetch(data, steps.draw_ahead, draw_key),
@@ -178,6 +179,38 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
         callback.end(run)
     records: list[Record] = next((callback.records for callback in callbacks if hasattr(callback, "records")), [])
     return FitResult(run.state.params, run.state, run.step, records, run.stopped)
+
+
+def _parallel(batch_size: int, devices: Sequence[jax.Device] | None, shard_params: bool) -> DataParallel | None:
+    if devices is None:
+        if shard_params:
+            raise ArgumentError("shard_params=True needs devices= to put the parts on, such as jax.devices()")
+        return None
+    if shard_params and jax.process_count() > 1:
+        raise ArgumentError(
+            f"shard_params=True is for one process with several devices; there are {jax.process_count()}"
+        )
+    return DataParallel(batch_size, devices, shard_params=shard_params)
+
+
+def _first_state(
+    problem: Problem,
+    tx: optax.GradientTransformation,
+    sampler: BatchSampler,
+    parallel: DataParallel | None,
+    init_key: Key,
+    sampler_key: Key,
+) -> TrainState:
+    """Before the first step, each part where it belongs; the chain is looked at before anything is made."""
+    if parallel is None or not parallel.shard_params:
+        params = problem.init(init_key)
+        check_chain(tx, params, sampler.batch_size)
+        state = TrainState(params, tx.init(params), sampler.init(sampler_key))
+        return state if parallel is None else parallel.replicate(state)
+    check_chain(tx, jax.eval_shape(problem.init, init_key), sampler.batch_size)
+    makes = callable(problem.params)
+    params = parallel.made(problem.init, init_key) if makes else parallel.place(problem.params)
+    return TrainState(params, parallel.made(tx.init, params), parallel.replicate(sampler.init(sampler_key)))
 
 
 def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:

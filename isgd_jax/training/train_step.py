@@ -135,7 +135,7 @@ class _Step:
             made = jax.lax.cond(rests, self._together, self._one_by_one, state, frozen, drawn, seen, seconds)
         else:
             made = self._one_by_one(state, frozen, drawn, seen, seconds)
-        return made if self.parallel is None else self.parallel.same(made)
+        return made if self.parallel is None else _where_they_belong(self.parallel, *made)
 
     def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
         return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)
@@ -180,6 +180,11 @@ def _updated(
 ) -> tuple[TrainState, StepInfo]:
     made = TrainState(optax.apply_updates(state.params, updates), opt_state, after)
     return made, StepInfo(loss, jnp.max(_weights(drawn)), is_open(after), ratio(after))
+
+
+def _where_they_belong(parallel: DataParallel, state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:
+    params, opt_state = parallel.parted((state.params, state.opt_state))
+    return TrainState(params, opt_state, parallel.same(state.sampler)), parallel.same(info)
 
 
 def _weights(drawn: Draw) -> Float[Array, " m"]:

@@ -223,6 +223,33 @@ def test_on_four_devices_the_losses_are_those_of_one(devices: int) -> None:
     assert all(np.array_equal(part, parts[0]) for part in parts)  # the same bits everywhere
 
 
+def test_with_shard_params_no_device_holds_all_of_them_and_the_run_is_that_of_one() -> None:
+    """Parameters, momentum and norms of an engine's scores; the state can be saved and placed again."""
+    made, devices = linear(), jax.devices()[:4]
+    tx = optax.chain(isgd.importance_weighting(made.num_examples), optax.sgd(0.01, momentum=0.9))
+    runs = []
+    for options in ({}, {"devices": devices, "shard_params": True}):
+        engine = isgd.engines.inline(made.scorer(), made.train, chunk_size=16, devices=devices)
+        with engine:
+            run = quiet(made, tx=tx, engine=engine, refresh_every=10, callbacks=[History(every=1)], **options)
+        runs.append(run)
+    one, four = runs
+    losses = [[record["loss"] for record in run.history] for run in (one, four)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(four.params), rtol=1e-5, atol=1e-6)
+    for leaf in (four.params["w"], optax.tree.get(four.state.opt_state, "trace")["w"]):
+        assert {part.data.size for part in leaf.addressable_shards} == {1}
+    assert four.params["b"].is_fully_replicated  # a scalar cannot be cut
+    parallel = DataParallel(M, devices, shard_params=True)
+    again = parallel.place(jax.device_get(four.params))
+    assert again["w"].sharding.is_equivalent_to(four.params["w"].sharding, again["w"].ndim)
+
+
+def test_parts_need_devices_to_be_on() -> None:
+    with pytest.raises(ValueError, match="shard_params=True needs devices="):
+        quiet(linear(), shard_params=True)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 devices that train"):
         DataParallel(M, jax.devices()[:3])

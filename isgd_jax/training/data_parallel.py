@@ -1,8 +1,8 @@
 """One step in equal parts on several devices, of one process or of all: one program, the same draw everywhere.
 
 The sampler's state is on every device, the batch is split; the parameters and the optimizer's state are on every device
-too or, with ``shard_params``, each in equal parts (fully sharded data parallelism; ZeRO-3 of Rajbhandari et al. 2020). The
-compiler adds the collectives, so the step is the very function that one device runs.
+too or, with ``shard_params``, each in equal parts (fully sharded data parallelism, ZeRO-3; Rajbhandari et al. 2020).
+The compiler adds the collectives, so the step is the very function that one device runs.
 
 Guarantees:
 

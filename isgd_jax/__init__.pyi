@@ -32,6 +32,9 @@ from .sampling.estimator import share as share
 from .sampling.plain import fixed as fixed
 from .sampling.plain import shuffled_epochs as shuffled_epochs
 from .sampling.plain import uniform_draws as uniform_draws
+from .sampling.pool import PoolSampler as PoolSampler
+from .sampling.pool import PoolState as PoolState
+from .sampling.pool import pool_sampler as pool_sampler
 from .sampling.presampler import presampling as presampling
 from .sampling.state import BatchSampler as BatchSampler
 from .sampling.state import SamplerState as SamplerState

@@ -9,6 +9,9 @@ from .estimator import share as share
 from .plain import fixed as fixed
 from .plain import shuffled_epochs as shuffled_epochs
 from .plain import uniform_draws as uniform_draws
+from .pool import PoolSampler as PoolSampler
+from .pool import PoolState as PoolState
+from .pool import pool_sampler as pool_sampler
 from .presampler import presampling as presampling
 from .state import BatchSampler as BatchSampler
 from .state import SamplerState as SamplerState

@@ -19,7 +19,6 @@ from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.batching import in_microbatches
 from isgd_jax.gradients.per_example import per_example_grads
-from isgd_jax.gradients.slices import by_slices
 from isgd_jax.types import Batch, Example, LossFn, Params, Scorer, Scores, SketchingScorer
 
 _SLICE = 8
@@ -44,7 +43,7 @@ def grad_norm(
     *,
     sketch: None = None,
     select: Select | None = None,
-    microbatch_size: int | Literal["auto"] | None = None,
+    microbatch_size: int | Literal["auto"] | None = "auto",
     precision: Any = Precision.HIGHEST,
 ) -> Scorer: ...
 
@@ -55,7 +54,7 @@ def grad_norm(
     *,
     sketch: GradientSketch,
     select: None = None,
-    microbatch_size: int | Literal["auto"] | None = None,
+    microbatch_size: int | Literal["auto"] | None = "auto",
     precision: Any = Precision.HIGHEST,
 ) -> SketchingScorer: ...
 
@@ -65,7 +64,7 @@ def grad_norm(
     *,
     sketch: GradientSketch | None = None,
     select: Select | None = None,
-    microbatch_size: int | Literal["auto"] | None = None,
+    microbatch_size: int | Literal["auto"] | None = "auto",
     precision: Any = Precision.HIGHEST,
 ) -> Any:
     """The exact norm of each example's gradient; with a sketch, also where it points, of the same backward pass.
@@ -75,7 +74,7 @@ def grad_norm(
         sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
             ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
         select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
-        microbatch_size: so many examples at a time, or as many as fit in the memory of an ordinary gradient.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
         precision: of the matrix products.
 
     Raises:
@@ -99,15 +98,15 @@ def grad_norm(
 
         def over() -> Scores:
             safe = partial(lazy.product_norms, precision=precision)
-            return by_slices(lambda some: safe(grads(chosen, some)), batch, _SLICE)
+            return in_microbatches(lambda chosen, some: safe(grads(chosen, some)), _SLICE)(chosen, batch)
 
         norms = norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
         return norms if sketch is None else (norms, sketch.of_grads(found))
 
-    return in_microbatches(score, microbatch_size, reference=jax.grad(_mean(loss_fn)))
+    return in_microbatches(score, microbatch_size)
 
 
-def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = None) -> Scorer:
+def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = "auto") -> Scorer:
     """The norm of the step the optimiser would make of each example: ``‖g · scale‖``.
 
     The scorer's parameters are the pair ``(params, scale)``. For Adam the scale is ``1 / (√v + ε)``, with the second
@@ -118,10 +117,7 @@ def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto
         params, scale = scaled_params
         return lazy.scaled_norms(per_example_grads(loss_fn, joint=False)(params, batch), scale)
 
-    def reference(scaled_params: tuple[Params, PyTree], batch: Batch) -> Params:
-        return jax.grad(_mean(loss_fn))(scaled_params[0], batch)
-
-    return in_microbatches(score, microbatch_size, reference)
+    return in_microbatches(score, microbatch_size)
 
 
 def under(*names: str) -> Select:
@@ -166,10 +162,6 @@ def logit_bound(
         return jax.vmap(one, in_axes=(None, 0))(params, batch)
 
     return score
-
-
-def _mean(loss_fn: LossFn) -> Callable[[Params, Batch], Float[Array, ""]]:
-    return lambda params, batch: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
 
 
 def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:

@@ -1,57 +1,101 @@
-"""Scoring a batch a few examples at a time: the same scores, for less memory."""
+"""Scoring a batch some examples at a time: the same scores, for bounded memory.
+
+Guarantees:
+
+* the scores are those of the whole batch, to rounding, for any size;
+* "auto" depends on shapes alone, so it is the same in every run and process, and nothing is compiled to find it;
+* examples that lie on several devices stay there: each slice has as many of each device.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.slices import by_slices
+
+__all__ = ["AUTO_BYTES", "Scoring", "in_microbatches"]
 
 Scoring = Callable[[Any, Any], Any]
 """``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone."""
 
-_ALLOWANCE = 1.5
-"""How much more temporary memory than the ordinary gradient an automatic size may take."""
+_TRACED = 64
+
+AUTO_BYTES = 512 * 2**20
+"""What the intermediate values of one slice may come to, if none gave its place to another: an upper bound."""
 
 
-def in_microbatches(
-    score: Scoring, size: int | Literal["auto"] | None, reference: Callable[[Any, Any], Any] | None = None
-) -> Scoring:
-    """``score``, on ``size`` examples at a time; "auto": as many as fit in 1.5 times the memory of ``reference``."""
-    if size not in (None, "auto") and (not isinstance(size, int) or size < 1):
+def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scoring:
+    """``score``, on some examples of a batch at a time.
+
+    Args:
+        score: a pure function ``(params, batch) -> rows``.
+        size: so many at a time; "auto": as many as keep intermediate values within `AUTO_BYTES`; None: all at once.
+
+    Returns:
+        A function of the same arguments and results.
+
+    Raises:
+        ValueError: ``size`` is neither a positive integer, nor "auto", nor None.
+
+    Source: ours.
+    """
+    if size not in (None, "auto") and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ArgumentError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
-    fitting: dict[Any, int] = {}
+    fitting: dict[str, int] = {}
 
     def scored(params: Any, batch: Any) -> Any:
+        b = jax.tree.leaves(batch)[0].shape[0]
+        if size is None or b == 1:
+            return score(params, batch)
         if size != "auto":
-            return _sliced(score, size)(params, batch)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+            return _sliced(score, params, batch, size)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (params, batch))
         key = str(jax.tree.flatten(shapes))
         if key not in fitting:
-            fitting[key] = _fitting_size(score, reference, *shapes)
-        return _sliced(score, fitting[key])(params, batch)
+            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, *shapes)))
+        return _sliced(score, params, batch, fitting[key])
 
     return scored
 
 
-def _fitting_size(score: Scoring, reference: Any, params: Any, batch: Any) -> int:
-    """The largest of b, b/2, b/4, ... whose compiled program stays within the allowance."""
-    budget = _ALLOWANCE * _temporary_bytes(reference, params, batch)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    while size > 1 and _temporary_bytes(_sliced(score, size), params, batch) > budget:
-        size = -(-size // 2)
-    return size
+def _sliced(score: Scoring, params: Any, batch: Any, size: int) -> Any:
+    """Slice i has the examples i, i + count, i + 2 count, ...: of each device's part, where a mesh splits the batch."""
+    b = jax.tree.leaves(batch)[0].shape[0]
+    if size >= b:
+        return score(params, batch)
+    count = -(-b // size)
+    size = -(-b // count)  # slices of one size: the last examples again are harmless padding
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[b - (size * count - b) :]]) if size * count > b else x, batch)
+    columns = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), padded)
+
+    def slice_(i: Any) -> Any:
+        return score(params, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), columns))
+
+    rows = lax.map(slice_, jnp.arange(count, dtype=jnp.int32))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size * count, *x.shape[2:])[:b], rows)
 
 
-def _sliced(score: Scoring, size: int | None) -> Scoring:
-    return lambda params, batch: by_slices(partial(score, params), batch, size)
+def _bytes_an_example(score: Scoring, params: Any, batch: Any) -> int:
+    """By how much the intermediate values grow with an example more: a line through two sizes, as wholes may slice."""
+
+    def of(b: int) -> int:
+        examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), batch)
+        return _bytes(jax.make_jaxpr(score)(params, examples).jaxpr)
+
+    return (of(2 * _TRACED) - of(_TRACED)) // _TRACED
 
 
-def _temporary_bytes(function: Callable[[Any, Any], Any], params: Any, batch: Any) -> int:
-    """What XLA says it needs beside arguments and results; nothing runs."""
-    analysis = jax.jit(function).lower(params, batch).compile().memory_analysis()
-    return analysis.temp_size_in_bytes if analysis else 0  # some backends do not say
+def _bytes(jaxpr: Any) -> int:
+    """Of all values that a program computes; of a loop, those of one turn and what it leaves."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += sum(_bytes(inner) for inner in jaxprs_in_params(eqn.params))
+        total += sum(math.prod(var.aval.shape) * getattr(var.aval.dtype, "itemsize", 8) for var in eqn.outvars)
+    return total

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import images, mlp, mlp_loss
 
 from isgd_jax.engines import scorers
+from isgd_jax.gradients import batching
 
 
 @pytest.mark.slow
@@ -18,19 +20,44 @@ def test_scores_are_the_same_for_any_size(key, size):
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_automatic_size_stays_within_the_memory_of_an_ordinary_gradient(key):
-    def loss_fn(w, x):  # 400 x 400 products of masked weights cannot stay in factors
-        return jnp.sum(jnp.sin(x @ jnp.where(w > 0, w, 0)))
+def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array) -> None:
+    """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once, less than `AUTO_BYTES` by default."""
 
-    w, x = jax.random.normal(key, (400, 400)), jax.random.normal(key, (16, 3, 400))
+    def loss_fn(params, tokens):
+        x = params["embed"][tokens]
+        mixed = jax.nn.softmax(x @ params["q"] @ x.T) @ x
+        return jnp.sum(jnp.sin(mixed @ params["out"]))
 
-    def temporary(function):
-        return jax.jit(function).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+    one, two, three = jax.random.split(key, 3)
+    params = {
+        "embed": jax.random.normal(one, (50, 32)),
+        "q": jax.random.normal(two, (32, 32)),
+        "out": jax.random.normal(three, (32, 32)),
+    }
+    many = jax.ShapeDtypeStruct((16_384, 64), jnp.int32)
 
-    automatic = scorers.grad_norm(loss_fn, microbatch_size="auto")
-    assert temporary(automatic) < temporary(scorers.grad_norm(loss_fn)) / 4  # one at a time is the least there is
-    np.testing.assert_allclose(automatic(w, x), scorers.grad_norm(loss_fn)(w, x), rtol=1e-5)
+    def temporary(scorer):
+        return jax.jit(scorer).lower(params, many).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(scorers.grad_norm(loss_fn, microbatch_size=None)) > 3 * batching.AUTO_BYTES
+    assert temporary(scorers.grad_norm(loss_fn)) < batching.AUTO_BYTES
+
+
+def test_small_batches_are_scored_at_once_by_default(key: jax.Array) -> None:
+    params, batch = mlp(key, [12, 16, 5]), images(key, 256, 4, 12)
+    whole, default = (
+        str(jax.make_jaxpr(scorers.grad_norm(mlp_loss, microbatch_size=size))(params, batch)) for size in (None, "auto")
+    )
+    assert default == whole
+
+
+def test_a_batch_that_is_split_over_devices_stays_split_in_its_slices(key: jax.Array) -> None:
+    params, batch = mlp(key, [12, 16, 5]), images(key, 64, 4, 12)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    score = jax.jit(scorers.grad_norm(mlp_loss, microbatch_size=16))
+    np.testing.assert_allclose(score(params, placed), score(params, batch), rtol=1e-5)
+    assert "all-gather" not in score.lower(params, placed).compile().as_text()
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "all"])

@@ -25,5 +25,13 @@ class CannotImportError(IsgdError, ImportError):
     """A module or an extra is not installed."""
 
 
+class DamagedFileError(ArgumentError):
+    """A file is not what was written: cut short, changed, or of another kind."""
+
+
+class RunInUseError(IsgdError, RuntimeError):
+    """Another process is writing to the folder of the run."""
+
+
 class DivergedError(IsgdError, FloatingPointError):
     """The loss is no longer finite."""

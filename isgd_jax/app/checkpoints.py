@@ -1,6 +1,14 @@
-"""One Orbax checkpoint of everything that decides the next step, and the proof that it belongs to this run."""
+"""One Orbax checkpoint of everything that decides the next step, and the proof that it is whole and of this run.
 
-from collections.abc import Iterator
+Orbax's stores say when a file is missing, but read most flipped bits back as other numbers: OCDBT guards its own
+nodes, not the arrays. So each checkpoint carries a checksum of every array, and of all that is said beside them.
+"""
+
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -10,9 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, DamagedFileError
+
+__all__ = ["Checkpoints", "Restored", "Saved", "into", "read"]
 
 Tree = TypeVar("Tree")
+
+
+Found = TypeVar("Found")
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    tree: Any
+    """The arrays, placed and shaped like the template."""
+    notes: dict[str, Any]
+    remarks: list[str]
+    """What a person should hear of: newer checkpoints that were damaged."""
 
 
 class Checkpoints:
@@ -21,19 +44,24 @@ class Checkpoints:
     Guarantees:
         * A checkpoint is seen whole or not at all: Orbax writes to a temporary folder and renames it. What a killed
           process left half-written is removed at the next start.
+        * What is read back is what was saved, bit for bit: checksums are made before writing and compared after
+          reading. A damaged checkpoint is set aside, the last whole one is taken, and `Restored.remarks` says so.
         * Saving is asynchronous and works on a copy: the caller may donate its arrays at once.
-        * A checkpoint of another model, optimiser or data set is refused before anything is touched.
+        * A checkpoint of another model, optimizer or data set is refused before anything is touched.
 
     Args:
-        folder: where the checkpoints are.
+        folder: where the checkpoints are; made if it is not there.
         identity: what must be equal for a checkpoint to belong here, such as the fingerprint of the data set.
         processes: those of a distributed run that take part, if not all: what they save must be NumPy arrays.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, *, identity: dict[str, str], processes: set[int] | None = None) -> None:
         self._identity = identity
         self._copy = jnp.copy if processes is None else np.copy
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
         members = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes=processes, barrier_sync_key_prefix=None if processes is None else "isgd"
         )
@@ -43,43 +71,83 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, or None."""
+        """The step of the newest checkpoint, or None; whether it is undamaged shows only when it is read."""
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: Tree, notes: dict[str, Any]) -> None:
+    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
         """Save a pytree of arrays, and notes that JSON can hold. Saving a step that is there already does nothing.
+
+        Args:
+            step: updates made so far.
+            tree: the arrays, on any devices of this process.
+            notes: what else the run needs to go on.
 
         Raises:
             OSError: the disk is full or not writable; earlier checkpoints stay as they are.
         """
         if self._manager.latest_step() == step:
             return
-        record = {"identity": self._identity, "arrays": _describe(tree), "notes": notes}
+        record = _sealed(
+            {"identity": self._identity, "arrays": _describe(tree), "sums": _checksums(tree), "notes": notes}
+        )
         arrays = ocp.args.StandardSave(jax.tree.map(self._copy, tree))
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(arrays=arrays, record=ocp.args.JsonSave(record)))
 
-    def restore(self, template: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The newest checkpoint, placed and shaped like ``template``.
+    def restore(self, template: Any) -> Restored:
+        """The newest whole checkpoint, placed and shaped like ``template``.
 
-        Returns:
-            The saved pytree and the notes.
+        Damaged ones that are newer are renamed to ``damaged-STEP``, so that their steps can be saved again.
+
+        Args:
+            template: a pytree of arrays of the same shapes and types.
 
         Raises:
-            FileNotFoundError: there is no whole checkpoint.
-            ValueError: the checkpoint is of another model, optimiser or data set.
+            FileNotFoundError: there is no checkpoint.
+            DamagedFileError: there are, and all are damaged.
+            ArgumentError: the checkpoint is of another model, optimizer or data set.
         """
-        step = self.latest_step()
-        if step is None:
+        steps = self._manager.all_steps()
+        if not steps:
             raise FileNotFoundError(f"no checkpoint in {self._manager.directory}: the run saved none; start it anew")
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+
+        def read_at(step: int) -> tuple[Any, dict[str, Any]]:
+            record = _record(self._manager, step)
+            self._check_ours(record)
+            _check_same_arrays(record["arrays"], _describe(template))
+            with _damage_told():
+                wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(template))
+                arrays = self._manager.restore(step, args=wanted).arrays
+            _check_sums(arrays, record)
+            return arrays, record["notes"]
+
+        (tree, notes), step, damages = _newest_whole(steps, read_at, self._manager.directory)
+        remarks = [self._set_aside(at, reason, step) for at, reason in damages.items()]
+        return Restored(tree, notes, remarks)
+
+    def discard_from(self, step: int) -> None:
+        """Delete the checkpoints of ``step`` and later ones: the loss of their parameters is not finite."""
+        self._manager.wait_until_finished()
+        for at in self._manager.all_steps():
+            if at >= step:
+                self._manager.delete(at)
+
+    def _check_ours(self, record: dict[str, Any]) -> None:
         for what, ours in self._identity.items():
             theirs = record["identity"].get(what)
             if theirs != ours:
                 raise ArgumentError(f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}")
-        _check_same_arrays(record["arrays"], _describe(template))
-        restored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template)))
-        return restored.arrays, record["notes"]
+
+    def _set_aside(self, step: int, reason: str, used: int) -> str:
+        folder = Path(self._manager.directory)
+        aside = folder / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / str(step)).rename(aside)
+        self._manager.reload()
+        return (
+            f"the checkpoint of step {step} is damaged ({reason}) and was set aside as {aside}: "
+            f"the run goes on from the one of step {used}, and makes the updates since then again"
+        )
 
     def wait(self) -> None:
         """Return when the last save is on disk.
@@ -118,26 +186,71 @@ class Saved(NamedTuple):
     tree: dict[str, Any]
     notes: dict[str, Any]
     identity: dict[str, str]
+    remarks: list[str]
+    """What a person should hear of: newer checkpoints that are damaged."""
 
 
-def read(folder: Path) -> Saved | None:
-    """The newest checkpoint in a folder, for looking at: no model is built, nothing is written. None if there is none.
+def read(folder: Path, *, only: Sequence[str] = ()) -> Saved | None:
+    """The newest whole checkpoint in a folder, for looking at: no model is built, nothing is written.
 
     A run may be writing to the folder meanwhile.
+
+    Args:
+        folder: where the checkpoints are.
+        only: parts of the tree that are read, such as ``"state/sampler/table"``; what is not there is left out.
+            Everything, if none is named.
+
+    Returns:
+        None if there is none.
+
+    Raises:
+        DamagedFileError: there are checkpoints, and all are damaged.
     """
     if not folder.is_dir():
         return None
-    handlers: Any = {"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    handlers: Any = {"arrays": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
+        steps = manager.all_steps()
+        if not steps:
             return None
-        described = manager.item_metadata(step)["arrays"]
-        template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), described.tree)
-        wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
-        saved = manager.restore(step, args=wanted)
-    return Saved(step, saved.arrays, saved.record["notes"], saved.record["identity"])
+
+        def read_at(step: int) -> tuple[Any, dict[str, Any]]:
+            record = _record(manager, step)
+            with _damage_told():
+                tree = _part(manager, step, only)
+            _check_sums(tree, record)
+            return tree, record
+
+        (tree, record), step, damages = _newest_whole(steps, read_at, folder)
+    remarks = [
+        f"the checkpoint of step {at} is damaged ({reason}): this is the one of step {step}"
+        for at, reason in damages.items()
+    ]
+    return Saved(step, tree, record["notes"], record["identity"], remarks)
+
+
+def _part(manager: ocp.CheckpointManager, step: int, only: Sequence[str]) -> Any:
+    """The arrays of these parts as Orbax's own partial restore has them."""
+    described = manager.item_metadata(step)["arrays"].tree
+    if only:
+        described = _pruned(described, only, "")
+    template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), described)
+    how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), template)
+    wanted = ocp.args.PyTreeRestore(template, restore_args=how, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(arrays=wanted)).arrays
+
+
+def _pruned(tree: Any, only: Sequence[str], here: str) -> Any:
+    """The branches of nested dicts that lead to one of these parts, or lie in it."""
+    kept = {}
+    for name, inside in tree.items():
+        path = f"{here}{name}"
+        if any(path == part or path.startswith(f"{part}/") for part in only):
+            kept[name] = inside
+        elif isinstance(inside, dict) and any(part.startswith(f"{path}/") for part in only):
+            kept[name] = _pruned(inside, only, f"{path}/")
+    return kept
 
 
 def into(template: Tree, tree: Any) -> Tree:
@@ -157,7 +270,7 @@ def into(template: Tree, tree: Any) -> Tree:
         if shape != leaf.shape:
             where = jax.tree_util.keystr(path)
             raise ArgumentError(
-                f"the checkpoint is of another model or optimiser: {where} is {shape}, not {leaf.shape}"
+                f"the checkpoint is of another model or optimizer: {where} is {shape}, not {leaf.shape}"
             )
         return jnp.asarray(found)
 
@@ -173,6 +286,100 @@ def _check_same_arrays(theirs: dict[str, str], ours: dict[str, str]) -> None:
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ArgumentError(
-                f"the checkpoint is of another model or optimiser: {name} is {theirs.get(name, 'absent')} there "
+                f"the checkpoint is of another model or optimizer: {name} is {theirs.get(name, 'absent')} there "
                 f"and {ours.get(name, 'absent')} here; resume with the configuration the run was started with"
             )
+
+
+def _check_writable(folder: Path) -> None:
+    """Before the first step rather than at the first save."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(
+            f"cannot write checkpoints to {folder} ({error.strerror or error}): make room there, make it writable, or "
+            "name another folder for the run"
+        ) from error
+
+
+def _newest_whole(
+    steps: Sequence[int], read_at: Callable[[int], Found], folder: Any
+) -> tuple[Found, int, dict[int, str]]:
+    """What the newest readable checkpoint gives, its step, and the reasons why newer ones do not."""
+    damages: dict[int, str] = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            return read_at(step), step, damages
+        except DamagedFileError as error:
+            damages[step] = str(error)
+    told = "; ".join(f"step {step}: {reason}" for step, reason in damages.items())
+    raise DamagedFileError(
+        f"every checkpoint in {folder} is damaged ({told}): bring the folder back from a copy, or start the run anew"
+    )
+
+
+def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        DamagedFileError: it cannot be read, or is not what was written.
+    """
+    with _damage_told():
+        record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+    if not isinstance(record, dict) or record.get("seal") != _seal(record):
+        raise DamagedFileError("its record has another checksum than when it was written, or none")
+    return record
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """What Orbax and tensorstore stumble over in a damaged folder has every type that there is."""
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedFileError(f"it cannot be read: {reason}") from error
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON will give it back, and its checksum."""
+    record = json.loads(json.dumps(record))
+    return record | {"seal": _seal(record)}
+
+
+def _seal(record: dict[str, Any]) -> int:
+    """The checksum of a record but for the checksum itself."""
+    content = {name: value for name, value in record.items() if name != "seal"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of each array's bytes, by its place."""
+    return {_place(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(leaf: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _place(path: tuple[Any, ...]) -> str:
+    """``state/opt_state/0/mu``: the same of a named tuple and of the dict that it is on disk."""
+    return "/".join(_name(key) for key in path)
+
+
+def _name(key: Any) -> str:
+    return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
+
+
+def _check_sums(tree: Any, record: dict[str, Any]) -> None:
+    """What was read is what was written.
+
+    Raises:
+        DamagedFileError: an array has other bytes.
+    """
+    for place, found in _checksums(tree).items():
+        if record["sums"].get(place) != found:
+            raise DamagedFileError(f"{place} has other bytes than were saved")

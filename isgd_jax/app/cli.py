@@ -81,7 +81,7 @@ def _nobody_reads() -> bool:
 
 def _run(command: Command) -> int:
     """Run a command; returns the exit code."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what we only read is read-only
+    _leave_failures_to_us()
     match command:
         case Train():
             return train(command)
@@ -103,7 +103,6 @@ def train(command: Train) -> int:
 
     console = Console()
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
-    _leave_failed_writes_to_us()
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     logging.getLogger("isgd_jax").propagate = False  # once is enough
     with RunConsole(console) as observe:
@@ -135,11 +134,11 @@ def report(command: Report) -> int:
     return 0
 
 
-def _leave_failed_writes_to_us() -> None:
-    """Of a checkpoint that cannot be written we speak in one sentence; Orbax and tensorstore print tracebacks of it.
+def _leave_failures_to_us() -> None:
+    """Of a checkpoint that cannot be written or read we speak in one sentence; Orbax and tensorstore print tracebacks.
 
-    After the first refused write Orbax closes its event loop. Writes that end later find it closed and say so, each
-    through `sys.unraisablehook`; nobody waits for them any more.
+    After the first failure Orbax closes its event loop. Calls that end later find it closed and say so, each through
+    `sys.unraisablehook`; nobody waits for them any more.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -48,7 +48,7 @@ NOBODY_SCORES: Record = {
 REHEARSED = 4
 """Updates that the plan times together."""
 
-FORMAT = "3"
+FORMAT = "4"
 """Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
 
 Observer = Callable[[Record], None]
@@ -315,7 +315,7 @@ class Recorder(Callback):
             self._folder.forget_after(-1)
             self._record("resumed")
             return
-        saved, notes = self._checkpoints.restore({"state": run.state})
+        saved, notes, remarks = self._checkpoints.restore({"state": run.state})
         run.state = saved["state"] if run.parallel is None else run.parallel.replicate(saved["state"])
         if run.parallel is None:
             run.state = jax.device_put(run.state)
@@ -329,6 +329,7 @@ class Recorder(Callback):
         self._was_open = bool(local_copy(is_open(run.state.sampler)))
         self._folder.forget_after(self._step)
         self._record("resumed")
+        self._warn(*remarks)
 
     def _ask(self, run: Run) -> None:
         """Whether a signal asked to stop, or what was wanted is reached; all processes agree."""
@@ -352,6 +353,8 @@ class Recorder(Callback):
         record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
         self._reached = self._until(record)
         self._set_mark()
+        if self._step == run.num_steps and record["test_loss"] is None:
+            raise self._diverged("held-out loss", None, self._step)
 
     def _spent(self) -> dict[str, float]:
         """What time was spent on; all since the last line of progress that nothing else has claimed was updating."""
@@ -371,16 +374,26 @@ class Recorder(Callback):
         self._note_switches(infos)
         for i, info in enumerate(infos):
             if not np.isfinite(info.loss):
-                at = self._step - len(infos) + i
-                raise DivergedError(
-                    f"the training loss became {info.loss} at step {at}: lower --learning-rate "
-                    f"(it was {self._config.learning_rate}); checkpoints from before stay in {self._folder.checkpoints}"
-                )
+                raise self._diverged("training loss", float(info.loss), self._step - len(infos) + i)
         if not infos:
             return {"loss": None, "max_weight": None}
         self._newly_quarantined(run)
         losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
         return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
+
+    def _diverged(self, what: str, value: float | None, step: int) -> DivergedError:
+        """The error of a loss that is not finite after ``step`` updates; checkpoints that give such a loss go."""
+        self._checkpoints.discard_from(step)
+        newest = self._checkpoints.latest_step()
+        kept = (
+            "no checkpoint was saved before"
+            if newest is None
+            else f"the checkpoint of step {newest} in {self._folder.checkpoints}, with a finite loss, stays"
+        )
+        became = "is not finite" if value is None else f"became {value}"
+        return DivergedError(
+            f"the {what} {became} at step {step}: lower --learning-rate (it was {self._config.learning_rate}); {kept}"
+        )
 
     def _note_switches(self, infos: list[StepInfo]) -> None:
         """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""

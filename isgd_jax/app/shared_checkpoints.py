@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from isgd_jax.app.checkpoints import Checkpoints
+from isgd_jax.app.checkpoints import Checkpoints, Restored
+
+__all__ = ["SharedCheckpoints", "of_run"]
 
 
 class SharedCheckpoints:
@@ -32,15 +34,30 @@ class SharedCheckpoints:
         if self._own is not None:
             self._own.save(step, jax.tree.map(np.asarray, tree), notes)
 
-    def restore(self, template: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint, as NumPy arrays on every process."""
-        arrays, notes = jax.tree.map(np.asarray, template), b""
+    def restore(self, template: Any) -> Restored:
+        """The newest whole checkpoint, as NumPy arrays on every process.
+
+        Args:
+            template: a pytree of arrays of the same shapes and types.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            DamagedFileError: there are, and all are damaged.
+            ArgumentError: the checkpoint is of another model, optimizer or data set.
+        """
+        arrays, beside = jax.tree.map(np.asarray, template), b""
         if self._own is not None:
-            arrays, found = self._own.restore(arrays)
-            notes = json.dumps(found).encode()
-        text = np.zeros(_of_first(np.int32(len(notes))), np.uint8)
-        text[: len(notes)] = np.frombuffer(notes, np.uint8)
-        return _of_first(arrays), json.loads(_of_first(text).tobytes())
+            arrays, *found = self._own.restore(arrays)
+            beside = json.dumps(found).encode()
+        text = np.zeros(_of_first(np.int32(len(beside))), np.uint8)
+        text[: len(beside)] = np.frombuffer(beside, np.uint8)
+        notes, remarks = json.loads(_of_first(text).tobytes())
+        return Restored(_of_first(arrays), notes, remarks)
+
+    def discard_from(self, step: int) -> None:
+        """Delete the checkpoints of ``step`` and later ones."""
+        if self._own is not None:
+            self._own.discard_from(step)
 
     def wait(self) -> None:
         """Return when the last save is on disk."""

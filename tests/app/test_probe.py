@@ -133,7 +133,7 @@ def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: P
     with pytest.raises(ValueError, match="the checkpoint is of another data set"):
         probe(config, task.make(config, blobs(seed=1)), run=tmp_path / "run")
     wider = small_config(tmp_path / "run", hidden=(9,))
-    with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser"):
+    with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
         probe(wider, task.make(wider, blobs()), run=tmp_path / "run")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -131,13 +133,36 @@ def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
 
 def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     def fragile(outputs: jax.Array, example: Any) -> jax.Array:
-        return jnp.where(outputs[0] > 3.0, jnp.nan, -outputs[0])
+        return jnp.where(outputs[0] > 30.0, jnp.nan, -outputs[0])
 
-    with pytest.raises(FloatingPointError, match=r"the training loss became nan at step \d+: lower --learning-rate"):
+    with pytest.raises(FloatingPointError, match=r"the training loss became nan at step \d+: lower") as lost:
         fit(small_config(tmp_path / "run", mode="uniform", checkpoint_every=1), dataset=blobs(), loss=fragile)
     for line in RunDir(tmp_path / "run").records():
         assert "NaN" not in json.dumps(line)
-    assert any((tmp_path / "run" / "checkpoints").iterdir())
+    at = int(re.findall(r"at step (\d+)", str(lost.value))[0])
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(steps) == at - 1, "the newest checkpoint is the last whose loss was finite"
+    assert f"the checkpoint of step {at - 1} in" in str(lost.value)
+
+
+def test_a_loss_that_is_lost_by_the_last_update_is_told_and_not_saved(tmp_path: Path) -> None:
+    """No step comes after it that could show it: the held-out loss does."""
+    config = small_config(tmp_path / "run", mode="uniform", steps=1, checkpoint_every=1, learning_rate=3e38)
+    with pytest.raises(FloatingPointError, match=r"held-out loss is not finite at step 1: .* no checkpoint was saved"):
+        fit(config, dataset=blobs())
+    assert not any(record["event"] == "finished" for record in RunDir(tmp_path / "run").records())
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads that failed behind
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    whole = fit(small_config(tmp_path / "run"), dataset=blobs())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40" / "record")
+    told: list[Record] = []
+    resumed = fit(small_config(tmp_path / "run"), dataset=blobs(), resume=True, observe=told.append)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    warnings = [record["text"] for record in told if record["event"] == "warning"]
+    assert any(text.startswith("the checkpoint of step 40 is damaged") and "of step 30" in text for text in warnings)
 
 
 def test_scores_that_are_not_finite_are_set_aside_and_said(tmp_path: Path) -> None:
@@ -208,7 +233,7 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
             return nn.Dense(3)(x)
 
     fit(small_config(tmp_path / "run"), dataset=blobs())
-    with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser"):
+    with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
         fit(small_config(tmp_path / "run"), dataset=blobs(), model=Other(), resume=True)
 
 

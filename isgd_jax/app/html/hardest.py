@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 def scores(run: RunDir, *, count: int = 24) -> Scores | None:
     """The table of the run's newest checkpoint. None if there is no checkpoint, or a run without scores."""
-    saved = checkpoints.read(run.checkpoints)
+    saved = checkpoints.read(run.checkpoints, only=("state/sampler/table",))
     found = None if saved is None else saved.tree.get("state", {}).get("sampler", {}).get("table")
     if saved is None or not isinstance(found, dict) or not {"scores", "versions"} <= set(found):
         return None

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from processes import forced
+
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", forced(8))
 os.environ.setdefault("NPROC", "16")
 
 from jaxtyping import install_import_hook
@@ -32,20 +34,13 @@ for name, value in {
     "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_disable_most_optimizations": True,
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
 
 
 MAPPED_REGIONS = 30_000
-
-
-@pytest.fixture(scope="module")
-def hardly_optimised() -> Iterator[None]:
-    """For tests of many small programs, each run once: compiling takes longer than running, and half as long so."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,8 +12,6 @@ import small_transformer
 import isgd_jax as isgd
 from isgd_jax.app import data, models
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def tiny() -> tuple[data.Dataset, ablations.Scale]:
     rng = np.random.default_rng(0)

@@ -15,7 +15,6 @@ from selection import contest, problems, rivals
 
 from isgd_jax.sampling import score_table
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
 SIZE, NUM_CLASSES, WIDTH = 96, 3, 4
 STEPS = 4_000
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import forced
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 LIBRARIES = ("nnx", "linen", "equinox")
@@ -24,9 +25,12 @@ def test_the_whole_estimator_takes_at_most_fifteen_lines(library: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [f"{kind}_{library}" for library in LIBRARIES for kind in ("plain", "own_loop")])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{kind}_{library}" for library in LIBRARIES for kind in ("plain", "own_loop")), "pinn_nnx", "pinn_equinox"],
+)
 def test_it_runs_and_learns(name: str) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "4"}
+    environment = os.environ | {"XLA_FLAGS": forced(2), "NPROC": "4"}
     run = subprocess.run(
         [sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True, timeout=200, env=environment
     )
@@ -34,6 +38,8 @@ def test_it_runs_and_learns(name: str) -> None:
     found = re.search(r"loss ([\d.]+)", run.stdout)
     assert found is not None
     assert float(found[1]) < 0.5
+    if name.startswith("pinn"):
+        assert float(re.search(r"equivalent plain batch +([\d.]+)", run.stdout)[1]) > 192  # what was drawn
     if name.startswith("own"):
         scored = re.search(r"examples scored +([\d.]+) %", run.stdout)
         assert scored is not None

@@ -17,8 +17,6 @@ from isgd_jax.sampling import samplers
 from isgd_jax.training.train_step import TrainState, make_steps
 from isgd_jax.types import Draw
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 CALLS: list[str] = []
 
 

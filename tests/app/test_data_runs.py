@@ -15,8 +15,6 @@ from problems import NUM_CLASSES, blobs, small_config
 from isgd_jax.app import build, data, models, task
 from isgd_jax.app.run import fit
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 class Reader(nn.Module):
     """Tokens and a table -> two numbers."""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from problems import blobs, small_config
+from processes import forced
 from test_cli import isgd
 
 from isgd_jax.app import checkpoints
@@ -23,8 +24,6 @@ from isgd_jax.app.config import Config
 from isgd_jax.app.multihost import LOST, _check_same, _of_all
 from isgd_jax.app.run import _devices, fit
 from isgd_jax.app.run_dir import RunDir
-
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
 
 SETTINGS: dict[str, Any] = {
     "hidden": (16,), "batch_size": 32, "refresh_every": 20, "chunk_size": 128, "log_every": 20, "checkpoint_every": 20,
@@ -61,7 +60,7 @@ class Member:
         self.process = subprocess.Popen(
             [sys.executable, "-c", MEMBER, json.dumps(flags)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": forced(1)},
         )  # fmt: skip
 
     def says(self) -> str:
@@ -107,7 +106,7 @@ def processes(cwd: Path, *arguments: str, count: int = 2, devices: int = 4) -> l
     flags = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", _word(value))]
     places = ["--distributed", "--coordinator", address, "--num-processes", str(count)]
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": forced(devices), "NPROC": "16", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     return [
         isgd("train", *arguments, *flags, *places, "--process-id", str(i), cwd=cwd, **environment) for i in range(count)

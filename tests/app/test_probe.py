@@ -17,7 +17,7 @@ from isgd_jax.app.run import fit
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.per_example import stacked_per_example_grads
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
+pytestmark = pytest.mark.slow
 
 
 def rows(params: Any, data: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from processes import forced
 
 BEGIN = """
 import sys, threading, time
@@ -49,7 +50,7 @@ with isgd.engines.local(scorer, data, chunk_size=8) as engine:
 def ended(code: str) -> tuple[int, str, float]:
     """The exit code of a program with two devices, what it wrote to stderr, and how long it took."""
     began = time.monotonic()
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": forced(2), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stderr, time.monotonic() - began
 

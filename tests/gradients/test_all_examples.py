@@ -10,7 +10,6 @@ from problems import linear_loss, linear_problem, mlp_loss
 
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
 SIZE = 37
 
 

@@ -8,7 +8,7 @@ from oracle import check
 
 from isgd_jax.gradients.lazy import Factored, is_factored
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
+pytestmark = pytest.mark.slow
 
 slow = pytest.mark.slow
 

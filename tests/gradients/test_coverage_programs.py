@@ -11,8 +11,6 @@ from oracle import check
 import isgd_jax as isgd
 from isgd_jax.gradients.lazy import is_factored
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 slow = pytest.mark.slow
 KEY = jax.random.key(1)
 

@@ -8,8 +8,6 @@ import pytest
 from jax import lax
 from oracle import check
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 TIME, WIDTH = 5, 4
 
 

@@ -17,8 +17,6 @@ N, M, DRAWS = 10, 4, 4000
 NAMES = ("stratified", "systematic", "independent", "without_replacement", "poisson")
 SIGNS = np.linspace(-1.0, 2.0, N).astype(np.float32)
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 class OwnSketch:
     """Sketches that come with the gradients: their first numbers."""

@@ -12,8 +12,6 @@ import isgd_jax as isgd
 
 N, M = 11, 4
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def _walk(sampler: isgd.BatchSampler, steps: int, seed: int = 0) -> np.ndarray:
     """The indices of so many steps, [steps, m]."""

@@ -11,8 +11,6 @@ import isgd_jax as isgd
 from isgd_jax.sampling import score_table
 from isgd_jax.sampling.pool import grid_cells
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 N, M = 64, 8
 
 

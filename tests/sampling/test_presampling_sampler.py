@@ -16,8 +16,6 @@ N, M = 9, 4
 SCORES = np.r_[0.0, np.geomspace(0.1, 10.0, N - 1)].astype(np.float32)
 DATA = {"score": jnp.asarray(SCORES)}
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def scorer(params: Any, batch: Any) -> jax.Array:
     return batch["score"] * params

@@ -24,8 +24,6 @@ WAYS = ("pmap", "shard_map", "auto", "explicit")
 ROUNDED = 1e-4
 """Of small differences of large numbers (what fractions differ by, the noise of moments), beside 1e-6 of all else."""
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def _step(sampler: isgd.BatchSampler, *, share: bool = False, split: Callable[..., Any] | None = None) -> Any:
     """The step of one device; with ``share`` that of one of several, with ``split`` the batch is laid out by it."""

@@ -21,7 +21,6 @@ X = jnp.asarray(RNG.normal(size=(N, 3)), jnp.float32)
 DATA = {"x": X, "y": jnp.sin(X).sum(axis=1)}
 
 pytestmark = [
-    pytest.mark.usefixtures("hardly_optimised"),
     # Optax's Adam and the models' own layers promote types: it is the sampler that must not.
     pytest.mark.slow,
 ]

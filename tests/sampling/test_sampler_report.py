@@ -14,8 +14,6 @@ RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(N, 3)) * RNG.lognormal(0.0, 1.0, N)[:, None] + 0.3
 NORMS, MEAN = np.linalg.norm(VECTORS, axis=1), VECTORS.mean(axis=0)
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 @pytest.fixture(scope="module")
 def watched() -> Any:

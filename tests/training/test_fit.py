@@ -19,8 +19,6 @@ from isgd_jax.training.data_parallel import DataParallel
 
 N, M = 40, 8
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def linear(**changes: Any) -> isgd.Problem:
     params, data = linear_problem(N)

@@ -8,7 +8,7 @@ from problems import blobs, small_config
 
 from isgd_jax.app.run import fit
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hardly_optimised")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mode", ["uniform", pytest.param("exact", marks=pytest.mark.slow)])

@@ -18,8 +18,6 @@ from isgd_jax.training.background import QUIET_REFRESHES
 
 N, M = 40, 8
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 class Notebook:
     """An engine that notes what it is told, and hands out what it was given to hand out."""

@@ -19,8 +19,6 @@ from isgd_jax.training.train_step import LOOK_EVERY, Steps, TrainState, check_ch
 N, M = 40, 8
 SKEWED = np.arange(1.0, N + 1.0)
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 
 def chain(learning_rate: float = 0.01) -> Any:
     return optax.chain(isgd.importance_weighting(N), optax.sgd(learning_rate))

@@ -16,10 +16,11 @@ try:
 except ModuleNotFoundError:
     sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
+from isgd_jax.app import userfiles
 from isgd_jax.app.commands import compare, probe
 from isgd_jax.app.config import Config, refuse_gone
 from isgd_jax.app.presets import PRESETS
-from isgd_jax.app.run_dir import RunDir
+from isgd_jax.app.run_dir import RunDir, write_whole
 from isgd_jax.errors import ArgumentError, IsgdError
 
 EXPECTED_ERRORS = (IsgdError, OSError)
@@ -90,6 +91,8 @@ def _run(command: Command) -> int:
         case compare.Compare():
             return compare.run(command)
         case probe.Probe():
+            if command.run is not None:
+                _tell_code(command.config)
             return probe.run(command)
 
 
@@ -101,7 +104,14 @@ def train(command: Train) -> int:
     from isgd_jax.app.console import RunConsole
     from isgd_jax.app.run import fit
 
-    console = Console()
+    console = Console(markup=False)
+    if command.resume is not None and Path(str(command.config.run_dir)) != Path(command.resume):
+        raise ArgumentError(
+            f"--run-dir {command.config.run_dir} beside --resume {command.resume}: a run goes on in its own folder; "
+            "leave --run-dir out"
+        )
+    if command.resume is not None or command.config.replay is not None:
+        _tell_code(command.config)
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     logging.getLogger("isgd_jax").propagate = False  # once is enough
@@ -128,10 +138,17 @@ def report(command: Report) -> int:
         for path in draw(run):
             print(path)
     together = Path(os.path.commonpath([run.path.resolve() for run in runs]))
-    page = Path(command.out) if command.out else together / "report.html"
-    page.write_text(run_page(runs))
-    print(page)
+    content = run_page(runs)
+    if command.out:
+        Path(command.out).write_text(content, encoding="utf-8")
+    print(command.out or write_whole(together / "report.html", content))
     return 0
+
+
+def _tell_code(config: Config) -> None:
+    """Which code a configuration that lies in a folder of a run will have imported, before it is."""
+    for line in userfiles.code_named(config.to_dict()):
+        print(f"isgd: {line}", file=sys.stderr, flush=True)
 
 
 def _leave_failures_to_us() -> None:

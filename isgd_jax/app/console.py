@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from isgd_jax.app.clock import account
 from isgd_jax.app.run_dir import Record
@@ -87,7 +88,7 @@ class RunConsole:
     def _plan(self, plan: Record) -> None:
         table = Table(title="The plan", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for what, value in _describe(plan):
-            table.add_row(f"[bold]{what}", value)
+            table.add_row(Text(what, style="bold"), Text(value))
         self._console.print(table, "", LEGEND, "", sep="\n")
         self._print(_row({field: head for field, (head, _, _) in COLUMNS.items()}), style="bold")
         self._bar.update(self._task, total=plan["num_steps"], completed=plan["first_step"])
@@ -126,7 +127,7 @@ class RunConsole:
             self._print(f"  {path}")
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self._console.print(line, style=style, soft_wrap=True, highlight=False)
+        self._console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 def _band(record: Record, field: str) -> str:

@@ -92,6 +92,7 @@ def fit(
         ValueError: the configuration does not fit the data, the model or the checkpoint.
         FloatingPointError: the loss is no longer finite; the checkpoints from before stay.
         FileExistsError: a new run would write into the folder of an old one.
+        RunInUseError: another process is writing to the folder.
     """
     clock = Clock()
     make_job = build.job_elsewhere(config, dataset, model, loss)
@@ -119,6 +120,7 @@ def fit(
             config, work, num_steps=num_steps, replayed=_replayed(config, work, num_steps), make_job=make_job
         )
         with contextlib.ExitStack() as stack:
+            stack.enter_context(folder.alone())
             if parts.engine is not None:
                 stack.callback(parts.engine.close)
             stop = stack.enter_context(stop_on_signals())
@@ -301,7 +303,7 @@ class Recorder(Callback):
         self._record("stopped" if stopped else "finished", spent=self._spent(), num_steps=run.num_steps)
         if jax.process_index() == 0:
             plots.draw(self._folder)
-            self._observe({"event": "wrote", "paths": [str(path) for path in sorted(self._folder.path.iterdir())]})
+            self._observe({"event": "wrote", "paths": [str(path) for path in self._folder.files()]})
 
     def close(self) -> None:
         self._checkpoints.close()

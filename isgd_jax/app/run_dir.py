@@ -1,16 +1,24 @@
 """The folder of a run: config.json, environment.json, inputs.json, metrics.jsonl, checkpoints/ and the figures."""
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.errors import ArgumentError
+from isgd_jax.app.locks import locked
+from isgd_jax.errors import ArgumentError, DamagedFileError, RunInUseError
+
+__all__ = ["Record", "RunDir", "Unwritten", "write_whole"]
+
+_LOCK, _HOLDER = ".lock", ".holder.json"
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: `event` says which kind, `step` how many updates had been made."""
@@ -23,7 +31,14 @@ class RunDir:
         * A file other than metrics.jsonl is written whole or not at all.
         * metrics.jsonl holds one JSON object a line and is flushed at each; a line cut short by a kill is dropped when
           the run is resumed, as are the lines after the checkpoint it resumes from.
-        * A new run never writes into the folder of an earlier one.
+        * A new run never writes into the folder of an earlier one; of two that begin at once in one folder one does,
+          and the other is refused.
+        * Of several processes one at a time writes to the folder, within `alone`, where files can be locked.
+        * The folder may be a stranger's: reading it follows no link that leads out of it, and a file that is written
+          takes the place of a link.
+
+    Args:
+        path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,30 +51,99 @@ class RunDir:
         """Make the folder of a new run and write its configuration.
 
         Raises:
-            FileExistsError: the folder holds something already.
+            FileExistsError: the folder holds something already, or another process is making it.
             PermissionError: it cannot be written to.
         """
         path = Path(config.run_dir or _default_name(config))
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} is there already: resume it with --resume {path}, or name another --run-dir "
-                "(in Python: fit(config, resume=True), or another run_dir)"
-            )
+        run = cls(path)
+        run._check_new()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
-            run.write_config(config)
+            with run.alone():
+                run._check_new()  # once more, alone
+                run.write_config(config)
+        except RunInUseError:
+            run._refuse_new()
         except PermissionError as error:
             raise PermissionError(f"cannot write to {path}: choose a --run-dir where you may write") from error
         return run
+
+    def _check_new(self) -> None:
+        """Nothing is here but what a kill may have left of a run that had not begun."""
+        if self.path.is_file() or (
+            self.path.is_dir() and any(not _is_ours_aside(found) for found in self.path.iterdir())
+        ):
+            self._refuse_new()
+
+    def _refuse_new(self) -> NoReturn:
+        raise FileExistsError(
+            f"{self.path} is there already: resume it with --resume {self.path}, or name another --run-dir "
+            "(in Python: fit(config, resume=True), or another run_dir)"
+        )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this no other process writes to the folder; however this one ends, the folder is free again.
+
+        Raises:
+            RunInUseError: another process is within it; the message has its host, its number, and since when.
+            OSError: the folder cannot be written to.
+        """
+        with locked(self.path / _LOCK, when_busy=self._refuse_second):
+            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            self.write(_HOLDER, _pretty({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+            try:
+                yield
+            finally:
+                (self.path / _HOLDER).unlink(missing_ok=True)
+
+    def _refuse_second(self) -> NoReturn:
+        try:
+            holder = _read_json(self.own(_HOLDER))
+            who = f"process {holder['pid']} on {holder['host']} has been writing to it since {holder['since']}"
+        except (OSError, ArgumentError, KeyError):  # it has only just begun, or is just ending
+            who = "another process is writing to it"
+        raise RunInUseError(f"{self.path} is in use: {who}; wait for it, or stop it")
+
+    def own(self, name: str) -> Path:
+        """The path of something in the folder, for reading.
+
+        Raises:
+            ArgumentError: it is a link, or lies behind one, that leads out of the folder.
+        """
+        path = self.path / name
+        try:
+            leads_to = path.resolve()
+        except (OSError, RuntimeError) as error:  # a link to itself
+            raise ArgumentError(f"{path} is a link that leads nowhere ({error})") from error
+        if not leads_to.is_relative_to(self.path.resolve()):
+            raise ArgumentError(
+                f"{path} is a link that leads out of the run's folder, to {leads_to}: "
+                "put what it leads to in its place if you want it read"
+            )
+        return path
+
+    def own_checkpoints(self) -> Path:
+        """The folder of checkpoints, for reading.
+
+        Raises:
+            ArgumentError: it is, or something in it is, a link that leads out of the run's folder.
+        """
+        folder = self.own("checkpoints")
+        for root, folders, files in os.walk(folder):
+            for name in [*folders, *files]:
+                if (Path(root) / name).is_symlink():
+                    self.own(str((Path(root) / name).relative_to(self.path)))
+        return folder
 
     def read_config(self) -> Config:
         """The configuration the run was started with, or resumed with last.
 
         Raises:
             FileNotFoundError: this is not the folder of a run.
+            ArgumentError: config.json is damaged, or a link that leads out of the folder.
         """
-        file = self.path / "config.json"
+        file = self.own("config.json")
         if not file.is_file():
             inside = sorted(str(found.parent) for found in self.path.glob("*/config.json"))
             meant = f"; it holds the runs {', '.join(inside)}" if inside else ""
@@ -77,6 +161,12 @@ class RunDir:
                 f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again"
             )
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
+        before = self.read_config()
+        if config.schedule != "constant" and (before.steps, before.epochs) != (config.steps, config.epochs):
+            raise ArgumentError(
+                f"--schedule {config.schedule} is made for the whole length of the run, which was started with "
+                f"{_length(before)}; got {_length(config)}: leave it as it was"
+            )
 
     def write_config(self, config: Config) -> None:
         """The configuration that the run has from now on; of a resumed one it may differ in what decides nothing."""
@@ -101,14 +191,11 @@ class RunDir:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file whole or not at all."""
-        target = self.path / name
-        partial = target.with_name(f".{name}.partial")
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-        return target
+        return write_whole(self.path / name, content)
+
+    def files(self) -> list[Path]:
+        """What a person finds in the folder."""
+        return sorted(path for path in self.path.iterdir() if not path.name.startswith("."))
 
     def write_environment(self, devices: list[str], fingerprint: str) -> None:
         """Record what the run ran on, for whoever reads it later."""
@@ -122,27 +209,37 @@ class RunDir:
         }
         self.write("environment.json", _pretty(environment))
 
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on; empty if it has not begun.
+
+        Raises:
+            ArgumentError: the file is damaged, or a link that leads out of the folder.
+        """
+        file = self.own("environment.json")
+        return _read_json(file) if file.is_file() else {}
+
     def fingerprint(self) -> str | None:
         """Of the training set the run was made on; None if it has not begun."""
-        file = self.path / "environment.json"
-        return _read_json(file).get("fingerprint") if file.is_file() else None
+        return self.environment().get("fingerprint")
 
     def append(self, record: Record) -> None:
         """Add one line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, event: str | None = None) -> Iterator[Record]:
         """The lines of metrics.jsonl, those of one kind if ``event`` is given; a last line cut short is left out."""
-        if not self.metrics.is_file():
+        if not self.own("metrics.jsonl").is_file():
             return
         with self.metrics.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     return
                 record = _parsed(line, f"{self.metrics}, line {number}")
-                if not {"event", "step"} <= set(record):
-                    raise ArgumentError(f"{self.metrics}, line {number}: expected an event and its step, got {record}")
+                if not (isinstance(record.get("event"), str) and _is_count(record.get("step"))):
+                    raise DamagedFileError(
+                        f"{self.metrics}, line {number}: expected an event and its step, got {record}"
+                    )
                 if event is None or record["event"] == event:
                     yield record
 
@@ -160,6 +257,10 @@ class RunDir:
 class Unwritten(RunDir):
     """The folder of a run as the other processes of a distributed run see it: process 0 alone writes there."""
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        yield
+
     def write(self, name: str, content: str | bytes) -> Path:
         return self.path / name
 
@@ -170,6 +271,37 @@ class Unwritten(RunDir):
         return iter(())
 
 
+def write_whole(target: Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all; where there is a link of this name, the file takes its place.
+
+    Raises:
+        OSError: the folder cannot be written to; what was there stays.
+    """
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _is_ours_aside(path: Path) -> bool:
+    """Whether this is left of a run that was killed before it wrote its configuration."""
+    return path.name in (_LOCK, _HOLDER) or path.name.endswith(".partial")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _length(config: Config) -> str:
+    return f"--steps {config.steps}" if config.epochs is None else f"--epochs {config.epochs}"
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     return _parsed(file.read_bytes(), str(file))
 
@@ -178,16 +310,16 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ArgumentError: it is damaged, or something else; ``where`` names the file.
+        DamagedFileError: it is damaged, or something else; ``where`` names the file.
     """
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ArgumentError(
+        raise DamagedFileError(
             f"{where} is damaged, no JSON can be read from it ({error}): restore it, or start anew"
         ) from error
     if not isinstance(found, dict):
-        raise ArgumentError(f"{where} is damaged: expected a JSON object, got a {type(found).__name__}")
+        raise DamagedFileError(f"{where} is damaged: expected a JSON object, got a {type(found).__name__}")
     return found
 
 

@@ -1,10 +1,52 @@
 """What the user brings beside the data: numbers an example, and functions by name. Checked before the first step."""
 
+import importlib.machinery
+import os
+import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from isgd_jax.errors import ArgumentError
+
+__all__ = ["code_named", "numbers"]
+
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def code_named(values: Mapping[str, Any]) -> list[str]:
+    """Which modules a configuration names as ``pkg.module:name``, and where they would be imported from.
+
+    Nothing is imported: of a module in a package the package is looked up.
+
+    Args:
+        values: of a configuration, nested or not.
+
+    Returns:
+        A line for each, such as ``--model my_model:Net imports my_model from /home/me/my_model.py``.
+    """
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += code_named(value)
+        elif isinstance(value, str) and _REFERENCE.fullmatch(value):
+            module = value.partition(":")[0]
+            lines.append(f"--{name.replace('_', '-')} {value} imports {module} from {_origin(module)}")
+    return lines
+
+
+def _origin(module: str) -> str:
+    """Where Python would take a module from, the current folder first."""
+    root, path = module.partition(".")[0], sys.path
+    if os.getcwd() not in path:
+        path = [os.getcwd(), *path]
+    found = importlib.machinery.PathFinder.find_spec(root, path)
+    if found is None:
+        return "nowhere: it is not there"
+    return found.origin or ", ".join(found.submodule_search_locations or ["an unknown place"])
 
 
 def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = False) -> np.ndarray:

@@ -44,6 +44,31 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(f"{exit_info.value.code} {capsys.readouterr().err}".replace("│", " ").split())
 
 
+def test_a_run_goes_on_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        RunDir.create(Config(run_dir=str(tmp_path / name)))
+    said = sentence(["train", "--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")], capsys)
+    assert "a run goes on in its own folder; leave --run-dir out" in said
+
+
+def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "strange_model.py").write_text("raise ImportError('run')")
+    RunDir.create(Config(run_dir="run", model="strange_model:Net", loss="nowhere_to_be_found:loss"))
+    said = sentence(["train", "--resume", "run"], capsys)
+    assert f"isgd: --model strange_model:Net imports strange_model from {tmp_path}/strange_model.py" in said
+    assert "--loss nowhere_to_be_found:loss imports nowhere_to_be_found from nowhere: it is not there" in said
+
+
+@pytest.mark.slow
+def test_brackets_in_a_folders_name_are_no_markup(tmp_path: Path) -> None:
+    code, out, err = finished(isgd("train", "--run-dir", "a[/b]c[bold]", "--data-dir", "data", *PLAIN, cwd=tmp_path))
+    assert (code, err) == (0, "")
+    assert "a[/b]c[bold]/config.json" in out
+
+
 @pytest.mark.slow
 def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
     code, out, err = finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))

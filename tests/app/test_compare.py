@@ -240,6 +240,14 @@ def test_an_extension_that_was_broken_off_is_gone_on_with(tmp_path: Path) -> Non
     assert not _is_whole(run, config, lambda record: False)
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path: Path) -> None:
+    calls: list[bool] = []
+    RunDir.create(small_config(tmp_path / "mine-0", steps=40))
+    arm = fake_arm([1.0, 0.5], calls)._replace(config=small_config("", steps=40))
+    compare.train({"mine": arm}, seeds=1, folder=tmp_path)
+    assert calls == [True]
+
+
 def test_a_signal_ends_the_study(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         compare.train({"mine": fake_arm([1.0], [], stopped_by=15)}, seeds=3, folder=tmp_path)

@@ -3,8 +3,10 @@
 import base64
 import html.parser
 import io
+import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def test_the_hardest_examples_are_those_with_the_largest_scores(tmp_path: Path, 
     assert [hard.example for hard in found.hardest] == [2, 6, 3]
     assert [hard.label for hard in found.hardest] == [2, 0, 0]
     assert [hard.age for hard in found.hardest] == [3, 3, 3]
-    assert (found.step, len(found.known), found.num_examples, found.remark) == (20, 10, 12, None)
+    assert (found.step, len(found.known), found.num_examples, found.remarks) == (20, 10, 12, [])
     assert found.hardest[0].times_mean == pytest.approx(8.0 / SCORES[SCORES > 0].mean())
     picture = found.hardest[0].picture
     assert picture is not None
@@ -143,7 +145,7 @@ def test_other_data_are_not_shown_as_the_runs(tmp_path: Path, pictures: data.Dat
     run = make_run(tmp_path / "run", scores=SCORES)
     found = hardest.scores(run)
     assert found is not None
-    assert "trained on other examples" in str(found.remark)
+    assert "trained on other examples" in str(found.remarks)
     assert all(hard.picture is None and hard.label == -1 for hard in found.hardest)
     assert "trained on other examples" in Page(run_page([run])).text
 
@@ -154,6 +156,31 @@ def test_other_data_are_not_shown_as_the_runs(tmp_path: Path, pictures: data.Dat
 )
 def test_what_a_picture_is(image: np.ndarray, expected: bool) -> None:
     assert hardest.is_image(image) is expected
+
+
+def test_without_whole_checkpoints_the_rest_is_shown_and_the_loss_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run.checkpoints / "7").mkdir(parents=True)
+    text = Page(run_page([run])).text
+    assert "The hardest examples are missing: every checkpoint in" in text
+    assert "held-out loss" in text
+
+
+def test_a_page_prepares_no_data_set_and_imports_nothing_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.catalog, "_require_tfds", lambda: None)
+    with pytest.raises(FileNotFoundError, match=r"digits is not prepared in .*elsewhere"):
+        data.load("digits", data_dir=tmp_path / "elsewhere", prepare=False)
+    assert not (tmp_path / "elsewhere").exists()
+    folder = tmp_path / "mine" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    for key in ("pythonClassName", "python_class_name", "type"):
+        (folder / "features.json").write_text(json.dumps({"featuresDict": [{key: "evil_module.X"}]}))
+        with pytest.raises(ValueError, match=r"features.json in .* names evil_module.X, which is no class of TFDS"):
+            data.load("mine", data_dir=tmp_path, prepare=False)
+    assert "evil_module" not in sys.modules
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from problems import small_config
 
 from isgd_jax.app.config import Config
 from isgd_jax.app.run_dir import RunDir
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, RunInUseError
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
@@ -118,3 +120,83 @@ def test_a_line_may_hold_any_separator_that_json_allows(tmp_path: Path) -> None:
     """U+2028 and form feeds end a line for str.splitlines, not for a file."""
     (tmp_path / "metrics.jsonl").write_text('{"event": "warning", "step": 1, "text": "a\u2028b"}\n')
     assert [record["text"] for record in RunDir(tmp_path).records()] == ["a\u2028b"]
+
+
+def create(path: str, at: float) -> str:
+    while time.time() < at:
+        pass
+    try:
+        RunDir.create(Config(run_dir=path))
+        return "made"
+    except FileExistsError:
+        return "refused"
+
+
+def test_of_two_that_create_a_folder_at_once_one_does_and_one_is_refused(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for trial in range(20):
+            asked = (str(tmp_path / str(trial)), time.time() + 0.02)
+            assert sorted(pool.starmap(create, [asked, asked], 1)) == ["made", "refused"]
+
+
+def test_what_a_kill_left_of_a_folder_that_was_being_made_is_no_run(tmp_path: Path) -> None:
+    for name in (".lock", ".holder.json", ".0123.partial"):
+        (tmp_path / name).touch()
+    RunDir.create(Config(run_dir=str(tmp_path)))
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    told = rf"run is in use: process {os.getpid()} on \S+ has been writing to it since \d{{4}}-.*; wait for it"
+    with run.alone():
+        for _ in range(2):
+            with pytest.raises(RunInUseError, match=told), RunDir(run.path).alone():
+                pass
+        (run.path / ".holder.json").write_text("cut sho")
+        with pytest.raises(RunInUseError, match="is in use: another process is writing to it"), run.alone():
+            pass
+    with run.alone():  # free again
+        assert [path.name for path in run.files()] == ["config.json"]
+
+
+def test_a_file_that_is_written_takes_the_place_of_a_link(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    (tmp_path / "precious").write_text("precious")
+    (run.path / "loss.png").symlink_to(tmp_path / "precious")
+    run.write("loss.png", "a figure")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (run.path / "loss.png").read_text() == "a figure"
+    assert not (run.path / "loss.png").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "checkpoints", "checkpoints/9/x"])
+def test_reading_a_run_follows_no_link_out_of_it(tmp_path: Path, name: str) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    (tmp_path / "secret").write_text("{}")
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "secret")
+    reads = {
+        "config.json": run.read_config,
+        "environment.json": run.environment,
+        "metrics.jsonl": lambda: list(run.records()),
+    }
+    with pytest.raises(ArgumentError, match=rf"{name} is a link that leads out of the run's folder, to .*secret"):
+        reads.get(name, run.own_checkpoints)()
+
+
+def test_links_within_a_run_are_followed(tmp_path: Path) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    (run.path / "config.json").rename(run.path / "renamed")
+    (run.path / "config.json").symlink_to("renamed")
+    (tmp_path / "elsewhere").symlink_to(run.path)
+    assert RunDir(tmp_path / "elsewhere").read_config() == run.read_config()
+
+
+@pytest.mark.parametrize("changes", [{"steps": 50}, {"epochs": 3.0}])
+def test_a_schedule_of_the_whole_length_is_not_resumed_with_another(tmp_path: Path, changes: dict[str, float]) -> None:
+    begun = small_config(tmp_path / "run", steps=40, schedule="cosine")
+    run = RunDir.create(begun)
+    run.check_resumable(begun)
+    with pytest.raises(ArgumentError, match=r"--schedule cosine is made for the whole length .* --steps 40; got --"):
+        run.check_resumable(small_config(tmp_path / "run", **({"steps": 40, "schedule": "cosine"} | changes)))

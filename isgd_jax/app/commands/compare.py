@@ -12,6 +12,7 @@ import tyro
 
 from isgd_jax.app import compare
 from isgd_jax.app.config import Config, refuse_gone
+from isgd_jax.app.run_dir import write_whole
 from isgd_jax.errors import ArgumentError
 
 
@@ -59,7 +60,7 @@ def run(command: Compare) -> int:
 
     from isgd_jax.app.html import comparison_page
 
-    console = Console()
+    console = Console(markup=False)
     levels = compare.levels(*command.levels)
     study = train(command, levels, console.print) if command.arms else read(command.runs)
     rows = compare.rows(study, levels or compare.common_levels(study))
@@ -69,8 +70,8 @@ def run(command: Compare) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     paths = [*compare.draw(study, out), out / "comparison.md", out / "comparison.html"]
-    paths[-2].write_text(compare.markdown(rows) + "\n")
-    paths[-1].write_text(comparison_page(study, rows, title=out.resolve().name))
+    write_whole(paths[-2], compare.markdown(rows) + "\n")
+    write_whole(paths[-1], comparison_page(study, rows, title=out.resolve().name))
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
     return 0

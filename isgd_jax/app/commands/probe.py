@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from isgd_jax.app.config import Config
+from isgd_jax.app.run_dir import RunDir, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +46,7 @@ def run(command: Probe) -> int:
     from isgd_jax.app import data, task
     from isgd_jax.app.probe import probe
 
-    console = Console()
+    console = Console(markup=False)
     config = command.config
     dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
     found = probe(
@@ -68,7 +69,7 @@ def folder(command: Probe) -> Path:
     if command.out is not None:
         return Path(command.out)
     if command.run is not None:
-        return Path(command.run) / "probe"
+        return RunDir(Path(command.run)).own("probe")
     return Path(f"runs/probe-{command.config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
@@ -83,10 +84,10 @@ def write(found: "Findings", out: Path, what: str) -> list[Path]:
     with figures.style():
         for name, drawn in figures_of(found.spread.norms, found.by_age, found.periods).items():
             paths.append(out / f"{name}.png")
-            paths[-1].write_bytes(figures.png(drawn))
+            write_whole(paths[-1], figures.png(drawn))
     paths += [out / "probe.json", out / "probe.html"]
-    paths[-2].write_text(json.dumps(numbers(found), indent=2) + "\n")
-    paths[-1].write_text(probe_page(found, what))
+    write_whole(paths[-2], json.dumps(numbers(found), indent=2) + "\n")
+    write_whole(paths[-1], probe_page(found, what))
     return paths
 
 

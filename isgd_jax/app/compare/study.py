@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.run_dir import Record, RunDir, write_whole
 from isgd_jax.errors import ArgumentError
 
 SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
@@ -86,7 +86,7 @@ def train(
     for config in configs.values():
         if (Path(str(config.run_dir)) / "config.json").is_file():
             RunDir(Path(str(config.run_dir))).check_resumable(config)
-    (folder / "study.json").write_text(json.dumps({"arms": list(arms)}) + "\n")
+    write_whole(folder / "study.json", json.dumps({"arms": list(arms)}) + "\n")
     for (name, seed), config in configs.items():
         _train_one(name, seed, arms[name], config, levels, say, observe)
     return Study({name: {seed: _curve(folder / f"{name}-{seed}") for seed in seeds} for name in arms})
@@ -149,7 +149,7 @@ def _train_one(
     if _is_whole(run, config, until):
         return
     say(f"{name}, seed {seed}: training in {run.path}")
-    resume = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    resume = (run.path / "config.json").is_file()
     try:
         result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
     except FloatingPointError as error:

@@ -14,6 +14,8 @@ from isgd_jax.app.data.recipe import Recipe
 from isgd_jax.app.data.svhn import SVHN_CROPPED
 from isgd_jax.errors import ArgumentError, CannotImportError
 
+__all__ = ["load", "load_recipe", "names"]
+
 _RECIPES = {recipe.name: recipe for recipe in (DIGITS, FASHION_MNIST, MNIST, CIFAR10, SVHN_CROPPED, NYCFLIGHTS13)}
 
 
@@ -28,6 +30,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     raw_dir: str | os.PathLike[str] | None = None,
     on_disk: bool = False,
+    prepare: bool = True,
 ) -> Dataset:
     """A data set by name, in memory.
 
@@ -38,33 +41,38 @@ def load(
         ``~/tensorflow_datasets``. Written once, when one of `names` is first asked for.
       raw_dir: where the original files are, if they are to be neither looked for nor downloaded.
       on_disk: map the training set from disk, instead of reading it into memory.
+      prepare: False only reads, for who looks at a run of somebody else's: nothing is written or downloaded, and no
+        code is imported that the data set's own files name.
 
     Raises:
       ImportError: what reads it is not installed.
       ConnectionError: an original file is not on this machine, and cannot be downloaded.
-      FileNotFoundError: there is no home folder, no ``raw_dir``, or a file is not in it.
+      FileNotFoundError: there is no home folder, no ``raw_dir``, or a file is not in it; or, where it is only read, the
+        data set has not been prepared.
       OSError: ``data_dir`` cannot be written to.
       ValueError: there is no data set of this name, or what is there is damaged or of another kind.
     """
     root = _data_dir(data_dir)
     raw = None if raw_dir is None else _existing(_at_home(raw_dir))
     if name in _RECIPES:
-        return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw, on_disk=on_disk)
+        return load_recipe(_RECIPES[name], data_dir=root, raw_dir=raw, on_disk=on_disk, prepare=prepare)
     folder = _newest_version(root / name) if name else None
     if folder is None:
         raise ArgumentError(_unknown(name, root))
     _require_tfds()
     from isgd_jax.app.data.prepared import load_folder
 
-    return load_folder(name, folder, on_disk=on_disk)
+    return load_folder(name, folder, on_disk=on_disk, trusted=prepare)
 
 
-def load_recipe(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None, on_disk: bool = False) -> Dataset:
+def load_recipe(
+    recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None, on_disk: bool = False, prepare: bool = True
+) -> Dataset:
     """Like `load`, for a recipe."""
     _require_tfds()
     from isgd_jax.app.data.prepare import load_prepared
 
-    splits = load_prepared(recipe, data_dir=data_dir, raw_dir=raw_dir, on_disk=on_disk)
+    splits = load_prepared(recipe, data_dir=data_dir, raw_dir=raw_dir, on_disk=on_disk, prepare=prepare)
     return from_arrays(
         splits["train"],
         splits["test"],

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ tfds.disable_progress_bar()
 
 
 _SHARD_BYTES = 1 << 28
+_TFDS_FEATURES = "tensorflow_datasets.core.features."
 _Shard: TypeAlias = Callable[[], Iterator[tuple[int, dict[str, np.ndarray]]]]
 
 
@@ -85,12 +87,29 @@ def _examples(arrays: Mapping[str, np.ndarray], rows: range) -> Iterator[tuple[i
         yield row, {key: array[row] for key, array in arrays.items()}
 
 
-def load_prepared(recipe: Recipe, *, data_dir: Path, raw_dir: Path | None, on_disk: bool = False) -> Splits:
-    """The recipe's splits from ``data_dir``, prepared there first if they are not yet; ``on_disk``: train mapped."""
+def load_prepared(
+    recipe: Recipe, *, data_dir: Path, raw_dir: Path | None, on_disk: bool = False, prepare: bool = True
+) -> Splits:
+    """The recipe's splits from ``data_dir``.
+
+    Args:
+      recipe: of the data set.
+      data_dir: where it lies prepared, or is prepared first.
+      raw_dir: where the original files are, if they are to be neither looked for nor downloaded.
+      on_disk: map the training set from disk.
+      prepare: False reads what lies there, and nothing else.
+
+    Raises:
+      FileNotFoundError: it is not prepared, and may not be.
+      ValueError: it is damaged.
+      OSError: ``data_dir`` cannot be written to.
+    """
     folder = data_dir / f"isgd_{recipe.name}" / recipe.version
     if not is_prepared(folder):
+        if not prepare:
+            raise FileNotFoundError(f"{recipe.name} is not prepared in {data_dir}, and is not for a look at a run")
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
-    sources = open_folder(folder).as_data_source()
+    sources = open_folder(folder, trusted=prepare).as_data_source()
     splits = {split: read_split(split, source, folder, on_disk=on_disk) for split, source in sources.items()}
     _check(recipe, splits, where=folder)
     return splits
@@ -129,10 +148,35 @@ def is_prepared(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def open_folder(folder: Path) -> tfds.core.DatasetBuilder:
-    """What TFDS prepared in ``folder``, by whatever builder."""
+def open_folder(folder: Path, *, trusted: bool = True) -> tfds.core.DatasetBuilder:
+    """What TFDS prepared in ``folder``, by whatever builder.
+
+    TFDS imports the modules that ``features.json`` names; where the folder is not trusted, they must be its own.
+
+    Raises:
+      ValueError: it is damaged, or names a module that it may not.
+    """
+    if not trusted:
+        _check_features(folder)
     with told_if_damaged(folder, (Exception,)):  # each of TFDS's parsers has errors of its own
         return tfds.builder_from_directory(folder)
+
+
+def _check_features(folder: Path) -> None:
+    with told_if_damaged(folder, (OSError, ValueError, RecursionError)):
+        found = json.loads((folder / "features.json").read_bytes())
+    for name in _class_names(found):
+        if not name.startswith(_TFDS_FEATURES):
+            raise ArgumentError(f"features.json in {folder} names {name}, which is no class of TFDS's own")
+
+
+def _class_names(tree: Any) -> Iterator[str]:
+    """What TFDS would import: it reads two forms of the file, and protobuf two spellings of a key."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, str) and key in ("pythonClassName", "python_class_name", "type") and "." in value:
+            yield value
+        elif isinstance(value, (dict, list)):
+            yield from _class_names(value)
 
 
 @contextlib.contextmanager

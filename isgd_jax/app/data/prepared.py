@@ -13,6 +13,8 @@ from isgd_jax.app.data.dataset import Dataset, from_arrays
 from isgd_jax.app.data.prepare import open_folder, read_split
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["load_folder"]
+
 
 class _Pairs:
     """A TFDS split as inputs and labels alone: names and file paths beside them cannot be stacked."""
@@ -28,10 +30,21 @@ class _Pairs:
         return [{self._input: item[self._input], "label": item[self._label]} for item in items]
 
 
-def load_folder(name: str, folder: Path, *, on_disk: bool = False) -> Dataset:
-    """The data set in ``folder``, whose features are an input and a class; it is tested on ``test``, else on
-    ``validation``."""
-    builder = open_folder(folder)
+def load_folder(name: str, folder: Path, *, on_disk: bool = False, trusted: bool = True) -> Dataset:
+    """The data set in ``folder``, whose features are an input and a class.
+
+    It is tested on ``test``, else on ``validation``.
+
+    Args:
+      name: what it is called.
+      folder: of one version, as TFDS prepared it.
+      on_disk: map the training set from disk, instead of reading it into memory.
+      trusted: whether modules are imported that ``features.json`` names, beside TFDS's own.
+
+    Raises:
+      ValueError: it is damaged, of another kind, or names a module that it may not.
+    """
+    builder = open_folder(folder, trusted=trusted)
     input_key, label_key = _keys(name, builder.info)
     parts = _parts(name, set(builder.info.splits))
     try:

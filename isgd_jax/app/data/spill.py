@@ -28,12 +28,12 @@ import numpy as np
 
 from isgd_jax.app.data.checks import blocks, held
 from isgd_jax.app.data.sources import check_source, gathered, stacked
-from isgd_jax.errors import ArgumentError, CannotImportError
+from isgd_jax.app.locks import locked
+from isgd_jax.errors import ArgumentError
 
 _MANIFEST = "spilled.json"
 _FORMAT = 1
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-_CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _log = logging.getLogger(__name__)
 
 
@@ -212,37 +212,14 @@ def _reserve(file: io.BufferedWriter, size: int) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, where files can be locked."""
-    try:
-        import filelock
-    except ModuleNotFoundError as error:
-        raise CannotImportError(
-            "writing a training set to disk needs filelock: pip install 'isgd_jax[train]'"
-        ) from error
-    lock = filelock.FileLock(folder / ".lock")
-    with _told_if_unwritable(folder):
-        is_locked = _locked(lock, filelock.Timeout, folder)
-    try:
+    """One process at a time, where files can be locked; the others wait."""
+    lock = locked(
+        folder / ".lock", when_busy=lambda: _log.info("waiting for another process, which is writing to %s", folder)
+    )
+    with contextlib.ExitStack() as stack:
+        with _told_if_unwritable(folder):
+            stack.enter_context(lock)
         yield
-    finally:
-        if is_locked:
-            lock.release()
-
-
-def _locked(lock: Any, timeout: type[Exception], folder: Path) -> bool:
-    """Whether the lock was taken; False where files cannot be locked."""
-    try:
-        lock.acquire(timeout=0)
-    except timeout:
-        _log.info("waiting for another process, which is writing to %s", folder)
-        lock.acquire()
-    except NotImplementedError:
-        return False
-    except OSError as error:
-        if error.errno not in _CANNOT_LOCK:
-            raise
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from isgd_jax.app.data import Dataset
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.sampling import score_table
 
+__all__ = ["Hard", "Scores", "data_uri", "is_image", "scores"]
+
 
 class Hard(NamedTuple):
     """One example."""
@@ -37,13 +39,21 @@ class Scores(NamedTuple):
     known: np.ndarray
     num_examples: int
     hardest: list[Hard]
-    remark: str | None
-    """Why labels and pictures are missing, if they are."""
+    remarks: list[str]
+    """Why labels and pictures are missing, if they are; which checkpoints were damaged."""
 
 
 def scores(run: RunDir, *, count: int = 24) -> Scores | None:
-    """The table of the run's newest checkpoint. None if there is no checkpoint, or a run without scores."""
-    saved = checkpoints.read(run.checkpoints, only=("state/sampler/table",))
+    """The table of the run's newest whole checkpoint. None if there is no checkpoint, or a run without scores.
+
+    Args:
+        run: the folder, which may be a stranger's: nothing is written, imported or downloaded for it.
+        count: how many of the hardest examples.
+
+    Raises:
+        ArgumentError: every checkpoint is damaged, or behind a link that leads out of the folder.
+    """
+    saved = checkpoints.read(run.own_checkpoints(), only=("state/sampler/table",))
     found = None if saved is None else saved.tree.get("state", {}).get("sampler", {}).get("table")
     if saved is None or not isinstance(found, dict) or not {"scores", "versions"} <= set(found):
         return None
@@ -60,7 +70,8 @@ def scores(run: RunDir, *, count: int = 24) -> Scores | None:
     ]
     if dataset is not None:
         hardest = [_seen(hard, dataset) for hard in hardest]
-    return Scores(saved.step, values, len(found["scores"]), hardest, remark)
+    remarks = [*saved.remarks, *([] if remark is None else [remark])]
+    return Scores(saved.step, values, len(found["scores"]), hardest, remarks)
 
 
 def _age(saved: checkpoints.Saved, found: dict[str, Any], i: int) -> int:
@@ -70,9 +81,9 @@ def _age(saved: checkpoints.Saved, found: dict[str, Any], i: int) -> int:
 def _dataset(config: Config, fingerprint: str | None) -> tuple[Dataset | None, str | None]:
     """The run's training examples, or the reason why they are not to be had."""
     try:
-        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+        dataset = data.load(config.dataset, data_dir=config.data_dir, prepare=False)
     except (OSError, ValueError, ImportError) as error:
-        return None, f"Labels and pictures are missing: the data set could not be loaded ({error})."
+        return None, f"Labels and pictures are missing: the data set was not read ({error})."
     if dataset.fingerprint != fingerprint:
         return None, (
             f"Labels and pictures are missing: the run was trained on other examples than the data set "

@@ -1,8 +1,6 @@
 """The page of one run or of several: what came out, figures, hardest examples, and all that it was run with."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from isgd_jax.app import figures, plots
@@ -11,6 +9,9 @@ from isgd_jax.app.config import Config
 from isgd_jax.app.html import hardest
 from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render, words
 from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.errors import ArgumentError
+
+__all__ = ["run_page"]
 
 ROWS = 30
 """Lines of progress in the table; of more, every so many are shown, and always the last."""
@@ -44,7 +45,7 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
     config = run.read_config()
     records = list(run.records())
     lines = [record for record in records if record["event"] == "progress"]
-    scored = hardest.scores(run)
+    scored, not_scored = _scores(run)
     with figures.style():
         drawn = plots.all_figures(lines)
         if scored is not None:
@@ -63,9 +64,18 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
         "spent": _spent(records),
         "events": [r for r in records if r["event"] not in ("progress", "refresh", "finished", "stopped")][-50:],
         "scored": scored,
+        "not_scored": not_scored,
         "config": _configuration(config),
         "environment": _environment(run),
     }
+
+
+def _scores(run: RunDir) -> tuple[hardest.Scores | None, str | None]:
+    """The hardest examples, or why there are none where there should be."""
+    try:
+        return hardest.scores(run), None
+    except ArgumentError as error:
+        return None, f"The hardest examples are missing: {error}."
 
 
 def _state(records: Sequence[Record]) -> str:
@@ -119,10 +129,7 @@ def _configuration(config: Config) -> list[tuple[str, str, bool]]:
 
 
 def _environment(run: RunDir) -> list[tuple[str, str]]:
-    file = Path(run.path / "environment.json")
-    if not file.is_file():
-        return []
-    found = json.loads(file.read_text())
+    found = run.environment()
     flat = {name: value for name, value in found.items() if not isinstance(value, (dict, list))}
     flat |= {name: ", ".join(map(str, value)) for name, value in found.items() if isinstance(value, list)}
     for value in found.values():

@@ -96,7 +96,7 @@ def probed_of(config: Config, task: Task) -> measure.Probed:
 
 def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Params, Any, int]:
     """Parameters, optimiser state and step of the newest checkpoint."""
-    saved = checkpoints.read(RunDir(run).checkpoints, only=("state/params", "state/opt_state"))
+    saved = checkpoints.read(RunDir(run).own_checkpoints(), only=("state/params", "state/opt_state"))
     if saved is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialisation, without --run")
     theirs = saved.identity.get("data set")

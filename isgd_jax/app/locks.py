@@ -1,0 +1,51 @@
+"""One process at a time, by filelock, where files can be locked."""
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from isgd_jax.errors import CannotImportError
+
+__all__ = ["locked"]
+
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, when_busy: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock of a file, which is made and stays; however the process ends, the system lets go of it.
+
+    Args:
+        file: what all who must not work at once name alike.
+        when_busy: called where somebody else holds the lock: it raises, or tells that one waits.
+
+    Yields:
+        Whether the lock is held; False where the file system cannot lock.
+
+    Raises:
+        OSError: the file cannot be written.
+        ImportError: ``filelock`` is not installed.
+    """
+    try:
+        import filelock
+    except ModuleNotFoundError as error:
+        raise CannotImportError("writing to a folder alone needs filelock: pip install 'isgd_jax[train]'") from error
+    lock = filelock.FileLock(file)
+    is_held = True
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        when_busy()
+        lock.acquire()
+    except NotImplementedError:
+        is_held = False
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            lock.release()

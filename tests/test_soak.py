@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from problems import blobs, small_config
 from test_cli import SMALL, finished, isgd
+from test_readers import NAMES, fuzz, readers
 
 from isgd_jax.app.run import Result, fit
 from isgd_jax.app.run_dir import Record, RunDir
@@ -154,3 +155,16 @@ def test_a_hundred_faults_and_every_run_ends_right_or_resumes(tmp_path: Path, mo
                                  chunk_patience=0.3, replay=str(folder))  # fmt: skip
             chex.assert_trees_all_equal(fit(again, dataset=blobs()).params, result.params)
     print(f"faults: {counted}")
+
+
+FED = 10_000
+"""Files that each reader is fed with."""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", NAMES)
+def test_readers_refuse_whatever_they_cannot_read(tmp_path: Path, name: str) -> None:
+    reader = next(reader for reader in readers(tmp_path) if reader.name == name)
+    (tmp_path / "at").mkdir()
+    print(f"{name}: {fuzz(reader, tmp_path / 'at', examples=FED):,} of {FED:,} refused")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +12,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from isgd_jax.app import figures
 from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
 from isgd_jax.app.run_dir import Record, RunDir
+
+__all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others"]
 
 FEW_WORKERS = 8
 """As many have a curve of their own."""
@@ -70,7 +73,11 @@ def others(lines: Sequence[Record]) -> list[str]:
 def _numbers(lines: Sequence[Record], name: str) -> set[float]:
     """The values of a field; empty if it is not a number."""
     values = [line.get(name) for line in lines]
-    return {float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {float(value) for value in values if _is_number(value)}
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def norms_figure(norms: np.ndarray, *, what: str = "norm of the gradient of an example") -> Figure:
@@ -181,9 +188,11 @@ def _scores(lines: Sequence[Record]) -> Figure:
 def _rates(axes: Axes, lines: Sequence[Record]) -> None:
     """All workers together, and each of a few."""
     _line(axes, lines, "scores_per_second", "all workers", BLUE)
-    names = sorted({name for line in lines for name in line.get("scores_per_second_by_worker", {})})
+    rates = [line.get("scores_per_second_by_worker") for line in lines]
+    by_worker = [rate if isinstance(rate, dict) else {} for rate in rates]
+    names = sorted({name for rate in by_worker for name in rate})
     for name in names if 1 < len(names) <= FEW_WORKERS else []:
-        flat = [line | {"one": line.get("scores_per_second_by_worker", {}).get(name)} for line in lines]
+        flat = [line | {"one": rate.get(name)} for line, rate in zip(lines, by_worker, strict=True)]
         _line(axes, flat, "one", name, GREY, ":")
 
 
@@ -224,11 +233,15 @@ def _others(lines: Sequence[Record], fields: Sequence[str]) -> Figure:
 
 def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: str, style: str = "-") -> None:
     """One curve against the step, with its band if it has one; a field that was not measured draws nothing."""
-    points = [(line["step"], line[field]) for line in lines if line.get(field) is not None]
+    points = [(line["step"], line[field]) for line in lines if _is_number(line.get(field))]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linestyle=style)
     low, high = f"{field}_low", f"{field}_high"
-    bounds = [(line["step"], line[low], line[high]) for line in lines if None not in (line.get(low), line.get(high))]
+    bounds = [
+        (line["step"], line[low], line[high])
+        for line in lines
+        if _is_number(line.get(low)) and _is_number(line.get(high))
+    ]
     if axes.get_yscale() == "log":
         bounds = [bound for bound in bounds if bound[1] > 0]
     if bounds:

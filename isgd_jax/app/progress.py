@@ -1,7 +1,8 @@
 """What a line of progress measures: held-out loss and error, √Tr Cov of the proposals, and the ages of the scores."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,12 +11,15 @@ from jax import Array
 
 from isgd_jax.app import evaluation, task
 from isgd_jax.app.config import Config
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.run_dir import MEASURED, Record
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import score_table
 from isgd_jax.training.data_parallel import local_copy
 from isgd_jax.training.train_step import TrainState
 from isgd_jax.types import Batch
 from isgd_jax.variance import monitor
+
+__all__ = ["Measure", "Measures"]
 
 Measure = Callable[[TrainState], Record]
 """More to measure: numbers by name, from the state."""
@@ -43,8 +47,7 @@ class Measures:
             fit = self._evaluate(here.params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}
         measured |= self._bands(here)
-        more = self._measure(here)
-        return measured | _ages(here) | {name: _plain(value) for name, value in more.items()}
+        return measured | _ages(here) | _checked(self._measure(here))
 
     def _bands(self, state: TrainState) -> Record:
         """√Tr Cov under the proposals with 95 % bands, from the draws of training."""
@@ -72,9 +75,32 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> float | None:
     return float(above / below) if below > 0 else None
 
 
+def _checked(more: Any) -> Record:
+    """What a user measured, as JSON has it; it is seen before the first update that it can be written.
+
+    Raises:
+        ArgumentTypeError: it is no dict of numbers, or of what else JSON can hold.
+        ArgumentError: a name is one of the run's own.
+    """
+    if not isinstance(more, Mapping):
+        raise ArgumentTypeError(f"measure= must return a dict of numbers by name; got a {type(more).__name__}")
+    checked = {}
+    for name, value in more.items():
+        if not isinstance(name, str) or name in MEASURED | {"event", "step"} or name.startswith(("sd_", "share_")):
+            raise ArgumentError(f"measure= must return names that the run does not use itself; got {name!r}")
+        checked[name] = _plain(value)
+        try:
+            json.dumps(checked[name], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ArgumentTypeError(f"measure= must return numbers; got {value!r} as {name!r}") from error
+    return checked
+
+
 def _plain(value: Any) -> Any:
-    """What a user measured, as JSON has it."""
-    return _finite(value) if isinstance(value, (float, np.floating)) else value
+    """A number of Python, NumPy or JAX as JSON has it; None for one that is not finite."""
+    if isinstance(value, (np.generic, jax.Array)) and np.ndim(value) == 0:
+        value = value.item()
+    return _finite(value) if isinstance(value, float) else value
 
 
 def _finite(number: Array | np.generic | float) -> float | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import socket
@@ -14,14 +15,24 @@ from typing import Any, NoReturn
 
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
 from isgd_jax.app.locks import locked
-from isgd_jax.errors import ArgumentError, DamagedFileError, RunInUseError
+from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
 
-__all__ = ["Record", "RunDir", "Unwritten", "write_whole"]
+__all__ = ["MEASURED", "Record", "RunDir", "Unwritten", "read_json", "write_whole"]
 
 _LOCK, _HOLDER = ".lock", ".holder.json"
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: `event` says which kind, `step` how many updates had been made."""
+
+
+MEASURED = frozenset(
+    {
+        "seconds", "train_seconds", "loss", "train_loss", "test_loss", "train_error", "test_error", "max_weight",
+        "age_mean", "age_p95", "variance_ratio", "steps_per_second", "scores_per_second", "trusted_share", "workers",
+        "bytes_moved", "chunks_again", "results_refused",
+    }
+)  # fmt: skip
+"""Fields of a line of progress that are numbers, or None where nothing was measured. So are ``sd_*``, ``share_*``."""
 
 
 class RunDir:
@@ -99,7 +110,7 @@ class RunDir:
 
     def _refuse_second(self) -> NoReturn:
         try:
-            holder = _read_json(self.own(_HOLDER))
+            holder = read_json(self.own(_HOLDER))
             who = f"process {holder['pid']} on {holder['host']} has been writing to it since {holder['since']}"
         except (OSError, ArgumentError, KeyError):  # it has only just begun, or is just ending
             who = "another process is writing to it"
@@ -148,7 +159,12 @@ class RunDir:
             inside = sorted(str(found.parent) for found in self.path.glob("*/config.json"))
             meant = f"; it holds the runs {', '.join(inside)}" if inside else ""
             raise FileNotFoundError(f"{self.path} is not the folder of a run: it has no config.json{meant}")
-        return Config.from_dict(_read_json(file))
+        try:
+            return Config.from_dict(read_json(file))
+        except DamagedFileError:
+            raise
+        except IsgdError as error:
+            raise ArgumentError(f"{file}: {error}") from error
 
     def check_resumable(self, config: Config) -> None:
         """Refuse to go on with other settings than the run was started with.
@@ -216,7 +232,7 @@ class RunDir:
             ArgumentError: the file is damaged, or a link that leads out of the folder.
         """
         file = self.own("environment.json")
-        return _read_json(file) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     def fingerprint(self) -> str | None:
         """Of the training set the run was made on; None if it has not begun."""
@@ -236,10 +252,7 @@ class RunDir:
                 if not line.endswith(b"\n"):
                     return
                 record = _parsed(line, f"{self.metrics}, line {number}")
-                if not (isinstance(record.get("event"), str) and _is_count(record.get("step"))):
-                    raise DamagedFileError(
-                        f"{self.metrics}, line {number}: expected an event and its step, got {record}"
-                    )
+                _check_record(record, f"{self.metrics}, line {number}")
                 if event is None or record["event"] == event:
                     yield record
 
@@ -294,15 +307,40 @@ def _is_ours_aside(path: Path) -> bool:
     return path.name in (_LOCK, _HOLDER) or path.name.endswith(".partial")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_record(record: Record, where: str) -> None:
+    """What every reader of a record relies on.
+
+    Raises:
+        DamagedFileError: a field is missing or of another type; ``where`` names the line.
+    """
+    step = record.get("step")
+    if not (isinstance(record.get("event"), str) and isinstance(step, int) and not isinstance(step, bool)):
+        raise DamagedFileError(f"{where}: expected an event and its step, got {str(record)[:200]}")
+    spent = record.get("spent", {})
+    if not (isinstance(spent, dict) and all(_is_number(value) for value in spent.values())):
+        raise DamagedFileError(f"{where}: expected seconds by task as spent, got {str(spent)[:200]}")
+    is_progress = record["event"] == "progress"
+    for name, value in record.items():
+        is_measured = name == "seconds" or (is_progress and (name in MEASURED or name.startswith(("sd_", "share_"))))
+        if is_measured and not (value is None or _is_number(value)):
+            raise DamagedFileError(f"{where}: expected a number or null as {name}, got {str(value)[:200]}")
 
 
 def _length(config: Config) -> str:
     return f"--steps {config.steps}" if config.epochs is None else f"--epochs {config.epochs}"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DamagedFileError: it is damaged, or holds something else; the message names the file.
+        OSError: it cannot be read.
+    """
     return _parsed(file.read_bytes(), str(file))
 
 
@@ -313,7 +351,7 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
         DamagedFileError: it is damaged, or something else; ``where`` names the file.
     """
     try:
-        found = json.loads(content)
+        found = json.loads(content, parse_int=_whole, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"{where} is damaged, no JSON can be read from it ({error}): restore it, or start anew"
@@ -321,6 +359,19 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedFileError(f"{where} is damaged: expected a JSON object, got a {type(found).__name__}")
     return found
+
+
+def _whole(digits: str) -> int:
+    """A whole number of at most 64 bits: what we write has no larger ones, and floats cannot hold them."""
+    if not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"the number {digits[:20]} is beyond what floats can hold")
+    return float(digits)
 
 
 def _default_name(config: Config) -> str:

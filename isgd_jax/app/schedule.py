@@ -2,7 +2,7 @@
 
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.arrivals import Arrivals, Schedule
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, DamagedFileError
 
 
 def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None:
@@ -31,13 +31,19 @@ def read(run: RunDir, fingerprint: str) -> Schedule:
     refreshes = {record["step"]: record for record in run.records("refresh")}
     if not refreshes:
         raise ArgumentError(f"{run.path} has no schedule to replay: it never refreshed its scores")
-    sizes = {record["chunk_size"] for record in refreshes.values()}
+    try:
+        sizes = {int(record["chunk_size"]) for record in refreshes.values()}
+        arrivals = {
+            step: Arrivals(
+                [(int(version), int(first), int(last)) for version, first, last in record["arrived"]],
+                float(record["clock"]),
+            )
+            for step, record in refreshes.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{run.metrics}: a refresh is not what was written ({error!r})") from error
     if len(sizes) > 1:
         raise ArgumentError(
             f"{run.path} was resumed with chunks of another size, {sorted(sizes)}: it cannot be replayed"
         )
-    arrivals = {
-        step: Arrivals([(version, first, last) for version, first, last in record["arrived"]], record["clock"])
-        for step, record in refreshes.items()
-    }
     return Schedule(sizes.pop(), arrivals)

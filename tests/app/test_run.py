@@ -20,6 +20,7 @@ import pytest
 from problems import blobs, small_config
 
 from isgd_jax.app import console, data, task
+from isgd_jax.app.progress import _checked
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines import scorers
@@ -260,6 +261,26 @@ def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
     stale, ideal, uniform = (np.mean([line[of] for line in late]) for of in ("stale", "ideal", "uniform"))
     assert stale < 0.7 * uniform
     assert ideal <= stale
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (None, "must return a dict of numbers by name; got a NoneType"),
+        ({"step": 3}, "must return names that the run does not use itself; got 'step'"),
+        ({"sd_ideal": 3}, "must return names that the run does not use itself; got 'sd_ideal'"),
+        ({"mine": [float("nan")]}, r"must return numbers; got \[nan\] as 'mine'"),
+        ({"mine": np.ones(3)}, "must return numbers; got array"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_by_name(measured: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        _checked(measured)
+
+
+def test_numbers_of_numpy_and_jax_are_recorded() -> None:
+    measured = {"a": jnp.float32(1.5), "b": np.int64(2), "c": np.float32(np.inf), "d": True, "e": "text"}
+    assert _checked(measured) == {"a": 1.5, "b": 2, "c": None, "d": True, "e": "text"}
 
 
 def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:

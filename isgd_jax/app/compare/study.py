@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.app.run_dir import Record, RunDir, write_whole
-from isgd_jax.errors import ArgumentError
+from isgd_jax.app.run_dir import Record, RunDir, read_json, write_whole
+from isgd_jax.errors import ArgumentError, DamagedFileError
 
 SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
 
@@ -97,10 +97,13 @@ def read(folder: Path) -> Study:
 
     Raises:
         FileNotFoundError: the folder holds no study.
+        DamagedFileError: study.json, or the records of a run, are damaged.
     """
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a study: it has no study.json")
-    arms = json.loads((folder / "study.json").read_text())["arms"]
+    arms = read_json(folder / "study.json").get("arms")
+    if not (isinstance(arms, list) and all(isinstance(name, str) for name in arms)):
+        raise DamagedFileError(f"{folder / 'study.json'} is damaged: expected the names of arms, got {str(arms)[:200]}")
     found: dict[str, dict[int, Curve]] = {name: {} for name in arms}
     for path in sorted(folder.iterdir()):
         name, _, seed = path.name.rpartition("-")

@@ -51,6 +51,8 @@ def duration(seconds: float | None) -> str:
     """Seconds as a person says them."""
     if seconds is None:
         return NOTHING
+    if abs(seconds) >= timedelta.max.total_seconds():
+        return f"{seconds:.3g} s"
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 

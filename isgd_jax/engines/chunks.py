@@ -1,12 +1,19 @@
 """A data set cut into chunks of one fixed shape, and what a scorer finds of one: the same on every engine."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Batch
+
+__all__ = ["Chunks", "Scored", "as_scored", "check_held", "num_rows", "unpadded", "what_is_wrong"]
+
+_OF_NUMPY = tuple(map(np.dtype, (np.float16, np.float32, np.float64, np.complex64, np.complex128)))
+_OF_JAX = ("bfloat16", *(name for name in dir(jnp) if name.startswith("float8_")))
 
 
 class Chunks:
@@ -15,15 +22,28 @@ class Chunks:
     Guarantees:
         * every example is in exactly one chunk, and chunk ``c`` is the same examples in every process;
         * every batch has the same shape, so that a scorer is compiled once and gives the same bits on every engine.
+
+    Args:
+        num_examples: of the data set, at least one.
+        size: examples in a chunk, at least one; of more than there are, all are one chunk.
+
+    Raises:
+        ArgumentTypeError: one of them is no whole number.
+        ArgumentError: one of them is below 1.
     """
 
     def __init__(self, num_examples: int, size: int) -> None:
+        for value in (num_examples, size):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ArgumentTypeError(
+                    f"chunks need whole numbers, got {num_examples!r} examples in chunks of {size!r}"
+                )
         if num_examples < 1 or size < 1:
             raise ArgumentError(
                 f"chunks need at least one example each, got {num_examples} examples in chunks of {size}"
             )
-        self.num_examples = num_examples
-        self.size = min(size, num_examples)
+        self.num_examples = operator.index(num_examples)
+        self.size = min(operator.index(size), self.num_examples)
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.size)
@@ -60,8 +80,12 @@ class Scored(NamedTuple):
 def num_rows(data: Batch) -> int:
     """Examples of a data set.
 
+    Args:
+        data: a pytree of arrays with one common leading axis.
+
     Raises:
-        ValueError: its leaves are not arrays with one common leading axis.
+        ArgumentError: its leaves are not arrays with one common leading axis, or it has no examples.
+        ArgumentTypeError, ArgumentError: as `check_held`.
     """
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1 or sizes == {()}:
@@ -69,7 +93,53 @@ def num_rows(data: Batch) -> int:
             "data must be a pytree of arrays with one common leading axis, one row per example; "
             f"got leading axes {sorted(sizes)}"
         )
-    return sizes.pop()[0]
+    (count,) = sizes.pop()
+    if not count:
+        raise ArgumentError("data must have at least one example; got arrays of no rows")
+    check_held(data)
+    return count
+
+
+def check_held(data: Batch) -> None:
+    """See that JAX can hold the numbers of arrays in host memory: where it cannot, it changes some without a word.
+
+    64-bit integers lose their upper half on the way to a device, and masks of masked arrays are dropped.
+
+    Args:
+        data: a pytree of arrays; those of JAX are held already.
+
+    Raises:
+        ArgumentTypeError: an array is masked, or of no type that JAX has.
+        ArgumentError: numbers of 64 bits do not fit into 32, while ``jax_enable_x64`` is off.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if isinstance(leaf, jax.Array):
+            continue
+        name = f"data{jax.tree_util.keystr(path)}"
+        if np.ma.isMaskedArray(leaf):
+            raise ArgumentTypeError(f"{name} must be an array without a mask: say what to put, .filled(value)")
+        array = np.asarray(leaf)
+        dtype = array.dtype
+        if not dtype.isnative:
+            raise ArgumentTypeError(
+                f"{name} must be in this machine's byte order, got {dtype.str}: .astype({dtype.name!r})"
+            )
+        is_held = dtype.kind in "biu" or dtype in _OF_NUMPY or dtype.name in _OF_JAX
+        if not is_held:
+            raise ArgumentTypeError(f"{name} must hold numbers that JAX has, got {dtype}; such as .astype(np.float32)")
+        _check_fits(name, array, np.dtype(jax.dtypes.canonicalize_dtype(dtype)))
+
+
+def _check_fits(name: str, array: np.ndarray, held: np.dtype) -> None:
+    if not array.size or array.dtype.itemsize <= held.itemsize or array.dtype.kind not in "iuf":
+        return
+    limits = np.iinfo(held) if array.dtype.kind in "iu" else jnp.finfo(held)
+    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+    if finite.size and (finite.min() < limits.min or finite.max() > limits.max):
+        raise ArgumentError(
+            f"{name} must fit into {held}, which {array.dtype} becomes on a device; got numbers from {finite.min()} "
+            f"to {finite.max()}: scale them, or set jax_enable_x64"
+        )
 
 
 def unpadded(found: Any, count: int) -> Any:

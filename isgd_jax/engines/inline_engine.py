@@ -191,7 +191,7 @@ def inline(
         raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}: the part that one collect() scores")
     size, processes = num_rows(data), jax.process_count()
     wanted = math.ceil(share * size)
-    chunk_size = min(chunk_size, wanted)
+    chunk_size = min(Chunks(size, chunk_size).size, wanted)
     per_collect = math.ceil(wanted / chunk_size)
     each = math.ceil(per_collect / processes)
     engine = InlineEngine(scorer, data, chunk_size=chunk_size, chunks_per_collect=each, devices=devices)

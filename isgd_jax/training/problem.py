@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Batch, Example, Key, Params
 
@@ -170,3 +171,4 @@ def _check_data(name: str, data: Batch) -> None:
     lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) > 1 or 0 in lengths:
         raise ArgumentError(f"the arrays of {name!r} must have one row an example, got {sorted(lengths)} rows")
+    check_held(data)

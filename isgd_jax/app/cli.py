@@ -62,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         sys.exit(_run(command))
+    except KeyboardInterrupt:  # while it still starts, or already ends: within a run a signal saves first
+        if os.environ.get("ISGD_TRACEBACK"):
+            raise
+        print("isgd: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except EXPECTED_ERRORS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + signal.SIGPIPE)
@@ -135,8 +140,12 @@ def report(command: Report) -> int:
     for run in runs:
         run.read_config()
     for run in runs:
-        for path in draw(run):
-            print(path)
+        try:
+            print(*draw(run), sep="\n")
+        except OSError as error:  # of a run on a disk that can only be read a page can be made elsewhere
+            if command.out is None:
+                raise
+            print(f"isgd: the figures were not written into {run.path} ({error})", file=sys.stderr)
     together = Path(os.path.commonpath([run.path.resolve() for run in runs]))
     content = run_page(runs)
     if command.out:

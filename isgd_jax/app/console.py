@@ -53,6 +53,8 @@ LEGEND = (
     "scoring, updating: shares of the time after start-up; measuring these numbers took the rest."
 )
 
+__all__ = ["COLUMNS", "LEGEND", "RunConsole"]
+
 
 class RunConsole:
     """An observer of `isgd_jax.app.run.fit`: a bar below the lines on a terminal, plain lines elsewhere."""

@@ -1,6 +1,7 @@
 """The folder of a run: config.json, environment.json, inputs.json, metrics.jsonl, checkpoints/ and the figures."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -65,7 +66,16 @@ class RunDir:
             FileExistsError: the folder holds something already, or another process is making it.
             PermissionError: it cannot be written to.
         """
-        path = Path(config.run_dir or _default_name(config))
+        if config.run_dir is not None:
+            return cls._create(Path(config.run_dir), config)
+        name = _default_name(config)
+        for count in itertools.count(1):  # another run may have begun in the same second
+            with contextlib.suppress(FileExistsError):
+                return cls._create(Path(name if count == 1 else f"{name}-{count}"), config)
+        raise AssertionError("names do not end")
+
+    @classmethod
+    def _create(cls, path: Path, config: Config) -> "RunDir":
         run = cls(path)
         run._check_new()
         try:

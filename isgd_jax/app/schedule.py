@@ -4,9 +4,16 @@ from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.arrivals import Arrivals, Schedule
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
+__all__ = ["check_covers", "read"]
+
 
 def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None:
     """Refuse to train beyond the end of the schedule.
+
+    Args:
+        schedule: of the earlier run.
+        num_steps: that are asked for.
+        refresh_every: steps between two refreshes.
 
     Raises:
         ValueError: the earlier run made fewer steps.
@@ -19,9 +26,16 @@ def check_covers(schedule: Schedule, num_steps: int, refresh_every: int) -> None
 def read(run: RunDir, fingerprint: str) -> Schedule:
     """The schedule of a run, finished or not, on the training set of this fingerprint.
 
+    Args:
+        run: the folder.
+        fingerprint: of the training set that is here.
+
+    Returns:
+        Which scores came at which refresh, and when.
+
     Raises:
         FileNotFoundError: this is not the folder of a run.
-        ValueError: it made no refresh, as in uniform mode, or was made on other data.
+        ValueError: it made no refresh, as in uniform mode, or was made on other data; or its records are damaged.
     """
     run.read_config()
     if run.fingerprint() not in (None, fingerprint):

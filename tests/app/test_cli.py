@@ -51,6 +51,31 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert "a run goes on in its own folder; leave --run-dir out" in said
 
 
+def test_of_a_run_that_cannot_be_written_to_a_page_is_made_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    (run.path / "loss.png").mkdir()  # root may write whatever the mode of a folder is
+    (run.path / "loss.png" / "file").touch()
+    assert "loss.png" in sentence(["report", str(run.path)], capsys)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(run.path), "--out", str(tmp_path / "page.html")])
+    assert ended.value.code == 0
+    assert "the figures were not written into" in capsys.readouterr().err
+    assert "</html>" in (tmp_path / "page.html").read_text()
+
+
+def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isgd_jax.app.cli._parse", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "isgd: interrupted\n"
+
+
 def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

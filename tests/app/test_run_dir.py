@@ -200,3 +200,13 @@ def test_a_schedule_of_the_whole_length_is_not_resumed_with_another(tmp_path: Pa
     run.check_resumable(begun)
     with pytest.raises(ArgumentError, match=r"--schedule cosine is made for the whole length .* --steps 40; got --"):
         run.check_resumable(small_config(tmp_path / "run", **({"steps": 40, "schedule": "cosine"} | changes)))
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *args: "20300101-000000")
+    made = [RunDir.create(Config(mode="uniform")).path.name for _ in range(3)]
+    first = "digits-uniform-20300101-000000"
+    assert made == [first, f"{first}-2", f"{first}-3"]

@@ -27,6 +27,8 @@ from isgd_jax.app.data.sources import read
 from isgd_jax.app.data.spill import CannotSpillError, spilled
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["is_prepared", "load_prepared", "open_folder", "read_split", "told_if_damaged"]
+
 # Importing this module is the library's business alone: the bars would write over its own progress.
 tfds.disable_progress_bar()
 

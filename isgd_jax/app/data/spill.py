@@ -31,6 +31,8 @@ from isgd_jax.app.data.sources import check_source, gathered, stacked
 from isgd_jax.app.locks import locked
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["CannotSpillError", "spilled"]
+
 _MANIFEST = "spilled.json"
 _FORMAT = 1
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

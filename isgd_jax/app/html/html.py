@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from isgd_jax.app import figures
 
+__all__ = ["NOTHING", "duration", "inline", "number", "percent", "render", "words"]
+
 NOTHING = "-"
 """What stands where nothing was measured."""
 

@@ -22,10 +22,10 @@ train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not soak" -n 2
+	$(BIN)/python -m pytest -m "not soak" -n 3 --dist worksteal
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not soak" -n 2
+	$(BIN)/python -m pytest -m "not slow and not soak" -n 3 --dist worksteal
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -n 0 -rA

@@ -107,6 +107,7 @@ def test_new_points_can_be_scored_by_something_cheap() -> None:
     assert set(np.asarray(after.sampler.table.versions[32:]).tolist()) == {score_table.NEVER}
 
 
+@pytest.mark.slow
 def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() -> None:
     """u' = 1 on [0, 1] with u(0) = 0 by u = a x + b: interior and boundary, 200 steps, one compilation."""
     inside = make(batch_size=8, redraw=0.2, monitor=True)

@@ -20,6 +20,7 @@ import isgd_jax as isgd
 
 DEVICES, STEPS = 4, 50
 WAYS = ("pmap", "shard_map", "auto", "explicit")
+QUICK = ("auto", "shard_map")
 
 ROUNDED = 1e-4
 """Of small differences of large numbers (what fractions differ by, the noise of moments), beside 1e-6 of all else."""
@@ -133,7 +134,7 @@ SLOW = ("systematic", "independent", "poisson", "epochs", "uniform", "fixed", "p
 
 
 @pytest.mark.parametrize("kind", ["stratified", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_four_devices_are_one(way: str, kind: str) -> None:
     own, state, indices, first = _alone(kind)
     other_own, other_state, other_indices, other_first = RUNS[way](problem.samplers()[kind])
@@ -197,6 +198,7 @@ def test_draws_that_cannot_be_cut_are_refused() -> None:
     np.testing.assert_array_equal(parts.probs.reshape(-1), draw.probs)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_gradients_without_the_axis_is_refused() -> None:
     sampler = isgd.importance_sampler(24, batch_size=8)
     state = sampler.init()

@@ -110,6 +110,7 @@ def test_two_inputs_of_different_kinds() -> None:
     np.testing.assert_allclose(result.params["kinds"], np.arange(4), atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_random_loss_has_a_new_key_for_each_draw() -> None:
     """The gradient is uniform on 0 to 1: after 50 steps of 8 draws the mean is 25, its deviation 0.7.
 
@@ -131,6 +132,7 @@ def test_a_random_loss_has_a_new_key_for_each_draw() -> None:
     assert np.all((scores > 0) & (scores < 1))
 
 
+@pytest.mark.slow
 def test_given_parameters_on_a_frozen_base() -> None:
     """A head on random features is least squares in them; the base and the caller's parameters stay as they were."""
     rng = np.random.default_rng(0)
@@ -154,6 +156,7 @@ def test_given_parameters_on_a_frozen_base() -> None:
 
 
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
+@pytest.mark.slow
 def test_class_weights_are_the_weights_of_examples() -> None:
     """The minimum of sum(a_n (p - y_n)^2) is the weighted mean; the plain mean is half the range away."""
     label = np.arange(N) % 4 == 0
@@ -166,6 +169,7 @@ def test_class_weights_are_the_weights_of_examples() -> None:
     assert abs(y.mean() - np.sum(weights * y)) > 0.3
 
 
+@pytest.mark.slow
 def test_data_in_a_file_are_trained_on_as_those_on_the_device(tmp_path: Path) -> None:
     """Draws are made ahead and fetched by a thread; the gate, asked once a block, has no reason to shut here."""
     data = linear_problem(N)[1]
@@ -208,6 +212,7 @@ def test_a_run_goes_on_from_its_saved_state_bit_for_bit(hold: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("devices", [pytest.param(4, id="4 devices")])
+@pytest.mark.slow
 def test_on_four_devices_the_losses_are_those_of_one(devices: int) -> None:
     one, four = (
         quiet(linear(), devices=used, callbacks=[History(every=1)]) for used in (None, jax.devices()[:devices])
@@ -221,6 +226,7 @@ def test_on_four_devices_the_losses_are_those_of_one(devices: int) -> None:
     assert all(np.array_equal(part, parts[0]) for part in parts)  # the same bits everywhere
 
 
+@pytest.mark.slow
 def test_with_shard_params_no_device_holds_all_of_them_and_the_run_is_that_of_one() -> None:
     """Parameters, momentum and norms of an engine's scores; the state can be saved and placed again."""
     made, devices = linear(), jax.devices()[:4]
@@ -280,6 +286,7 @@ class Watch(isgd.Callback):
         self.heard.append("close")
 
 
+@pytest.mark.slow
 def test_callbacks_hear_of_everything_in_time_order_and_may_stop_the_run() -> None:
     watch = Watch(stop_at=3)
     result = quiet(linear(), callbacks=[watch], refresh_every=2)

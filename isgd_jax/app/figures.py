@@ -53,6 +53,7 @@ class PlainLogLocator(LogLocator):
     """Ticks at powers of ten; where few of them are in view at 1, 2 and 5 of each decade, or at more."""
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        """The places of ticks between two values."""
         for subs in SUBDIVISIONS:
             self.set_params(subs=subs)
             ticks = list(super().tick_values(vmin, vmax))

@@ -37,18 +37,22 @@ class DeviceWorker:
         self._params: Params = None
 
     def load(self, shipment: Params, version: int) -> int:
+        """Put the parameters on this worker's device, and score with them from now on."""
         self._params = jax.device_put(shipment, self._device)
         return num_bytes(self._params)
 
     def start(self, item: WorkItem) -> tuple[WorkItem, Any]:
+        """Dispatch the scoring of a batch; returns what `finish` waits for."""
         batch = jax.device_put(self._job.chunks.batch(self._job.data, item.chunk), self._device)
         return item, self._scorer(self._params, batch)
 
     def finish(self, started: tuple[WorkItem, Any]) -> Any:
+        """The scores of a batch that was started, in the memory of the host."""
         item, found = started
         return unpadded(found, len(self._job.chunks.ids(item.chunk)))
 
     def revive(self, failures: int) -> bool:
+        """Whether to try again after so many failures in a row: there is nothing to be made anew."""
         return failures < TRIES
 
     def close(self) -> None:

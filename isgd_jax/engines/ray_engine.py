@@ -96,14 +96,17 @@ class Actor:
         self._closed, self._refused, self._known = threading.Event(), False, False
 
     def load(self, shipment: ray.ObjectRef, version: int) -> int:
+        """Tell the actor the parameters to score with from now on."""
         if not self._known:
             self._meet()
         return self._get(self.handle.load.remote(shipment, version))
 
     def start(self, item: WorkItem) -> ray.ObjectRef:
+        """Send a batch to the actor; returns what `finish` waits for."""
         return self.handle.score.remote(item)
 
     def finish(self, started: ray.ObjectRef) -> Any:
+        """The scores of a batch that was started."""
         return self._get(started)
 
     def revive(self, failures: int) -> bool:
@@ -113,6 +116,7 @@ class Actor:
         return not self._refused and not self._closed.wait(pause)
 
     def close(self) -> None:
+        """Let the actor go."""
         self._closed.set()
         ray.kill(self.handle)
 
@@ -184,6 +188,7 @@ class RayCluster(WorkerPool):
             raise WorkersGone("; ".join([str(error), *self.notices()])) from None
 
     def close(self) -> None:
+        """End the workers and, where this process started it, the Ray of this host."""
         super().close()
         if self._stops_ray and ray.is_initialized():
             ray.shutdown()

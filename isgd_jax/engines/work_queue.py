@@ -85,10 +85,12 @@ class WorkQueue:
 
     @cursor.setter
     def cursor(self, value: int) -> None:
+        """The chunk whose turn is next."""
         self._cursor = value % len(self)
 
     @property
     def counts(self) -> Counts:
+        """What has passed through so far."""
         return Counts(self._handed_out, self._again, self._taken, self._repeated, self._refused)
 
     def check(self, fingerprint: str) -> None:

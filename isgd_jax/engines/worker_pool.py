@@ -145,6 +145,7 @@ class WorkerPool(ClosesOnExit):
         return self._queue.chunk_size
 
     def publish(self, params: Params, version: int) -> None:
+        """Score with these parameters from now on; returns before anybody does."""
         published = Published(self._ship(params), version)
         with self._changed:
             self._published = published
@@ -152,6 +153,7 @@ class WorkerPool(ClosesOnExit):
             self._changed.notify_all()
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
+        """What has been scored since the last call; with ``wait``, all chunks at the published version."""
         with self._changed:
             if self._published is None:
                 raise RuntimeError("nothing to score with: call publish(params, version) before collect()")
@@ -163,6 +165,7 @@ class WorkerPool(ClosesOnExit):
         return sorted(chunks, key=lambda chunk: chunk.ids[0]) if wait else chunks
 
     def notices(self) -> list[str]:
+        """What a person should know since the last call, in sentences."""
         with self._changed:
             told, self._notices = self._notices, []
         return told
@@ -173,15 +176,18 @@ class WorkerPool(ClosesOnExit):
             self._notices.append(notice)
 
     def stats(self) -> EngineStats:
+        """What each worker has done so far."""
         with self._changed:
             counts, alive = self._queue.counts, len(self._workers) - len(self._failing)
             return EngineStats(dict(self._scored), alive, self._bytes, counts.again, counts.refused)
 
     def state(self) -> dict[str, int]:
+        """What a run that is resumed must know: the chunk whose turn is next."""
         with self._changed:
             return {"next": self._queue.cursor}
 
     def restore(self, state: dict[str, int]) -> None:
+        """Go on from there."""
         with self._changed:
             self._queue.cursor = state["next"]
 
@@ -195,6 +201,7 @@ class WorkerPool(ClosesOnExit):
         return shipping + sweep / max(1, len(self._workers))
 
     def close(self) -> None:
+        """Let the workers end what they are at, and end them; those that do not are named."""
         with self._changed:
             self._closed = True
             workers = list(self._workers.values())

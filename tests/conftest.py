@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """`fit` ends with figures that take a second: drawn by commands, and by tests marked `figures`."""
     if "figures" not in request.keywords:
         monkeypatch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
+
+
+@pytest.fixture
+def failed_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Orbax leaves coroutines of reads that failed behind: what they say when they go belongs to the test that damaged
+    a checkpoint, and to no other."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    gc.collect()
 
 
 @pytest.fixture

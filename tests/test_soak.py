@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -168,3 +170,64 @@ def test_readers_refuse_whatever_they_cannot_read(tmp_path: Path, name: str) -> 
     reader = next(reader for reader in readers(tmp_path) if reader.name == name)
     (tmp_path / "at").mkdir()
     print(f"{name}: {fuzz(reader, tmp_path / 'at', examples=FED):,} of {FED:,} refused")
+
+
+def flip_a_bit(rng: random.Random, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+
+
+def cut_short(rng: random.Random, file: Path) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size + 1))
+
+
+def remove(rng: random.Random, file: Path) -> None:
+    file.unlink()
+
+
+def fill_with_zeros(rng: random.Random, file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGES = [flip_a_bit, cut_short, remove, fill_with_zeros]
+DAMAGED = 60
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("failed_reads")
+def test_whatever_happens_to_the_newest_checkpoint_the_run_ends_with_the_same_parameters(tmp_path: Path) -> None:
+    """A run is stopped at step 35; a file of the checkpoint there, or of each, is damaged at random; it goes on."""
+    whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
+    stopped = tmp_path / "stopped"
+    fit(small_config(stopped, log_every=5), dataset=blobs(), until=lambda record: record["step"] == 35)
+    rng, told = random.Random(0), 0
+    for trial in range(DAMAGED):
+        run = tmp_path / str(trial)
+        shutil.copytree(stopped, run)
+        newest = run / "checkpoints" / "35"
+        rng.choice(DAMAGES)(rng, rng.choice(sorted(path for path in newest.rglob("*") if path.is_file())))
+        seen: list[Record] = []
+        result = fit(small_config(run, log_every=5), dataset=blobs(), resume=True, observe=seen.append)
+        chex.assert_trees_all_equal(result.params, whole.params)
+        told += any("is damaged" in record.get("text", "") for record in seen)
+        shutil.rmtree(run)
+    print(f"{told} of {DAMAGED} damages made the checkpoint before the one that was taken")
+    assert 0 < told < DAMAGED
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_of_several_processes_on_one_folder_one_goes_on(tmp_path: Path) -> None:
+    assert finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))[0] == 0
+    for trial in range(1, 6):
+        steps = str(60 + 100 * trial)
+        both = [isgd("train", "--resume", "run", "--steps", steps, cwd=tmp_path) for _ in range(3)]
+        ended = [finished(process, seconds=600) for process in both]
+        assert sorted(code for code, _, _ in ended) == [0, 1, 1], ended
+        assert all(re.search("is in use: process .* has been writing", err) for code, _, err in ended if code)
+    steps_told = [record["step"] for record in RunDir(tmp_path / "run").records("progress")]
+    assert steps_told == sorted(set(steps_told))
+    assert steps_told[-1] == 560

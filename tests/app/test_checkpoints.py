@@ -111,7 +111,7 @@ def flip(file: Path, rng: random.Random) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads that failed behind
+@pytest.mark.usefixtures("failed_reads")
 def test_no_flipped_bit_is_read_back_as_another_number(tmp_path: Path) -> None:
     """In any file of the newest checkpoint: its numbers come back, or those of the one before, and that is told."""
     saved(tmp_path / "good", (1,)).close()
@@ -148,7 +148,7 @@ def empty(step: Path) -> None:
     step.mkdir()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("failed_reads")
 @pytest.mark.parametrize("damage", [damage_record, damage_arrays, empty])
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_told(tmp_path: Path, damage) -> None:
     saved(tmp_path, (1, 2)).close()
@@ -166,7 +166,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_told(tmp_pa
     assert (tmp_path / "damaged-2").is_dir()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("failed_reads")
 def test_where_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     saved(tmp_path, (1, 2)).close()
     damage_record(tmp_path / "1")

@@ -156,7 +156,7 @@ def test_a_loss_that_is_lost_by_the_last_update_is_told_and_not_saved(tmp_path: 
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads that failed behind
+@pytest.mark.usefixtures("failed_reads")
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path: Path) -> None:
     whole = fit(small_config(tmp_path / "run"), dataset=blobs())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "40" / "record")

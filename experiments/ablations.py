@@ -63,7 +63,7 @@ import numpy as np
 import paper
 
 from isgd_jax.app import compare, data
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.data import Dataset
 
 LEVELS = compare.levels("train_loss=0.05")
@@ -176,7 +176,7 @@ def configuration(dataset: Dataset, scale: Scale, changes: Changes) -> Config:
         "learning_rate": 0.01, "steps": scale.steps, "log_every": scale.log_every, "checkpoint_every": scale.steps,
         "full_train_loss": True, "monitor": "off",
     }  # fmt: skip
-    return Config(**common | changes)
+    return configure(**common | changes)
 
 
 def _name(changes: Changes) -> str:

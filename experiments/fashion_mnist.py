@@ -24,7 +24,7 @@ import argparse
 from pathlib import Path
 
 from isgd_jax.app import compare
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 
 ARMS: dict[str, dict[str, str]] = {
     "uniform": {"mode": "uniform", "sampler": "shuffled"},
@@ -50,7 +50,7 @@ def main() -> None:
 
 def config(data_dir: str | None, **changes: str) -> Config:
     """The setting that all arms share."""
-    return Config(
+    return configure(
         dataset="fashion_mnist", data_dir=data_dir, hidden=(512, 512, 512, 512), batch_size=128, learning_rate=0.01,
         momentum=0.95, refresh_every=200, mixture=0.1, steps=MOST_STEPS, full_train_loss=True, log_every=100,
         checkpoint_every=1000, calibrate="off", gate="off", **{"order": "index"} | changes,

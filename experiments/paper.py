@@ -58,7 +58,7 @@ from jax import Array
 
 import isgd_jax as isgd
 from isgd_jax.app import compare, data, evaluation, figures, run, task
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.data import Dataset
 from isgd_jax.app.run_dir import Record
 from isgd_jax.sampling import proposal, samplers
@@ -169,8 +169,8 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
     }  # fmt: skip
     scored = common | {"mode": "relaxed", "refresh_every": 32, "refresh_share": scale.refresh_share}
     configs = {
-        "uniform": Config(**common, mode="uniform", sampler="shuffled"),
-        "paper": Config(
+        "uniform": configure(**common, mode="uniform", sampler="shuffled"),
+        "paper": configure(
             **scored,
             sampler="independent",
             order="index",
@@ -179,7 +179,7 @@ def arms(dataset: Dataset, scale: Scale, number: int) -> dict[str, compare.Arm]:
             additive=setting.additive,
             mixture=1e-6,
         ),
-        "ours": Config(**scored, sampler="stratified"),
+        "ours": configure(**scored, sampler="stratified"),
     }
     return {
         name: compare.Arm(config, functools.partial(fit, dataset=dataset, variance_every=scale.variance_every))
@@ -201,7 +201,7 @@ def measuring(config: Config, dataset: Dataset, variance_every: int) -> Measure:
     ``full_sd_uniform``, ``full_sd_ideal``, ``full_sd_stale`` of the law drawn from, and ``full_sd_stale_<c>`` of the
     scores in the table with the constant c added; ``full_ratio`` is Tr Cov STALE over UNIFORM. Exact, not estimated.
     """
-    work = task.make(config, dataset)
+    work = task.make(config.model, dataset)
     fitness = evaluation.make_evaluate(work)
     valid, train_data = jax.device_put((dict(dataset.valid or {}), dict(work.train)))
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from isgd_jax.app import data
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 
 NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES = 90, 5, 3
 
@@ -33,7 +33,7 @@ def small_config(run_dir: Any, **changes: Any) -> Config:
         "hidden": (8,), "batch_size": 10, "steps": 40, "refresh_every": 8, "chunk_size": 32, "log_every": 10,
         "checkpoint_every": 10, "learning_rate": 0.02, "run_dir": str(run_dir),
     }  # fmt: skip
-    return Config(**(settings | changes))
+    return configure(**(settings | changes))
 
 
 def linear_loss(params: dict[str, Array], example: dict[str, Array]) -> Array:

@@ -78,7 +78,7 @@ from estimation import problem_of, true_traces
 import isgd_jax as isgd
 from isgd_jax.app import build, compare, data, task
 from isgd_jax.app.clock import Clock
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.chunks import Chunks
@@ -202,9 +202,9 @@ class Bench:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.work = task.make(config, data.load(config.dataset, data_dir=config.data_dir))
+        self.work = task.make(config.model, data.load(config.data.dataset, data_dir=config.data.data_dir))
         make_job = build.job_elsewhere(config, None, None, None)
-        parts = build.build(config, self.work, num_steps=config.steps, make_job=make_job)
+        parts = build.build(config, self.work, make_job=make_job)
         self.problem, self.sampler, self.engine = parts.problem, parts.sampler, parts.engine
         self.steps = make_steps(parts.problem, parts.sampler, parts.tx, fresh_scores=parts.fresh_scores)
         params = parts.problem.init(jax.random.key(0))
@@ -213,12 +213,12 @@ class Bench:
         self.step = 0
         print(*parts.remarks, sep="\n", end="")
         self._mute, self._scoring = (
-            isgd.refresher(engine, self.sampler, every=config.refresh_every, warn=lambda text: None)
+            isgd.refresher(engine, self.sampler, every=config.refresh.refresh_every, warn=lambda text: None)
             for engine in (Mute(), self.engine)
         )
         self.train(0.0, self._mute)
         self.engine.publish(self.state.params, self.step)
-        while self.scored() < config.scorers * self.engine.chunk_size:
+        while self.scored() < config.workers.scorers * self.engine.chunk_size:
             time.sleep(0.1)
 
     def train(
@@ -226,7 +226,7 @@ class Bench:
     ) -> float:
         """Train for so long, and to the end of a period; steps a second, refreshes included."""
         first, began = self.step, self.clock()
-        while self.clock() - began < seconds or self.step % self.config.refresh_every or self.step == first:
+        while self.clock() - began < seconds or self.step % self.config.refresh.refresh_every or self.step == first:
             refreshed = source(self.step, self.state.params, self.state.sampler)
             if source.is_due(self.step):
                 watch(source.last)
@@ -248,7 +248,7 @@ class Bench:
         """Scores a second while nobody trains: published anew so often that the workers never rest."""
         before, began = self.scored(), time.monotonic()
         while time.monotonic() - began < seconds:
-            self.step += self.config.refresh_every
+            self.step += self.config.refresh.refresh_every
             clock = self.state.sampler.clock
             clock = clock._replace(step=jnp.int32(self.step), version=jnp.int32(self.step))
             self.state = self.state._replace(sampler=self.state.sampler._replace(clock=clock))
@@ -287,7 +287,7 @@ def speed(options: argparse.Namespace) -> None:
     """Alone and together in turn, round after round, so that a busy machine favours neither; what the model says."""
     for scorers, every in itertools.product(options.scorers, options.refresh):
         more = {"engine": options.engine, "scorers": scorers, "refresh_every": every}
-        bench = Bench(Config(**SETTING | more))
+        bench = Bench(configure(**SETTING | more))
         try:
             print_speed(bench, options)
         finally:
@@ -302,18 +302,18 @@ def print_speed(bench: Bench, options: argparse.Namespace) -> None:
         both.append(bench.together(options.seconds))
     shares = np.array(both)[:, :2] / np.array(alone)
     (steps, scores), sums = np.median(shares, axis=0), shares.sum(axis=1)
-    middle, every = Together(*np.median(both, axis=0)), bench.config.refresh_every
+    middle, every = Together(*np.median(both, axis=0)), bench.config.refresh.refresh_every
     world = World(
         bench.work.num_examples,
         bench.engine.chunk_size,
-        bench.config.scorers,
-        middle.scores / bench.config.scorers,
+        bench.config.workers.scorers,
+        middle.scores / bench.config.workers.scorers,
         sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state.params)),
         options.bandwidth,
         every / middle.steps,
     )
     print(
-        f"{bench.config.engine} {bench.config.scorers}, refresh every {every:4}: "
+        f"{bench.config.workers.engine} {bench.config.workers.scorers}, refresh every {every:4}: "
         f"{middle.steps:6.1f} steps/s ({steps:.2f} of alone), {middle.scores:8,.0f} scores/s "
         f"({scores:.2f} of alone), sum {np.median(sums):.2f} ({sums.min():.2f} to {sums.max():.2f}); "
         f"mean age {middle.age:5.0f} steps, model {simulate(world).mean * middle.steps:5.0f}; "
@@ -358,7 +358,7 @@ def final_loss(
     with tempfile.TemporaryDirectory() as folder:
         fixed: dict[str, Any] = {"steps": steps, "seed": seed, "log_every": steps // 16, "checkpoint_every": steps}
         fixed |= {"full_train_loss": True, "run_dir": f"{folder}/run", "schedule": "cosine"}
-        config = Config(**(SETTING | fixed | changes))
+        config = configure(**(SETTING | fixed | changes))
         run = RunDir(fit(config, dataset=dataset, observe=observe).run_dir)
         lines = list(run.records("progress"))
         return lines[-1]["train_loss"], float(np.mean([line["age_mean"] for line in lines[len(lines) // 2 :]]))

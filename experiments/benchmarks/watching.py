@@ -68,7 +68,6 @@ Time: monitor 4 minutes on two CPU cores, gate 15, mixture 6, harm 1; runs that 
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ from estimation import all_norms, load, problem_of, sliced, true_traces, uniform
 
 import isgd_jax as isgd
 from isgd_jax.app import build, compare, data, task
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.sampling import proposal, samplers
 from isgd_jax.sampling.gates import is_open, with_gate
 from isgd_jax.training.train_step import TrainState, make_steps
@@ -89,7 +88,7 @@ from isgd_jax.variance import gate, monitor, second_moments
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
 MONITORED_SEEDS = 3
 SHARES = ("auto", 0.03, 0.1, 0.3)
-BASE = Config(
+BASE = configure(
     dataset="fashion_mnist", batch_size=128, learning_rate=0.01, momentum=0.95, refresh_every=200, steps=GATE_STEPS
 )
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -112,17 +111,18 @@ class Run:
         is_spoilt: bool = False,
         is_told: bool = False,
     ):
-        self.work = task.make(config, dataset)
+        self.work = task.make(config.model, dataset)
         self.data = jax.device_put(dict(self.work.train))
         self.problem = problem_of(self.work, self.data)
-        parts = build.build(config, self.work, num_steps=config.steps)
-        self.sampler, init_key, self.key, sampler_key = parts.sampler, *jax.random.split(jax.random.key(config.seed), 3)
+        parts = build.build(config, self.work)
+        seed = config.training.seed
+        self.sampler, init_key, self.key, sampler_key = parts.sampler, *jax.random.split(jax.random.key(seed), 3)
         self.steps = make_steps(parts.problem, self.sampler, parts.tx, fresh_scores=parts.fresh_scores)
         params = parts.problem.init(init_key)
         self.state, self.step = TrainState(params, parts.tx.init(params), self.sampler.init(sampler_key)), 0
-        self.refresher = isgd.refresher(parts.engine, self.sampler, every=config.refresh_every, wait=True)
+        self.refresher = isgd.refresher(parts.engine, self.sampler, every=config.refresh.refresh_every, wait=True)
         self.is_uniform, self.is_spoilt, self.is_told = is_uniform, is_spoilt, is_told
-        self.rng = np.random.default_rng(config.seed)
+        self.rng = np.random.default_rng(seed)
 
     def advance(self, steps: int) -> list[Any]:
         infos = []
@@ -182,7 +182,7 @@ def print_monitor(dataset: data.Dataset, options: argparse.Namespace) -> None:
     names = ("uniform", "stale", "ideal")
     everything = []
     for seed in range(MONITORED_SEEDS):
-        run, inside, widths, shares = Run(dataclasses.replace(BASE, seed=seed), dataset), [], [], []
+        run, inside, widths, shares = Run(BASE.replace(seed=seed), dataset), [], [], []
         for check in range(CHECKED_STEPS // CHECK):
             run.advance(CHECK)
             if check == 0:
@@ -249,9 +249,9 @@ def final_loss(dataset: data.Dataset, folder: Path, arm: str, seed: int) -> floa
         return json.loads(kept.read_text())["loss"]
     options = dict(ARMS[arm])
     design = DESIGNS[options.pop("design", "default")]
-    config = dataclasses.replace(BASE, schedule="cosine", seed=seed, **design)
+    config = BASE.replace(schedule="cosine", seed=seed, **design)
     if options.get("is_uniform"):
-        config = dataclasses.replace(config, mode="uniform", sampler="uniform")
+        config = config.replace(mode="uniform", sampler="uniform")
     run = Run(config, dataset, **options)
     infos = run.advance(GATE_STEPS)
     moved = [] if run.is_told else [i for i, info in enumerate(infos) if bool(info.verdict.switched)]
@@ -269,10 +269,10 @@ def print_mixture(dataset: data.Dataset, options: argparse.Namespace) -> None:
     for share in SHARES:
         found = []
         for seed in range(MONITORED_SEEDS):
-            run = Run(dataclasses.replace(BASE, mixture=share, gate="off", seed=seed), dataset)
-            run.advance(BASE.refresh_every)
+            run = Run(BASE.replace(mixture=share, gate="off", seed=seed), dataset)
+            run.advance(BASE.refresh.refresh_every)
             for _ in range(7):
-                run.advance(BASE.refresh_every)
+                run.advance(BASE.refresh.refresh_every)
                 true = run.true_traces()
                 found.append(float(true.stale / true.uniform))
         print(
@@ -283,7 +283,7 @@ def print_mixture(dataset: data.Dataset, options: argparse.Namespace) -> None:
 
 def print_harm(dataset: data.Dataset, options: argparse.Namespace) -> None:
     """Old and adversarial scores on the true norms of checkpoints of plain SGD: what a draw costs, gated or not."""
-    work = task.make(BASE, dataset)
+    work = task.make(BASE.model, dataset)
     small = problem_of(work, jax.device_put(dict(work.train)))
     whole = load(options.data_dir, None)
     norms = {at: all_norms(small, params) for at, params in uniform_checkpoints(whole, options.folder)}

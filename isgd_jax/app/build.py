@@ -3,11 +3,10 @@
 Nothing below this module knows `Config`.
 """
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +33,17 @@ from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import PICTURES, FreshScores
 from isgd_jax.types import Params, Scorer
 
+__all__ = ["Parts", "build", "job_elsewhere", "make_sampler", "make_scorer"]
+
 FIXED_FRACTION = 0.1
-"""The uniform fraction of proposals whose scores are not learnt from: of static scores and of candidates."""
+"""The uniform fraction of proposals whose scores are not learned from: of static scores and of candidates."""
 
 
 class Parts(NamedTuple):
     """What a run is made of."""
 
+    config: Config
+    work: Task
     problem: Problem
     sampler: BatchSampler
     tx: Any
@@ -58,7 +61,6 @@ def build(
     config: Config,
     work: Task,
     *,
-    num_steps: int,
     replayed: Schedule | None = None,
     make_job: Callable[[], tuple[Job, str]] | None = None,
 ) -> Parts:
@@ -67,116 +69,127 @@ def build(
     Args:
         config: what to do.
         work: the data, the model and the loss.
-        num_steps: of the run, for a decaying rate.
         replayed: the schedule to follow.
         make_job: what a worker on another host does to be ready.
 
     Raises:
         ValueError: a file of the user's does not fit the data.
     """
-    size, weights = work.num_examples, example_weights(config, work.num_examples)
-    augment = None if config.augment is None else models.from_reference(config.augment)
-    problem = Problem(
-        work.loss_fn, work.init, work.train, augment=augment, hold="device" if config.hold == "device" else "host"
-    )
-    sketch = _sketch(config, work)
-    sampler = make_sampler(config, work, sketch=sketch, weights=weights)
+    named, sketch = config.sampling.augment, _sketch(config, work)
+    augment = None if named is None else models.from_reference(named)
+    hold: Literal["device", "host"] = "device" if config.data.hold == "device" else "host"
+    problem = Problem(work.loss_fn, work.init, work.train, augment=augment, hold=hold)
+    sampler = make_sampler(config, work, sketch=sketch)
     engine, remarks = None, list[str]()
-    if config.is_scored:
-        engine, remarks = make_engine(
-            config, engine_scorer(config, work, sketch), work.train, fingerprint=work.fingerprint, replayed=replayed,
-            make_job=make_job,
-        )  # fmt: skip
-    tx = optimizers.make(config, num_examples=size, num_steps=num_steps)
-    return Parts(problem, sampler, tx, engine, make_scorer(config, work)[1], published(config), replayed, remarks)
+    if config.sampling.is_scored:
+        scorer = engine_scorer(config, work, sketch)
+        engine, remarks = make_engine(config, scorer, work, replayed=replayed, make_job=make_job)
+    tx, fresh_scores = optimizers.make(config.training, work.num_examples), make_scorer(config.scoring.scorer, work)[1]
+    told = published(named, config.training.seed)
+    return Parts(config, work, problem, sampler, tx, engine, fresh_scores, told, replayed, remarks)
 
 
-def make_sampler(
-    config: Config, work: Task, *, sketch: LayerSketch | None = None, weights: Float[Array, " n"] | None = None
-) -> BatchSampler:
-    """The sampler of a configuration."""
-    size, name = work.num_examples, config.sampler_in_use
-    alike: dict[str, Any] = {
-        "batch_size": config.batch_size, "monitor": config.monitor == "on", "example_weights": weights,
-    }  # fmt: skip
-    is_gated, fraction = config.gate == "on", config.mixture
-    if config.mode == "uniform":
+def make_sampler(config: Config, work: Task, *, sketch: LayerSketch | None = None) -> BatchSampler:
+    """The sampler of a configuration: of plain SGD, of scores measured in training or given for ever, or of candidates.
+
+    Args:
+        config: its mode and all that belongs to it.
+        work: the data, the model and the loss.
+        sketch: of gradients, where draws are ordered by them.
+
+    Raises:
+        ValueError: a file of the user's does not fit the data.
+    """
+    size, sampling, refresh, scorer = work.num_examples, config.sampling, config.refresh, config.scoring.scorer
+    weights, is_watched = example_weights(sampling.example_weights, size), config.recording.monitor == "on"
+    alike: Any = {"batch_size": config.training.batch_size, "monitor": is_watched, "example_weights": weights}
+    name, is_gated, fraction = sampling.sampler_in_use, sampling.gate == "on", sampling.mixture
+    if sampling.mode == "uniform":
         return (shuffled_epochs if name == "shuffled" else uniform_draws)(size, **alike)
-    if config.mode == "presample":
+    if sampling.mode == "presample":
         return presampling(
-            size, scorer=make_scorer(config, work)[0], candidates=config.candidates, gate=is_gated,
-            score_cost=2.0 if config.scorer == "grad_norm" else 1.0, uniform_fraction=_number(fraction), **alike,
+            size, scorer=make_scorer(scorer, work)[0], candidates=sampling.candidates, gate=is_gated,
+            score_cost=2.0 if scorer == "grad_norm" else 1.0, uniform_fraction=_number(fraction), **alike,
         )  # fmt: skip
     chosen = models.from_reference(name) if ":" in name else name
-    alike |= {"sampler": chosen, "order": _order(config, work, sketch), "gate": is_gated, "additive": config.additive}
-    if config.mode == "static":
-        scores = userfiles.numbers(str(config.static_scores), size, flag="--static-scores")
+    alike |= {"sampler": chosen, "order": _order(config, work, sketch), "gate": is_gated, "additive": sampling.additive}
+    if sampling.mode == "static":
+        scores = userfiles.numbers(str(sampling.static_scores), size, name="static_scores")
         return fixed(scores, uniform_fraction=_number(fraction), **alike)
     return importance_sampler(
         size,
         uniform_fraction=fraction,
-        calibrate=config.calibrate == "on",
+        calibrate=sampling.calibrate == "on",
         learning_steps=learning_steps(config, size),
-        max_age=config.max_age,
-        max_age_seconds=config.max_age_seconds,
-        min_trusted=config.min_trusted,
-        score_memory=config.score_memory if config.augment else 0.0,
-        record_drawn=config.scorer in ("grad_norm", "loss"),
+        max_age=refresh.max_age,
+        max_age_seconds=refresh.max_age_seconds,
+        min_trusted=refresh.min_trusted,
+        score_memory=sampling.score_memory if sampling.augment else 0.0,
+        record_drawn=scorer in ("grad_norm", "loss"),
         **alike,
     )
 
 
 def learning_steps(config: Config, num_examples: int) -> int:
-    """Steps before calibrated scores are used: two sweeps of the data by whoever scores."""
+    """Updates before calibrated scores are used: two sweeps of the data by whoever scores."""
     sweeps = -(-1 // config.share_scored(num_examples))
-    return int(2 * sweeps * config.refresh_every)
+    return int(2 * sweeps * config.refresh.refresh_every)
 
 
-def make_scorer(config: Config, work: Task) -> tuple[Scorer, FreshScores | None]:
-    """The scorer of a configuration, and what a step takes for the fresh scores of what it has drawn: None is norms."""
-    if config.scorer == "grad_norm":
+def make_scorer(name: str, work: Task) -> tuple[Scorer, FreshScores | None]:
+    """A scorer, and what a step takes for the fresh scores of what it has drawn: None is norms.
+
+    Args:
+        name: one of `isgd_jax.app.config.SCORERS`, or ``pkg.module:fn``.
+        work: whose loss is scored; ``logit_bound`` takes its logits.
+    """
+    if name == "grad_norm":
         return scorers.grad_norm(work.loss_fn), None
-    if config.scorer == "loss":
+    if name == "loss":
         return scorers.loss(work.loss_fn), lambda losses, grads: jnp.abs(losses)
-    if config.scorer == "logit_bound":
+    if name == "logit_bound":
         return scorers.logit_bound(work.logits_fn), None
-    return models.from_reference(config.scorer)(work.loss_fn), None
+    return models.from_reference(name)(work.loss_fn), None
 
 
 def engine_scorer(config: Config, work: Task, sketch: LayerSketch | None = None) -> Any:
-    """What the engine scores with, here or on another host: with sketches where the order is made of them."""
-    if sketch is None:
-        scorer: Any = make_scorer(config, work)[0]
-    elif config.scorer == "grad_norm":
+    """What the engine scores with, here or on another host.
+
+    Args:
+        config: its scorer, and how it augments.
+        work: whose loss is scored.
+        sketch: of gradients, if the order is made of them; the scorer then returns ``(scores [b], sketches [b, k])``.
+    """
+    name, augment = config.scoring.scorer, config.sampling.augment
+    scorer: Any = make_scorer(name, work)[0]
+    if sketch is not None and name == "grad_norm":
         scorer = scorers.grad_norm(work.loss_fn, sketch=sketch)
-    else:
-        plain = make_scorer(config, work)[0]
+    elif sketch is not None:
+        plain = scorer
 
         def scorer(params: Params, batch: Any) -> Any:
             return plain(params, batch), sketch.of_batch(params, batch)
 
-    return scorer if config.augment is None else _augmented(scorer, models.from_reference(config.augment))
+    return scorer if augment is None else _augmented(scorer, models.from_reference(augment))
 
 
-def published(config: Config) -> Callable[[Params, int], Any]:
+def published(augment: str | None, seed: int) -> Callable[[Params, int], Any]:
     """What the scorer is told at a refresh: the parameters and, to augment by, a key of this refresh's own."""
-    if config.augment is None:
+    if augment is None:
         return lambda params, at: params
-    key = jax.random.fold_in(jax.random.key(config.seed), PICTURES)
+    key = jax.random.fold_in(jax.random.key(seed), PICTURES)
     return lambda params, at: (params, jax.random.key_data(jax.random.fold_in(key, at)))
 
 
-def example_weights(config: Config, num_examples: int) -> Float[Array, " n"] | None:
+def example_weights(path: str | None, num_examples: int) -> Float[Array, " n"] | None:
     """a_n [n] of a weighted target, from the user's file.
 
     Raises:
         ValueError: the file does not fit the data.
     """
-    if config.example_weights is None:
+    if path is None:
         return None
-    return jnp.asarray(
-        userfiles.numbers(config.example_weights, num_examples, flag="--example-weights", allow_negative=True)
-    )
+    return jnp.asarray(userfiles.numbers(path, num_examples, name="example_weights", allow_negative=True))
 
 
 def worker_job(
@@ -184,9 +197,9 @@ def worker_job(
 ) -> tuple[Job, str]:
     """What a worker on another host does to be ready: it loads the data itself; also the fingerprint of what it has."""
     if dataset is None:
-        dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
-    work = task.make(config, dataset, model=model, loss=loss)
-    chunks = Chunks(work.num_examples, config.chunk_size)
+        dataset = data.load(config.data.dataset, data_dir=config.data.data_dir, raw_dir=config.data.raw_dir)
+    work = task.make(config.model, dataset, model=model, loss=loss)
+    chunks = Chunks(work.num_examples, config.scoring.chunk_size)
     return Job(engine_scorer(config, work, _sketch(config, work)), work.train, chunks), work.fingerprint
 
 
@@ -194,8 +207,8 @@ def job_elsewhere(
     config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
 ) -> Callable[[], tuple[Job, str]]:
     """`worker_job`, to be called in another process: folders are named from the root, as it works in another one."""
-    data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR")
-    config = dataclasses.replace(config, data_dir=_absolute(data_dir), raw_dir=_absolute(config.raw_dir))
+    data_dir = config.data.data_dir or os.environ.get("TFDS_DATA_DIR")
+    config = config.replace(data_dir=_absolute(data_dir), raw_dir=_absolute(config.data.raw_dir))
     return functools.partial(worker_job, config, dataset, model, loss)
 
 
@@ -204,7 +217,7 @@ def _absolute(folder: str | None) -> str | None:
 
 
 def _number(fraction: float | str) -> float:
-    """The uniform fraction where it cannot be learnt."""
+    """The uniform fraction where it cannot be learned."""
     return FIXED_FRACTION if isinstance(fraction, str) else fraction
 
 
@@ -224,7 +237,7 @@ def _order(config: Config, work: Task, sketch: LayerSketch | None) -> Any:
 
 
 def _sketch(config: Config, work: Task) -> LayerSketch | None:
-    if not (config.is_scored and config.order_in_use == "cells"):
+    if not (config.sampling.is_scored and config.order_in_use == "cells"):
         return None
     params = jax.eval_shape(work.init, jax.random.key(0))
     return sketches.last_layer_sketch(work.loss_fn, params, jax.tree.map(lambda x: jnp.asarray(x[0]), work.train))

@@ -1,7 +1,9 @@
 """The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
 
 import dataclasses
+import functools
 import logging
+import operator
 import os
 import select
 import signal
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 try:
     import tyro
@@ -18,10 +20,14 @@ except ModuleNotFoundError:
 
 from isgd_jax.app import userfiles
 from isgd_jax.app.commands import compare, probe
-from isgd_jax.app.config import Config, refuse_gone
+from isgd_jax.app.config import Config
+from isgd_jax.app.flags import in_flags, parse
+from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.presets import PRESETS
 from isgd_jax.app.run_dir import RunDir, write_whole
 from isgd_jax.errors import ArgumentError, IsgdError
+
+__all__ = ["main"]
 
 EXPECTED_ERRORS = (IsgdError, OSError)
 """Mistakes of the user or of the machine: one sentence. Set ISGD_TRACEBACK=1 to see where they come from. All else that
@@ -30,7 +36,7 @@ is raised is a fault of a program, ours or the model's, and keeps its traceback.
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model by importance-sampling SGD (or, with --mode uniform, by plain SGD).
+    """Train a model by importance-sampling SGD, or with --mode uniform by plain SGD.
 
     The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints. Ctrl-C and SIGTERM save and stop.
     """
@@ -44,8 +50,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the figures of runs anew, and write one self-contained HTML page: figures, tables, configuration,
-    environment, and the hardest examples. It opens offline, light or dark."""
+    """Draw the figures of runs anew, and write one self-contained HTML page of them.
+
+    It has figures, tables, configuration, environment and the hardest examples, and opens offline, light or dark.
+    """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs, finished or going on."""
@@ -57,7 +65,14 @@ Command = Train | Report | compare.Compare | probe.Probe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Entry point of the command.
+
+    Args:
+        argv: what follows the command's name; by default what was typed.
+
+    Raises:
+        SystemExit: always, with 0, 128 + a signal's number, or a sentence about what went wrong.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = _parse(arguments)
@@ -72,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(128 + signal.SIGPIPE)
         if os.environ.get("ISGD_TRACEBACK"):
             raise
-        sys.exit(f"isgd: {_one_sentence(error)}")
+        sys.exit(f"isgd: {in_flags(_one_sentence(error))}")
 
 
 def _nobody_reads() -> bool:
@@ -97,7 +112,7 @@ def _run(command: Command) -> int:
             return compare.run(command)
         case probe.Probe():
             if command.run is not None:
-                _tell_code(command.config)
+                _tell_code(dataclasses.asdict(command))
             return probe.run(command)
 
 
@@ -110,13 +125,13 @@ def train(command: Train) -> int:
     from isgd_jax.app.run import fit
 
     console = Console(markup=False)
-    if command.resume is not None and Path(str(command.config.run_dir)) != Path(command.resume):
+    named = command.config.recording.run_dir
+    if command.resume is not None and Path(str(named)) != Path(command.resume):
         raise ArgumentError(
-            f"--run-dir {command.config.run_dir} beside --resume {command.resume}: a run goes on in its own folder; "
-            "leave --run-dir out"
+            f"--run-dir {named} beside --resume {command.resume}: a run goes on in its own folder; leave --run-dir out"
         )
-    if command.resume is not None or command.config.replay is not None:
-        _tell_code(command.config)
+    if command.resume is not None or command.config.refresh.replay is not None:
+        _tell_code(command.config.to_dict())
     logging.getLogger("isgd_jax").addHandler(RichHandler(console=console, show_path=False, show_level=False))
     logging.getLogger("isgd_jax").setLevel(logging.INFO)  # a data set that has to be downloaded first says so
     logging.getLogger("isgd_jax").propagate = False  # once is enough
@@ -130,7 +145,12 @@ def train(command: Train) -> int:
 
 
 def report(command: Report) -> int:
-    """Run `isgd report`."""
+    """Run `isgd report`: figures of each run, and one page of all; returns the exit code.
+
+    Raises:
+        ValueError: no folder was named, or one holds what cannot be read.
+        FileNotFoundError: a folder is not that of a run.
+    """
     from isgd_jax.app.html import run_page
     from isgd_jax.app.plots import draw
 
@@ -154,9 +174,9 @@ def report(command: Report) -> int:
     return 0
 
 
-def _tell_code(config: Config) -> None:
+def _tell_code(values: dict[str, Any]) -> None:
     """Which code a configuration that lies in a folder of a run will have imported, before it is."""
-    for line in userfiles.code_named(config.to_dict()):
+    for line in userfiles.code_named(values):
         print(f"isgd: {line}", file=sys.stderr, flush=True)
 
 
@@ -180,26 +200,30 @@ def _leave_failures_to_us() -> None:
 def _parse(arguments: list[str]) -> Command:
     """The command in typed form."""
     refuse_gone(arguments)
-    default = _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments)
-    probed = _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
-    at_run = probe.Probe() if probed is None else probe.Probe(run=probed, config=RunDir(Path(probed)).read_config())
-    commands = (
-        Annotated[Train, tyro.conf.subcommand("train", default=default)]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
-        | Annotated[probe.Probe, tyro.conf.subcommand("probe", default=at_run)]
+    named, probed = arguments[:1], _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
+    defaults: dict[type, Any] = {
+        Train: _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments),
+        probe.Probe: probe.Probe() if probed is None else probe.Probe.of_run(probed),
+    }
+    commands = []
+    for kind in get_args(Command):
+        name, first_line = kind.__name__.lower(), str(kind.__doc__).partition("\n")[0]
+        described = first_line if named != [name] else None  # among others a line is enough
+        default = {"default": defaults[kind]} if kind in defaults else {}
+        commands.append(Annotated[kind, tyro.conf.subcommand(name, description=described, **default)])
+    return parse(
+        functools.reduce(operator.or_, commands), arguments, prog="isgd", description="Importance-sampling SGD for JAX."
     )
-    return tyro.cli(commands, prog="isgd", description="Importance-sampling SGD for JAX.", args=arguments)
 
 
 def _defaults(resume: str | None, replay: str | None, arguments: list[str]) -> Train:
     """With --resume and --replay the configuration that the run was started with, with --preset a named one."""
     if resume is not None:
         config = RunDir(Path(resume)).read_config()
-        return Train(dataclasses.replace(config, run_dir=resume), resume)
+        return Train(config.replace(run_dir=resume), resume)
     if replay is not None:
         config = RunDir(Path(replay)).read_config()
-        return Train(dataclasses.replace(config, run_dir=None, replay=replay))
+        return Train(config.replace(run_dir=None, replay=replay))
     return Train(PRESETS.get(_value_of("--preset", arguments) or "", Config()))
 
 

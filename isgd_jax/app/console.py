@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isgd_jax.app.clock import account
+from isgd_jax.app.flags import in_flags
 from isgd_jax.app.run_dir import Record
 
 
@@ -23,6 +24,8 @@ def _percent(value: float | int) -> str:
 def _whole(value: float | int) -> str:
     return f"{value:.0f}"
 
+
+__all__ = ["RunConsole"]
 
 COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
     "step": ("step", 7, _whole),
@@ -57,7 +60,11 @@ __all__ = ["COLUMNS", "LEGEND", "RunConsole"]
 
 
 class RunConsole:
-    """An observer of `isgd_jax.app.run.fit`: a bar below the lines on a terminal, plain lines elsewhere."""
+    """An observer of `isgd_jax.app.run.fit`: a bar below the lines on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where to write.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,6 +82,7 @@ class RunConsole:
         self._bar.stop()
 
     def __call__(self, record: Record) -> None:
+        """Show a record, if it is of a kind that a person should see."""
         show = {
             "plan": self._plan,
             "progress": self._progress,
@@ -104,7 +112,7 @@ class RunConsole:
         self._last = record
 
     def _warning(self, record: Record) -> None:
-        self._print(f"warning at step {record['step']}: {record['text']}", style="yellow")
+        self._print(f"warning at step {record['step']}: {in_flags(record['text'])}", style="yellow")
 
     def _gate(self, record: Record) -> None:
         self._print(f"gate {'opened' if record['is_open'] else 'shut'} at step {record['at']}: {record['reason']}")
@@ -153,7 +161,7 @@ def _describe(plan: Record) -> list[tuple[str, str]]:
         ("model", f"{config['model']}, {plan['num_params']:,} parameters"),
         ("devices", ", ".join(plan["devices"])),
         ("updates", f"{plan['first_step']:,} to {plan['num_steps']:,}, {config['batch_size']} draws each"),
-        ("optimiser", f"{config['optimizer']}, rate {config['learning_rate']:g} ({config['schedule']})"),
+        ("optimizer", f"{config['optimizer']}, rate {config['learning_rate']:g} ({config['schedule']})"),
         ("mode", f"{config['mode']}, {plan['sampler']} draws"),
     ]
     share = plan["share_scored"]

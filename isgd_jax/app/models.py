@@ -22,6 +22,8 @@ from jaxtyping import Float, PyTree
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, CannotImportError, ReferenceNotFoundError
 from isgd_jax.types import Key, Params
 
+__all__ = ["CNN", "MLP", "Model", "by_name", "cnn", "from_reference", "init", "mlp"]
+
 Input: TypeAlias = PyTree
 """What a model is given of one example: its one input, or a dict of its inputs."""
 
@@ -35,9 +37,11 @@ _INITIALIZERS = {"he": nn.initializers.he_normal(), "paper": nn.initializers.nor
 class Model(Protocol):
     """What the library asks of a model."""
 
-    def init(self, key: Key, x: Input, /) -> Mapping[str, Params]: ...
+    def init(self, key: Key, x: Input, /) -> Mapping[str, Params]:
+        """``{"params": ...}`` for one example ``x``, without a batch axis."""
 
-    def apply(self, variables: Mapping[str, Params], x: Input, /) -> Any: ...
+    def apply(self, variables: Mapping[str, Params], x: Input, /) -> Any:
+        """The outputs for one example, such as logits [classes]."""
 
 
 class MLP(nn.Module):
@@ -75,7 +79,15 @@ class CNN(nn.Module):
 
 
 def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initializer: str = "he") -> MLP:
-    """Flattened example -> logits [num_classes]. ``initializer`` is "he", or "paper": N(0, 0.01^2); biases are 0.
+    """Dense layers and ReLU over the flattened example: x [...] -> logits [num_classes].
+
+    Args:
+        num_classes: outputs.
+        hidden: widths of the hidden layers; by default those of the paper's models, a quarter as wide.
+        initializer: "he" (He et al. 2015: scaled to the fan-in), or "paper": N(0, 0.01^2). Biases are 0.
+
+    Raises:
+        ValueError: a width or ``num_classes`` is below 1, or the initializer is unknown.
 
     >>> import jax
     >>> params = init(mlp(10, hidden=[16]), jax.random.key(0), jax.numpy.zeros([8, 8, 1]))
@@ -88,7 +100,16 @@ def mlp(num_classes: int, *, hidden: Sequence[int] = (512, 512, 512, 512), initi
 
 
 def cnn(num_classes: int, *, initializer: str = "he") -> CNN:
-    """One image [height, width, channels] -> logits [num_classes]; images of at least 4x4 pixels."""
+    """Two convolutions and a dense layer: one image [height, width, channels] -> logits [num_classes].
+
+    Args:
+        num_classes: outputs.
+        initializer: as of `mlp`.
+
+    Raises:
+        ValueError: ``num_classes`` is below 1, or the initializer is unknown; when applied, ``x`` is no image. Images
+            have at least 4 x 4 pixels, as they are halved twice.
+    """
     return CNN(_classes(num_classes), _initializer(initializer))
 
 

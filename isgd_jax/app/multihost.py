@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from isgd_jax.app.config import PER_HOST, Config
+from isgd_jax.app.config import PER_HOST, Config, HostsConfig
 from isgd_jax.errors import ArgumentError
 
 LOST = 75
@@ -44,15 +44,15 @@ def joined(config: Config, fingerprint: str) -> Iterator[None]:
         ValueError: the processes differ, or the place of this one among them is mistaken.
         ConnectionError: another process was lost. Where JAX notices first it aborts this one, with a stack trace.
     """
-    if not config.distributed:
+    if not config.hosts.distributed:
         yield
         return
     grace = 0
     if not jax.distributed.is_initialized():
-        _check_port(config)
+        _check_port(config.hosts)
     try:
         if not jax.distributed.is_initialized():
-            _initialize(config)
+            _initialize(config.hosts)
         devices = np.bincount([device.process_index for device in jax.devices()]).tolist()
         grace = 0 if jax.process_index() else _GRACE
         _check_same([{"the number of devices": count} for count in devices])
@@ -69,10 +69,10 @@ def joined(config: Config, fingerprint: str) -> Iterator[None]:
         raise ConnectionError(f"another process was lost ({reason}): {advice}") from error
 
 
-def _check_port(config: Config) -> None:
+def _check_port(hosts: HostsConfig) -> None:
     """JAX dies by a signal, without a word, when its port is taken; so it is tried before, without listening."""
-    if config.process_id == 0 and config.coordinator is not None:
-        host, _, port = config.coordinator.rpartition(":")
+    if hosts.process_id == 0 and hosts.coordinator is not None:
+        host, _, port = hosts.coordinator.rpartition(":")
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -81,12 +81,12 @@ def _check_port(config: Config) -> None:
                 raise ArgumentError(f"process 0 cannot have port {port} ({error}): name another") from error
 
 
-def _initialize(config: Config) -> None:
+def _initialize(hosts: HostsConfig) -> None:
     """Meet the others, on a thread: JAX's call cannot be interrupted, and ends the process when its time is over."""
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away, which saves and stops a run
-    address, count, number = place = config.coordinator, config.num_processes, config.process_id
+    address, count, number = place = hosts.coordinator, hosts.num_processes, hosts.process_id
     is_local = address is not None and address.rpartition(":")[0] in _LOOPBACK
-    limit, failed = config.initialization_timeout, list[Exception]()
+    limit, failed = hosts.initialization_timeout, list[Exception]()
 
     def initialize() -> None:
         try:
@@ -94,7 +94,7 @@ def _initialize(config: Config) -> None:
                 *place,
                 coordinator_bind_address=address if is_local else None,
                 initialization_timeout=limit + _BEHIND,
-                heartbeat_timeout_seconds=config.heartbeat_timeout,
+                heartbeat_timeout_seconds=hosts.heartbeat_timeout,
                 shutdown_timeout_seconds=limit,  # process 0 draws figures while the others wait
             )
         except Exception as error:
@@ -121,8 +121,8 @@ def _initialize(config: Config) -> None:
 
 def _identity(config: Config, fingerprint: str) -> dict[str, Any]:
     """What must be the same everywhere."""
-    flags = {f"--{name.replace('_', '-')}": value for name, value in config.to_dict().items() if name not in PER_HOST}
-    flags["--num-processes"] = config.num_processes or jax.process_count()  # JAX goes by what process 0 was told
+    flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in PER_HOST}
+    flags["--num-processes"] = config.hosts.num_processes or jax.process_count()  # JAX goes by what process 0 was told
     return flags | {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
 
 

@@ -1,24 +1,32 @@
-"""The Optax chains that the command line offers: the reweighting first, an optimiser behind it."""
+"""The Optax chains that the command line offers: the reweighting first, an optimizer behind it."""
 
 import optax
 
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import TrainingConfig
 from isgd_jax.reweight import importance_weighting
 
-
-def make(config: Config, *, num_examples: int, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The chain of a configuration. Decoupled weight decay stands behind the reweighting: it is no part of it."""
-    return optax.chain(importance_weighting(num_examples), behind(config, num_steps=num_steps))
+__all__ = ["behind", "make"]
 
 
-def behind(config: Config, *, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimiser alone: the second part of the chain, for mean gradients."""
-    rate: optax.ScalarOrSchedule = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+def make(training: TrainingConfig, num_examples: int) -> optax.GradientTransformationExtraArgs:
+    """The chain of a configuration, for the per-example gradients of draws from ``num_examples``.
+
+    Decoupled weight decay (Loshchilov and Hutter 2019) stands behind the reweighting: it is no part of it.
+    """
+    return optax.chain(importance_weighting(num_examples), behind(training, num_examples))
+
+
+def behind(training: TrainingConfig, num_examples: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer alone: the second part of the chain, for mean gradients.
+
+    Its rate decays, if it does, over the updates that are to be made on a data set of ``num_examples``.
+    """
+    rate: optax.ScalarOrSchedule = training.learning_rate
+    if training.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(training.learning_rate, training.num_steps(num_examples))
     return {
         "sgd": lambda: optax.sgd(rate),
-        "nesterov": lambda: optax.sgd(rate, momentum=config.momentum, nesterov=True),
+        "nesterov": lambda: optax.sgd(rate, momentum=training.momentum, nesterov=True),
         "adam": lambda: optax.adam(rate),
-        "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
-    }[config.optimizer]()
+        "adamw": lambda: optax.adamw(rate, weight_decay=training.weight_decay),
+    }[training.optimizer]()

@@ -5,9 +5,11 @@ no chance (which is a bias); the seconds that a score may be old stand beside th
 data, which the paper's workers measured beside their scoring, is measured by the trainer.
 """
 
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import configure
 
-_PAPER = Config(
+__all__ = ["PRESETS"]
+
+_PAPER = configure(
     dataset="svhn_cropped",
     hidden=(2048, 2048, 2048, 2048),
     initializer="paper",
@@ -31,6 +33,6 @@ _PAPER = Config(
 
 PRESETS = {
     "paper-1": _PAPER,
-    "paper-2": Config(**(vars(_PAPER) | {"learning_rate": 0.001, "additive": 1.0})),
+    "paper-2": _PAPER.replace(learning_rate=0.001, additive=1.0),
 }
 """The paper, section 5 and its stored settings: 18,903,050 parameters, one trainer, three workers."""

@@ -42,7 +42,7 @@ class Measures:
         """Everything, of the state as it is."""
         measured: Record = {}
         here, train = local_copy((state, train_data))
-        splits = {"test": self._test_data} | ({"train": train} if self._config.full_train_loss else {})
+        splits = {"test": self._test_data} | ({"train": train} if self._config.recording.full_train_loss else {})
         for name, split in splits.items():
             fit = self._evaluate(here.params, split)
             measured |= {f"{name}_loss": _finite(fit.loss), f"{name}_error": _finite(fit.error)}

@@ -32,6 +32,8 @@ from isgd_jax.training.train_step import StepInfo, TrainState
 from isgd_jax.types import Params
 from isgd_jax.variance import gate
 
+__all__ = ["Hooks", "Observer", "Recorder", "Result", "fit"]
+
 ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
 
@@ -52,6 +54,17 @@ FORMAT = "4"
 """Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
 
 Observer = Callable[[Record], None]
+
+
+class Hooks(NamedTuple):
+    """What the caller of `fit` has a say in while it goes on."""
+
+    observe: Observer
+    """Called with each record."""
+    until: Callable[[Record], bool]
+    """Whether what was wanted is reached, of a line of progress."""
+    measure: Measure
+    """What to measure besides."""
 
 
 class Result(NamedTuple):
@@ -78,10 +91,11 @@ def fit(
     """Train, and leave a folder with the configuration, metrics, figures and checkpoints of the run.
 
     Args:
-        config: what to do. With ``resume``, ``config.run_dir`` is the folder of the run to go on with.
-        dataset: takes the place of ``config.dataset``.
+        config: what to do, as `isgd_jax.app.config.configure` makes it. With ``resume``, its ``run_dir`` is the folder
+            of the run to go on with.
+        dataset: takes the place of ``config.data.dataset``.
         model: takes the place of ``config.model``; anything with Linen's ``init`` and ``apply``.
-        loss: takes the place of ``config.loss``; ``(outputs, example) -> scalar``.
+        loss: takes the place of ``config.model.loss``; ``(outputs, example) -> scalar``.
         resume: go on from the newest checkpoint, or from the first step if there is none yet. The parameters are bit
             for bit those of a run without a break, unless scores are distrusted by the clock (``max_age_seconds``).
         observe: called with each record: the plan, refreshes, progress, warnings.
@@ -94,47 +108,32 @@ def fit(
         FileExistsError: a new run would write into the folder of an old one.
         RunInUseError: another process is writing to the folder.
     """
-    clock = Clock()
+    clock, hooks = Clock(), Hooks(observe, until, measure)
     make_job = build.job_elsewhere(config, dataset, model, loss)
-    if config.tensorboard:
-        require_tensorboard()
-    if resume and not config.distributed:
-        RunDir(Path(str(config.run_dir))).check_resumable(config)
-    if config.replay is not None:
-        RunDir(Path(config.replay)).check_replayable(config)
+    _check_folders(config, resume)
     if dataset is None:
         with clock.spending("data"):
+            named = config.data
             dataset = data.load(
-                config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir, on_disk=config.hold == "disk"
+                named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir, on_disk=named.hold == "disk"
             )
-    if config.batch_size > len(dataset):
-        raise ArgumentError(
-            f"--batch-size must be at most {len(dataset)}, the training examples of {dataset.name}; "
-            f"got {config.batch_size}"
-        )
+    _check_size(config.training.batch_size, dataset)
     with multihost.joined(config, dataset.fingerprint):
-        work = task.make(config, dataset, model=model, loss=loss)
-        folder = _run_dir(config, resume)
-        num_steps, devices = config.num_steps(work.num_examples), _devices(config)
-        parts = build.build(
-            config, work, num_steps=num_steps, replayed=_replayed(config, work, num_steps), make_job=make_job
-        )
+        work = task.make(config.model, dataset, model=model, loss=loss)
+        folder, devices = _run_dir(config, resume), _devices(config)
+        parts = build.build(config, work, replayed=_replayed(config, work), make_job=make_job)
         with contextlib.ExitStack() as stack:
             stack.enter_context(folder.alone())
             if parts.engine is not None:
                 stack.callback(parts.engine.close)
             stop = stack.enter_context(stop_on_signals())
-            recorder = Recorder(
-                config, work, parts, folder,
-                inputs=dataset.inputs, clock=clock, stop=stop, resume=resume,
-                observe=observe, until=until, measure=measure,
-            )  # fmt: skip
+            recorder = Recorder(parts, folder, hooks, clock, stop=stop, resume=resume)
             result = loop.fit(
                 parts.problem,
                 parts.sampler,
                 parts.tx,
-                num_steps=num_steps,
-                key=jax.random.key(config.seed),
+                num_steps=config.training.num_steps(work.num_examples),
+                key=jax.random.key(config.training.seed),
                 engine=parts.engine,
                 devices=devices,
                 callbacks=[recorder],
@@ -145,39 +144,62 @@ def fit(
     return Result(result.params, folder.path, result.step, stopped_by)
 
 
-def _replayed(config: Config, work: task.Task, num_steps: int) -> arrivals.Schedule | None:
+def _check_folders(config: Config, resume: bool) -> None:
+    """What can be refused before the data set is there."""
+    if config.recording.tensorboard:
+        require_tensorboard()
+    if resume and not config.hosts.distributed:
+        RunDir(Path(str(config.recording.run_dir))).check_resumable(config)
+    if config.refresh.replay is not None:
+        RunDir(Path(config.refresh.replay)).check_replayable(config)
+
+
+def _check_size(batch_size: int, dataset: data.Dataset) -> None:
+    if batch_size > len(dataset):
+        raise ArgumentError(
+            f"batch_size must be at most {len(dataset)}, the training examples of {dataset.name}; got {batch_size}"
+        )
+
+
+def _replayed(config: Config, work: task.Task) -> arrivals.Schedule | None:
     """The schedule to follow, if this is a replay."""
-    if config.replay is None:
+    if config.refresh.replay is None:
         return None
-    found = schedule.read(RunDir(Path(config.replay)), work.fingerprint)
-    schedule.check_covers(found, num_steps, config.refresh_every)
+    found = schedule.read(RunDir(Path(config.refresh.replay)), work.fingerprint)
+    schedule.check_covers(found, config.training.num_steps(work.num_examples), config.refresh.refresh_every)
     return found
 
 
 def _devices(config: Config) -> list[jax.Device] | None:
     """Those that train, each a part of the batch; None is one device."""
-    if config.train_devices > 1:
-        devices, wanted = jax.local_devices(), config.train_devices
+    size, wanted = config.training.batch_size, config.workers.train_devices
+    if wanted > 1:
+        devices = jax.local_devices()
         if wanted >= len(devices):
-            raise ArgumentError(f"--train-devices {wanted} leaves no device to score: this host has {len(devices)}")
+            raise ArgumentError(f"train_devices={wanted} leaves no device to score: this host has {len(devices)}")
         return devices[:wanted]
-    if not config.distributed:
+    if not config.hosts.distributed:
         return None
-    if config.batch_size % len(jax.devices()):
+    if size % len(jax.devices()):
         raise ArgumentError(
-            f"--batch-size must be a multiple of the {len(jax.devices())} devices that train, so that each handles an "
-            f"equal part; got {config.batch_size}"
+            f"batch_size must be a multiple of the {len(jax.devices())} devices that train, so that each handles an "
+            f"equal part; got {size}"
         )
     return jax.devices()
 
 
 def _run_dir(config: Config, resume: bool) -> RunDir:
-    """The folder of the run, new or old; of several processes one writes there."""
+    """The folder of the run, new or old; of several processes one writes there.
+
+    Raises:
+        FileExistsError: a new run would write into the folder of an old one.
+        ValueError: an old run was started with other settings.
+    """
     if jax.process_index() != 0:
-        return Unwritten(Path(str(config.run_dir)))
+        return Unwritten(Path(str(config.recording.run_dir)))
     if not resume:
         return RunDir.create(config)
-    run = RunDir(Path(str(config.run_dir)))
+    run = RunDir(Path(str(config.recording.run_dir)))
     run.check_resumable(config)
     return run
 
@@ -185,42 +207,30 @@ def _run_dir(config: Config, resume: bool) -> RunDir:
 class Recorder(Callback):
     """What a run of the command does beside its steps: it plans, measures, records, saves, and stops when asked to.
 
+    Guarantees:
+        * What is recorded after a checkpoint is forgotten when the run goes on from it.
+        * Of several processes, one writes and shows; all stop at the same step.
+        * Nothing is saved of a run whose loss is no longer finite.
+
     Args:
-        config: of the run.
-        work: what is trained.
         parts: of the run.
         folder: where it writes.
-        inputs: what was done to the inputs, kept with the run.
+        hooks: of the caller.
         clock: of the run.
         stop: set by a signal.
         resume: whether to go on from the newest checkpoint.
-        observe: called with each record.
-        until: whether what was wanted is reached.
-        measure: what to measure besides.
     """
 
     def __init__(
-        self,
-        config: Config,
-        work: task.Task,
-        parts: build.Parts,
-        folder: RunDir,
-        *,
-        inputs: data.Inputs,
-        clock: Clock,
-        stop: Stop,
-        resume: bool,
-        observe: Observer,
-        until: Callable[[Record], bool],
-        measure: Measure,
+        self, parts: build.Parts, folder: RunDir, hooks: Hooks, clock: Clock, *, stop: Stop, resume: bool
     ) -> None:
-        writes = jax.process_index() == 0
+        config, work, writes = parts.config, parts.work, jax.process_index() == 0
         self._config, self._work, self._parts, self._folder = config, work, parts, folder
-        self._inputs, self._clock, self._stop, self._resume = inputs, clock, stop, resume
-        self._observe, self._until = observe if writes else lambda record: None, until
-        if config.tensorboard and writes:
-            self._observe = with_events(folder.path, observe)
-        self._measures = Measures(config, work, measure=measure)
+        self._clock, self._stop, self._resume, self._until = clock, stop, resume, hooks.until
+        self._observe = hooks.observe if writes else lambda record: None
+        if config.recording.tensorboard and writes:
+            self._observe = with_events(folder.path, hooks.observe)
+        self._measures = Measures(config, work, measure=hooks.measure)
         self._rates = Rates(parts.engine) if isinstance(parts.engine, Reports) else None
         self._checkpoints = shared_checkpoints.of_run(
             folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
@@ -233,15 +243,21 @@ class Recorder(Callback):
         self._mark = (0, 0.0, dict(clock.spent))  # step, clock and time spent at the last line of progress
 
     def make_refresher(self, engine: Any, sampler: BatchSampler, **options: Any) -> Refresher:
-        """The refresher of the configuration, whose clock is agreed upon by all processes."""
+        """The refresher of the configuration, whose clock is agreed upon by all processes.
+
+        Args:
+            engine: who scores, or None.
+            sampler: that takes the scores.
+            options: what `isgd_jax.training.loop.fit` would ask for; the configuration decides instead.
+        """
         config, replayed = self._config, self._parts.replayed
         clock = (lambda: agree(self._clock())) if replayed is None else lambda: replayed.arrivals[self._step].clock
         made = refresher(
             engine,
             sampler,
-            every=config.refresh_every,
-            publish_every=config.publishes_every,
-            wait=config.mode == "exact" and replayed is None,
+            every=config.refresh.refresh_every,
+            publish_every=config.refresh.publishes_every,
+            wait=config.sampling.mode == "exact" and replayed is None,
             published=self._parts.published,
             clock=clock,
             publish_at=None if replayed is None else lambda step: step in replayed.versions,
@@ -250,16 +266,17 @@ class Recorder(Callback):
         return ClockedRefresher(made, self._clock)
 
     def begin(self, run: Run) -> None:
+        """Take up a checkpoint, write what the run is, and tell the plan; the first line of progress is of step 0."""
         if self._resume:
             self._restore(run)
             self._folder.write_config(self._config)
-        self._folder.write(data.INPUTS_FILE, self._inputs.to_json())
+        self._folder.write(data.INPUTS_FILE, self._work.inputs.to_json())
         self._folder.write_environment([str(device) for device in jax.devices()], self._work.fingerprint)
         if self._step < run.num_steps:
             self._observe(self._plan(run))
         else:
-            flag = "--steps" if self._config.epochs is None else "--epochs"
-            self._warn(f"nothing is left to do: {self._step:,} updates were made; {flag} N asks for more")
+            more = "steps" if self._config.training.epochs is None else "epochs"
+            self._warn(f"nothing is left to do: {self._step:,} updates were made; {more}=N asks for more")
         self._warn(*self._parts.remarks)
         self._set_mark()
         if self._step == 0:
@@ -267,6 +284,7 @@ class Recorder(Callback):
         self._ask(run)
 
     def refreshed(self, run: Run) -> None:
+        """Record which scores arrived, and when: what a replay follows."""
         found, engine = run.refresher.last, self._parts.engine
         if found is None or engine is None:
             return
@@ -286,16 +304,18 @@ class Recorder(Callback):
         self._warn(*_notices(engine))
 
     def stepped(self, run: Run, info: StepInfo) -> None:
+        """Keep what the step left on the device; every so often write a line of progress, save, and ask to go on."""
         self._infos.append(info)
         self._step = run.step
-        if run.step % self._config.log_every == 0 or run.step == run.num_steps:
+        if run.step % self._config.recording.log_every == 0 or run.step == run.num_steps:
             self._log(run)
-        if run.step % self._config.checkpoint_every == 0:
+        if run.step % self._config.recording.checkpoint_every == 0:
             self._save(run)
         if jax.process_count() == 1 or run.step % STEPS_IN_FLIGHT == 0:
             self._ask(run)
 
     def end(self, run: Run) -> None:
+        """Save the last step, and draw the figures."""
         self._warn(*_notices(self._parts.engine))
         self._save(run)
         self._checkpoints.wait()
@@ -306,6 +326,7 @@ class Recorder(Callback):
             self._observe({"event": "wrote", "paths": [str(path) for path in self._folder.files()]})
 
     def close(self) -> None:
+        """Let the checkpoints go, also after an error."""
         self._checkpoints.close()
 
     def _restore(self, run: Run) -> None:
@@ -393,9 +414,8 @@ class Recorder(Callback):
             else f"the checkpoint of step {newest} in {self._folder.checkpoints}, with a finite loss, stays"
         )
         became = "is not finite" if value is None else f"became {value}"
-        return DivergedError(
-            f"the {what} {became} at step {step}: lower --learning-rate (it was {self._config.learning_rate}); {kept}"
-        )
+        rate = self._config.training.learning_rate
+        return DivergedError(f"the {what} {became} at step {step}: lower learning_rate (it was {rate}); {kept}")
 
     def _note_switches(self, infos: list[StepInfo]) -> None:
         """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
@@ -459,8 +479,8 @@ class Recorder(Callback):
             "devices": [str(device) for device in jax.devices()],
             "first_step": self._step,
             "num_steps": run.num_steps,
-            "config": self._config.to_dict(),
-            "sampler": self._config.sampler_in_use,
+            "config": self._config.flat(),
+            "sampler": self._config.sampling.sampler_in_use,
             "seconds_per_update": seconds / REHEARSED,
             "seconds_per_refresh": refresh,
             "share_scored": self._config.share_scored(self._work.num_examples),
@@ -479,7 +499,7 @@ class Recorder(Callback):
             max(0.0, with_a_chunk - once) * self._config.share_scored(size) * size / getattr(engine, "chunk_size", size)
         )
         params = self._parts.published(run.state.params, 0)
-        wait = self._config.mode == "exact"
+        wait = self._config.sampling.mode == "exact"
         collecting = engine.seconds_per_collect(params, wait=wait) if isinstance(engine, Timed) else 0.0
         return collecting + once + each
 

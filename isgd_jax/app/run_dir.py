@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
+from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config, TrainingConfig
 from isgd_jax.app.locks import locked
 from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
 
@@ -66,8 +66,9 @@ class RunDir:
             FileExistsError: the folder holds something already, or another process is making it.
             PermissionError: it cannot be written to.
         """
-        if config.run_dir is not None:
-            return cls._create(Path(config.run_dir), config)
+        named = config.recording.run_dir
+        if named is not None:
+            return cls._create(Path(named), config)
         name = _default_name(config)
         for count in itertools.count(1):  # another run may have begun in the same second
             with contextlib.suppress(FileExistsError):
@@ -182,16 +183,16 @@ class RunDir:
         Raises:
             ValueError: a field that decides the parameters differs, or the run is a replay.
         """
-        if config.replay is not None:
+        if config.refresh.replay is not None:
             raise ArgumentError(
                 f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again"
             )
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME)
-        before = self.read_config()
-        if config.schedule != "constant" and (before.steps, before.epochs) != (config.steps, config.epochs):
+        before, now = self.read_config().training, config.training
+        if now.schedule != "constant" and (before.steps, before.epochs) != (now.steps, now.epochs):
             raise ArgumentError(
-                f"--schedule {config.schedule} is made for the whole length of the run, which was started with "
-                f"{_length(before)}; got {_length(config)}: leave it as it was"
+                f"schedule={now.schedule} is made for the whole length of the run, which was started with "
+                f"{_length(before)}; got {_length(now)}: leave it as it was"
             )
 
     def write_config(self, config: Config) -> None:
@@ -207,12 +208,11 @@ class RunDir:
         self._check_same(config, may_change=MAY_CHANGE_ON_RESUME | {"replay"})
 
     def _check_same(self, config: Config, *, may_change: frozenset[str]) -> None:
-        before, now = self.read_config().to_dict(), config.to_dict()
+        before, now = self.read_config().flat(), config.flat()
         for name in before:
             if before[name] != now[name] and name not in may_change:
-                flag = name.replace("_", "-")
                 raise ArgumentError(
-                    f"--{flag} is {now[name]!r} but the run was started with {before[name]!r}; drop the flag"
+                    f"{name}={now[name]!r}, but the run was started with {before[name]!r}: leave it as it was"
                 )
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -344,8 +344,8 @@ def _check_record(record: Record, where: str) -> None:
             raise DamagedFileError(f"{where}: expected a number or null as {name}, got {str(value)[:200]}")
 
 
-def _length(config: Config) -> str:
-    return f"--steps {config.steps}" if config.epochs is None else f"--epochs {config.epochs}"
+def _length(training: TrainingConfig) -> str:
+    return f"steps={training.steps}" if training.epochs is None else f"epochs={training.epochs}"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -389,7 +389,7 @@ def _finite(digits: str) -> float:
 
 
 def _default_name(config: Config) -> str:
-    return f"runs/{config.dataset}-{config.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{config.data.dataset}-{config.sampling.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _pretty(values: Record) -> str:

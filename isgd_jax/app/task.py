@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isgd_jax.app import data, models
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import ModelConfig
 from isgd_jax.engines.scorers import softmax_cross_entropy
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Example, LossFn, Params
+
+__all__ = ["OutputLoss", "Task", "make"]
 
 OutputLoss = Callable[[Array, Example], Float[Array, ""]]
 """A loss of one example from the model's outputs for it."""
@@ -30,16 +32,24 @@ class Task(NamedTuple):
     test: Batch
     num_examples: int
     fingerprint: str
+    inputs: data.Inputs
+    """What is done to the inputs before the model sees them; kept with a run."""
     num_classes: int | None = None
     """How many classes an example's one label may be of; None where the largest output is no answer, so no error."""
 
 
 def make(
-    config: Config, dataset: data.Dataset, *, model: models.Model | None = None, loss: OutputLoss | None = None
+    config: ModelConfig, dataset: data.Dataset, *, model: models.Model | None = None, loss: OutputLoss | None = None
 ) -> Task:
-    """The task of a configuration. ``model`` and ``loss`` in Python take precedence over their names.
+    """The task of a configuration.
 
     A model of one input is given that array, a model of several a dict of them; the loss is given the whole example.
+
+    Args:
+        config: names of the model and of the loss.
+        dataset: what is trained on; its arrays are ``[n, ...]``.
+        model: takes the place of ``config.model``; anything with Linen's ``init`` and ``apply``, for one example.
+        loss: takes the place of ``config.loss``; ``(outputs, example) -> scalar``.
 
     Raises:
         ValueError: the model or the loss cannot be found, does not suit the data, or gives the wrong shape.
@@ -62,15 +72,16 @@ def make(
         return loss(logits_fn(params, example), example)
 
     example = jax.tree.map(lambda x: x[0], dataset.train)
-    inputs = jax.tree.map(jnp.asarray, dataset.inputs.of(example))
+    example_inputs = jax.tree.map(jnp.asarray, dataset.inputs.of(example))
 
     def init(key: Array) -> Params:
         num_classes = dataset.num_classes if loss is softmax_cross_entropy else None
-        return models.init(model, key, inputs, num_classes=num_classes)
+        return models.init(model, key, example_inputs, num_classes=num_classes)
 
     _check_scalar(loss_fn, jax.eval_shape(init, jax.random.key(0)), example, config.loss)
     classes = dataset.num_classes if "label" in example and not example["label"].shape else None
-    return Task(loss_fn, logits_fn, init, dataset.train, dataset.test, len(dataset), dataset.fingerprint, classes)
+    size, fingerprint, inputs = len(dataset), dataset.fingerprint, dataset.inputs
+    return Task(loss_fn, logits_fn, init, dataset.train, dataset.test, size, fingerprint, inputs, classes)
 
 
 def _check_suits(name: str, dataset: data.Dataset) -> None:

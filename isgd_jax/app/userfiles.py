@@ -49,22 +49,22 @@ def _origin(module: str) -> str:
     return found.origin or ", ".join(found.submodule_search_locations or ["an unknown place"])
 
 
-def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = False) -> np.ndarray:
+def numbers(path: str, num_examples: int, *, name: str, allow_negative: bool = False) -> np.ndarray:
     """The ``num_examples`` finite numbers in a .npy file, as float32.
 
     Args:
         path: the file, as `numpy.save` writes it.
         num_examples: how many numbers there must be, one for each training example.
-        flag: the option, as messages name it.
+        name: of the option, as messages give it.
         allow_negative: whether numbers may be less than 0.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else; ``flag`` names the option in the message.
+        ValueError: it holds something else; the message begins with ``name``.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag}: there is no file {path}")
-    expected = f"{flag}: expected {num_examples} numbers, one for each training example"
+        raise FileNotFoundError(f"{name}: there is no file {path}")
+    expected = f"{name}: expected {num_examples} numbers, one for each training example"
     with open(path, "rb") as file:
         begin = file.read(6)
     if begin.startswith(b"PK"):
@@ -82,5 +82,5 @@ def numbers(path: str, num_examples: int, *, flag: str, allow_negative: bool = F
     with np.errstate(over="ignore"):  # told below
         values = np.array(found, np.float32)
     if not np.isfinite(values).all() or not (allow_negative or (values >= 0).all()):
-        raise ArgumentError(f"{flag}: expected finite numbers{'' if allow_negative else ' of at least 0'} in {path}")
+        raise ArgumentError(f"{name}: expected finite numbers{'' if allow_negative else ' of at least 0'} in {path}")
     return values

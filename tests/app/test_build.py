@@ -55,13 +55,13 @@ def test_a_sampler_and_a_scorer_of_ones_own_are_used(tmp_path: Path) -> None:
     [
         (
             {"sampler": "best"},
-            "--sampler must be one of auto, stratified, .* in exact mode, or pkg.module:fn; got 'best'",
+            "sampler must be one of auto, stratified, .*, or pkg.module:fn, with mode=exact; got 'best'",
         ),
         (
             {"sampler": "a:b", "mode": "uniform"},
-            "--sampler must be one of auto, shuffled, uniform in uniform mode; got",
+            "sampler must be one of auto, shuffled, uniform with mode=uniform; got",
         ),
-        ({"scorer": "best"}, "--scorer must be one of grad_norm, loss, logit_bound, or pkg.module:fn; got 'best'"),
+        ({"scorer": "best"}, "scorer must be one of grad_norm, loss, logit_bound, or pkg.module:fn; got 'best'"),
     ],
 )
 def test_a_name_that_is_none_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -80,9 +80,9 @@ def mean_update(config: Any, runs: int) -> tuple[Any, Any, Any]:
 
     They draw by the scores of all examples.
     """
-    work = task.make(config, blobs())
+    work = task.make(config.model, blobs())
     train = jax.device_put(dict(work.train))
-    parts = build.build(config, work, num_steps=1)
+    parts = build.build(config, work)
     assert parts.engine is not None
     params = parts.problem.init(jax.random.key(0))
     parts.engine.publish(parts.published(params, 0), 0)
@@ -137,7 +137,7 @@ def test_augmented_draws_are_unbiased_for_the_augmented_loss(tmp_path: Path) -> 
 
 def masses_of(config: Any) -> np.ndarray:
     """The probabilities of the first draw, by example."""
-    law = build.make_sampler(config, task.make(config, blobs())).init().proposal.law
+    law = build.make_sampler(config, task.make(config.model, blobs())).init().proposal.law
     masses = np.zeros(90)
     masses[np.asarray(law.order)] = law.masses
     return masses
@@ -154,7 +154,7 @@ def test_static_scores_are_what_is_drawn_by(tmp_path: Path) -> None:
 def test_neighbours_on_the_line_share_their_label(tmp_path: Path, order: str) -> None:
     """By label alone the line never moves; else by score within a label, and the largest score is the label's last."""
     config = small_config(tmp_path / "run", order=order)
-    work = task.make(config, blobs())
+    work = task.make(config.model, blobs())
     sampler = build.make_sampler(config, work)
     state = sampler.record(sampler.init(), np.arange(90), np.linspace(2.0, 1.0, 90, dtype=np.float32), version=0)
     lines = [np.asarray(at.proposal.law.order) for at in (sampler.init(), sampler.refresh(state))]
@@ -208,7 +208,7 @@ def test_a_worker_in_another_folder_finds_the_same_data(tmp_path: Path, monkeypa
     def folders(**named: str) -> tuple[str | None, str | None]:
         made: Any = build.job_elsewhere(small_config("run", **named), None, None, None)
         assert made.func is build.worker_job
-        return made.args[0].data_dir, made.args[0].raw_dir
+        return made.args[0].data.data_dir, made.args[0].data.raw_dir
 
     assert folders(data_dir="data") == (str(tmp_path / "data"), None)
     assert folders(data_dir="~/data", raw_dir="raw") == (str(Path.home() / "data"), str(tmp_path / "raw"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from isgd_jax.app.cli import _parse, main
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.run_dir import RunDir
 
 SMALL = [
@@ -46,7 +47,7 @@ def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_run_goes_on_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
-        RunDir.create(Config(run_dir=str(tmp_path / name)))
+        RunDir.create(configure(run_dir=str(tmp_path / name)))
     said = sentence(["train", "--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")], capsys)
     assert "a run goes on in its own folder; leave --run-dir out" in said
 
@@ -54,7 +55,7 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path, capsys: pytest.CaptureF
 def test_of_a_run_that_cannot_be_written_to_a_page_is_made_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     (run.path / "loss.png").mkdir()  # root may write whatever the mode of a folder is
     (run.path / "loss.png" / "file").touch()
     assert "loss.png" in sentence(["report", str(run.path)], capsys)
@@ -81,7 +82,7 @@ def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "strange_model.py").write_text("raise ImportError('run')")
-    RunDir.create(Config(run_dir="run", model="strange_model:Net", loss="nowhere_to_be_found:loss"))
+    RunDir.create(configure(run_dir="run", model="strange_model:Net", loss="nowhere_to_be_found:loss"))
     said = sentence(["train", "--resume", "run"], capsys)
     assert f"isgd: --model strange_model:Net imports strange_model from {tmp_path}/strange_model.py" in said
     assert "--loss nowhere_to_be_found:loss imports nowhere_to_be_found from nowhere: it is not there" in said
@@ -175,9 +176,9 @@ def test_presets_and_replays_begin_with_their_configuration(
     arguments: list[str], expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    RunDir.create(Config(mode="relaxed", seed=5, run_dir="old"))
-    config = _parse(["train", *arguments]).config
-    assert {name: getattr(config, name) for name in expected} == expected
+    RunDir.create(configure(mode="relaxed", seed=5, run_dir="old"))
+    config = _parse(["train", *arguments]).config.flat()
+    assert {name: config[name] for name in expected} == expected
 
 
 def test_who_reads_us_may_stop_reading() -> None:
@@ -198,6 +199,28 @@ def test_help_is_instant(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "--learning-rate" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+def test_help_has_a_panel_for_each_part_and_a_line_for_each_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main([*arguments, "--help"])
+        assert exit_info.value.code == 0
+        return capsys.readouterr().out
+
+    parts = list(Config().to_dict())[1:]
+    for command, named in {"train": parts, "compare": parts, "probe": ["data", "model", "training", "scoring"]}.items():
+        told = said(command)
+        assert re.findall(r"^\W+ (\w+) options \W+$", told, flags=re.MULTILINE) == named
+        flags = [f"--{name.replace('_', '-')}" for part in named for name in Config().to_dict()[part]]
+        assert [flag for flag in flags if not re.search(rf"^\W {flag}\b", told, flags=re.MULTILINE)] == []
+        boxed = [line for line in told.splitlines() if line[:1] in "╭│╰+|"]
+        assert max(map(len, boxed)) <= 100
+    assert len(said().splitlines()) < 20
 
 
 @pytest.mark.parametrize(
@@ -225,6 +248,10 @@ def test_help_is_instant(tmp_path: Path) -> None:
         (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
         (["train", "--coin", "0.5"], "isgd: --coin went in 0.2: every step draws from the proposal; use --mixture"),
         (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
+        (["probe", "--mode", "relaxed"], "--mode (applied to isgd probe)"),
+        (["probe", "--mixture", "2"], "isgd: --mixture must be above 0 and at most 1; got 2.0"),
+        (["train", "--engine", "local", "--train-devices", "3"], "isgd: --batch-size must be a multiple of --train-"),
+        (["train", "--num-processes", "2"], "isgd: --num-processes must be left out unless --distributed; got 2"),
         (["train", "--sampler", "poisson"], "isgd: --sampler poisson went in 0.2: use stratified (the default)"),
         (["compare", "--arms", "a: --coin 0.5", "--out", "x"], "isgd: --coin went in 0.2: "),
     ],

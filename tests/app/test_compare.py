@@ -14,7 +14,7 @@ from problems import blobs, small_config
 from isgd_jax.app import compare, figures
 from isgd_jax.app.compare.plots import figure
 from isgd_jax.app.compare.study import _is_whole
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import Record, RunDir
 
@@ -182,7 +182,7 @@ def test_a_study_is_trained_once_and_read_again(tmp_path: Path) -> None:
     assert compare.read(tmp_path / "s") == made
     grouped = compare.group([tmp_path / "s" / "exact-0", tmp_path / "s" / "uniform-0"])
     assert grouped.curves == {f"mode={name}": made.curves[name] for name in ("exact", "uniform")}
-    with pytest.raises(ValueError, match=r"--batch-size is 5 but the run was started with 10"):
+    with pytest.raises(ValueError, match=r"batch_size=5, but the run was started with 10"):
         compare.train(arms(tmp_path, batch_size=5), seeds=1, folder=tmp_path / "s")
 
 
@@ -191,7 +191,11 @@ def fake_arm(losses: list[float], calls: list[bool], stopped_by: int | None = No
 
     def fit_by_hand(config: Config, *, resume: bool, observe: Any, until: Any) -> Any:
         calls.append(resume)
-        run = RunDir.create(config) if not Path(str(config.run_dir)).exists() else RunDir(Path(str(config.run_dir)))
+        run = (
+            RunDir.create(config)
+            if not Path(str(config.recording.run_dir)).exists()
+            else RunDir(Path(str(config.recording.run_dir)))
+        )
         lines = [line for line in curve(losses) if line["step"] >= len(list(run.records("progress"))) * 10]
         for line in lines:
             run.append(line)
@@ -200,7 +204,7 @@ def fake_arm(losses: list[float], calls: list[bool], stopped_by: int | None = No
         run.append({"event": "finished", "step": line["step"]})
         return SimpleNamespace(stopped_by=stopped_by)
 
-    return compare.Arm(Config(steps=40), fit_by_hand)
+    return compare.Arm(configure(steps=40), fit_by_hand)
 
 
 def test_a_run_ends_at_its_levels_and_goes_on_to_lower_ones(tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
 
 def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        RunDir.create(Config(run_dir=str(tmp_path / name)))
+        RunDir.create(configure(run_dir=str(tmp_path / name)))
     with pytest.raises(ValueError, match="another run of the arm 'all runs' with seed 0"):
         compare.group([tmp_path / "a", tmp_path / "b"])
 

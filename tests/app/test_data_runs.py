@@ -61,7 +61,7 @@ def test_a_classifier_predicts_from_its_folder(tmp_path: Path) -> None:
     inputs = data.read_inputs(tmp_path / "run")
     x = dataset.test["features"]
     logits = model.apply({"params": result.params}, inputs.standardize(jnp.asarray(x[0])))
-    work = task.make(small_config(tmp_path / "run"), dataset, model=model)
+    work = task.make(small_config(tmp_path / "run").model, dataset, model=model)
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(dataset.test))
     np.testing.assert_array_equal(logits, work.logits_fn(result.params, example))
     assert json.loads((tmp_path / "run" / "config.json").read_text())  # beside it
@@ -98,12 +98,12 @@ def reconstruction(outputs: Array, example: dict[str, Array]) -> Array:
 )
 def test_tasks_without_one_class_an_example(tmp_path: Path, dataset: data.Dataset, model: Any, loss: Any) -> None:
     config = small_config(tmp_path / "run")
-    work = task.make(config, dataset, model=model, loss=loss)
+    work = task.make(config.model, dataset, model=model, loss=loss)
     assert work.num_classes is None
     example = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(work.train))
     params = work.init(jax.random.key(0))
     assert work.loss_fn(params, example) == loss(model.apply({"params": params}, dataset.inputs.of(example)), example)
-    build.build(config, work, num_steps=1)
+    build.build(config, work)
 
 
 def test_what_the_small_models_cannot_read_is_told(tmp_path: Path) -> None:
@@ -115,6 +115,6 @@ def test_what_the_small_models_cannot_read_is_told(tmp_path: Path) -> None:
         (data.from_arrays(*[whole | {"y": np.ones(6)}] * 2), "takes one input, and arrays has x, y: name it"),
     ):
         with pytest.raises(ValueError, match=message):
-            task.make(config, dataset)
+            task.make(config.model, dataset)
     with pytest.raises(ValueError, match=r"points has no classes, .*: name a loss of"):
-        task.make(config, no_labels(), model=nn.Dense(3))
+        task.make(config.model, no_labels(), model=nn.Dense(3))

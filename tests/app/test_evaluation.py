@@ -8,7 +8,7 @@ from isgd_jax.app import evaluation, task
 
 def test_evaluation_is_mean_loss_and_share_of_wrong_answers(tmp_path) -> None:
     dataset = blobs()
-    work = task.make(small_config(tmp_path), dataset)
+    work = task.make(small_config(tmp_path).model, dataset)
     params = work.init(jax.random.key(0))
     fit = evaluation.make_evaluate(work)(params, dict(dataset.test))
     outputs = jax.vmap(work.logits_fn, (None, 0))(params, dict(dataset.test))

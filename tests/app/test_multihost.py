@@ -20,7 +20,7 @@ from processes import forced
 from test_cli import isgd
 
 from isgd_jax.app import checkpoints
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.multihost import LOST, _check_same, _of_all
 from isgd_jax.app.run import _devices, fit
 from isgd_jax.app.run_dir import RunDir
@@ -35,12 +35,12 @@ MEMBER = """
 import json, sys
 import numpy as np
 from jax.experimental import multihost_utils
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, configure
 from isgd_jax.app.multihost import joined
 flags = json.loads(sys.argv[1])
 fingerprint = flags.pop("fingerprint", "a")
 try:
-    with joined(Config(distributed=True, **flags), fingerprint):
+    with joined(configure(distributed=True, **flags), fingerprint):
         print("joined", flush=True)
         for line in iter(input, "done"):
             print(multihost_utils.process_allgather(np.int32(line)).tolist(), flush=True)
@@ -133,7 +133,7 @@ def wait_for(run: Path, step: int, running: list[subprocess.Popen[str]]) -> None
 @pytest.mark.timeout(600)
 def test_two_processes_make_the_run_of_one_and_the_loss_of_one_ends_both(tmp_path: Path) -> None:
     """2 x 4 devices give the losses of 1 x 8; one is killed, and the other ends in time; the checkpoint is whole."""
-    fit(Config(**SETTINGS, data_dir=str(tmp_path / "data"), run_dir=str(tmp_path / "one"), steps=40))
+    fit(configure(**SETTINGS, data_dir=str(tmp_path / "data"), run_dir=str(tmp_path / "one"), steps=40))
     running = processes(tmp_path, "--run-dir", "two", "--data-dir", "data", "--steps", "100000")
     wait_for(tmp_path / "two", 40, running)
     began = time.monotonic()
@@ -179,8 +179,8 @@ def test_a_signal_at_one_stops_all_at_one_step_and_the_run_goes_on(tmp_path: Pat
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="--batch-size must be a multiple of the 8 devices that train"):
-        _devices(Config(distributed=True, batch_size=12))
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 8 devices that train"):
+        _devices(configure(distributed=True, batch_size=12))
 
 
 @pytest.mark.soak
@@ -320,10 +320,10 @@ def test_where_no_cluster_is_found_the_flags_are_asked_for(start: Callable[..., 
 
 
 def test_a_mistaken_place_is_found_before_anything_else(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--process-id must be below --num-processes 2; got 2"):
-        Config(distributed=True, coordinator="127.0.0.1:1", num_processes=2, process_id=2)
-    with pytest.raises(ValueError, match="--coordinator must be host:port of process 0; got 'here'"):
-        Config(distributed=True, coordinator="here", num_processes=2, process_id=0)
+    with pytest.raises(ValueError, match="process_id must be below num_processes=2; got 2"):
+        configure(distributed=True, coordinator="127.0.0.1:1", num_processes=2, process_id=2)
+    with pytest.raises(ValueError, match="coordinator must be host:port of process 0; got 'here'"):
+        configure(distributed=True, coordinator="here", num_processes=2, process_id=0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.2"])
@@ -337,13 +337,13 @@ def test_a_taken_port_is_said(tmp_path: Path, host: str) -> None:
 
 
 def test_flags_of_a_place_need_the_flag_that_asks_for_it() -> None:
-    with pytest.raises(ValueError, match="--process-id must be left out without --distributed"):
-        Config(process_id=1)
-    with pytest.raises(ValueError, match="--heartbeat-timeout must be at least 1 second"):
-        Config(heartbeat_timeout=0)
+    with pytest.raises(ValueError, match="process_id must be left out unless distributed=True"):
+        configure(process_id=1)
+    with pytest.raises(ValueError, match="heartbeat_timeout must be at least 1; got 0"):
+        configure(heartbeat_timeout=0)
 
 
 def test_what_is_saved_names_no_place() -> None:
-    config = Config(distributed=True, coordinator="host:1", num_processes=2, process_id=1)
+    config = configure(distributed=True, coordinator="host:1", num_processes=2, process_id=1)
     assert config.as_saved() == Config()
     assert json.dumps(config.as_saved().to_dict())

@@ -45,19 +45,23 @@ def test_the_spread_of_norms_by_definition(num_examples: int) -> None:
 
 def work(tmp_path: Path, **changes: Any) -> tuple[Any, task.Task]:
     config = small_config(tmp_path, **changes)
-    return config, task.make(config, blobs())
+    return config, task.make(config.model, blobs())
+
+
+def probed_of(config: Any, made: task.Task, **options: Any) -> measure.Probed:
+    return findings.probed_of(config.training, config.scoring, made, **options)
 
 
 def test_a_plain_step_is_that_of_the_optimiser_alone(tmp_path: Path, key: jax.Array) -> None:
     config, made = work(tmp_path)
-    steps = measure.Steps(findings.probed_of(config, made))
+    steps = measure.Steps(probed_of(config, made))
     params = made.init(key)
     data = jax.device_put(dict(made.train))
     ours, _ = steps.plain(params, steps.tx.init(params), data, key)
-    indices = jax.random.randint(key, (config.batch_size,), 0, made.num_examples)
+    indices = jax.random.randint(key, (config.training.batch_size,), 0, made.num_examples)
     batch = jax.tree.map(lambda x: x[indices], data)
     grads = jax.grad(lambda p: jnp.mean(jax.vmap(made.loss_fn, (None, 0))(p, batch)))(params)
-    plain = optax.sgd(config.learning_rate, momentum=config.momentum, nesterov=True)
+    plain = optax.sgd(config.training.learning_rate, momentum=config.training.momentum, nesterov=True)
     updates, _ = plain.update(grads, plain.init(params), params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, optax.apply_updates(params, updates)
@@ -69,7 +73,7 @@ def test_scores_do_not_age_while_the_parameters_stand_still(tmp_path: Path, key:
     config, made = work(tmp_path, learning_rate=1e-20)
     sample = dict(made.train)
     found = measure.ageing(
-        findings.probed_of(config, made), made.init(key), None, sample=sample, ages=[3, 9], mixture=0.2, key=key
+        probed_of(config, made, mixture=0.2), made.init(key), None, sample=sample, ages=[3, 9], key=key
     )
     found_norms, mean = norms_and_mean_gradient(made.loss_fn, made.init(key), sample)
     norms = np.asarray(found_norms)
@@ -83,8 +87,8 @@ def test_scores_do_not_age_while_the_parameters_stand_still(tmp_path: Path, key:
 def test_scores_age_when_the_parameters_move(tmp_path: Path, key: jax.Array) -> None:
     config, made = work(tmp_path, learning_rate=0.05)
     params = made.init(key)
-    probed, sample = findings.probed_of(config, made), dict(made.train)
-    found = measure.ageing(probed, params, None, sample=sample, ages=[40], mixture=0.1, key=key)
+    probed, sample = probed_of(config, made, mixture=0.1), dict(made.train)
+    found = measure.ageing(probed, params, None, sample=sample, ages=[40], key=key)
     assert found[40] > found[0]
 
 
@@ -112,34 +116,34 @@ def test_the_verdict_in_words(period: Period, expected: str) -> None:
 def test_the_remarks_of_a_verdict() -> None:
     table = [Period(10, 0.9, 2.0, 1.0), Period(100, 1.3, 1.2, 1.0)]
     words = " ".join(verdict(1.2, 1.3, table, num_updates=0))
-    assert "measured at initialisation" in words
+    assert "measured at initialization" in words
     assert "From 100 updates between refreshes on, stale scores are worse than none" in words
-    assert "initialisation" not in " ".join(verdict(1.2, 1.3, table[:1], num_updates=5))
+    assert "initialization" not in " ".join(verdict(1.2, 1.3, table[:1], num_updates=5))
 
 
 def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", mode="exact", steps=20)
     result = fit(config, dataset=blobs())
-    made = task.make(config, blobs())
-    _, opt_state, step = findings._restored(tmp_path / "run", config, made, made.init(jax.random.key(1)))
-    params = findings._restored(tmp_path / "run", config, made, made.init(jax.random.key(1)))[0]
+    made = task.make(config.model, blobs())
+    probed, first = probed_of(config, made), made.init(jax.random.key(1))
+    params, opt_state, step = findings._restored(tmp_path / "run", probed, made, first)
     assert step == 20
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     assert float(optax.tree.norm(opt_state)) > 0
-    found = probe(config, made, run=tmp_path / "run", ages=[2, 5], num_examples=50)
+    found = probe(probed_of(config, made), made, run=tmp_path / "run", ages=[2, 5], num_examples=50)
     assert (found.num_updates, found.num_examples, list(found.by_age)) == (20, 50, [0, 2, 5])
     assert found.costs.score_all == pytest.approx(90 * found.costs.score_example)
     assert found.words[0] in probe_page(found, "blobs")
     with pytest.raises(ValueError, match="the checkpoint is of another data set"):
-        probe(config, task.make(config, blobs(seed=1)), run=tmp_path / "run")
-    wider = small_config(tmp_path / "run", hidden=(9,))
+        probe(probed_of(config, made), task.make(config.model, blobs(seed=1)), run=tmp_path / "run")
+    wider, changed = work(tmp_path / "run", hidden=(9,))
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
-        probe(wider, task.make(wider, blobs()), run=tmp_path / "run")
+        probe(probed_of(wider, changed), changed, run=tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
     config, made = work(tmp_path, optimizer="adam")
-    tx = optimizers.make(config, num_examples=made.num_examples, num_steps=40)
+    tx = optimizers.make(config.training, made.num_examples)
     with pytest.raises(ValueError, match="is no array, not"):
         checkpoints.into(tx.init(made.init(jax.random.key(0))), [])
 
@@ -147,19 +151,19 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"after": -1}, "--after must be 0 or more; got -1"),
-        ({"ages": [0]}, "--ages must be numbers of steps of at least 1"),
-        ({"num_examples": 1}, "--examples must be at least 2; got 1"),
-        ({"run": Path("x"), "after": 3}, "leave it out with --run"),
+        ({"after": -1}, "after must be 0 or more; got -1"),
+        ({"ages": [0]}, "ages must be numbers of steps of at least 1"),
+        ({"num_examples": 1}, "examples must be at least 2; got 1"),
+        ({"run": Path("x"), "after": 3}, "leave it out with run="),
     ],
 )
 def test_what_cannot_be_probed_is_refused_first(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
     config, made = work(tmp_path)
     with pytest.raises(ValueError, match=expected):
-        probe(config, made, **options)
+        probe(probed_of(config, made), made, **options)
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     config, made = work(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        probe(config, made, run=tmp_path / "nothing")
+        probe(probed_of(config, made), made, run=tmp_path / "nothing")

@@ -162,7 +162,7 @@ def npy_file(tmp: Path) -> bytes:
 
 def readers(tmp: Path) -> list[Reader]:
     def scores(at: Path) -> np.ndarray:
-        return userfiles.numbers(str(at / "scores.npy"), 5, flag="--static-scores")
+        return userfiles.numbers(str(at / "scores.npy"), 5, name="static_scores")
 
     environment = json.dumps({"fingerprint": "abc", "packages": {"jax": "0.10"}, "devices": ["cpu:0"]}).encode()
     records = b"\n".join(json.dumps(record).encode() for record in RECORDS) + b"\n"

@@ -104,7 +104,7 @@ def test_a_run_goes_on_to_more_steps_and_then_has_nothing_left_to_do(tmp_path: P
     again = fit(RunDir(tmp_path / "run").read_config(), dataset=blobs(), resume=True, observe=told.append)
     assert again.step == 30
     assert [record["text"] for record in told if record["event"] == "warning"] == [
-        "nothing is left to do: 30 updates were made; --steps N asks for more"
+        "nothing is left to do: 30 updates were made; steps=N asks for more"
     ]
     assert not any(record["event"] == "plan" for record in told)
 
@@ -188,7 +188,7 @@ def test_scores_that_are_not_finite_are_set_aside_and_said(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 91}, "--batch-size must be at most 90, the training examples of blobs; got 91"),
+        ({"batch_size": 91}, "batch_size must be at most 90, the training examples of blobs; got 91"),
         ({"model": "nowhere:factory"}, "cannot import 'nowhere'"),
         ({"model": "mpl"}, "unknown model 'mpl'"),
         ({"loss": "json:nothing"}, r"json.__init__.py\) has no 'nothing'"),
@@ -242,7 +242,7 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
 def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:
     """With some wrong labels, at the end of training: the proposal in use beats uniform draws, and ideal beats it."""
     config = small_config(tmp_path / "run", steps=100, refresh_every=10)
-    work = task.make(config, blobs())
+    work = task.make(config.model, blobs())
 
     @jax.jit
     def traces(params: Any, law: samplers.Law) -> second_moments.Moments:
@@ -335,7 +335,7 @@ def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "--seed is 1 but the run was started with 0"),
+        ({"seed": 1}, "seed=1, but the run was started with 0"),
         ({"steps": 49}, "the schedule to replay ends at step 48, before --steps 49"),
     ],
 )
@@ -398,7 +398,7 @@ def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
     expected, got = progress(one.run_dir)[-1], progress(two.run_dir)[-1]
     for name in ("loss", "test_loss", "sd_stale", "max_weight"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
-    with pytest.raises(ValueError, match="--train-devices 10 leaves no device to score: this host has 8"):
+    with pytest.raises(ValueError, match="train_devices=10 leaves no device to score: this host has 8"):
         fit(small_config(tmp_path / "no", **LOCAL, train_devices=10), dataset=blobs())
 
 
@@ -414,7 +414,7 @@ def test_several_devices_train_and_the_others_score(tmp_path: Path) -> None:
 )
 def test_the_plan_tells_who_scores(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     plan = {
-        "config": small_config(tmp_path, **changes).to_dict(), "num_examples": 90, "num_params": 3, "devices": ["cpu"],
+        "config": small_config(tmp_path, **changes).flat(), "num_examples": 90, "num_params": 3, "devices": ["cpu"],
         "first_step": 0, "num_steps": 40, "seconds_per_update": 0.1, "seconds_per_refresh": 0.1,
         "share_scored": 0.25, "run_dir": "runs/x", "sampler": "systematic",
     }  # fmt: skip

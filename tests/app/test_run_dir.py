@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from problems import small_config
 
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import configure
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import ArgumentError, RunInUseError
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "run"))
+    config = configure(run_dir=str(tmp_path / "run"))
     RunDir.create(config)
     with pytest.raises(FileExistsError, match="resume it with --resume"):
         RunDir.create(config)
 
 
 def test_the_configuration_comes_back(tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "run"), hidden=(3,), seed=5)
+    config = configure(run_dir=str(tmp_path / "run"), hidden=(3,), seed=5)
     assert RunDir.create(config).read_config() == config
 
 
@@ -37,21 +37,21 @@ def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
 
 
 def test_what_decides_the_parameters_may_not_change_on_resume(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
-    run.check_resumable(Config(run_dir="elsewhere", steps=9999, log_every=7))
-    with pytest.raises(ValueError, match=r"--learning-rate is 0.5 but the run was started with"):
-        run.check_resumable(Config(learning_rate=0.5))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
+    run.check_resumable(configure(run_dir="elsewhere", steps=9999, log_every=7))
+    with pytest.raises(ValueError, match=r"learning_rate=0.5, but the run was started with"):
+        run.check_resumable(configure(learning_rate=0.5))
 
 
 def test_a_resumed_run_is_that_of_its_last_configuration(tmp_path: Path) -> None:
     run = RunDir.create(small_config(tmp_path / "run", steps=40))
     run.check_resumable(small_config(tmp_path / "run", steps=70))
     run.write_config(small_config(tmp_path / "run", steps=70))
-    assert run.read_config().steps == 70
+    assert run.read_config().training.steps == 70
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     run.append({"event": "progress", "step": 1})
     with run.metrics.open("a") as file:
         file.write('{"event": "progr')
@@ -59,7 +59,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
 
 
 def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     for step in (10, 20, 30):
         run.append({"event": "progress", "step": step})
     run.forget_after(20)
@@ -67,7 +67,7 @@ def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     run.write("note.txt", "old")
 
     def full(descriptor: int) -> None:
@@ -80,7 +80,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 
 def test_metrics_are_json_that_any_reader_takes(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.append({"event": "progress", "step": 1, "loss": float("nan")})
 
@@ -91,7 +91,7 @@ def test_a_folder_one_may_not_write_to_is_one_sentence(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "mkdir", forbidden)  # as root every folder is writable
     with pytest.raises(PermissionError, match="choose a --run-dir where you may write"):
-        RunDir.create(Config(run_dir=str(tmp_path / "run")))
+        RunDir.create(configure(run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def create(path: str, at: float) -> str:
     while time.time() < at:
         pass
     try:
-        RunDir.create(Config(run_dir=path))
+        RunDir.create(configure(run_dir=path))
         return "made"
     except FileExistsError:
         return "refused"
@@ -142,11 +142,11 @@ def test_of_two_that_create_a_folder_at_once_one_does_and_one_is_refused(tmp_pat
 def test_what_a_kill_left_of_a_folder_that_was_being_made_is_no_run(tmp_path: Path) -> None:
     for name in (".lock", ".holder.json", ".0123.partial"):
         (tmp_path / name).touch()
-    RunDir.create(Config(run_dir=str(tmp_path)))
+    RunDir.create(configure(run_dir=str(tmp_path)))
 
 
 def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     told = rf"run is in use: process {os.getpid()} on \S+ has been writing to it since \d{{4}}-.*; wait for it"
     with run.alone():
         for _ in range(2):
@@ -160,7 +160,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_written_takes_the_place_of_a_link(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     (tmp_path / "precious").write_text("precious")
     (run.path / "loss.png").symlink_to(tmp_path / "precious")
     run.write("loss.png", "a figure")
@@ -171,7 +171,7 @@ def test_a_file_that_is_written_takes_the_place_of_a_link(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "checkpoints", "checkpoints/9/x"])
 def test_reading_a_run_follows_no_link_out_of_it(tmp_path: Path, name: str) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     (tmp_path / "secret").write_text("{}")
     (run.path / name).parent.mkdir(parents=True, exist_ok=True)
     (run.path / name).unlink(missing_ok=True)
@@ -186,7 +186,7 @@ def test_reading_a_run_follows_no_link_out_of_it(tmp_path: Path, name: str) -> N
 
 
 def test_links_within_a_run_are_followed(tmp_path: Path) -> None:
-    run = RunDir.create(Config(run_dir=str(tmp_path / "run")))
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     (run.path / "config.json").rename(run.path / "renamed")
     (run.path / "config.json").symlink_to("renamed")
     (tmp_path / "elsewhere").symlink_to(run.path)
@@ -198,7 +198,7 @@ def test_a_schedule_of_the_whole_length_is_not_resumed_with_another(tmp_path: Pa
     begun = small_config(tmp_path / "run", steps=40, schedule="cosine")
     run = RunDir.create(begun)
     run.check_resumable(begun)
-    with pytest.raises(ArgumentError, match=r"--schedule cosine is made for the whole length .* --steps 40; got --"):
+    with pytest.raises(ArgumentError, match=r"schedule=cosine is made for the whole length .* steps=40; got "):
         run.check_resumable(small_config(tmp_path / "run", **({"steps": 40, "schedule": "cosine"} | changes)))
 
 
@@ -207,6 +207,6 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda *args: "20300101-000000")
-    made = [RunDir.create(Config(mode="uniform")).path.name for _ in range(3)]
+    made = [RunDir.create(configure(mode="uniform")).path.name for _ in range(3)]
     first = "digits-uniform-20300101-000000"
     assert made == [first, f"{first}-2", f"{first}-3"]

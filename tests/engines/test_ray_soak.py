@@ -15,7 +15,7 @@ from problems import blobs, linear_problem
 from test_cli import SMALL, finished, isgd
 from test_ray_engine import TESTS, inline_scores, make_job, pids, scores_of, wait_until
 
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import configure
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import RunDir
 
@@ -77,7 +77,7 @@ def test_a_random_actor_killed_every_20_seconds(tmp_path: Path) -> None:
             over.set()
         return time.monotonic() > end and (not failing or time.monotonic() > end + PATIENCE)
 
-    config = Config(
+    config = configure(
         engine="cluster", scorers=3, mode="relaxed", hidden=(512, 512), refresh_every=20, chunk_size=256, steps=10**7,
         log_every=500, checkpoint_every=10_000, run_dir=str(tmp_path / "run"),
     )  # fmt: skip

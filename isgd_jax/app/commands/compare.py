@@ -11,20 +11,26 @@ from typing import Annotated
 import tyro
 
 from isgd_jax.app import compare
-from isgd_jax.app.config import Config, refuse_gone
+from isgd_jax.app.config import Config
+from isgd_jax.app.flags import in_flags, parse
+from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.run_dir import write_whole
 from isgd_jax.errors import ArgumentError
+
+__all__ = ["Compare", "parse_arms", "run"]
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare ways of training over several seeds: median curves, and the updates and seconds to given levels.
+    """Compare ways of training over several seeds: the updates and seconds that each needs to given levels.
 
     Train what is missing, every arm from the same seeds (stopped, the same command goes on):
 
-        isgd compare --dataset fashion_mnist --arms "uniform: --mode uniform" "exact: --mode exact" --seeds 5 --out DIR
+        isgd compare --arms "uniform: --mode uniform" "exact: --mode exact" --seeds 5 --out DIR
 
     or read what is there, a study's folder or the folders of single runs: isgd compare DIR.
+
+    The flags of isgd train, below in groups, hold for every arm; what an arm is followed by holds for that one.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -43,26 +49,32 @@ class Compare:
 
     def __post_init__(self) -> None:
         if bool(self.runs) == bool(self.arms):
-            raise ArgumentError("name either --arms to train or folders to read")
+            raise ArgumentError("name either arms= to train or folders to read")
         if self.arms and self.out is None:
-            raise ArgumentError("--out must name the folder of the study")
-        if self.config.run_dir is not None:
-            raise ArgumentError("--run-dir is chosen for each run; name the folder of them all with --out")
+            raise ArgumentError("out must name the folder of the study")
+        if self.config.recording.run_dir is not None:
+            raise ArgumentError("run_dir is chosen for each run; name the folder of them all with out=")
         if self.seeds < 1:
-            raise ArgumentError(f"--seeds must be at least 1; got {self.seeds}")
+            raise ArgumentError(f"seeds must be at least 1; got {self.seeds}")
         if self.until_levels and not self.levels:
-            raise ArgumentError("--until-levels needs --levels")
+            raise ArgumentError("until_levels needs levels=")
 
 
 def run(command: Compare) -> int:
-    """Run `isgd compare`."""
+    """Run `isgd compare`: train or read, then print the table and write figures and page; returns the exit code.
+
+    Raises:
+        ValueError: arms or levels are mistaken, or differ from what the folder holds.
+        FileNotFoundError: a folder to read is no study's and no run's.
+        SystemExit: a signal asked to stop; the same command goes on.
+    """
     from rich.console import Console
 
     from isgd_jax.app.html import comparison_page
 
     console = Console(markup=False)
     levels = compare.levels(*command.levels)
-    study = train(command, levels, console.print) if command.arms else read(command.runs)
+    study = train(command, levels, lambda text: console.print(in_flags(text))) if command.arms else read(command.runs)
     rows = compare.rows(study, levels or compare.common_levels(study))
     console.print(compare.text(rows), soft_wrap=True, highlight=False, markup=False)
     out = folder(command)
@@ -78,13 +90,22 @@ def run(command: Compare) -> int:
 
 
 def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -> compare.Study:
-    """Train the arms of a command line."""
+    """Train the arms of a command line.
+
+    Args:
+        command: its arms, seeds and folder.
+        levels: those that are asked for; with ``until_levels`` a run ends there.
+        say: how a person is told what goes on.
+
+    Raises:
+        ValueError: an arm cannot be read, or does not measure a level.
+    """
     arms = parse_arms(command.arms, command.config)
     measured_on_train = [level for level in levels if level.field.startswith("train_")]
     for name, arm in arms.items():
-        if measured_on_train and not arm.config.full_train_loss:
-            raise ArgumentError(f"the level {measured_on_train[0]} of arm {name!r} needs --full-train-loss")
-    first = command.config.seed
+        if measured_on_train and not arm.config.recording.full_train_loss:
+            raise ArgumentError(f"the level {measured_on_train[0]} of arm {name!r} needs full_train_loss")
+    first = command.config.training.seed
     return compare.train(
         arms,
         seeds=range(first, first + command.seeds),
@@ -130,8 +151,9 @@ def parse_arms(texts: Sequence[str], base: Config) -> dict[str, compare.Arm]:
 
 
 def _config(name: str, flags: list[str], base: Config) -> Config:
+    """The configuration of an arm, from its own flags and those that all share."""
     refuse_gone(flags)
     for fixed in ("--seed", "--run-dir"):
         if any(flag.split("=")[0] == fixed for flag in flags):
             raise ArgumentError(f"arm {name!r}: {fixed} is the same for all arms")
-    return tyro.cli(Config, prog=f"isgd compare, arm {name!r}", args=flags, default=base)
+    return parse(Config, flags, prog=f"isgd compare, arm {name!r}", default=base)

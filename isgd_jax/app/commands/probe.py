@@ -5,17 +5,18 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import DataConfig, ModelConfig, ScoringConfig, TrainingConfig
 from isgd_jax.app.run_dir import RunDir, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from isgd_jax.app.probe import Probe as Findings
+
+
+__all__ = ["Probe", "run"]
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,59 @@ class Probe:
     run: str | None = None
     """Folder of a run: probe its newest checkpoint. Its configuration is taken from there."""
     after: int = 0
-    """Steps of plain SGD to make first: at initialisation norms are nearly alike, and there is little to gain yet."""
+    """Steps of plain SGD to make first: at initialization norms are nearly alike, and there is little to gain yet."""
     ages: tuple[int, ...] = (10, 30, 100, 300)
     """After so many steps the scores are tried again; these are also the refresh periods that are judged."""
     examples: int = 4096
     """Training examples whose norms are measured, drawn at random."""
     out: str | None = None
     """Folder for figures, page and numbers. Default: runs/probe-<dataset>-<time>, or probe/ in that of the run."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+    mixture: float = 0.3
+    """Share of uniform draws in the proposals that are judged; 0.3 suits scores that get old."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+
+    @classmethod
+    def of_run(cls, folder: str) -> "Probe":
+        """The probe of a run's newest checkpoint, with its configuration.
+
+        Raises:
+            FileNotFoundError: this is not the folder of a run.
+            ValueError, TypeError: its configuration cannot be read.
+        """
+        config = RunDir(Path(folder)).read_config()
+        mixture = config.sampling.mixture
+        return cls(
+            run=folder,
+            mixture=cls.mixture if isinstance(mixture, str) or mixture == 0 else mixture,
+            data=config.data,
+            model=config.model,
+            training=config.training,
+            scoring=config.scoring,
+        )
 
 
 def run(command: Probe) -> int:
-    """Run `isgd probe`."""
+    """Run `isgd probe`: measure, print the tables and the verdict, write figures and page; returns the exit code.
+
+    Raises:
+        ValueError: an argument is out of range, or the checkpoint is of another model or data set.
+        FileNotFoundError: the run has no checkpoint.
+        FloatingPointError: the gradients are not finite.
+    """
     from rich.console import Console
 
     from isgd_jax.app import data, task
-    from isgd_jax.app.probe import probe
+    from isgd_jax.app.probe import probe, probed_of
 
-    console = Console(markup=False)
-    config = command.config
-    dataset = data.load(config.dataset, data_dir=config.data_dir, raw_dir=config.raw_dir)
+    console, named = Console(markup=False), command.data
+    dataset = data.load(named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir)
+    work = task.make(command.model, dataset)
     found = probe(
-        config,
-        task.make(config, dataset),
+        probed_of(command.training, command.scoring, work, mixture=command.mixture),
+        work,
         run=None if command.run is None else Path(command.run),
         after=command.after,
         ages=sorted(set(command.ages)),
@@ -59,7 +90,7 @@ def run(command: Probe) -> int:
     )
     for part in (*tables(found), "\n".join(found.words)):
         console.print(part, "", sep="\n", soft_wrap=True, highlight=False)
-    for path in write(found, folder(command), f"{config.dataset}, {config.model}"):
+    for path in write(found, folder(command), f"{named.dataset}, {command.model.model}"):
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
     return 0
 
@@ -70,11 +101,20 @@ def folder(command: Probe) -> Path:
         return Path(command.out)
     if command.run is not None:
         return RunDir(Path(command.run)).own("probe")
-    return Path(f"runs/probe-{command.config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Path(f"runs/probe-{command.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def write(found: "Findings", out: Path, what: str) -> list[Path]:
-    """Figures, page and numbers."""
+    """Write figures, page and numbers.
+
+    Args:
+        found: by `isgd_jax.app.probe.probe`.
+        out: the folder; it is made if need be.
+        what: was probed, as the page's title says it.
+
+    Returns:
+        The files.
+    """
     from isgd_jax.app import figures
     from isgd_jax.app.html import probe_page
     from isgd_jax.app.probe import figures_of
@@ -107,7 +147,7 @@ def numbers(found: "Findings") -> dict[str, Any]:
 
 
 def tables(found: "Findings") -> list["Table"]:
-    """What was measured, as a person reads it."""
+    """What was measured, as a person reads it: the norms, the costs in seconds, and the gains by refresh period."""
     spread, costs = found.spread, found.costs
     norms = _table(f"Norms of {found.num_examples:,} gradients after {found.num_updates:,} updates", "quantile", "norm")
     for at, value in spread.quantiles.items():

@@ -3,9 +3,9 @@
 An *arm* is a configuration under a name, a *study* is every arm trained from the same seeds, in one folder:
 
     from isgd_jax.app import compare
-    from isgd_jax.app.config import Config
+    from isgd_jax.app.config import configure
 
-    arms = {"uniform": compare.Arm(Config(mode="uniform")), "exact": compare.Arm(Config(mode="exact"))}
+    arms = {"uniform": compare.Arm(configure(mode="uniform")), "exact": compare.Arm(configure(mode="exact"))}
     levels = compare.levels("test_loss=0.2,0.1")
     study = compare.train(arms, seeds=5, folder=Path("runs/mine"), levels=levels)   # goes on where it was stopped
     print(compare.text(compare.rows(study, levels)))

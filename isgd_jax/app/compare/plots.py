@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["AXES", "FIELDS", "Quartiles", "all_figures", "draw", "figure", "quartiles"]
+
 AXES = {"step": "updates", "train_seconds": "seconds of training, scoring included"}
 """What curves are drawn against: the field of the lines of progress, and its name on the axis."""
 
@@ -54,7 +56,13 @@ def quartiles(curves: list[Curve], field: str, against: str = "step") -> Quartil
 
 
 def figure(study: Study, field: str, against: str = "step") -> "Figure":
-    """One field of every arm: its median as a line, its quartiles as a band."""
+    """One field of every arm: its median as a line, its quartiles as a band.
+
+    Args:
+        study: the curves of all arms.
+        field: of a line of progress, such as ``test_loss``.
+        against: ``step`` or ``train_seconds``, the horizontal axis.
+    """
     from matplotlib.figure import Figure
 
     from isgd_jax.app import figures
@@ -64,10 +72,10 @@ def figure(study: Study, field: str, against: str = "step") -> "Figure":
     for i, (name, by_seed) in enumerate(study.curves.items()):
         band = quartiles(list(by_seed.values()), field, against)
         if band is not None:
-            colour = figures.COLOURS[i % len(figures.COLOURS)]
+            color = figures.COLOURS[i % len(figures.COLOURS)]
             line_style = figures.STYLES[i % len(figures.STYLES)]
-            axes.plot(band.x, band.middle, label=name, color=colour, linestyle=line_style)
-            axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(band.x, band.middle, label=name, color=color, linestyle=line_style)
+            axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.18, linewidth=0)
     seeds = {len(by_seed) for by_seed in study.curves.values()}
     counted = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     axes.set(title=FIELDS.get(field, field.replace("_", " ")), xlabel=AXES.get(against, against))

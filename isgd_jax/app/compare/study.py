@@ -1,6 +1,5 @@
 """A study: arms and seeds in one folder, each run in ``<arm>-<seed>``; trained, resumed, or read."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
 from isgd_jax.app.run_dir import Record, RunDir, read_json, write_whole
 from isgd_jax.errors import ArgumentError, DamagedFileError
+
+__all__ = ["Arm", "Curve", "Fit", "Say", "Study", "group", "read", "train"]
 
 SAID = ("train_seconds", "train_loss", "test_loss", "test_error")
 
@@ -79,16 +80,16 @@ def train(
     _check_names(arms)
     folder.mkdir(parents=True, exist_ok=True)
     configs = {
-        (name, seed): dataclasses.replace(arm.config, seed=seed, run_dir=str(folder / f"{name}-{seed}"))
+        (name, seed): arm.config.replace(seed=seed, run_dir=str(folder / f"{name}-{seed}"))
         for seed in seeds
         for name, arm in arms.items()
     }
     for config in configs.values():
-        if (Path(str(config.run_dir)) / "config.json").is_file():
-            RunDir(Path(str(config.run_dir))).check_resumable(config)
+        if (Path(str(config.recording.run_dir)) / "config.json").is_file():
+            RunDir(Path(str(config.recording.run_dir))).check_resumable(config)
     write_whole(folder / "study.json", json.dumps({"arms": list(arms)}) + "\n")
     for (name, seed), config in configs.items():
-        _train_one(name, seed, arms[name], config, levels, say, observe)
+        _train_one(f"{name}, seed {seed}", arms[name], config, levels, say, observe)
     return Study({name: {seed: _curve(folder / f"{name}-{seed}") for seed in seeds} for name in arms})
 
 
@@ -121,7 +122,7 @@ def group(folders: Iterable[Path]) -> Study:
         ValueError: an arm has the same seed twice.
     """
     arms: dict[str, dict[int, Curve]] = {}
-    configs = {folder: RunDir(folder).read_config().to_dict() for folder in folders}
+    configs = {folder: RunDir(folder).read_config().flat() for folder in folders}
     asides = MAY_CHANGE_ON_RESUME | {"seed"}
     fields = [name for name in next(iter(configs.values()), {}) if name not in asides]
     differing = [name for name in fields if len({json.dumps(config[name]) for config in configs.values()}) > 1]
@@ -137,31 +138,32 @@ def group(folders: Iterable[Path]) -> Study:
 
 
 def _train_one(
-    name: str,
-    seed: int,
+    what: str,
     arm: Arm,
     config: Config,
     levels: Sequence[Level],
     say: Say,
     observe: Callable[[Record], None],
 ) -> None:
+    """Train a run of an arm, from where it stands; ``what`` names it to a person."""
+
     def until(record: Record) -> bool:
         return bool(levels) and all(level.reached(record) for level in levels)
 
-    run = RunDir(Path(str(config.run_dir)))
+    run = RunDir(Path(str(config.recording.run_dir)))
     if _is_whole(run, config, until):
         return
-    say(f"{name}, seed {seed}: training in {run.path}")
+    say(f"{what}: training in {run.path}")
     resume = (run.path / "config.json").is_file()
     try:
         result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
     except FloatingPointError as error:
         step = (_curve(run.path) or [{"step": 0}])[-1]["step"]
         run.append({"event": "diverged", "step": step, "text": str(error)})
-        say(f"{name}, seed {seed}: diverged, so it counts as one that never gets there: {error}")
+        say(f"{what}: diverged, so it counts as one that never gets there: {error}")
         return
     stopped_by = getattr(result, "stopped_by", None)
-    say(f"{name}, seed {seed}: {_last(run)}")
+    say(f"{what}: {_last(run)}")
     if stopped_by is not None:
         say(f"stopped by signal {stopped_by}; the same command goes on")
         raise SystemExit(128 + stopped_by)
@@ -175,9 +177,9 @@ def _is_whole(run: RunDir, config: Config, until: Callable[[Record], bool]) -> b
     last = turns[-1]
     if last["event"] == "diverged" or any(until(line) for line in _curve(run.path)[-1:]):
         return True
-    if config.epochs is None:
-        return last["step"] >= config.steps
-    return last["step"] == last.get("num_steps") and config.epochs == run.read_config().epochs
+    if config.training.epochs is None:
+        return last["step"] >= config.training.steps
+    return last["step"] == last.get("num_steps") and config.training.epochs == run.read_config().training.epochs
 
 
 def _fit() -> Fit:
@@ -198,7 +200,7 @@ def _last(run: RunDir) -> str:
 
 
 def _plain(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_names(arms: Mapping[str, Arm]) -> None:

@@ -8,6 +8,8 @@ from isgd_jax.app.compare.intervals import Interval, median, paired_ratio
 from isgd_jax.app.compare.levels import Level, common, first_seen
 from isgd_jax.app.compare.study import Study
 
+__all__ = ["HEADS", "Row", "cells", "common_levels", "markdown", "rows", "text"]
+
 UNITS = {"step": "updates", "train_seconds": "seconds"}
 
 
@@ -27,6 +29,11 @@ class Row(NamedTuple):
 
 def rows(study: Study, levels: Sequence[Level], against: Sequence[str] = ("step", "train_seconds")) -> list[Row]:
     """What each arm needs to each level, in updates and in seconds of training.
+
+    Args:
+        study: the curves of all arms.
+        levels: of losses and errors.
+        against: the fields that count what was needed, ``step`` or ``train_seconds``.
 
     Raises:
         ValueError: a run has not measured the field of a level, or not its seconds of training.

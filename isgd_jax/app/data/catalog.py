@@ -100,7 +100,7 @@ def _at_home(folder: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:  # a user without a home folder, as containers have them
         raise FileNotFoundError(
             f"there is no home folder, so {folder} is nowhere; name the folder of the data sets with data_dir "
-            "(--data-dir) or set TFDS_DATA_DIR"
+            "or set TFDS_DATA_DIR"
         ) from error
 
 

@@ -126,7 +126,7 @@ def read_split(split: str, source: Any, folder: Path, *, on_disk: bool) -> dict[
         return spilled(told, folder / "mapped")
     except CannotSpillError as error:
         raise CannotSpillError(
-            f"{error}: with on_disk=False (--hold host), or another data_dir (--data-dir); the data set itself is whole"
+            f"{error}: with on_disk=False (--hold host), or another data_dir; the data set itself is whole"
         ) from error
 
 

@@ -81,13 +81,13 @@ def _age(saved: checkpoints.Saved, found: dict[str, Any], i: int) -> int:
 def _dataset(config: Config, fingerprint: str | None) -> tuple[Dataset | None, str | None]:
     """The run's training examples, or the reason why they are not to be had."""
     try:
-        dataset = data.load(config.dataset, data_dir=config.data_dir, prepare=False)
+        dataset = data.load(config.data.dataset, data_dir=config.data.data_dir, prepare=False)
     except (OSError, ValueError, ImportError) as error:
         return None, f"Labels and pictures are missing: the data set was not read ({error})."
     if dataset.fingerprint != fingerprint:
         return None, (
             f"Labels and pictures are missing: the run was trained on other examples than the data set "
-            f"{config.dataset!r} has here, such as arrays given to fit."
+            f"{config.data.dataset!r} has here, such as arrays given to fit."
         )
     return dataset, None
 

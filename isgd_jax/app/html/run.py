@@ -43,6 +43,7 @@ def run_page(runs: Sequence[RunDir]) -> str:
 
 def _section(run: RunDir, i: int) -> dict[str, Any]:
     config = run.read_config()
+    sampling, named = config.sampling, f"{config.data.dataset}, {config.model.model}"
     records = list(run.records())
     lines = [record for record in records if record["event"] == "progress"]
     scored, not_scored = _scores(run)
@@ -54,7 +55,7 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
     return {
         "id": f"run{i}",
         "name": run.path.resolve().name,
-        "summary": f"{config.dataset}, {config.model}, {config.mode} mode, {config.sampler_in_use} draws",
+        "summary": f"{named}, {sampling.mode} mode, {sampling.sampler_in_use} draws",
         "state": _state(records),
         "tiles": _tiles(lines, records),
         "figures": pictures,
@@ -121,9 +122,9 @@ def _spent(records: Sequence[Record]) -> list[tuple[str, str, str]]:
 
 def _configuration(config: Config) -> list[tuple[str, str, bool]]:
     """Field, value, and whether it is not the default."""
-    values, defaults = config.to_dict(), Config().to_dict()
+    values, defaults = config.flat(), Config().flat()
     return [
-        (words(name), " ".join(map(str, value)) if isinstance(value, list) else number(value), value != defaults[name])
+        (words(name), " ".join(map(str, value)) if isinstance(value, tuple) else number(value), value != defaults[name])
         for name, value in values.items()
     ]
 

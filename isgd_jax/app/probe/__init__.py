@@ -1,6 +1,6 @@
 """Does importance sampling pay for this model, on this data, on this machine? Measured, then said in plain words."""
 
-from isgd_jax.app.probe.findings import Probe, probe
+from isgd_jax.app.probe.findings import Probe, probe, probed_of
 from isgd_jax.app.probe.measure import Costs, Spread, ageing, costs, spread
 from isgd_jax.app.probe.plots import figures_of
 from isgd_jax.app.probe.verdict import Period, periods, verdict
@@ -15,6 +15,7 @@ __all__ = [
     "figures_of",
     "periods",
     "probe",
+    "probed_of",
     "spread",
     "verdict",
 ]

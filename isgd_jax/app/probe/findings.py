@@ -1,4 +1,4 @@
-"""The probe as a whole: at initialisation, after some steps, or at the newest checkpoint of a run."""
+"""The probe as a whole: at initialization, after some steps, or at the newest checkpoint of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from isgd_jax.app import build, checkpoints, optimizers
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import ScoringConfig, TrainingConfig
 from isgd_jax.app.probe import measure
 from isgd_jax.app.probe.verdict import Period, periods, verdict
 from isgd_jax.app.run_dir import RunDir
@@ -17,8 +17,7 @@ from isgd_jax.errors import ArgumentError, DivergedError
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Params
 
-FALLBACK_MIXTURE = 0.3
-"""Where the mixture is not a number: it suits scores that get old."""
+__all__ = ["Probe", "probe", "probed_of"]
 
 
 class Probe(NamedTuple):
@@ -37,7 +36,7 @@ class Probe(NamedTuple):
 
 
 def probe(
-    config: Config,
+    probed: measure.Probed,
     task: Task,
     *,
     run: Path | None = None,
@@ -48,10 +47,10 @@ def probe(
     """Measure whether importance sampling can pay.
 
     Args:
-        config: model, loss, optimiser, batch size, scorer and mixture.
-        task: the same, made; see `isgd_jax.app.task.make`.
-        run: the folder of a run of this configuration: its newest checkpoint is probed.
-        after: steps of plain SGD to make first, from initialisation.
+        probed: how it would be trained; see `probed_of`.
+        task: what would be trained; see `isgd_jax.app.task.make`.
+        run: the folder of a run of the same: its newest checkpoint is probed.
+        after: steps of plain SGD to make first, from initialization.
         ages: after so many further steps the scores are tried again.
         num_examples: norms are measured on so many examples, drawn at random.
 
@@ -61,59 +60,70 @@ def probe(
         FloatingPointError: the gradients are not finite.
     """
     _check(run, after, ages, num_examples)
-    init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    probed = probed_of(config, task)
-    params, opt_state = task.init(jax.random.split(jax.random.key(config.seed), 4)[0]), None
+    init_key, step_key, sample_key = jax.random.split(jax.random.key(probed.seed), 3)
+    params, opt_state = task.init(jax.random.split(jax.random.key(probed.seed), 4)[0]), None
     if run is not None:
-        params, opt_state, after = _restored(run, config, task, params)
+        params, opt_state, after = _restored(run, probed, task, params)
     elif after:
         params, opt_state = measure.run_plain(probed, params, num_steps=after, key=init_key)
     size = min(num_examples, task.num_examples)
     rows = np.sort(np.asarray(jax.random.permutation(sample_key, task.num_examples))[:size])
     sample = jax.tree.map(lambda x: x[rows], dict(task.train))
-    mixture = config.mixture if isinstance(config.mixture, (int, float)) else FALLBACK_MIXTURE
     spread = measure.spread(task.loss_fn, params, sample, is_whole=size == task.num_examples)
     if not np.isfinite(spread.norms).all():
-        raise DivergedError(f"the gradients are not finite after {after} updates: lower --learning-rate")
+        raise DivergedError(f"the gradients are not finite after {after} updates: lower learning_rate")
     cost = measure.costs(probed, params)
-    by_age = measure.ageing(probed, params, opt_state, sample=sample, ages=ages, mixture=mixture, key=step_key)
+    by_age = measure.ageing(probed, params, opt_state, sample=sample, ages=ages, key=step_key)
     table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
     headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
     words = verdict(spread.second_moment_ratio, headroom, table, num_updates=after)
-    return Probe(after, size, float(mixture), spread, cost, by_age, table, words)
+    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words)
 
 
-def probed_of(config: Config, task: Task) -> measure.Probed:
-    """What a configuration would train, and how."""
+def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, mixture: float = 0.3) -> measure.Probed:
+    """How a task would be trained: the optimizer and its batch, what scores how many at a time, and the proposals.
+
+    Args:
+        training: optimizer, batch size and seed.
+        scoring: the scorer and its chunks.
+        task: what would be trained.
+        mixture: share of uniform draws in the proposals.
+
+    Raises:
+        ValueError: ``mixture`` is out of range.
+    """
+    if not 0 < mixture <= 1:
+        raise ArgumentError(f"mixture must be above 0 and at most 1; got {mixture}")
     return measure.Probed(
         problem=Problem(task.loss_fn, task.init, dict(task.train)),
-        optimizer=optimizers.behind(config, num_steps=config.num_steps(task.num_examples)),
-        batch_size=config.batch_size,
-        scorer=build.make_scorer(config, task)[0],
-        chunk_size=config.chunk_size,
+        optimizer=optimizers.behind(training, task.num_examples),
+        batch_size=training.batch_size,
+        scorer=build.make_scorer(scoring.scorer, task)[0],
+        chunk_size=scoring.chunk_size,
+        mixture=mixture,
+        seed=training.seed,
     )
 
 
-def _restored(run: Path, config: Config, task: Task, params: Params) -> tuple[Params, Any, int]:
-    """Parameters, optimiser state and step of the newest checkpoint."""
+def _restored(run: Path, probed: measure.Probed, task: Task, params: Params) -> tuple[Params, Any, int]:
+    """Parameters, optimizer state and step of the newest checkpoint."""
     saved = checkpoints.read(RunDir(run).own_checkpoints(), only=("state/params", "state/opt_state"))
     if saved is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialisation, without --run")
+        raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialization, without run=")
     theirs = saved.identity.get("data set")
     if theirs != task.fingerprint:
         raise ArgumentError(f"the checkpoint is of another data set: it has {theirs}, this one has {task.fingerprint}")
-    tx = optimizers.make(config, num_examples=task.num_examples, num_steps=config.num_steps(task.num_examples))
-    template = {"params": params, "opt_state": tx.init(params)}
+    template = {"params": params, "opt_state": measure.Steps(probed).tx.init(params)}
     state = checkpoints.into(template, saved.tree["state"])
     return state["params"], state["opt_state"], saved.step
 
 
 def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int) -> None:
     if run is not None and after:
-        raise ArgumentError("--after counts from initialisation: leave it out with --run")
+        raise ArgumentError("after= counts from initialization: leave it out with run=")
     if after < 0:
-        raise ArgumentError(f"--after must be 0 or more; got {after}")
+        raise ArgumentError(f"after must be 0 or more; got {after}")
     if not ages or min(ages) < 1:
-        raise ArgumentError(f"--ages must be numbers of steps of at least 1; got {tuple(ages)}")
+        raise ArgumentError(f"ages must be numbers of steps of at least 1; got {tuple(ages)}")
     if num_examples < 2:
-        raise ArgumentError(f"--examples must be at least 2; got {num_examples}")
+        raise ArgumentError(f"examples must be at least 2; got {num_examples}")

@@ -22,6 +22,8 @@ from isgd_jax.training.train_step import StepInfo, TrainState, make_steps
 from isgd_jax.types import Batch, Key, LossFn, Params, Scorer
 from isgd_jax.variance import second_moments
 
+__all__ = ["Costs", "Probed", "Spread", "Steps", "ageing", "costs", "run_plain", "spread"]
+
 CHUNK = 256
 """Examples differentiated together where a mean gradient is formed."""
 
@@ -59,7 +61,14 @@ class Costs(NamedTuple):
 
 
 def spread(loss_fn: LossFn, params: Params, sample: Batch, *, is_whole: bool = False) -> Spread:
-    """Norms and mean gradient of a random ``sample`` [n] of the training set, or of the whole of it."""
+    """Norms and mean gradient of a random sample of the training set.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        params: at which gradients are taken.
+        sample: examples, a pytree of arrays [n, ...].
+        is_whole: whether it is the training set itself; else ‖mean gradient‖² is estimated over pairs, without bias.
+    """
     found, mean = norms_and_mean_gradient(loss_fn, params, sample, batch_size=CHUNK)
     norms = np.asarray(found)
     size = len(norms)
@@ -83,10 +92,22 @@ class Probed(NamedTuple):
     scorer: Scorer
     chunk_size: int
     """Examples scored in one call."""
+    mixture: float
+    """Share of uniform draws in the proposals."""
+    seed: int
+    """Of the first parameters, of the examples that are measured, and of the steps."""
 
 
 def costs(probed: Probed, params: Params) -> Costs:
-    """Time a plain step, the step of training by importance sampling, and the scoring of one chunk."""
+    """Time a plain step, the step of training by importance sampling, and the scoring of one chunk.
+
+    Args:
+        probed: what is trained, and how.
+        params: at which it is timed; they are not changed.
+
+    Returns:
+        Seconds, each the median of `REPEATS` calls that take turns.
+    """
     steps = Steps(probed)
     data, num_examples = jax.device_put(probed.problem.train), probed.problem.num_examples
     opt_state, key = steps.tx.init(params), jax.random.key(0)
@@ -114,16 +135,15 @@ def ageing(
     *,
     sample: Batch,
     ages: Sequence[int],
-    mixture: float,
     key: Key,
 ) -> dict[int, float]:
     """What scores are worth after so many real steps of plain SGD: STALE/UNIFORM of one draw, by age; age 0 is fresh.
 
     The scores and the norms are those of the ``sample``; the steps draw from the whole training set, with the batch
-    size and the optimizer that are probed. ``mixture`` is the share of the uniform law in the proposal.
+    size and the optimizer that are probed.
     """
     loss_fn, scorer = probed.problem.loss_fn, sharded(probed.scorer)
-    probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=mixture)
+    probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=probed.mixture)
     found = {0: _ratio(loss_fn, params, sample, probs)}
     steps = Steps(probed)
     first = (params, steps.tx.init(params) if opt_state is None else opt_state)
@@ -158,7 +178,7 @@ class Steps:
 
 
 def run_plain(probed: Probed, params: Params, *, num_steps: int, key: Key) -> tuple[Params, Any]:
-    """Parameters and optimizer state after so many steps of plain SGD."""
+    """Parameters and optimizer state after ``num_steps`` steps of plain SGD from ``params``; ``key`` draws them."""
     steps = Steps(probed)
     first = (params, steps.tx.init(params))
     [(_, state)] = _after(steps, first, jax.device_put(probed.problem.train), [num_steps], key)
@@ -183,6 +203,6 @@ def _ratio(loss_fn: LossFn, params: Params, sample: Batch, probs: Float[Array, "
     """STALE/UNIFORM of one draw: Tr Cov with these probabilities over that of uniform draws."""
     norms, mean = norms_and_mean_gradient(loss_fn, params, sample, batch_size=CHUNK)
     if not np.isfinite(norms).all():
-        raise DivergedError("the gradients are no longer finite after some steps: lower --learning-rate")
+        raise DivergedError("the gradients are no longer finite after some steps: lower learning_rate")
     traces = second_moments.trace_covariance(second_moments.moments(norms, probs), optax.tree.vdot(mean, mean))
     return float(traces.stale / traces.uniform)

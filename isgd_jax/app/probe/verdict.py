@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+__all__ = ["Period", "periods", "verdict"]
+
 PAYS, HARDLY = 0.9, 1.0
 
 
@@ -37,7 +39,17 @@ class Period(NamedTuple):
 
 
 def periods(by_age: Mapping[int, float], *, update: float, reweighted_update: float, score_all: float) -> list[Period]:
-    """Gain and cost of each refresh period that is an age in ``by_age`` (STALE/UNIFORM; age 0 is fresh scores)."""
+    """Gain and cost of each refresh period that is an age of scores.
+
+    Between ages that were measured STALE/UNIFORM is read off a straight line; the variance of a period is its mean over
+    the ages that scores pass through, 0 to the period less one (ours).
+
+    Args:
+        by_age: STALE/UNIFORM by age in steps; age 0 is fresh scores.
+        update: seconds of a step of plain SGD.
+        reweighted_update: seconds of a step by importance sampling.
+        score_all: seconds of scoring the training set once.
+    """
     ages = np.array(sorted(by_age), np.float64)
     ratios = np.array([by_age[int(age)] for age in ages])
     return [
@@ -52,7 +64,14 @@ def periods(by_age: Mapping[int, float], *, update: float, reweighted_update: fl
 
 
 def verdict(second_moment_ratio: float, headroom: float, table: Sequence[Period], *, num_updates: int) -> list[str]:
-    """What the numbers mean, a sentence each; ``num_updates`` had been made when they were measured."""
+    """What the numbers mean, a sentence each.
+
+    Args:
+        second_moment_ratio: 1 + CV² of the norms.
+        headroom: Tr Cov of uniform draws over that of ideal ones.
+        table: the periods that were judged.
+        num_updates: made when they were measured.
+    """
     here = min(table, key=lambda period: period.at_equal_time)
     elsewhere = min(table, key=lambda period: period.at_equal_time_elsewhere)
     return [
@@ -99,7 +118,7 @@ def _remarks(table: Sequence[Period], num_updates: int) -> list[str]:
     remarks = []
     if num_updates == 0:
         remarks.append(
-            "This was measured at initialisation, where norms are nearly alike: the gain grows as examples are learnt. "
+            "This was measured at initialization, where norms are nearly alike: the gain grows with training. "
             "Probe again after some training: --after 1000, or --run RUN for a checkpoint."
         )
     harmful = [period.every for period in table if period.variance > 1]

@@ -4,19 +4,23 @@ Small here; `make soak` tries 10,000 of each.
 """
 
 import copy
+import io
 import json
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import small_config
 
 from isgd_jax.app import compare, data, plots, schedule, userfiles
-from isgd_jax.app.data import idx, spill
+from isgd_jax.app.data import cifar10, flights, idx, spill, svhn
 from isgd_jax.app.html import run as page
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import IsgdError
@@ -155,6 +159,33 @@ def idx_file() -> bytes:
     return bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(12))
 
 
+def cifar_file() -> bytes:
+    """Two records in each file, not 10,000: the reader counts later."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for name in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = 2 * 3073
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    return content.getvalue()
+
+
+def flights_file() -> bytes:
+    content = io.BytesIO()
+    head = "year,month,day,sched_dep_time,sched_arr_time,dep_delay,arr_delay,distance,carrier,origin"
+    with zipfile.ZipFile(content, "w") as archive:  # not compressed, so that what is changed is the table as well
+        archive.writestr(
+            "flights.csv", f"{head}\n2013,1,1,515,819,2,11,1400,UA,EWR\n2013,1,2,530,830,4,20,1416,AA,LGA\n"
+        )
+    return content.getvalue()
+
+
+def svhn_file() -> bytes:
+    content = io.BytesIO()
+    scipy.io.savemat(content, {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)})
+    return content.getvalue()
+
+
 def npy_file(tmp: Path) -> bytes:
     np.save(tmp / "whole.npy", np.arange(5, dtype=np.float32))
     return (tmp / "whole.npy").read_bytes()
@@ -177,11 +208,13 @@ def readers(tmp: Path) -> list[Reader]:
         Reader("spilled.json", json.dumps(mapped).encode(), read_mapped),
         Reader("scores.npy", npy_file(tmp), scores),
         Reader("images.idx", idx_file(), lambda at: idx.read_idx(at / "images.idx")),
+        Reader("cifar.tar.gz", cifar_file(), lambda at: cifar10.read_archive(at / "cifar.tar.gz")),
+        Reader("flights.zip", flights_file(), lambda at: flights.read_table(at / "flights.zip")),
     ]  # fmt: skip
 
 
 NAMES = ["config.json", "environment.json", "metrics.jsonl", "inputs.json", "study.json", "spilled.json", "scores.npy",
-         "images.idx"]  # fmt: skip
+         "images.idx", "cifar.tar.gz", "flights.zip"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,3 +228,16 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
 def test_figures_are_drawn_of_whatever_is_read(tmp_path: Path) -> None:
     metrics = next(reader for reader in readers(tmp_path) if reader.name == "metrics.jsonl")
     fuzz(metrics._replace(read=read_figures), tmp_path, examples=20)
+
+
+def test_a_mat_file_on_which_scipys_parser_crashes_is_refused(tmp_path: Path) -> None:
+    """One bit makes a tag of MATLAB's format that SciPy takes for an address: the process ended by SIGSEGV."""
+    content = bytearray(svhn_file())
+    (tmp_path / "whole.mat").write_bytes(content)
+    assert svhn.read_mat(tmp_path / "whole.mat")["label"].tolist() == [1, 0]
+    content[185] ^= 1
+    (tmp_path / "damaged.mat").write_bytes(content)
+    with pytest.raises(
+        IsgdError, match=r"damaged.mat is damaged: SciPy's parser crashes on it|damaged.mat is cut short"
+    ):
+        svhn.read_mat(tmp_path / "damaged.mat")

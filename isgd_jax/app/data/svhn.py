@@ -1,5 +1,7 @@
 """Street View House Numbers, cropped to 32x32: train and extra together, as the paper trains on them."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,7 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
     """Images [n, 32, 32, 3] and labels [n] of one ``.mat`` file, which keeps examples last and calls zero 10."""
     from scipy.io import loadmat
 
+    _check_parses(path)
     try:
         content = loadmat(path, variable_names=["X", "y"])
         images, labels = np.moveaxis(content["X"], -1, 0), content["y"].reshape(-1)
@@ -21,6 +24,18 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
     if images.shape[1:] != (32, 32, 3) or images.dtype != np.uint8:
         raise ArgumentError(f"{path}: expected X to be uint8[32, 32, 3, n], got {images.dtype}{content['X'].shape}")
     return {"image": images, "label": labels.astype(np.int32) % 10}
+
+
+def _check_parses(path: Path) -> None:
+    """See that SciPy's parser comes to an end: of some damaged files it ends the process, so another one goes first.
+
+    Raises:
+      ArgumentError: it does not.
+    """
+    parse = "import sys, scipy.io; scipy.io.loadmat(sys.argv[1], variable_names=['X', 'y'])"
+    ended = subprocess.run([sys.executable, "-c", parse, str(path)], capture_output=True, check=False).returncode
+    if ended not in (0, 1):  # 1 is an exception, which is told where it comes up here
+        raise ArgumentError(f"{path} is damaged: SciPy's parser crashes on it (exit code {ended}); fetch it again")
 
 
 def _read(files: Mapping[str, Path]) -> Splits:

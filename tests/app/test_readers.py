@@ -4,10 +4,12 @@ Small here; `make soak` tries 10,000 of each.
 """
 
 import copy
+import gzip
 import io
 import json
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +158,7 @@ def read_mapped(folder: Path) -> None:
 
 
 def idx_file() -> bytes:
-    return bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(12))
+    return gzip.compress(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(12)))
 
 
 def cifar_file() -> bytes:
@@ -198,7 +200,11 @@ def readers(tmp: Path) -> list[Reader]:
     environment = json.dumps({"fingerprint": "abc", "packages": {"jax": "0.10"}, "devices": ["cpu:0"]}).encode()
     records = b"\n".join(json.dumps(record).encode() for record in RECORDS) + b"\n"
     made = data.from_arrays({"x": np.ones((3, 2), np.float32)}, {"x": np.ones((1, 2), np.float32)})
-    mapped = {"format": 1, "arrays": {"x": {"file": "x.npy", "dtype": "int32", "shape": [6], "start": 128, "crc32": 1}}}
+    crc32 = zlib.crc32(np.arange(6, dtype=np.int32).tobytes())
+    mapped = {
+        "format": 1,
+        "arrays": {"x": {"file": "x.npy", "dtype": "int32", "shape": [6], "start": 128, "crc32": crc32}},
+    }
     return [
         Reader("config.json", json.dumps(small_config("run").to_dict()).encode(), lambda at: RunDir(at).read_config()),
         Reader("environment.json", environment, lambda at: page._environment(RunDir(at))),
@@ -221,6 +227,8 @@ NAMES = ["config.json", "environment.json", "metrics.jsonl", "inputs.json", "stu
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
     reader = next(reader for reader in readers(tmp_path) if reader.name == name)
     (tmp_path / "at").mkdir()
+    (tmp_path / "at" / name).write_bytes(reader.content)
+    reader.read(tmp_path / "at")  # the whole one is taken
     assert fuzz(reader, tmp_path / "at", examples=SMALL) > 0
 
 

@@ -1,25 +1,29 @@
 """What the estimator costs beside the gradients: a step with it over the plain step, per-example norms aside.
 
-    python experiments/benchmarks/overhead.py steps         # steps of 0.05, 1 and 20 ms, in a scan and from Python
-    python experiments/benchmarks/overhead.py refresh       # a new proposal, a new order, sketches, by N
+    python experiments/benchmarks/overhead.py steps --processes 3      # of three lengths, in a scan and from Python
+    python experiments/benchmarks/overhead.py refresh --processes 3    # a new proposal, a new order, sketches, by N
 
 Both steps have the same per-example gradients and the same reweighted update; the plain one draws uniform indices. So
 the difference is the draw, the table, calibration, uniform fraction, gate and monitor. Everything is donated. Medians
-of ``--repeats`` rounds, the two taken in turn; run it alone on the machine, three times, and tell the range.
+of ``--repeats`` rounds, the two taken in turn. Run it alone on the machine: ``--processes`` runs it so many times, each
+in a process of its own, and prints the median of all with the least and the largest.
 
 Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 10^6, without growth; a refresh without
 a new order at N = 10^6 at most 40 ms.
 
-Result (JAX 0.10.2, two CPU cores, one process, five rounds, not wholly quiet): **missed**. In a scan 100 to 113 us for
-steps of 0.1 ms up to N = 10^5, 220 at 10^6; 130 to 290 us for steps of 0.4 ms; from Python 200 to 406 us. A refresh
-without a new order 0.5 ms at 10^4 and 2.2 at 10^5; with one, by labels and score, 2.8 and 32 ms; by clusters of 128
-numbers 38 and 77 ms and 542 bytes an example. N = 10^6 was not reached.
+Result (JAX 0.10.2, two CPU cores, not quiet, so too high): **missed**. Steps of 0.1 ms in a scan at N = 10^3: 85 us
+more, of which the monitor is 70 (its mean gradient is computed beside the update's own, 14 of 27 matrix products) and
+all else 15. A stratified draw alone, beside the binary tree of before in the same process: 5.5 and 10.7 us at N = 10^3,
+26 and 95 us at 10^6. Steps from Python, and refreshes at 10^6, have not been measured since.
 """
 
 import argparse
 import functools
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -118,12 +122,11 @@ def seconds_a_step(
     return timed
 
 
-def steps(arguments: argparse.Namespace) -> None:
-    """Print the table of steps."""
-    print(f"{'step':>8} {'from':>7} {'N':>10} {'plain us':>9} {'with us':>9} {'more us':>8}")
+def steps(repeats: int, sizes: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[float, ...]]]:
+    """A row for each step, place and size: its name, and microseconds a step, plain, with the estimator, more."""
     for name, (width, depth) in WIDTHS.items():
         for in_scan in (True, False):
-            for size in SIZES:
+            for size in sizes:
                 params, data, loss_fn = problem(width, depth, size)
                 sampler = isgd.importance_sampler(size, batch_size=BATCH)
                 state = jax.jit(sampler.refresh, donate_argnums=0)(sampler.init())
@@ -135,11 +138,10 @@ def steps(arguments: argparse.Namespace) -> None:
                     seconds_a_step(step, carry, data, in_scan=in_scan, steps=count)
                     for step, carry in ((plain, first), (sampled, second))
                 ]
-                found = np.array([[timer() for timer in timers] for _ in range(arguments.repeats)]) * 1e6
-                more = np.median(found[:, 1] - found[:, 0])
+                found = np.array([[timer() for timer in timers] for _ in range(repeats)]) * 1e6
                 before, after = np.median(found, axis=0)
-                where = "scan" if in_scan else "Python"
-                print(f"{name:>8} {where:>7} {size:>10,} {before:>9.1f} {after:>9.1f} {more:>8.1f}", flush=True)
+                more = np.median(found[:, 1] - found[:, 0])
+                yield (name, "scan" if in_scan else "Python", size), (float(before), float(after), float(more))
 
 
 class _Rows:
@@ -152,40 +154,92 @@ class _Rows:
         raise NotImplementedError("nothing is observed in this benchmark")
 
 
-def refresh(arguments: argparse.Namespace) -> None:
-    """Print the table of refreshes."""
-    print(f"{'N':>10} {'order':>20} {'ms':>9} {'bytes an example':>17}")
-    for size in SIZES[1:]:
+def refresh(repeats: int, sizes: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[float, ...]]]:
+    """A row for each size and order: milliseconds, nanoseconds and bytes an example beyond those without an order."""
+    for size in sizes:
+        if size < 10_000:
+            continue
         labels = jnp.asarray(np.random.default_rng(1).integers(10, size=size))
         old = {"order": "score", "order_every": 2**30}
-        arms = {"none": {"order": "index"}, "the last one": old, "score": {}, "labels and score": {"order": labels}}
+        arms: dict[str, dict[str, Any]] = {
+            "none": {"order": "index"}, "the last one": old, "score": {}, "labels and score": {"order": labels}
+        }  # fmt: skip
         arms |= {f"clusters, {dims} numbers": {"order": _Rows(dims)} for dims in (16, 128)}
+        without: tuple[float, float] | None = None
         for name, options in arms.items():
-            sampler = isgd.importance_sampler(size, batch_size=BATCH, **options)
-            state = sampler.init()
-            scores = jnp.asarray(np.random.default_rng(2).lognormal(size=size).astype(np.float32))
-            sketches = None
-            if "clusters" in name:
-                dims = options["order"].dims
-                sketches = jax.random.normal(jax.random.key(3), (size, dims))
-            state = jax.jit(sampler.record)(state, jnp.arange(size), scores, version=0, sketches=sketches)
-            run = jax.jit(sampler.refresh, donate_argnums=0)
-            state = jax.block_until_ready(run(state))
-            found = []
-            for _ in range(arguments.repeats):
-                began = time.perf_counter()
-                state = jax.block_until_ready(run(state))
-                found.append(1e3 * (time.perf_counter() - began))
-            held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size
-            print(f"{size:>10,} {name:>20} {np.median(found):>9.2f} {held:>17.1f}", flush=True)
+            milliseconds, held = _refreshed(size, name, options, repeats)
+            without = without or (milliseconds, held)
+            more = 1e6 * (milliseconds - without[0]) / size, held - without[1]
+            yield (size, name), (milliseconds, *more, held)
+
+
+def _refreshed(size: int, name: str, options: dict[str, Any], repeats: int) -> tuple[float, float]:
+    """The median milliseconds of a refresh, and the bytes of the state, an example."""
+    sampler = isgd.importance_sampler(size, batch_size=BATCH, **options)
+    state = sampler.init()
+    scores = jnp.asarray(np.random.default_rng(2).lognormal(size=size).astype(np.float32))
+    sketches = None
+    if "clusters" in name:
+        sketches = jax.random.normal(jax.random.key(3), (size, options["order"].dims))
+    record = jax.jit(sampler.record, donate_argnums=0)
+    state = record(state, jnp.arange(size), scores, version=0, sketches=sketches)
+    del sketches
+    run = jax.jit(sampler.refresh, donate_argnums=0)
+    state = jax.block_until_ready(run(state))
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        state = jax.block_until_ready(run(state))
+        found.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(found)), sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size
+
+
+WHAT = {
+    "steps": (steps, ("step", "from", "N"), ("plain us", "with us", "more us")),
+    "refresh": (refresh, ("N", "order"), ("ms", "more ns/example", "more bytes/ex.", "bytes/example")),
+}
+"""What is measured, the names of a row, and its numbers."""
+
+
+def printed(row: tuple[Any, ...]) -> str:
+    """A row of a table: names, and numbers with their ranges."""
+    cells = [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row]
+    return " ".join(f"{cell:>22}" for cell in cells)
+
+
+def measured_apart(arguments: argparse.Namespace) -> dict[tuple[Any, ...], list[tuple[float, ...]]]:
+    """The numbers of each row, from processes one after the other."""
+    rows: dict[tuple[Any, ...], list[tuple[float, ...]]] = {}
+    command = [sys.executable, __file__, arguments.what, "--repeats", str(arguments.repeats), "--lines", "--sizes"]
+    for _ in range(arguments.processes):
+        run = subprocess.run([*command, *map(str, arguments.sizes)], check=True, stdout=subprocess.PIPE, text=True)
+        for names, numbers in map(json.loads, run.stdout.splitlines()):
+            rows.setdefault(tuple(names), []).append(tuple(numbers))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "refresh"))
+    parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--processes", type=int, default=1, help="run in so many fresh processes; medians with ranges")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of examples, N")
+    parser.add_argument("--lines", action="store_true", help="print one JSON line a row, for other programs")
     arguments = parser.parse_args()
-    {"steps": steps, "refresh": refresh}[arguments.what](arguments)
+    measure, names, numbers = WHAT[arguments.what]
+    if not arguments.lines:
+        print(printed((*names, *numbers)), flush=True)
+    if arguments.processes > 1:
+        for row, found in measured_apart(arguments).items():
+            middle, low, high = np.median(found, axis=0), np.min(found, axis=0), np.max(found, axis=0)
+            cells = [f"{m:.1f} [{a:.1f}, {b:.1f}]" for m, a, b in zip(middle, low, high, strict=True)]
+            print(printed((*row, *cells)), flush=True)
+        return
+    for row, values in measure(arguments.repeats, tuple(arguments.sizes)):
+        if arguments.lines:
+            print(json.dumps([row, values]), flush=True)
+        else:
+            print(printed((*row, *(f"{value:.1f}" for value in values))), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,29 @@
 
 The command prints these in one sentence; everything else that is raised is a fault of the program, and keeps its
 traceback. Each is also one of Python's own errors, so ``except ValueError`` catches what it always did.
+
+Also the checks of arguments that several folders share. Values are looked at where they can be seen: not while a
+function is traced, so what is checked here and only here is told eagerly, and shows as NaN inside ``jax.jit``.
 """
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CannotImportError",
+    "DivergedError",
+    "IsgdError",
+    "ReferenceNotFoundError",
+    "Wrong",
+    "check_whole",
+    "first_wrong",
+    "seen",
+]
 
 
 class IsgdError(Exception):
@@ -35,3 +57,53 @@ class RunInUseError(IsgdError, RuntimeError):
 
 class DivergedError(IsgdError, FloatingPointError):
     """The loss is no longer finite."""
+
+
+def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
+    """The value of the argument ``name`` as an int, refused if it is no count: True, 1.5 and NaN are none.
+
+    Raises:
+        ArgumentTypeError: it is no whole number.
+        ArgumentError: it is less than ``least``, or more than ``most``.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
+    if number < least or (most is not None and number > most):
+        upper = "or more" if most is None else f"to {'2^31 - 1' if most == 2**31 - 1 else most}"
+        raise ArgumentError(f"{name} must be {least} {upper}, got {number}")
+    return number
+
+
+class Wrong(NamedTuple):
+    """The first value that is not as it should be, and its index in the flattened array."""
+
+    value: Any
+    at: int
+
+
+def seen(values: Any) -> np.ndarray | None:
+    """The values on the host; None while they are traced, or lie on devices of other processes."""
+    import jax  # here, so that a command can refuse its arguments before JAX is set up
+
+    if isinstance(values, jax.core.Tracer):
+        return None
+    if isinstance(values, jax.Array) and not values.is_fully_addressable:
+        return None
+    with jax.transfer_guard("allow"):
+        return np.asarray(values)
+
+
+def first_wrong(is_right: Callable[[np.ndarray], Any], values: Any) -> Wrong | None:
+    """The first value that is not right; None where all are, or where they cannot be seen."""
+    found = seen(values)
+    if found is None:
+        return None
+    right = np.broadcast_to(np.asarray(is_right(found)), found.shape).reshape(-1)
+    if right.all():
+        return None
+    at = int(np.argmin(right))
+    return Wrong(found.reshape(-1)[at], at)

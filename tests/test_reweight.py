@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sampling_problem import unchecked
 
 from isgd_jax import reweight
 from isgd_jax.gradients import per_example
@@ -110,10 +111,66 @@ def test_another_tree_is_a_value_error(batch: tuple) -> None:
         tx.update({"w": stacked(batch)["w"]}, tx.init(PARAMS), PARAMS, probs=jnp.full(6, 1 / 6))
 
 
-@pytest.mark.parametrize("wrong", [0, -3])
-def test_a_data_set_has_a_size(wrong: int) -> None:
-    with pytest.raises(ValueError, match="size of the data set"):
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(0, ValueError), (-3, ValueError), (1.5, TypeError), (float("nan"), TypeError), (True, TypeError)],
+)
+def test_a_data_set_has_a_size(wrong: object, error: type[Exception]) -> None:
+    with unchecked(), pytest.raises(error, match=f"num_examples must be .*, got {wrong}"):
         reweight.importance_weighting(wrong)
+
+
+def test_whole_numbers_of_numpy_are_sizes(batch: tuple) -> None:
+    with unchecked():
+        tx = reweight.importance_weighting(np.int64(6))
+    assert tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=jnp.full(6, 1 / 6))[0]["w"].shape == (3,)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.1, float("nan"), float("inf"), 60.0])
+def test_a_probability_that_is_none_is_refused_or_shows(batch: tuple, wrong: float) -> None:
+    tx = reweight.importance_weighting(6)
+    probs = jnp.asarray([0.1, 0.2, wrong, 0.3, 0.2, 0.2])
+    with pytest.raises(ValueError, match=r"probs must be above 0 and at most 1, got .* for draw 2: pass"):
+        tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs)
+    found = jax.jit(lambda probs: tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs)[0])(probs)
+    assert all(bool(jnp.all(jnp.isnan(leaf))) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("wrong", [6, -1, 2**31 - 1])
+def test_an_index_of_no_example_is_refused_or_shows(batch: tuple, wrong: int) -> None:
+    tx, probs = reweight.importance_weighting(6, jnp.arange(6.0)), jnp.full(6, 1 / 6)
+    indices = jnp.asarray([0, 1, 2, 3, wrong, 5])
+
+    def update(indices: jax.Array, mask: jax.Array | None = None) -> dict:
+        return tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs, indices=indices, mask=mask)[0]
+
+    with pytest.raises(ValueError, match=f"indices must be those of 6 examples, 0 to 5; got {wrong} for draw 4"):
+        update(indices)
+    assert bool(jnp.all(jnp.isnan(jax.jit(update)(indices)["w"])))
+    used = jnp.arange(6) != 4
+    for call in (update, jax.jit(update)):  # padding may hold anything
+        np.testing.assert_allclose(call(indices, used)["w"], call(jnp.arange(6), used)["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["probs", "mask", "target", "indices"])
+def test_arrays_have_one_entry_a_draw(batch: tuple, name: str) -> None:
+    tx = reweight.importance_weighting(6)
+    given = {"probs": jnp.full(6, 1 / 6), "mask": jnp.ones(6, bool), "target": jnp.ones(6), "indices": jnp.arange(6)}
+    with pytest.raises(ValueError, match=f"{name} must have one number a draw"):
+        tx.update(stacked(batch), tx.init(PARAMS), PARAMS, **given | {name: given[name][0]})
+
+
+def test_weights_may_be_a_list_and_must_be_finite(batch: tuple) -> None:
+    probs, indices = jnp.full(6, 1 / 6), jnp.arange(6)
+    with unchecked():
+        updates = [
+            tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs, indices=indices)[0]["w"]
+            for tx in (reweight.importance_weighting(6, w) for w in ([1.0] * 6, jnp.ones(6), np.ones(6)))
+        ]
+    np.testing.assert_array_equal(updates[0], updates[1])
+    np.testing.assert_array_equal(updates[0], updates[2])
+    with pytest.raises(ValueError, match="example_weights must be finite, got nan at 1"):
+        reweight.importance_weighting(2, np.asarray([1.0, np.nan], np.float32))
 
 
 def test_example_weights_have_one_entry_an_example() -> None:

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+__all__ = ["Calibration", "create", "observe", "predict"]
+
 SCORE_BINS, AGE_BINS = 48, 12
 LOWEST = -36.0
 """Octave of the lowest score bin; 2^-36 to 2^12 spans what gradients do."""
@@ -31,17 +33,34 @@ LARGEST = 1e15
 
 
 class Calibration(NamedTuple):
-    """Weighted sums over the draws seen, by cell: of 1, of weights², of ‖g‖², of score²; they decay."""
+    """Weighted sums over the draws seen, by cell of score and age; they decay. One array: a step then writes once."""
 
-    weight: Float[Array, "s a"]
-    weight_sq: Float[Array, "s a"]
-    square: Float[Array, "s a"]
-    score_sq: Float[Array, "s a"]
+    sums: Float[Array, "s a 4"]
+
+    @property
+    def weight(self) -> Float[Array, "s a"]:
+        """Of the weights 1/(N probs) alone."""
+        return self.sums[..., 0]
+
+    @property
+    def weight_sq(self) -> Float[Array, "s a"]:
+        """Of their squares."""
+        return self.sums[..., 1]
+
+    @property
+    def square(self) -> Float[Array, "s a"]:
+        """Of ‖g‖²."""
+        return self.sums[..., 2]
+
+    @property
+    def score_sq(self) -> Float[Array, "s a"]:
+        """Of the squares of the old scores."""
+        return self.sums[..., 3]
 
 
 def create() -> Calibration:
     """Nothing seen yet."""
-    return Calibration(*(jnp.zeros((SCORE_BINS, AGE_BINS), jnp.float32) for _ in range(4)))
+    return Calibration(jnp.zeros((SCORE_BINS, AGE_BINS, 4), jnp.float32))
 
 
 def observe(
@@ -54,18 +73,24 @@ def observe(
     *,
     half_life: float = 200.0,
 ) -> Calibration:
-    """Add the draws of one step: old ``scores`` and ``ages``, fresh ``norms``, and ``weights`` 1/(N probs).
+    """Add the draws of one step.
 
-    Leave out by ``mask`` what was never scored. ``half_life`` counts steps.
+    Args:
+        calibration: what was seen so far.
+        scores: old ones [m], as they were at the draw.
+        ages: theirs [m], in versions; a negative one is left out.
+        norms: fresh ones [m]; one that is not finite is left out.
+        weights: 1/(N probs) [m] of the draws.
+        mask: false for what was never scored, and for padding.
+        half_life: of the fit, in steps.
     """
     sound = (norms <= LARGEST) & (scores <= LARGEST) & jnp.isfinite(weights) & (ages >= 0)  # NaN is not, either
     sound = sound if mask is None else sound & mask
     weights, norms, scores = (jnp.where(sound, x, 0.0) for x in (weights, norms, scores))
     at = _score_bin(scores).astype(jnp.int32), _age_bin(ages)
     squares = weights * jnp.square(norms), weights * jnp.square(scores)
-    rows = Calibration(weights, jnp.square(weights), *squares)
-    keep = 2.0 ** (-1.0 / half_life)
-    return jax.tree.map(lambda kept, row: keep * kept + jnp.zeros_like(kept).at[at].add(row), calibration, rows)
+    rows = jnp.stack([weights, jnp.square(weights), *squares], axis=1)
+    return Calibration((2.0 ** (-1.0 / half_life) * calibration.sums).at[at].add(rows))
 
 
 def predict(
@@ -78,7 +103,14 @@ def predict(
 ) -> Float[Array, " n"]:
     """sqrt(E[‖g‖² | score, age]) of each example: calibrated scores to make a proposal from.
 
-    ``strength``: how many draws the prior counts for. Between the middles of octaves the logarithm is interpolated.
+    Between the middles of octaves of the score the logarithm is interpolated.
+
+    Args:
+        calibration: what was seen.
+        scores: as the table has them [n].
+        ages: theirs [n], in versions.
+        strength: how many draws the prior counts for.
+        floor: the least prediction, over the root mean square norm.
     """
     table, scores = _log_ratio(calibration, strength), jnp.minimum(scores, LARGEST)
     place = jnp.clip(_score_bin(scores) - 0.5, 0.0, SCORE_BINS - 1.0)
@@ -94,7 +126,7 @@ def predict(
 
 def _log_ratio(calibration: Calibration, strength: float) -> Float[Array, "s a"]:
     """log2 of E[‖g‖²] over the prior score² + typical, by cell, shrunk: cell to row, row to all, all to itself."""
-    weight, weight_sq, square, score_sq = calibration
+    weight, weight_sq, square, score_sq = jnp.moveaxis(calibration.sums, -1, 0)
     prior = score_sq + weight * _additive_sq(calibration)
     everything = _over(jnp.sum(square), jnp.sum(prior), 1.0)
     row_sums = (jnp.sum(part, axis=1, keepdims=True) for part in (weight, weight_sq, square, prior))

@@ -10,6 +10,10 @@ Guarantees:
 * sketches preserve inner products of directions up to about 1/sqrt(dims);
 * a gradient of zero has the sketch zero, never NaN.
 
+Not guaranteed: the same clusters on several devices as on one. Their sketches differ in a last bit, because products
+over parts of a batch round otherwise than over the whole, and k-means makes much of it: an order made of sketches of
+observed gradients, and so the draws after it, may differ. Draws stay unbiased.
+
 Source: ours; Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
 PCM" (1982).
 """
@@ -21,6 +25,8 @@ from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Key
+
+__all__ = ["by_cells", "cells", "chain", "nearest"]
 
 ROWS = 4096
 """Examples compared with all cells at a time."""

@@ -17,8 +17,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float
+
+__all__ = [
+    "Pair",
+    "add",
+    "at_least",
+    "divide",
+    "exact",
+    "in_range",
+    "multiply",
+    "negative",
+    "tree_sum",
+    "two_prod",
+    "two_sum",
+    "where",
+]
+
+_EXPONENT = 1 << 23
+"""One step of a float32's exponent, in its bits."""
 
 
 class Pair(NamedTuple):
@@ -86,6 +104,20 @@ def at_least(x: Pair, y: Pair) -> Bool[Array, "..."]:
 
 def where(condition: Bool[Array, "..."], x: Pair, y: Pair) -> Pair:
     return Pair(jnp.where(condition, x.hi, y.hi), jnp.where(condition, x.lo, y.lo))
+
+
+def in_range(values: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+    """Numbers of at least 0 times a power of two, and that power: their sums then stay within float32.
+
+    It is 1 unless the largest number is below 2^-32 or above 2^64. Devices flush numbers below 2^-126 to zero, so those
+    are read from their bits. NaN stays NaN.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.int32)  # of numbers of at least 0 they sort as the numbers do
+    largest = jnp.max(jnp.where(bits < _EXPONENT * 255, bits, 0))
+    is_tiny = (largest > 0) & (largest < _EXPONENT * (127 - 32))
+    scale = jnp.where(largest > _EXPONENT * (127 + 64), 2.0**-64, jnp.where(is_tiny, 2.0**100, 1.0))
+    subnormal = bits.astype(jnp.float32) * 2.0 ** (100 - 149)
+    return jnp.where(is_tiny & (bits > 0) & (bits < _EXPONENT), subnormal, values * scale), scale
 
 
 def tree_sum(values: Float[Array, " n"]) -> Float[Array, ""]:

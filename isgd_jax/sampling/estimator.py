@@ -24,10 +24,11 @@ Source: the paper, section 4, for scores, staleness and the additive constant; t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
@@ -53,19 +54,31 @@ from isgd_jax.sampling.state import (
 from isgd_jax.types import Draw, Key, Params, Sampler
 from isgd_jax.variance.gate import Gate
 
+__all__ = [
+    "GradientSketch",
+    "ImportanceSampler",
+    "Options",
+    "OrderName",
+    "SamplerName",
+    "check_fraction",
+    "check_number",
+    "check_options",
+    "check_ranges",
+    "check_weights",
+    "importance_sampler",
+    "in_halves",
+    "share",
+]
+
 SamplerName = Literal["stratified", "systematic", "independent", "without_replacement", "poisson"]
 OrderName = Literal["score", "index"]
 
-_SAMPLERS: dict[str, Sampler] = {
-    "stratified": samplers.stratified,
-    "systematic": samplers.systematic,
-    "independent": samplers.independent,
-    "without_replacement": samplers.systematic,  # from a law that was capped when the proposal was made
-    "poisson": samplers.poisson,
-    "uniform": samplers.uniform,  # for `isgd_jax.uniform_draws`
+_ON_LINE: dict[str, samplers.Kind] = {
+    "stratified": "stratified",
+    "systematic": "systematic",
+    "independent": "independent",
+    "without_replacement": "systematic",  # from a law that was capped when the proposal was made
 }
-_APART = frozenset({"independent", "uniform"})
-"""Samplers whose draws know nothing of each other: any two halves of a batch are independent."""
 
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
@@ -189,11 +202,26 @@ class ImportanceSampler:
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
     def init(self, key: Key | None = None) -> SamplerState:
-        """The state before the first step: nothing scored, all examples alike."""
+        """The state before the first step: nothing scored, all examples alike.
+
+        Args:
+            key: what epochs, pools and k-means fold theirs from; by default of seed 0.
+
+        Returns:
+            The state, in buffers of its own: it can be donated. It is made by one program, compiled once a sampler.
+        """
+        with jax.transfer_guard("allow"):
+            return self._compiled_init(key, _arrays(self.options))
+
+    @functools.cached_property
+    def _compiled_init(self) -> Callable[..., SamplerState]:
+        return jax.jit(self._initial)
+
+    def _initial(self, key: Key | None, arrays: "_Arrays") -> SamplerState:
+        """What `init` compiles; arrays are arguments, since a program would hold them as constants."""
         options, size = self.options, self.num_examples
         blank = evidence.blank(options.calibrate, options.gate, options.monitor, self.batch_size)
-        is_learnt = isinstance(options.uniform_fraction, str)
-        weights, keys, sketch = options.example_weights, _order_keys(options), _sketch_of(options)
+        is_learnt, sketch = isinstance(options.uniform_fraction, str), _sketch_of(options)
         state = SamplerState(
             format=jnp.int32(FORMAT),
             key_data=key_data(key),
@@ -202,11 +230,11 @@ class ImportanceSampler:
             quarantined=jnp.int32(0),
             proposal=self._blank_proposal(),
             ordering=Ordering(
-                None if keys is None else jnp.array(keys),
+                None if arrays.keys is None else jnp.asarray(arrays.keys),
                 None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),
                 None if sketch is None else jnp.zeros(size, bool),
             ),
-            target=None if weights is None else jnp.array(weights, jnp.float32),  # copies: states are donated
+            target=None if arrays.weights is None else jnp.asarray(arrays.weights),
             fractions=fractions.create() if is_learnt else None,
             **blank,
         )
@@ -228,6 +256,8 @@ class ImportanceSampler:
         """
         del params, data
         check_state(state, self.num_examples)
+        if isinstance(ahead, int) and ahead < 0:
+            raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {ahead}")
         step = state.clock.step + ahead
         is_turn = step % MONITOR_EVERY == 0
         draw = self._drawn(key, state, is_turn)
@@ -301,12 +331,15 @@ class ImportanceSampler:
         finite.
 
         Raises:
+            TypeError: ``ids`` are no whole numbers.
             ValueError: ``max_age_seconds`` was given and ``seconds`` is not, the shapes do not fit, or sketches came
                 that no order wants.
         """
         check_state(state, self.num_examples)
         self._check_seconds(seconds)
         ids, scores = jnp.asarray(ids), jnp.asarray(scores)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ArgumentTypeError(f"ids must be whole numbers, got {ids.dtype}")
         if ids.ndim != 1 or scores.shape != ids.shape:
             raise ArgumentError(
                 f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
@@ -363,24 +396,39 @@ class ImportanceSampler:
         return isinstance(self.options.order, str) and self.options.order == "index"
 
     def _drawn(self, key: Key, state: SamplerState, is_turn: Bool[Array, ""]) -> Draw:
-        """Of the four ways to draw (by score or uniformly, whole or in halves) the one whose turn it is, alone."""
+        """By score or uniformly, whole or in halves: as the gate and the turn have it."""
         options, law = self.options, state.proposal.law
-        is_apart = options.sampler in _APART
-        by_score = _SAMPLERS[options.sampler] if isinstance(options.sampler, str) else options.sampler
-        plain = samplers.uniform if is_apart else samplers.uniform_strata
-        halve = self._can_halve and not is_apart
+        is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
+        is_halved = is_turn if self._can_halve else None
+        kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
+        if kind is not None:
+            return samplers.on_line(kind, key, law, num_draws=self.batch_size, is_halved=is_halved, is_open=is_open)
+        if options.sampler == "uniform":
+            return samplers.uniform(key, law, num_draws=self.batch_size)
+        own = samplers.poisson if isinstance(options.sampler, str) else options.sampler
+        return self._branched(own, key, law, is_halved, is_open)
+
+    def _branched(
+        self,
+        sampler: Sampler,
+        key: Key,
+        law: samplers.Law,
+        is_halved: Bool[Array, ""] | None,
+        is_open: Bool[Array, ""] | None,
+    ) -> Draw:
+        """Of a sampler that is not places on a line: the one of four ways whose turn it is, alone."""
 
         def way(sampler: Sampler) -> Callable[[], Draw]:
             def whole() -> Draw:
                 return sampler(key, law, num_draws=self.batch_size)
 
-            if not halve:
+            if is_halved is None:
                 return whole
-            return lambda: lax.cond(is_turn, lambda: in_halves(sampler, key, law, num_draws=self.batch_size), whole)
+            return lambda: lax.cond(is_halved, lambda: in_halves(sampler, key, law, num_draws=self.batch_size), whole)
 
-        if not isinstance(state.gate, Gate):
-            return way(by_score)()
-        return lax.cond(state.gate.is_open, way(by_score), way(plain))
+        if is_open is None:
+            return way(sampler)()
+        return lax.cond(is_open, way(sampler), way(samplers.uniform_strata))
 
     def _believed(self, state: SamplerState) -> Float[Array, " n"]:
         """The scores, or what they have turned out to be worth in the middle of the proposal's life."""
@@ -494,6 +542,18 @@ def share(draw: Draw, axis_name: str) -> Draw:
     return jax.tree.map(part, draw)
 
 
+class _Arrays(NamedTuple):
+    """The arrays among the options: what the line is ordered by first, and the example weights."""
+
+    keys: np.ndarray | None
+    weights: Array | np.ndarray | None
+
+
+def _arrays(options: Options) -> _Arrays:
+    weights = options.example_weights
+    return _Arrays(_order_keys(options), None if weights is None else weights.astype(np.float32))
+
+
 def _order_keys(options: Options) -> np.ndarray | None:
     """What the line is ordered by first, as ranks: of int32, whatever the keys are."""
     if isinstance(options.order, str | GradientSketch):
@@ -574,19 +634,6 @@ def check_number(uniform_fraction: float | str) -> None:
         )
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Refuse what is no count.
-
-    Raises:
-        TypeError: it is no whole number.
-        ValueError: it is less than the least.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ArgumentError(f"{name} must be {least} or more, got {value}")
-
-
 def check_ranges(options: Options) -> None:
     """Refuse numbers that are out of range.
 
@@ -594,11 +641,11 @@ def check_ranges(options: Options) -> None:
         TypeError: a count is no whole number.
         ValueError: a number is out of range.
     """
-    check_whole("order_every", options.order_every, 1)
-    check_whole("steps_per_update", options.steps_per_update, 1)
+    check_whole("order_every", options.order_every, least=1)
+    check_whole("steps_per_update", options.steps_per_update, least=1)
     for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
         if limit is not None:
-            check_whole(name, limit, 0)
+            check_whole(name, limit, least=0)
     if not (0.0 <= options.additive < math.inf):
         raise ArgumentError(f"additive must be 0 or more, got {options.additive}")
     if not 0.0 <= options.min_trusted <= 1.0:

@@ -28,6 +28,8 @@ from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor
 from isgd_jax.variance.monitor import Monitor
 
+__all__ = ["Fresh", "blank", "gathered", "learnt", "monitored", "norms_of", "places", "replicated", "target_of"]
+
 DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
 SQUARES_EVERY, FEWEST_SQUARES = 4, 6
 
@@ -68,6 +70,8 @@ def norms_of(
     if norms is None and grads is not None:
         norms = lazy.norms(grads)
     norms = None if norms is None else gathered(jnp.asarray(norms).astype(jnp.float32), axis_name)
+    if norms is not None:  # one of the caller's that is no norm teaches nothing, as one that is not finite
+        norms = jnp.where(norms >= 0.0, norms, jnp.nan)
     scores = norms if scores is None else gathered(jnp.asarray(scores).astype(jnp.float32), axis_name)
     for what, values in (("norms", norms), ("scores", scores)):
         if values is not None and values.shape != draw.probs.shape:
@@ -150,12 +154,12 @@ def monitored(
         return monitor.observe(watched, draw_scale, wanted, None, draw.mask)
     weights = draw_weights(draw.probs, draw.mask, target_of(draw))
     mean = _mean(grads, weights, axis_name)  # the update's own: XLA computes it once
-    own = _inner(mean, mean)
-    square = lax.cond(
-        draw.in_halves,
-        lambda: _halves_inner(grads, weights, mean, axis_name),
-        lambda: jnp.zeros((), jnp.float32),
-    )
+
+    def measured() -> tuple[Array, Array]:
+        return _halves_inner(grads, weights, mean, axis_name), _inner(mean, mean)
+
+    nothing = jnp.zeros((), jnp.float32)
+    square, own = lax.cond(draw.in_halves, measured, lambda: (nothing, nothing))
     return monitor.observe(watched, draw_scale, wanted, square, draw.mask, own, draw.in_halves)
 
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+__all__ = ["CAUTIOUS", "GRID", "Mixtures", "choose", "create", "observe", "relative_scores"]
+
 GRID = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 CAUTIOUS = 0.3
 """The share that stale scores of unknown worth get: the best of all scores 200 updates old, measured."""
@@ -51,7 +53,16 @@ def observe(
     *,
     half_life: float = 100.0,
 ) -> Mixtures:
-    """Add the draws of a step: ``weights`` 1/(N probs), fresh ``norms``, and scores over their mean (`relative`)."""
+    """Add the draws of a step; one with a moment that is not finite teaches nothing.
+
+    Args:
+        mixtures: what was seen so far.
+        weights: 1/(N probs) [m] of the draws.
+        norms: fresh ones [m], times N |a_n| where the target is weighted.
+        relative: scores over their mean [m], as they were when the proposal was made (`relative_scores`).
+        mask: false for padding.
+        half_life: of the evidence, in steps.
+    """
     moments = jnp.where(mask, weights * jnp.square(norms), 0.0)
     shares = jnp.asarray(GRID, jnp.float32)[:, None]
     found = jnp.mean(moments[None] / ((1.0 - shares) * relative[None] + shares), axis=1)

@@ -9,6 +9,8 @@ from isgd_jax.variance import rolling
 from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.rolling import Band
 
+__all__ = ["is_open", "ratio", "with_gate"]
+
 
 def is_open(state: SamplerState) -> Bool[Array, ""]:
     """Whether the gate lets draws go by score; true where there is none."""

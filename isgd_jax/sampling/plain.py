@@ -11,6 +11,8 @@ Guarantees:
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,8 @@ from isgd_jax.sampling.estimator import (
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
 from isgd_jax.types import Draw, Key, Params, Sampler
+
+__all__ = ["fixed", "shuffled_epochs", "uniform_draws"]
 
 
 def shuffled_epochs(
@@ -187,8 +191,16 @@ class _Fixed(_Still):
     scores: np.ndarray
 
     def init(self, key: Key | None = None) -> SamplerState:
-        state = super().init(key)
-        known = state.table._replace(scores=jnp.asarray(self.scores), versions=jnp.zeros(self.num_examples, jnp.int32))
+        """The state with the proposal of the scores given."""
+        with jax.transfer_guard("allow"):
+            return self._compiled_scored(super().init(key), self.scores)
+
+    @functools.cached_property
+    def _compiled_scored(self) -> Callable[..., SamplerState]:
+        return jax.jit(self._scored)
+
+    def _scored(self, state: SamplerState, scores: Array) -> SamplerState:
+        known = state.table._replace(scores=scores, versions=jnp.zeros(self.num_examples, jnp.int32))
         return jax.tree.map(jnp.copy, ImportanceSampler.refresh(self, state._replace(table=known)))
 
 

@@ -13,7 +13,10 @@ candidates, which are then not scored; the scores of what is drawn still tell wh
 
 Guarantees:
 
-* the gradient's mean is that of the candidates, and theirs that of the data: unbiased, whatever the scores;
+* the gradient's mean is that of the candidates, and theirs that of the data: unbiased, whatever the scores; one that is
+  negative or not finite counts as the mean of the others;
+* while the gate is shut, what scores promise is told by those of a half-batch, so it is no more than their number: with
+  batches of a few examples the gate is slow to open, and errs towards plain draws;
 * the two halves of a batch come from candidates of their own, so they are independent.
 
 Source: Katharopoulos & Fleuret, "Not all samples are created equal" (2018), algorithm 1.
@@ -29,7 +32,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling import candidates, samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
@@ -39,11 +42,12 @@ from isgd_jax.sampling.estimator import (
     check_number,
     check_ranges,
     check_weights,
-    check_whole,
 )
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, check_state
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer
+
+__all__ = ["presampling"]
 
 KEPT = 0.9
 """The share of the expected speed-up that is kept at each step: it is a mean over the last dozen."""
@@ -85,7 +89,7 @@ def presampling(
     check_weights(example_weights, num_examples)
     check_number(uniform_fraction)
     check_fraction(uniform_fraction, 0.0)
-    check_whole("candidates", candidates, 1)
+    check_whole("candidates", candidates, least=1)
     if not 0.0 <= score_cost < math.inf:
         raise ArgumentError(f"score_cost must be 0 or more forward passes, got {score_cost}")
     options = Options(
@@ -120,8 +124,23 @@ class _Presampling(_Still):
         take, *_ = jax.random.split(key, 3)
         return samplers.uniform(take, state.proposal.law, num_draws=self.each * self.batch_size)
 
-    def resample(self, key: Key, state: SamplerState, candidates: Draw, scores: Float[Array, " c"]) -> Draw:
-        """The draw of a step among its candidates [c], by their scores; ``key`` is that of ``candidates``.
+    def resample(
+        self,
+        key: Key,
+        state: SamplerState,
+        candidates: Draw,
+        scores: Float[Array, " c"],
+        *,
+        ahead: int | Array = 0,
+    ) -> Draw:
+        """The draw of a step among its candidates, by their scores.
+
+        Args:
+            key: that of ``candidates``.
+            state: of this sampler.
+            candidates: as `candidates` drew them.
+            scores: one [c] for each; one that is negative or not finite counts as the mean of the others.
+            ahead: steps since the last ``observe``, for draws made before their turn.
 
         Raises:
             ValueError: there is not one score for each candidate.
@@ -131,8 +150,8 @@ class _Presampling(_Still):
         parts = []
         for pick, part, size in self._halves(key, candidates):
             own = scores[part.start : part.start + part.draw.indices.shape[0]]
-            parts.append(_by_score(pick, _sound(own), part.draw, size, self.options.uniform_fraction))
-        return self._joined(state, parts, 0)
+            parts.append(_by_score(pick, own, part.draw, size, self.options.uniform_fraction))
+        return self._joined(state, parts, ahead)
 
     def sample(
         self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
@@ -177,7 +196,7 @@ class _Presampling(_Still):
         (params, data), count = of, found.indices.shape[0]
 
         def scored(indices: Array) -> Array:
-            return _sound(scorer(params, jax.tree.map(lambda x: x[indices], data)))
+            return scorer(params, jax.tree.map(lambda x: x[indices], data)).astype(jnp.float32)
 
         def by_chance() -> tuple[Draw, Array]:
             draw = samplers.uniform(key, jnp.ones(count, jnp.float32), num_draws=size)
@@ -214,11 +233,6 @@ def _part(found: Draw, each: int, start: int, size: int) -> _Part:
 def _expected_speedup(state: SamplerState) -> Float[Array, ""]:
     assert isinstance(state.gate, SpeedupGate)
     return state.gate.expected_speedup
-
-
-def _sound(scores: Float[Array, " c"]) -> Float[Array, " c"]:
-    """What is no score counts as nothing known: the uniform fraction still draws it."""
-    return jnp.where(jnp.isfinite(scores) & (scores >= 0.0), scores, 0.0).astype(jnp.float32)
 
 
 def _by_score(

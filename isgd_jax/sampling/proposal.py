@@ -4,26 +4,31 @@ Guarantees:
 
 * every probability is positive, whatever the scores: unscored, stale and zero-score examples stay drawable;
 * the relative ``mixture`` bounds every weight ``1 / (N q)`` by ``1 / mixture``;
-* scores that are not trusted (too old, never measured) count as the mean trusted score, never as zero: nothing about
-  the estimate is biased, it only gains less;
-* a table that knows nothing (all scores zero, trusted share under ``min_trusted``) gives exactly the uniform law.
+* scores that are not trusted (too old, never measured, negative, not finite) count as the mean trusted score, never as
+  zero: nothing about the estimate is biased, it only gains less; how many are trusted is told;
+* a table that knows nothing (all scores zero, trusted share under ``min_trusted``) gives exactly the uniform law;
+* scores may be as small or as large as float32 goes.
 
 Source: the paper, sections 4.2 (additive smoothing) and 4.3 (staleness threshold); the relative mixture and the
 fallback score are ours.
 """
 
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, first_wrong, seen
 from isgd_jax.sampling import calibration as calibrations
 from isgd_jax.sampling import score_table as tables
 from isgd_jax.sampling.calibration import Calibration
-from isgd_jax.sampling.double_float import tree_sum
+from isgd_jax.sampling.double_float import in_range, tree_sum
 from isgd_jax.sampling.score_table import ScoreTable
+
+__all__ = ["Proposal", "fill_untrusted", "propose", "smooth", "trust"]
 
 
 class Proposal(NamedTuple):
@@ -48,25 +53,36 @@ def propose(
     calibration: Calibration | None = None,
     horizon: int = 0,
 ) -> Proposal:
-    """The law of the next draws, from the table at parameter ``version`` and clock ``seconds``.
+    """The probabilities of the next draws, from the table at a version and a clock.
 
     q = (1 - mixture) w / sum(w) + mixture / N with w = score + additive, times \\|a_n\\| for the weighted target
-    sum(a_n g_n). Scores older than ``max_age`` versions or ``max_age_seconds`` are not trusted. With a
-    ``calibration`` what counts as the score is what it has learnt of the norm from score and age, ``horizon`` updates
-    from now: about the life of the law, if it is to be frozen.
+    sum(a_n g_n).
+
+    Args:
+        table: scores [n], their versions and seconds.
+        version: of the parameters, in updates.
+        seconds: the clock of the table's measurements.
+        mixture: share of the uniform distribution, 0 to 1.
+        additive: added to each score, in the units of the scores.
+        max_age: versions after which a score is not trusted; None trusts all that were measured.
+        max_age_seconds: the same by the clock.
+        min_trusted: share of trusted scores below which the law is uniform.
+        example_weights: a_n [n] of the target; None for the mean of all gradients.
+        calibration: what counts as the score is then what it has learnt of the norm from score and age.
+        horizon: updates from now for which it predicts: about the life of the law, if it is to be frozen.
 
     Raises:
-        ValueError: ``mixture`` and ``additive`` are both 0, or one of the numbers is out of range.
+        ValueError: ``mixture`` and ``additive`` are both 0, or a number is out of range.
     """
     if isinstance(mixture, float | int) and mixture == 0.0 and additive == 0.0:
         raise ArgumentError("mixture=0 with additive=0 gives examples of score zero no chance: set one of them above 0")
     trusted = trust(table, version=version, seconds=seconds, max_age=max_age, max_age_seconds=max_age_seconds)
-    share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
     scores = table.scores
     if calibration is not None:
         scores = calibrations.predict(calibration, scores, tables.ages(table, version) + horizon)
-    scores = fill_untrusted(scores, trusted)
-    probs, blank = smooth(scores, mixture=mixture, additive=additive, example_weights=example_weights)
+    trusted &= _is_score(table.scores)
+    share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
+    probs, blank = _smoothed(scores, trusted, mixture, additive, example_weights)
     is_uniform = blank | (share < min_trusted)
     return Proposal(jnp.where(is_uniform, 1.0 / probs.shape[0], probs), share, is_uniform)
 
@@ -90,9 +106,8 @@ def trust(
 
 def fill_untrusted(scores: Float[Array, " n"], trusted: Bool[Array, " n"]) -> Float[Array, " n"]:
     """The scores [n], with the mean trusted score in the place of those not trusted; zeros when none is."""
-    relative, unit = _relative(jnp.where(trusted, scores, 0.0))
-    count = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32)
-    return jnp.where(trusted, scores, unit * (tree_sum(relative) / jnp.maximum(count, 1.0)))
+    filled, scale = _filled(scores, trusted)
+    return jnp.where(trusted, scores, filled / scale)
 
 
 def smooth(
@@ -104,30 +119,76 @@ def smooth(
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """Probabilities [n] from scores of one's own, and whether they had nothing to say (then they are uniform).
 
+    A score that is negative or not finite is none: it counts as the mean of the others. Where values can be seen,
+    outside ``jax.jit``, a warning tells how many there are.
+
+    >>> probs, is_blank = smooth(jnp.array([1.0, 3.0]), mixture=0.5)
+    >>> probs.tolist(), bool(is_blank)
+    ([0.375, 0.625], False)
+
+    Args:
+        scores: one number [n] for each example, of at least 0; only their ratios count.
+        mixture: share of the uniform distribution, 0 to 1; no weight 1/(N q) is larger than one over it.
+        additive: added to each score, in the units of the scores.
+        example_weights: a_n [n] of the target sum(a_n g_n), of any sign.
+
     Raises:
-        ValueError: ``mixture`` is not in [0, 1], or ``additive`` is negative.
+        ValueError: ``mixture`` is not in [0, 1], ``additive`` is negative or not finite, or, where values can be seen,
+            a weight is not finite.
     """
+    is_score = _is_score(scores)
+    found = seen(is_score)
+    if found is not None and not found.all():
+        warnings.warn(
+            f"{int(np.sum(~found)):,} of {found.size:,} scores are negative or not finite, the first at "
+            f"{int(np.argmin(found))}: they count as the mean of the others",
+            stacklevel=2,
+        )
+    return _smoothed(scores, is_score, mixture, additive, example_weights)
+
+
+def _smoothed(
+    scores: Float[Array, " n"],
+    trusted: Bool[Array, " n"],
+    mixture: float | Float[Array, ""],
+    additive: float,
+    example_weights: Float[Array, " n"] | None,
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+    """Probabilities from the scores to be trusted, and whether those had nothing to say."""
     if isinstance(mixture, float | int) and not 0.0 <= mixture <= 1.0:
         raise ArgumentError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
-    if not additive >= 0.0:
-        raise ArgumentError(f"additive must not be negative, got {additive}")
+    if not 0.0 <= additive < float("inf"):
+        raise ArgumentError(f"additive must be finite and not negative, got {additive}")
     size = scores.shape[0]
-    wanted = _relative(scores + additive)[0]
+    filled, scale = _filled(scores, trusted)
+    wanted = _relative(filled + jnp.minimum(additive * scale, 2.0**100))
     if example_weights is not None:
-        wanted = _relative(wanted * jnp.abs(example_weights))[0]
+        wrong = first_wrong(np.isfinite, example_weights)
+        if wrong is not None:
+            raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")
+        weights = jnp.abs(example_weights.astype(jnp.float32))  # one that is not finite shows in the target
+        wanted = _relative(wanted * _relative(in_range(jnp.where(jnp.isfinite(weights), weights, 0.0))[0]))
     total = tree_sum(wanted)
     mixed = (1.0 - mixture) * (wanted / _positive(total)) + mixture / size
     return jnp.where(total > 0.0, mixed, 1.0 / size), total == 0.0
 
 
-def _relative(values: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""]]:
-    """The values over their largest, and the largest: sums of huge values would overflow.
+def _is_score(scores: Float[Array, " n"]) -> Bool[Array, " n"]:
+    return jnp.isfinite(scores) & (scores >= 0.0)
 
-    In two steps, because 1 / 3e38 is below the smallest normal float32 and a compiler may divide by multiplying.
-    """
-    largest = jnp.max(values)
-    scale = jnp.where(largest > 2.0**64, 2.0**-64, 1.0)
-    return (values * scale) / _positive(largest * scale), largest
+
+def _filled(scores: Float[Array, " n"], trusted: Bool[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+    """The scores times a power of two, and that power: with the mean of those trusted in the place of the others."""
+    known, scale = in_range(jnp.where(trusted, scores, 0.0).astype(jnp.float32))
+    largest = jnp.max(known)
+    count = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32)
+    mean = largest * (tree_sum(known / _positive(largest)) / jnp.maximum(count, 1.0))
+    return jnp.where(trusted, known, mean), scale
+
+
+def _relative(values: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The values over their largest: sums of huge values would overflow."""
+    return values / _positive(jnp.max(values))
 
 
 def _positive(number: Float[Array, ""]) -> Float[Array, ""]:

@@ -13,6 +13,8 @@ from isgd_jax.sampling.state import SamplerState, check_state
 from isgd_jax.variance import monitor
 from isgd_jax.variance.gate import Gate
 
+__all__ = ["SamplerReport", "make_report"]
+
 TOP = 0.01
 """The part of the examples that is drawn most, of which the share of draws is told."""
 

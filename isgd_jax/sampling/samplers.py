@@ -1,94 +1,160 @@
 """From probabilities to draws: the prepared law, and pure functions ``(key, law, *, num_draws) -> Draw``.
 
-A law lays its masses on a line (along ``order``, if given), sums them in blocks of 16, a cache line each, and keeps
-the sums of the blocks in a binary tree. A draw descends from the root, so it costs O(log n); changing a few masses
-repairs their ancestors only.
+A law lays its masses on a line (along ``order``, if given) and keeps their running sums in a tree of 16 branches, a
+cache line each. A draw descends from the root, so it costs O(log n) with few steps; changing a few masses repairs
+their ancestors only.
 
 Guarantees:
 
 * ``Draw.probs`` is the expected count divided by ``num_draws``: the weight ``1 / (N * probs)`` is right for each;
 * an index of mass zero is never drawn, unless every mass is zero: then the law is uniform;
 * every positive mass can be drawn, down to 2^-40 of the total: sums and queries carry more bits than float32;
-* ``update`` gives bit for bit the law that ``prepare`` would build from the changed masses;
-* masses that are not finite show as probabilities that are not finite, never as a quiet wrong draw.
+* masses may be as small or as large as float32 goes: those of 1e-40 and those whose sum is beyond it have their shares;
+* ``update`` gives bit for bit the law that ``prepare`` would build from the changed masses, where both take the same
+  ``scale``;
+* a mass that is negative or not finite is refused; where values cannot be seen, inside ``jax.jit``, all probabilities
+  are then NaN: never a quiet wrong draw.
 
 All but ``poisson`` and ``without_replacement`` draw in O(num_draws log n) from a prepared law.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, check_whole, first_wrong
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
 from isgd_jax.types import Draw, Key
 
-BLOCK = 16
-"""Masses summed one by one at the foot of the tree: 16 float32 are one cache line."""
+__all__ = [
+    "Law",
+    "LawLike",
+    "capped",
+    "independent",
+    "on_line",
+    "order_by",
+    "poisson",
+    "prepare",
+    "probabilities",
+    "probabilities_of",
+    "stratified",
+    "systematic",
+    "uniform",
+    "uniform_strata",
+    "update",
+    "without_replacement",
+]
+
+BLOCK = 4
+"""Masses in a block at the foot of the tree, which a draw adds up one by one."""
+
+BRANCHES = 16
+"""Children of each node. Their running sums lie side by side, in two cache lines: what a draw pays for is lines that
+are far away, 32 draws a few hundred of them in a binary tree over a million examples."""
+
+ROWS = 16
+"""The number of nodes is a multiple of it, so that the tree can be split over as many devices."""
 
 
 class Law(NamedTuple):
     """Masses on a line and the tree of their sums; build it with `prepare`, change it with `update`.
 
-    ``masses[p]`` belongs to the example ``order[p]``; ``positions`` is the inverse of ``order``; both are None when the
-    line runs through the examples as they are numbered. Masses need not sum to one. ``tree`` [2k] is a heap: entry 1
-    the total, entries 2i and 2i+1 the halves of entry i, entries k.. the blocks. The precision is that of a `Pair`.
+    Masses need not sum to one. A law holds 14 bytes an example with an order, 6 without.
     """
 
     masses: Float[Array, " n"]
-    tree: Pair
+    """Of the example ``order[p]`` at each place p of the line, times a power of two (`scale`) that keeps their sums
+    within float32: 1 unless the largest is below 2^-32 or above 2^64."""
+    sums: Float[Array, "k 16 2"]
+    """Nodes of the tree: running sums over 16 children, each the two words of a `Pair`. Node 0 has the total and the
+    scale, node 1 is the root, and the levels follow one another, each without gaps."""
     order: Int[Array, " n"] | None
+    """The example at each place, a permutation; None where the line runs through the examples as they are numbered."""
     positions: Int[Array, " n"] | None
+    """The inverse of ``order``."""
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """What masses were multiplied with: a power of two."""
+        return self.sums[0, 1, 0]
 
 
 LawLike: TypeAlias = Float[Array, " n"] | Law
 """Probabilities [n], or the law prepared from them."""
 
+Kind: TypeAlias = Literal["stratified", "systematic", "independent"]
+"""The ways to lay ``num_draws`` places on the line of a law."""
+
 
 def prepare(probs: Float[Array, " n"], order: Int[Array, " n"] | None = None) -> Law:
-    """The law of ``probs`` [n] (any non-negative masses), laid along the permutation ``order`` [n]. O(n).
+    """The law of any masses, laid along a line. O(n).
+
+    >>> law = prepare(jnp.array([1.0, 3.0, 0.0, 4.0]))
+    >>> probabilities(law).tolist()
+    [0.125, 0.375, 0.0, 0.5]
+
+    Args:
+        probs: probabilities [n], or any masses that are not negative.
+        order: a permutation [n] of the examples, such as `order_by` makes; None takes them as they are numbered.
 
     Raises:
-        ValueError: there are no examples, or 2^31 or more.
+        ValueError: there are no examples, or 2^31 or more; ``order`` is not one number an example; or, where values
+            can be seen, a mass is negative or not finite.
     """
     _check_size(probs.shape[0])
+    _check_masses(probs)
     masses = probs.astype(jnp.float32)
+    masses, scale = double_float.in_range(jnp.where(jnp.isfinite(masses) & (masses >= 0.0), masses, jnp.nan))
     if order is None:
-        return Law(masses, _tree(masses), None, None)
+        return Law(masses, _sums(masses, scale), None, None)
+    if order.shape != probs.shape:
+        raise ArgumentError(f"order must have one number for each of the {probs.shape[0]} masses, got {order.shape}")
     order = order.astype(jnp.int32)
     positions = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
     masses = masses[order]
-    return Law(masses, _tree(masses), order, positions)
+    return Law(masses, _sums(masses, scale), order, positions)
 
 
 def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> Law:
-    """The law with new masses for ``indices``; only their ancestors are summed again.
+    """The law with new masses for some examples; only their ancestors are summed again.
 
-    Indices outside 0..n-1 are padding and are dropped. Of an index given twice, one mass stays. Donate the law
-    (``jax.jit(update, donate_argnums=0)``) and the change is made in place.
+    Donate the law (``jax.jit(update, donate_argnums=0)``) and the change is made in place.
+
+    Args:
+        law: as `prepare` made it.
+        indices: examples [c]. Those outside 0..n-1 are padding and are dropped; of one given twice, one mass stays.
+        probs: their masses [c], on the scale of those that the law was made of.
+
+    Raises:
+        ValueError: where values can be seen, a mass is negative or not finite.
     """
-    size, num_blocks = law.masses.shape[0], _num_blocks(law)
+    _check_masses(probs)
+    size = law.masses.shape[0]
     at = jnp.where((indices >= 0) & (indices < size), indices.astype(jnp.int32), size)
     if law.positions is not None:
         at = law.positions.at[at].get(mode="fill", fill_value=size)
-    masses = law.masses.at[at].set(probs.astype(jnp.float32), mode="drop")
-    blocks = jnp.minimum(at // BLOCK, num_blocks - 1)  # a block hit twice is summed twice, to the same bits
-    node = blocks + num_blocks
-    tree = _set(law.tree, node, _block_sums(lambda place: _mass_at(masses, blocks * BLOCK + place), blocks.shape))
-
-    def climb(_: Int[Array, ""], state: tuple[Pair, Array]) -> tuple[Pair, Array]:
-        tree, node = state
-        node = node // 2
-        return _set(tree, node, double_float.add(_get(tree, 2 * node), _get(tree, 2 * node + 1))), node
-
-    tree, _ = jax.lax.fori_loop(0, _depth(num_blocks), climb, (tree, node))
-    return law._replace(masses=masses, tree=tree)
+    given = probs.astype(jnp.float32)
+    given = jnp.where(jnp.isfinite(given) & (given >= 0.0), given, jnp.nan) * law.scale
+    masses = law.masses.at[at].set(given, mode="drop")
+    levels = _levels(size)
+    node = jnp.minimum(at, size - 1) // (BLOCK * BRANCHES)  # a node hit twice is summed twice, to the same bits
+    blocks = node[:, None] * BRANCHES + jnp.arange(BRANCHES, dtype=jnp.int32)[None]
+    totals, sums = _block_totals(lambda place: _mass_at(masses, blocks * BLOCK + place), blocks.shape), law.sums
+    for depth in reversed(range(len(levels))):
+        sums = sums.at[levels[depth].start + node].set(_running(totals))
+        if depth:
+            node = node // BRANCHES
+            children = node[:, None] * BRANCHES + jnp.arange(BRANCHES, dtype=jnp.int32)[None]
+            last = sums[levels[depth].start + jnp.minimum(children, len(levels[depth]) - 1), -1]
+            is_there = children < len(levels[depth])
+            totals = Pair(*(jnp.where(is_there, last[..., word], 0.0) for word in (0, 1)))
+    return law._replace(masses=masses, sums=_with_header(sums, law.scale))
 
 
 def probabilities(law: Law) -> Float[Array, " n"]:
@@ -98,40 +164,59 @@ def probabilities(law: Law) -> Float[Array, " n"]:
 
 
 def probabilities_of(law: Law, indices: Int[Array, " m"]) -> Float[Array, " m"]:
-    """The probability [m] of each of these examples: O(m)."""
+    """The probability [m] of each of these examples, NaN for indices outside 0..n-1: O(m)."""
+    size, total = law.masses.shape[0], law.sums[0, 0, 0]
+    is_there = (indices >= 0) & (indices < size)
     at = indices if law.positions is None else law.positions[indices]
-    total = law.tree.hi[1]
-    return jnp.where(total == 0.0, 1.0 / law.masses.shape[0], law.masses[at] / total)
+    probs = jnp.where(total == 0.0, 1.0 / size, law.masses[at] / total)
+    return jnp.where(is_there, probs, jnp.nan)
 
 
 def order_by(*keys: Array) -> Int[Array, " n"]:
-    """The permutation that sorts by the first key [n], ties by the second, and so on: an order for a law."""
+    """The permutation that sorts by the first key [n], ties by the second, and so on: an order for a law.
+
+    >>> order_by(jnp.array([1, 0, 1, 0]), jnp.array([0.5, 2.0, 0.1, 1.0])).tolist()
+    [3, 1, 2, 0]
+    """
     return jnp.lexsort(keys[::-1]).astype(jnp.int32)
 
 
 def independent(key: Key, law: LawLike, *, num_draws: int) -> Draw:
-    """Draws that know nothing of each other, each by the law: the paper's sampler."""
-    return _draw(law, _unit_pair(key, num_draws), 1)
+    """Draws that know nothing of each other, each by the law: the paper's sampler.
+
+    Args:
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n], which are prepared at each call.
+        num_draws: m, at least 1; static under ``jax.jit``. The same three arguments make every sampler.
+
+    Raises:
+        TypeError: ``num_draws`` is no whole number.
+        ValueError: ``num_draws`` is below 1, or the law cannot be prepared.
+    """
+    return on_line("independent", key, law, num_draws=num_draws)
 
 
 def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """The line cut into ``num_draws`` equal masses, one draw in each: never more variance than `independent`.
 
-    How much less depends on the order: neighbours on the line should have similar gradients. Source: Cochran,
-    "Sampling Techniques", chapter 5, for strata; laying them along an order of gradients is ours.
+    How much less depends on the order: neighbours on the line should have similar gradients. Arguments and errors are
+    those of `independent`. Source: Cochran, "Sampling Techniques", chapter 5, for strata; laying them along an order of
+    gradients is ours.
+
+    >>> draw = stratified(jax.random.key(0), jnp.array([0.5, 0.0, 0.5]), num_draws=2)
+    >>> draw.indices.tolist(), draw.probs.tolist()
+    ([0, 2], [0.5, 0.5])
     """
-    return _draw(law, _one_a_stratum(key, num_draws), num_draws)
+    return on_line("stratified", key, law, num_draws=num_draws)
 
 
 def systematic(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """One random offset, then equal steps along the line: each index is drawn floor or ceil of its expected count.
 
-    Its variance is not bounded by that of `independent`: an order with the period of the step defeats it. Source:
-    Madow, "On the theory of systematic sampling" (1949).
+    Its variance is not bounded by that of `independent`: an order with the period of the step defeats it. Arguments and
+    errors are those of `independent`. Source: Madow, "On the theory of systematic sampling" (1949).
     """
-    offset = Pair(*(jnp.broadcast_to(part, (num_draws,)) for part in _unit_pair(key, 1)))
-    strata = double_float.exact(jnp.arange(num_draws, dtype=jnp.float32))
-    return _draw(law, double_float.add(strata, offset), num_draws)
+    return on_line("systematic", key, law, num_draws=num_draws)
 
 
 def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
@@ -139,7 +224,12 @@ def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 
     A kept law is capped once, ``capped(law, num_draws=m)``, and then drawn from with `systematic` in O(m log n).
     Only a law with fewer than ``num_draws`` positive masses repeats an index.
+
+    Raises:
+        TypeError: ``num_draws`` is no whole number.
+        ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
+    check_whole("num_draws", num_draws, least=1)
     return systematic(key, capped(law, num_draws=num_draws), num_draws=num_draws)
 
 
@@ -151,8 +241,10 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     themselves. Source: Hajek, "Sampling from a finite population" (1981).
 
     Raises:
-        ValueError: ``num_draws`` exceeds the number of examples.
+        TypeError: ``num_draws`` is no whole number.
+        ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
+    check_whole("num_draws", num_draws, least=1)
     law, size = _as_law(law), _poisson_size(num_draws)
     if num_draws > law.masses.shape[0]:
         raise ArgumentError(f"poisson draws distinct indices: num_draws={num_draws} exceeds n={law.masses.shape[0]}")
@@ -165,7 +257,13 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 
 
 def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
-    """Draws with replacement, all examples alike; of the law it only takes n."""
+    """Draws with replacement, all examples alike; of the law it only takes n.
+
+    Raises:
+        TypeError: ``num_draws`` is no whole number.
+        ValueError: ``num_draws`` is below 1.
+    """
+    check_whole("num_draws", num_draws, least=1)
     size = (law.masses if isinstance(law, Law) else law).shape[0]
     indices = jax.random.randint(key, (num_draws,), 0, _check_size(size), dtype=jnp.int32)
     return Draw(indices, jnp.full((num_draws,), 1.0 / size, jnp.float32), jnp.ones((num_draws,), bool))
@@ -174,11 +272,47 @@ def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 def uniform_strata(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """All examples alike, the law's line cut into ``num_draws`` equal parts, one draw in each; masses do not matter.
 
-    Never more variance than `uniform`: what is left of a good order when its probabilities are not to be trusted. Ours.
+    Never more variance than `uniform`: what is left of a good order when its probabilities are not to be trusted.
+    Arguments and errors are those of `independent`. Source: ours.
     """
+    return on_line("stratified", key, law, num_draws=num_draws, is_open=jnp.asarray(False))
+
+
+def on_line(
+    kind: Kind,
+    key: Key,
+    law: LawLike,
+    *,
+    num_draws: int,
+    is_halved: Bool[Array, ""] | None = None,
+    is_open: Bool[Array, ""] | None = None,
+) -> Draw:
+    """Draws at places on the line: by the masses or uniformly, whole or in two independent halves, in one program.
+
+    Which of the four it is may be known at run time only: all differ in where the places lie, which costs a few
+    operations on [m] numbers, so nothing is branched on.
+
+    Args:
+        kind: how the places are laid.
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: m.
+        is_halved: whether the first ``m // 2`` places are laid by themselves, and the others by themselves.
+        is_open: whether masses count. Else all examples are alike, and a systematic draw is a stratified one.
+
+    Raises:
+        TypeError: ``num_draws`` is no whole number.
+        ValueError: ``num_draws`` is below 1, or the law cannot be prepared.
+    """
+    check_whole("num_draws", num_draws, least=1)
     law = _as_law(law)
-    at = _scaled_index(law, _one_a_stratum(key, num_draws), num_draws)
-    probs = jnp.full((num_draws,), 1.0 / law.masses.shape[0], jnp.float32)
+    numerator, denominator = _places(kind, key, num_draws, is_halved, is_open)
+    size, total = law.masses.shape[0], _total(law)
+    by_mass = total.hi != 0.0 if is_open is None else is_open & (total.hi != 0.0)
+    at = jnp.where(
+        by_mass, _descend(law, _scaled(numerator, denominator, total)), _scaled_index(size, numerator, denominator)
+    )
+    probs = jnp.where(by_mass, law.masses[at] / total.hi, 1.0 / size)
     return Draw(_example(law, at), probs, jnp.ones((num_draws,), bool))
 
 
@@ -202,11 +336,11 @@ def capped(law: LawLike, *, num_draws: int | float) -> Law:
         new_cap = jnp.where((rest > 0.0) & (room > 0.0), rest / room, cap)
         return new_cap, new_count, new_count > count
 
-    total = law.tree.hi[1]
+    total = law.sums[0, 0, 0]
     start = (total / num_draws, jnp.int32(0), total > 0.0)
     cap, _, _ = jax.lax.while_loop(lambda state: state[2], lower, start)
     masses = jnp.minimum(law.masses, cap)
-    return law._replace(masses=masses, tree=_tree(masses))
+    return law._replace(masses=masses, sums=_sums(masses, law.scale))
 
 
 def _as_law(law: LawLike) -> Law:
@@ -219,14 +353,14 @@ def _check_size(size: int) -> int:
     return size
 
 
-def _draw(law: LawLike, numerator: Pair, denominator: int) -> Draw:
-    """The examples at the fractions ``numerator / denominator`` [m] of the line."""
-    law = _as_law(law)
-    total = _total(law)
-    nothing = total.hi == 0.0
-    at = jnp.where(nothing, _scaled_index(law, numerator, denominator), _descend(law, numerator, denominator))
-    probs = jnp.where(nothing, 1.0 / law.masses.shape[0], law.masses[at] / total.hi)
-    return Draw(_example(law, at), probs, jnp.ones(at.shape, bool))
+def _check_masses(masses: Array) -> None:
+    """Refuse what is no mass, where values can be seen."""
+    wrong = first_wrong(lambda values: (values >= 0) & (values < math.inf), masses)
+    if wrong is not None:
+        raise ArgumentError(
+            f"masses must be at least 0 and finite, got {wrong.value} at {wrong.at}: a score that is none belongs in "
+            "proposal.smooth, which sets it aside"
+        )
 
 
 def _example(law: Law, at: Int[Array, " m"]) -> Int[Array, " m"]:
@@ -234,18 +368,42 @@ def _example(law: Law, at: Int[Array, " m"]) -> Int[Array, " m"]:
 
 
 def _line_probabilities(law: Law) -> Float[Array, " n"]:
-    total = law.tree.hi[1]
+    total = law.sums[0, 0, 0]
     return jnp.where(total == 0.0, 1.0 / law.masses.shape[0], law.masses / total)
 
 
-def _scaled(numerator: Pair, denominator: int, length: Pair) -> Pair:
-    step = double_float.divide(length, jnp.float32(denominator))
+def _places(
+    kind: Kind, key: Key, num_draws: int, is_halved: Bool[Array, ""] | None, is_open: Bool[Array, ""] | None
+) -> tuple[Pair, Float[Array, "..."]]:
+    """Where draws lie on the line, as numerators [m] and denominators of fractions of its length."""
+    if kind == "independent":
+        return _unit_pair(key, num_draws), jnp.float32(1.0)
+    first, second = num_draws // 2, num_draws - num_draws // 2
+    whole = jnp.arange(num_draws, dtype=jnp.float32)
+    start, parts = whole, jnp.float32(num_draws)
+    if is_halved is not None:
+        in_first = whole < first
+        start = jnp.where(is_halved & ~in_first, whole - first, whole)
+        parts = jnp.where(is_halved, jnp.where(in_first, float(first), float(second)), parts)
+    if kind == "stratified":
+        return double_float.add(double_float.exact(start), _unit_pair(key, num_draws)), parts
+    offset = Pair(*(jnp.broadcast_to(word, (num_draws,)) for word in _unit_pair(key, 1)))
+    if is_halved is not None:
+        other = _unit_pair(jax.random.fold_in(key, 1), 1)
+        is_other = is_halved & (whole >= first)
+        offset = Pair(*(jnp.where(is_other, theirs, own) for theirs, own in zip(other, offset, strict=True)))
+    if is_open is not None:
+        offset = double_float.where(is_open, offset, _unit_pair(key, num_draws))
+    return double_float.add(double_float.exact(start), offset), parts
+
+
+def _scaled(numerator: Pair, denominator: Float[Array, "..."], length: Pair) -> Pair:
+    step = double_float.divide(length, denominator)
     return double_float.multiply(numerator, Pair(*(jnp.broadcast_to(part, numerator.hi.shape) for part in step)))
 
 
-def _scaled_index(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m"]:
-    """The places of the fractions on the line of a law without mass: all examples alike."""
-    size = law.masses.shape[0]
+def _scaled_index(size: int, numerator: Pair, denominator: Float[Array, "..."]) -> Int[Array, " m"]:
+    """The places of the fractions on a line of ``size`` examples that are all alike."""
     length = Pair(jnp.float32(size), jnp.float32(size - int(jnp.finfo(jnp.float32).dtype.type(size))))
     place = _scaled(numerator, denominator, length)
     whole = jnp.floor(place.hi)
@@ -253,28 +411,47 @@ def _scaled_index(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m
     return jnp.clip(index, 0, size - 1)
 
 
-def _descend(law: Law, numerator: Pair, denominator: int) -> Int[Array, " m"]:
-    """The places on the line where the prefix sums pass the fractions of the total, from the root down."""
-    rest = _scaled(numerator, denominator, _total(law))
-    num_blocks = _num_blocks(law)
+def _descend(law: Law, rest: Pair) -> Int[Array, " m"]:
+    """The places on the line where the running sums pass these numbers, from the root down.
 
-    def halve(_: Int[Array, ""], state: tuple[Pair, Array]) -> tuple[Pair, Array]:
-        # Right when the rest has reached the left half (prefix sums, side="right"); never into a half without mass.
+    In loops, although their lengths are known: a CPU runs the few small kernels of a body faster than hundreds in line.
+    One gather a level: XLA shares out a kernel that reads a large array among threads, which costs it microseconds.
+    """
+    levels = _levels(law.masses.shape[0])
+    starts = jnp.asarray([level.start for level in levels], jnp.int32)
+
+    def down(depth: Int[Array, ""], state: tuple[Pair, Array]) -> tuple[Pair, Array]:
         rest, node = state
-        left, right = _get(law.tree, 2 * node), law.tree.hi[2 * node + 1]
-        go = (double_float.at_least(rest, left) | (left.hi == 0.0)) & (right > 0.0)
-        return double_float.where(go, double_float.add(rest, double_float.negative(left)), rest), 2 * node + go.astype(
-            jnp.int32
-        )
+        child, rest = _choose(law.sums[starts[depth] + node], rest)
+        return rest, node * BRANCHES + child
 
-    rest, node = jax.lax.fori_loop(0, _depth(num_blocks), halve, (rest, jnp.ones(rest.hi.shape, jnp.int32)))
-    return _find_in_block(law.masses, rest, (node - num_blocks) * BLOCK)
+    start = (rest, jnp.zeros(rest.hi.shape, jnp.int32))
+    rest, node = jax.lax.fori_loop(0, len(levels), down, start)
+    return _find_in_block(law.masses, rest, node * BLOCK)
+
+
+def _choose(sums: Float[Array, "m 16 2"], rest: Pair) -> tuple[Int[Array, " m"], Pair]:
+    """The first child [m] of these nodes whose running sum is above the rest, and the rest that is left within it.
+
+    A child without mass has the running sum of the one before, so it is never the first; and where roundings have left
+    a rest of the whole node or more, the last child with mass is taken.
+    """
+    high, low = sums[..., 0], sums[..., 1]
+    is_passed = double_float.at_least(Pair(*(word[:, None] for word in rest)), Pair(high, low))
+    is_passed &= ~double_float.at_least(Pair(high, low), Pair(high[:, -1:], low[:, -1:]))
+    children = jnp.arange(BRANCHES, dtype=jnp.int32)[None]
+    child = jnp.min(jnp.where(is_passed, BRANCHES - 1, children), axis=1)
+    is_before = children == child[:, None] - 1
+    before = Pair(*(jnp.sum(jnp.where(is_before, word, 0.0), axis=1) for word in (high, low)))  # one term: exact
+    return child, double_float.add(rest, double_float.negative(before))
 
 
 def _find_in_block(masses: Float[Array, " n"], rest: Pair, start: Int[Array, " m"]) -> Int[Array, " m"]:
+    block = _mass_at(masses, start[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None])
+
     def look(place: Int[Array, ""], state: tuple[Pair, Array, Array]) -> tuple[Pair, Array, Array]:
         rest, found, searching = state
-        mass = _mass_at(masses, start + place)
+        mass = block[:, place]
         found = jnp.where(searching & (mass > 0.0), start + place, found)
         passed = double_float.at_least(rest, double_float.exact(mass)) | (mass == 0.0)
         rest = double_float.where(searching & passed, double_float.add(rest, double_float.exact(-mass)), rest)
@@ -284,20 +461,55 @@ def _find_in_block(masses: Float[Array, " n"], rest: Pair, start: Int[Array, " m
     return jax.lax.fori_loop(0, BLOCK, look, state)[1]
 
 
-def _tree(masses: Float[Array, " n"]) -> Pair:
-    size = masses.shape[0]
-    num_blocks = 1 << (-(-size // BLOCK) - 1).bit_length()
-    rows = jnp.pad(masses, (0, num_blocks * BLOCK - size)).reshape(num_blocks, BLOCK)
-    level = _block_sums(lambda place: rows[:, place], (num_blocks,))
-    levels = [level]
-    while levels[0].hi.shape[0] > 1:
-        levels.insert(0, double_float.add(*(Pair(*(part[side::2] for part in levels[0])) for side in (0, 1))))
-    levels.insert(0, double_float.exact(jnp.zeros(1, jnp.float32)))  # entry 0 of a heap is not used
-    return Pair(*(jnp.concatenate(parts) for parts in zip(*levels, strict=True)))
+def _levels(size: int) -> list[range]:
+    """The nodes of each level, from the root down; the children of the last are the blocks of masses."""
+    counts = [-(-size // BLOCK)]
+    while counts[0] > 1 or len(counts) == 1:
+        counts.insert(0, -(-counts[0] // BRANCHES))
+    starts, levels = 1, []
+    for count in counts[:-1]:
+        levels.append(range(starts, starts + count))
+        starts += count
+    return levels
 
 
-def _block_sums(masses_at: Callable[[Int[Array, ""]], Float[Array, " k"]], shape: tuple[int, ...]) -> Pair:
-    """The sums [k] of blocks, of which ``masses_at(place)`` gives one mass each. One by one: never a flat reduction."""
+def _sums(masses: Float[Array, " n"], scale: Float[Array, ""]) -> Float[Array, "k 16 2"]:
+    """The tree over these masses, from the foot up."""
+    levels = _levels(masses.shape[0])
+    rows = _in_rows(masses, BLOCK)
+    totals = _block_totals(lambda place: rows[:, place], (rows.shape[0],))
+    made: list[Array] = []
+    for _ in levels:
+        nodes = _running(Pair(*(_in_rows(word, BRANCHES) for word in totals)))
+        made.insert(0, nodes)
+        totals = Pair(nodes[:, -1, 0], nodes[:, -1, 1])
+    header = jnp.zeros((1, BRANCHES, 2), jnp.float32)
+    padding = jnp.zeros((-levels[-1].stop % ROWS, BRANCHES, 2), jnp.float32)
+    return _with_header(jnp.concatenate([header, *made, padding]), scale)
+
+
+def _with_header(sums: Float[Array, "k 16 2"], scale: Float[Array, ""]) -> Float[Array, "k 16 2"]:
+    """The tree with the total and the scale in node 0."""
+    return sums.at[0, 0].set(sums[1, -1]).at[0, 1, 0].set(scale)
+
+
+def _in_rows(values: Float[Array, " n"], width: int) -> Float[Array, "r width"]:
+    return jnp.pad(values, (0, -values.shape[0] % width)).reshape(-1, width)
+
+
+def _running(masses: Pair) -> Float[Array, "r 16 2"]:
+    """The nodes over children of these masses [r, 16]: added one by one, never in a flat reduction."""
+
+    def add(total: Pair, mass: Pair) -> tuple[Pair, Array]:
+        total = double_float.add(total, mass)
+        return total, jnp.stack(total, axis=-1)
+
+    nothing = double_float.exact(jnp.zeros(masses.hi.shape[0], jnp.float32))
+    return jnp.moveaxis(jax.lax.scan(add, nothing, Pair(masses.hi.T, masses.lo.T))[1], 0, 1)
+
+
+def _block_totals(masses_at: Callable[[Int[Array, ""]], Float[Array, "..."]], shape: tuple[int, ...]) -> Pair:
+    """The sums of blocks, of which ``masses_at(place)`` gives one mass each; one by one, too."""
 
     def add(place: Int[Array, ""], total: Pair) -> Pair:
         return double_float.add(total, double_float.exact(masses_at(place)))
@@ -305,33 +517,12 @@ def _block_sums(masses_at: Callable[[Int[Array, ""]], Float[Array, " k"]], shape
     return jax.lax.fori_loop(0, BLOCK, add, double_float.exact(jnp.zeros(shape, jnp.float32)))
 
 
-def _mass_at(masses: Float[Array, " n"], places: Int[Array, " k"]) -> Float[Array, " k"]:
+def _mass_at(masses: Float[Array, " n"], places: Int[Array, "..."]) -> Float[Array, "..."]:
     return masses.at[places].get(mode="fill", fill_value=0.0)
 
 
-def _get(tree: Pair, nodes: Int[Array, " k"]) -> Pair:
-    return Pair(tree.hi[nodes], tree.lo[nodes])
-
-
-def _set(tree: Pair, nodes: Int[Array, " k"], values: Pair) -> Pair:
-    return Pair(*(part.at[nodes].set(value, mode="drop") for part, value in zip(tree, values, strict=True)))
-
-
 def _total(law: Law) -> Pair:
-    return Pair(law.tree.hi[1], law.tree.lo[1])
-
-
-def _num_blocks(law: Law) -> int:
-    return law.tree.hi.shape[0] // 2
-
-
-def _depth(num_blocks: int) -> int:
-    return num_blocks.bit_length() - 1
-
-
-def _one_a_stratum(key: Key, num_draws: int) -> Pair:
-    """A random place in each of ``num_draws`` strata of length one."""
-    return double_float.add(double_float.exact(jnp.arange(num_draws, dtype=jnp.float32)), _unit_pair(key, num_draws))
+    return Pair(law.sums[0, 0, 0], law.sums[0, 0, 1])
 
 
 def _unit_pair(key: Key, size: int) -> Pair:

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["NEVER", "ScoreTable", "ages", "create", "record"]
+
 NEVER = -1
 """The version of an example that was never scored."""
 
@@ -57,10 +59,19 @@ def record(
     seconds: float | Float[Array, ""] = 0.0,
     memory: float = 0.0,
 ) -> tuple[ScoreTable, Int[Array, ""]]:
-    """Write ``scores`` [c] of the examples ``indices`` [c], measured at ``version``; also the number quarantined.
+    """Write scores of some examples, measured at one version.
 
-    With augmentation each visit sees another picture of the example: ``memory`` is then the share of the old mean
-    square that is kept, sqrt(memory old² + (1 - memory) new²), so that scores tend to the root mean square norm.
+    Args:
+        table: donate it, and it is changed in place.
+        indices: of the examples [c]; those outside 0..n-1 are padding.
+        scores: theirs [c].
+        version: of the parameters that they were measured with, in updates.
+        seconds: the clock of the measurement.
+        memory: the share of the old mean square that is kept, sqrt(memory old² + (1 - memory) new²). With augmentation
+            each visit sees another picture of the example, and scores then tend to the root mean square norm.
+
+    Returns:
+        The table, and how many scores were quarantined: negative or not finite, and so not written.
 
     Raises:
         ValueError: ``memory`` is not in [0, 1).

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.samplers import Law
@@ -27,7 +27,22 @@ from isgd_jax.types import Draw, Key
 from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.monitor import Monitor
 
-FORMAT = 1
+__all__ = [
+    "BatchSampler",
+    "Clock",
+    "Ordering",
+    "Proposal",
+    "SamplerState",
+    "SpeedupGate",
+    "advanced",
+    "blank_clock",
+    "check_sizes",
+    "check_state",
+    "key_data",
+    "own_key",
+]
+
+FORMAT = 2
 """Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
 
 KEY_IMPL = "threefry2x32"
@@ -121,7 +136,7 @@ class BatchSampler(NamedTuple):
     candidates: Callable[..., Draw] | None = None
     """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
     resample: Callable[..., Draw] | None = None
-    """``resample(key, state, candidates, scores) -> draw``, its second step."""
+    """``resample(key, state, candidates, scores, *, ahead=0) -> draw``, its second step."""
     steps_per_update: int = 1
     is_scored: bool = False
     """Whether scores make the proposal, so that scoring besides can help."""
@@ -161,11 +176,8 @@ def check_sizes(num_examples: int, batch_size: int) -> None:
         TypeError: they are no whole numbers.
         ValueError: they are out of range.
     """
-    for name, value in (("num_examples", num_examples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
-        if not 1 <= value < 2**31:
-            raise ArgumentError(f"{name} must be 1 to 2^31 - 1, got {value}")
+    check_whole("num_examples", num_examples, least=1, most=2**31 - 1)
+    check_whole("batch_size", batch_size, least=1, most=2**31 - 1)
 
 
 def check_state(state: SamplerState, num_examples: int) -> None:

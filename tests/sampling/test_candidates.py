@@ -33,10 +33,22 @@ def test_the_mean_is_that_of_the_candidates(grads: jax.Array, kind: str) -> None
 def test_equal_scores_promise_nothing() -> None:
     assert float(candidates.speedup(jnp.full(10, 3.0))) == pytest.approx(1.0)
     assert float(candidates.speedup(jnp.zeros(10))) == 1.0
-    assert not bool(candidates.is_worth_it(jnp.ones(640), num_draws=128))
+    assert not bool(candidates.pays(jnp.float32(1.0), candidates=5))
 
 
 def test_speedup_by_hand() -> None:
     assert float(candidates.speedup(jnp.asarray([1.0, 3.0]))) == pytest.approx(5.0 / 4.0)
-    one_in_ten = jnp.zeros(640).at[::10].set(1.0)  # speedup 10: 10 * 3 * 128 > 640 + 3 * 128
-    assert bool(candidates.is_worth_it(one_in_ten, num_draws=128))
+    one_in_ten = candidates.speedup(jnp.zeros(640).at[::10].set(1.0))  # 10: 10 * 3 * 128 > 640 + 3 * 128
+    assert float(one_in_ten) == pytest.approx(10.0)
+    assert bool(candidates.pays(one_in_ten, candidates=5))
+    tiny, huge = (candidates.speedup(jnp.asarray(np.float32([scale, 3 * scale]))) for scale in (1e-40, 1e38))
+    assert [float(tiny), float(huge)] == [pytest.approx(1.25, rel=1e-5)] * 2  # 1e-40 has 17 bits
+
+
+def test_a_score_that_is_none_says_nothing() -> None:
+    bad = jnp.asarray([1.0, -2.0, jnp.nan, 3.0, jnp.inf])
+    assert float(candidates.speedup(bad)) == pytest.approx(5.0 / 4.0)
+    with pytest.warns(UserWarning, match="3 of 5 scores are negative or not finite, the first at 1"):
+        draw = candidates.resample(jax.random.key(0), bad, num_draws=200)
+    share = np.bincount(np.asarray(draw.indices), minlength=5) / 200
+    np.testing.assert_allclose(share, 0.9 * np.asarray([1.0, 2.0, 2.0, 3.0, 2.0]) / 10 + 0.02, atol=0.011)

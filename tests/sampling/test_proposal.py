@@ -115,3 +115,53 @@ def test_one_program_serves_all_versions_and_clocks() -> None:
     shares = [float(propose(scores, jnp.int32(v), jnp.float32(v)).trusted_share) for v in range(5)]
     assert shares == [1.0, 1.0, 1.0, 0.0, 0.0]
     assert len(traces) == 1
+
+
+BAD = {
+    "negative": [3.0, -1.0, 1.0, 0.5],
+    "NaN": [1.0, np.nan, 3.0],
+    "infinite": [np.inf, 1.0, 2.0],
+    "all kinds": [np.nan, np.inf, -np.inf, -2.0, 1.0, 4.0],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_score_that_is_none_counts_as_the_mean_and_is_told(name: str) -> None:
+    scores = np.asarray(BAD[name], np.float32)
+    sound = np.isfinite(scores) & (scores >= 0)
+    filled = np.where(sound, scores, scores[sound].mean())
+    expected = 0.9 * filled / filled.sum() + 0.1 / len(scores)
+    with pytest.warns(UserWarning, match=f"{(~sound).sum()} of {len(scores)} scores are negative or not finite"):
+        probs, blank = proposal.smooth(jnp.asarray(scores), mixture=0.1)
+    np.testing.assert_allclose(probs, expected, rtol=1e-6)
+    assert not bool(blank)
+    traced, _ = jax.jit(lambda s: proposal.smooth(s, mixture=0.1))(jnp.asarray(scores))
+    np.testing.assert_allclose(traced, expected, rtol=1e-6)
+    made = proposal.propose(scored(list(BAD[name])), version=0, mixture=0.1)
+    np.testing.assert_allclose(made.probs, expected, rtol=1e-6)
+    assert float(made.trusted_share) == np.float32(sound.mean())
+
+
+def test_scores_that_are_all_none_are_uniform_and_blank() -> None:
+    with pytest.warns(UserWarning, match="2 of 2 scores"):
+        probs, blank = proposal.smooth(jnp.asarray([-1.0, np.nan]))
+    assert probs.tolist() == [0.5, 0.5]
+    assert bool(blank)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30, 1e38])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scores_may_be_as_small_or_large_as_float32_goes(scale: float, weighted: bool) -> None:
+    scores, weights = np.asarray([1.0, 2.0, 0.0, 3.0]), np.asarray([1.0, -2.0, 3.0, 0.5])
+    wanted = scores * np.abs(weights) if weighted else scores
+    given = jnp.asarray(weights * 1e-3, jnp.float32) if weighted else None
+    probs, blank = proposal.smooth(jnp.asarray(scores * scale, jnp.float32), mixture=0.2, example_weights=given)
+    np.testing.assert_allclose(probs, 0.8 * wanted / wanted.sum() + 0.05, rtol=1e-5)
+    assert not bool(blank)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="example_weights must be finite, got nan at 1"):
+        proposal.smooth(jnp.ones(2), example_weights=jnp.asarray([1.0, np.nan]))
+    with pytest.raises(ValueError, match="additive must be finite and not negative, got nan"):
+        proposal.smooth(jnp.ones(2), additive=float("nan"))

@@ -1,14 +1,13 @@
 """Every refusal, in the names of the arguments: what was expected, what came, what to do."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
+from sampling_problem import unchecked
 
 import isgd_jax as isgd
 from isgd_jax.sampling.state import FORMAT
@@ -120,15 +119,6 @@ def test_what_types_would_have_told_is_told_without_them_too(
         make(**options)
 
 
-@contextlib.contextmanager
-def unchecked() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
@@ -151,7 +141,7 @@ def test_a_state_of_another_format_or_data_set_is_refused_by_name() -> None:
         key, strange = jax.random.key(0), state._replace(format=jnp.int32(FORMAT + 1))
         draw = Draw(jnp.arange(M), jnp.full(M, 1.0 / N), jnp.ones(M, bool))
         for call in (sampler.refresh, sampler.report, lambda state, s=sampler, d=draw: s.observe(state, d)):
-            with pytest.raises(ValueError, match="format 2, this version of isgd_jax reads format 1: begin with init"):
+            with pytest.raises(ValueError, match="format 3, this version of isgd_jax reads format 2: begin with init"):
                 call(strange)
             with pytest.raises(ValueError, match="the state is of 9 examples, this sampler of 8"):
                 call(other.init())

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_problem import unchecked
 
 from isgd_jax.sampling import double_float, samplers
 from isgd_jax.sampling.samplers import Law
@@ -187,10 +188,73 @@ def test_an_all_zero_law_is_uniform(sampler: Callable) -> None:
     np.testing.assert_allclose(np.unique(draw.probs), draw.probs[0, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_masses_that_are_not_finite_show(bad: float) -> None:
-    draw = samplers.independent(jax.random.key(0), jnp.asarray([1.0, bad, 2.0]), num_draws=4)
-    assert not bool(jnp.any(jnp.isfinite(draw.probs) & (draw.probs > 0)))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, -1e-30])
+def test_a_mass_that_is_none_is_refused_or_shows(bad: float) -> None:
+    masses, law = jnp.asarray([1.0, bad, 2.0]), samplers.prepare(jnp.ones(3))
+    at, own = jnp.arange(1), masses[1:2]
+    for call in (
+        lambda: samplers.prepare(masses),
+        lambda: samplers.independent(jax.random.key(0), masses, num_draws=4),
+        lambda: samplers.update(law, at, own),
+    ):
+        with pytest.raises(ValueError, match=r"masses must be at least 0 and finite, got .* at [01]"):
+            call()
+    draw = jax.jit(partial(samplers.independent, num_draws=4))(jax.random.key(0), masses)
+    assert bool(jnp.all(jnp.isnan(draw.probs)))
+    assert bool(jnp.all(jnp.isnan(samplers.probabilities(jax.jit(samplers.update)(law, at, own)))))
+
+
+EDGES = {
+    "subnormal": [1e-40, 3e-40, 0.0, 6e-40],
+    "the smallest": [1.4e-45, 0.0, 2.8e-45],
+    "tiny": [1e-37, 1e-36, 0.0, 2e-38],
+    "sums beyond float32": [1e38, 3e38, 2e38, 3e38, 0.0],
+    "the largest": [3.4e38] * 40,
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_masses_at_the_edges_of_float32_have_their_shares(name: str) -> None:
+    masses = np.asarray(EDGES[name], np.float32)
+    shares = masses.astype(np.float64) / masses.astype(np.float64).sum()
+    law = jax.jit(samplers.prepare)(jnp.asarray(masses))
+    np.testing.assert_allclose(samplers.probabilities(law), shares, rtol=1e-6)
+    draw = many(samplers.stratified, law, 5, 400)
+    np.testing.assert_allclose(draw.probs, shares[np.asarray(draw.indices)], rtol=1e-6)
+    np.testing.assert_allclose(counts(draw, len(masses)) / 2000, shares, atol=5 * np.sqrt(0.25 / 2000))
+
+
+@pytest.mark.parametrize("sampler", ALL)
+@pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_numbers_of_draws_that_are_none_are_refused(sampler: Callable, wrong: object, error: type[Exception]) -> None:
+    with unchecked(), pytest.raises(error, match="num_draws must be"):
+        sampler(jax.random.key(0), jnp.ones(3), num_draws=wrong)
+
+
+def test_probabilities_of_what_is_no_example_show() -> None:
+    found = samplers.probabilities_of(samplers.prepare(jnp.asarray([1.0, 3.0])), jnp.asarray([1, 2, -1, 0]))
+    np.testing.assert_array_equal(found, [0.75, np.nan, np.nan, 0.25])
+
+
+@pytest.mark.parametrize("kind", ["stratified", "systematic", "independent"])
+def test_four_ways_to_draw_are_unbiased_in_one_program(kind: samplers.Kind) -> None:
+    # 5 draws: halves of 2 and of 3. Estimates of the mean of values, within 5 standard errors.
+    masses, values = jnp.asarray(log_normal(40, 1.0)), np.random.default_rng(1).normal(size=40) + 1.0
+    law = samplers.prepare(masses, samplers.order_by(masses))
+    draw = jax.jit(partial(samplers.on_line, kind, num_draws=5))
+    each = jax.vmap(lambda key, halved, opened: draw(key, law, is_halved=halved, is_open=opened), (0, None, None))
+    for halved in (False, True):
+        for opened in (False, True):
+            found = each(jax.random.split(jax.random.key(2), 4000), jnp.asarray(halved), jnp.asarray(opened))
+            indices, probs = np.asarray(found.indices), np.asarray(found.probs, np.float64)
+            wanted = np.asarray(samplers.probabilities(law)) if opened else np.full(40, 1 / 40)
+            np.testing.assert_allclose(probs, wanted[indices], rtol=1e-6)
+            terms = values[indices] / (40 * probs)
+            halves = terms[:, :2].mean(axis=1), terms[:, 2:].mean(axis=1)
+            for estimates in (terms.mean(axis=1), *(halves if halved else ())):
+                assert abs(estimates.mean() - values.mean()) < 5 * estimates.std() / np.sqrt(4000)
+            if halved:  # what one half does tells nothing of the other
+                assert abs(np.corrcoef(*halves)[0, 1]) < 5 / np.sqrt(4000)
 
 
 @pytest.mark.parametrize(("size", "ordered"), [(1, False), (16, True), (17, False), (1000, True), (4096, False)])
@@ -230,7 +294,12 @@ def attained(law: Law, fractions: np.ndarray) -> np.ndarray:
     unit = double_float.two_sum(
         jnp.asarray(high * 2.0**-24, jnp.float32), jnp.asarray((bits - high * 2.0**24) * 2.0**-48, jnp.float32)
     )
-    return np.asarray(jax.jit(partial(samplers._descend, denominator=1))(law, unit))
+
+    @jax.jit
+    def place(law: Law, unit: double_float.Pair) -> jax.Array:
+        return samplers._descend(law, samplers._scaled(unit, jnp.float32(1.0), samplers._total(law)))
+
+    return np.asarray(place(law, unit))
 
 
 @pytest.mark.parametrize("size", [10_000, pytest.param(2_000_000, marks=pytest.mark.slow)])

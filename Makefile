@@ -1,6 +1,7 @@
 # make train    set up and train on the embedded data set (DATASET=, ARGS=, PYTHON=)
 # make test     set up and run the tests          make test-fast   the quick ones
 # make soak     long and random trials, by hand   make lint        ruff and mypy
+# make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
 # make notebooks  run all notebooks               make docs        the API reference, into build/api
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
 
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
                  { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
 
-.PHONY: train test test-fast soak lint notebooks docs experiments-quick experiments clean
+.PHONY: train test test-fast test-optimized soak lint notebooks docs experiments-quick experiments clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not soak" -n 3 --dist worksteal
+
+test-optimized: $(VENV)/.dev
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -n 0 -rA

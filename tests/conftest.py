@@ -35,7 +35,6 @@ for name, value in {
     "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0.1,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    "jax_disable_most_optimizations": True,
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)

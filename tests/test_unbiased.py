@@ -81,7 +81,6 @@ def estimates(sampler: Callable, probs: jax.Array, grads: np.ndarray, key: np.nd
     return np.asarray(estimator(sampler)(samplers.prepare(probs, order), jnp.asarray(grads)), np.float64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_enumeration(grads: np.ndarray, kind: str) -> None:
     # The sum over all examples of q_i g_i / (N q_i), through the transformation, one draw each.
@@ -92,7 +91,6 @@ def test_enumeration(grads: np.ndarray, kind: str) -> None:
     np.testing.assert_allclose(mean, grads.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kind: str) -> None:
@@ -102,7 +100,6 @@ def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kin
     assert np.all(np.abs(found.mean(axis=0) - grads.mean(axis=0)) < 4 * standard_error)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
@@ -113,7 +110,6 @@ def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarra
     np.testing.assert_allclose(measured, float(traces.stale), rtol=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_stratified_draws_never_vary_more(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)

@@ -24,7 +24,7 @@ from isgd_jax.variance.rolling import Band
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""
 
-LOOK_EVERY = 16
+LOOK_EVERY = 4
 """While the gate is shut, steps from one that looks at the gradients one by one to the next."""
 
 FreshScores = Callable[[Float[Array, " m"], Params], Float[Array, " m"]]

@@ -7,6 +7,8 @@ Guarantees:
 
 * shut as soon as the ratio is above 1 beyond its 95 % band, open again as soon as it is below ``open_below``;
 * what is judged is unbiased, whether the gate is open or shut;
+* what shut it is not held against it for long: to open it is judged by what was seen since, so it opens after
+  ``min_steps`` looks that speak for it;
 * the decision is a function of the draws alone: no clock, so a resumed run decides the same.
 
 Source: ours. The effective sample size of the weights would be no gate: it falls while the variance falls too.
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from isgd_jax.variance import rolling
 from isgd_jax.variance.rolling import Band, Window
@@ -27,6 +29,8 @@ class Gate(NamedTuple):
 
     window: Window
     is_open: Bool[Array, ""]
+    looks: Int[Array, ""]
+    """Steps seen since it shut; 0 while it is open."""
 
 
 class Verdict(NamedTuple):
@@ -38,7 +42,7 @@ class Verdict(NamedTuple):
 
 def create(size: int = 64) -> Gate:
     """An open gate that judges by the last ``size`` steps."""
-    return Gate(rolling.create(size, 2), jnp.asarray(True))
+    return Gate(rolling.create(size, 2), jnp.asarray(True), jnp.int32(0))
 
 
 def observe(
@@ -60,11 +64,16 @@ def observe(
     stale = uniform * proposal_weights
     used = jnp.ones(norms.shape, bool) if mask is None else mask
     stale_mean, uniform_mean = (jnp.mean(jnp.where(used, moment, 0.0)) for moment in (stale, uniform))
-    window = rolling.push(gate.window, stale_mean, uniform_mean)
+    # The evidence that shut it stays to be looked at until the first look after that.
+    is_first_look = ~gate.is_open & (gate.looks == 0)
+    known = gate.window._replace(seen=jnp.where(is_first_look, 0, gate.window.seen))
+    window = rolling.push(known, stale_mean, uniform_mean)
     ratio = rolling.ratio(window, *window.values.T)
     enough = window.seen >= min_steps
     shut, open_ = gate.is_open & enough & (ratio.low > 1.0), ~gate.is_open & enough & (ratio.high < open_below)
-    return Gate(window, (gate.is_open & ~shut) | open_), Verdict(ratio, shut | open_)
+    is_open = (gate.is_open & ~shut) | open_
+    looks = jnp.where(is_open | shut, 0, gate.looks + 1)
+    return Gate(window, is_open, looks), Verdict(ratio, shut | open_)
 
 
 def apply(gate: Gate, probs: Float[Array, " n"]) -> Float[Array, " n"]:

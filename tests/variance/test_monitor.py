@@ -131,6 +131,26 @@ def test_a_shut_gate_opens_again_when_scores_help(grads: jax.Array) -> None:
     assert float(verdict.ratio.high) < 0.95
 
 
+def test_what_shut_the_gate_is_not_held_against_it_for_long(grads: jax.Array) -> None:
+    """64 steps of harm fill its window; new scores help; eight looks later, or few more, it is open."""
+    norms = jnp.linalg.norm(grads, axis=1)
+    harmful, _ = judged(1.0 / norms, norms, jax.random.key(0))
+    assert not bool(harmful.is_open)
+    assert int(harmful.window.seen) >= 64
+    hypothetical, state, looks = (
+        1 / (N * proposal.smooth(norms, mixture=0.1)[0]),
+        harmful._replace(looks=jnp.int32(0)),
+        0,
+    )
+    observe = jax.jit(gate.observe)
+    while not bool(state.is_open):
+        draw = samplers.uniform(jax.random.key(looks), norms, num_draws=DRAWS)
+        state, _ = observe(state, jnp.ones(DRAWS), hypothetical[draw.indices], norms[draw.indices])
+        looks += 1
+    assert 8 <= looks <= 12
+    assert int(state.looks) == 0
+
+
 def test_a_shut_gate_draws_uniformly() -> None:
     shut = gate.create()._replace(is_open=jnp.asarray(False))
     np.testing.assert_allclose(gate.apply(shut, jnp.asarray([0.9, 0.1])), 0.5)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients.lazy import spec_of
 
 __all__ = ["AUTO_BYTES", "Scoring", "in_microbatches"]
 
@@ -70,6 +73,15 @@ def _sliced(score: Scoring, params: Any, batch: Any, size: int) -> Any:
     b = jax.tree.leaves(batch)[0].shape[0]
     if size >= b:
         return score(params, batch)
+    spec = spec_of(jax.tree.leaves(batch)[0])
+    if spec and spec[0] is not None:  # rows come out split as they came in
+        slices = jax.sharding.auto_axes(partial(_in_turn, score), out_sharding=PartitionSpec(spec[0]))
+        return slices(params, batch, size=size)
+    return _in_turn(score, params, batch, size=size)
+
+
+def _in_turn(score: Scoring, params: Any, batch: Any, *, size: int) -> Any:
+    b = jax.tree.leaves(batch)[0].shape[0]
     count = -(-b // size)
     size = -(-b // count)  # slices of one size: the last examples again are harmless padding
     padded = jax.tree.map(lambda x: jnp.concatenate([x, x[b - (size * count - b) :]]) if size * count > b else x, batch)

@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jax import Array, lax
 
-from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, written_out
+from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
 from isgd_jax.gradients.jaxpr import Node, Value, emit
+
+__all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical"]
 
 _names = itertools.count()
 
@@ -51,6 +53,10 @@ class Side:
             return self.axes[: len(self.axes) - 2 * len(self.view.kernel)]
         return self.axes[:-1] if self.view else self.axes
 
+    @property
+    def is_complex(self) -> bool:
+        return bool(jnp.issubdtype(self.node.dtype, jnp.complexfloating))
+
     def unrolled(self, dtype: Any) -> Side:
         """The same factor without a view: its entries written out."""
         if self.view is None:
@@ -83,9 +89,35 @@ class Contraction:
     shape: tuple[int, ...]
     dtype: Any
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it sums over nothing: then it is zero."""
+        return any(axis.size == 0 for side in (self.left, self.right) for axis in side.axes)
+
     def scaled(self, function: Callable[[Array], Array]) -> Contraction:
         """``function``, which must be linear in each entry, applied to the right factor (which has no view)."""
         return replace(self, right=self.right.mapped(function))
+
+    def real(self) -> list[Contraction]:
+        """The real part, ``Re(x δ) = Re x · Re δ - Im x · Im δ``: one or two real contractions."""
+        both = self.left.is_complex and self.right.is_complex
+        second = [self._parts(jnp.imag, lambda x: -jnp.imag(x))] if both else []
+        return [self._parts(jnp.real, jnp.real), *second]
+
+    def imag(self) -> list[Contraction]:
+        """The imaginary part, ``Re x · Im δ + Im x · Re δ``: none, one or two real contractions."""
+        first = [self._parts(jnp.real, jnp.imag)] if self.right.is_complex else []
+        return [*first, *([self._parts(jnp.imag, jnp.real)] if self.left.is_complex else [])]
+
+    def conj(self) -> list[Contraction]:
+        """The complex conjugate."""
+        return [self._parts(jnp.conj, jnp.conj)]
+
+    def _parts(self, of_left: Callable[[Array], Array], of_right: Callable[[Array], Array]) -> Contraction:
+        """A function on each factor that is complex."""
+        left = self.left.mapped(of_left) if self.left.is_complex else self.left
+        right = self.right.mapped(of_right) if self.right.is_complex else self.right
+        return replace(self, left=left, right=right)
 
     def reshaped(self, shape: tuple[int, ...]) -> Contraction:
         return replace(self, shape=shape)
@@ -217,7 +249,10 @@ def _summed(side: Side, other: Side, term: Contraction) -> Side:
         return side
     side = side.unrolled(term.dtype)
     places = tuple(side.axes.index(a) for a in alone)
-    return replace(side.mapped(lambda x: jnp.sum(x, places)), axes=tuple(a for a in side.axes if a not in alone))
+    return replace(
+        side.mapped(lambda x: jnp.sum(x, places, dtype=wide(x.dtype))),
+        axes=tuple(a for a in side.axes if a not in alone),
+    )
 
 
 def _fitted(side: Side, shared: Sequence[Axis], term: Contraction) -> Side:

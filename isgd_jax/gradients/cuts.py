@@ -1,33 +1,58 @@
 """Where a gradient is cut: the last contraction before a parameter's gradient, kept as its two factors.
 
 The gradient program of ONE example is read backwards from each output. What only rearranges or adds (transposes,
-reshapes, sums, signs, casts) is remembered; what contracts two factors is cut there. Everything else stays whole.
+reshapes, sums, signs, casts between wide types) is remembered; what contracts two factors is cut there. Everything
+else stays whole, and is computed for each example as `jax.grad` would.
+
+A rule stands here only if it is linear in the numbers that the program's types hold:
+
+* types of floating point with 7 bits after the point or more (bfloat16, float16 and up) are read as exact: ours rounds
+  less often than the program. Results in eight bits or fewer, and rounding to such, stay whole;
+* integers wrap, so of them only rearrangements are read, and products whose sum cannot leave the type of the result;
+* scalars are applied in the type that the program applies them in, or a wider one;
+* real and imaginary parts are linear over the real numbers: those of a product are sums of products.
+
+`tests/gradients/test_rules.py` holds each rule, in each type, to one `jax.grad` an example in float64.
+
+Source: ours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from isgd_jax.gradients import control_flow
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of
-from isgd_jax.gradients.factors import OneHot, Window
+from isgd_jax.gradients.factors import OneHot, Window, wide
 from isgd_jax.gradients.jaxpr import Constant, Node, Op, Value, emit
 
+__all__ = ["RULES", "Rule", "cut", "rule"]
+
 Rule: TypeAlias = Callable[[Value, Op], Parts | None]
-_RULES: dict[str, Rule] = {}
+
+RULES: dict[str, Rule] = {}
+"""How the output of each primitive is cut, by the primitive's name."""
+
+_IN_INTEGERS = frozenset({
+    "copy", "copy_p", "optimization_barrier", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose",
+    "pad", "slice", "split", "dot_general", "conv_general_dilated",
+})  # fmt: skip
+"""Rules that hold where numbers wrap: they only rearrange, or look after the sum themselves."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register how the output of a primitive is cut; a rule returns None for what it cannot read."""
 
     def register(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, function))
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -37,14 +62,34 @@ def cut(node: Node) -> Parts:
     """The parts that sum to ``node``: contractions where it could be cut."""
     if isinstance(node, Constant):
         return [] if not np.any(node.value) else [Whole(node, "constant")]
+    if math.prod(node.shape) == 0:
+        return []
     if node.op is None:
         return [Whole(node, "input")]
-    known = _RULES.get(node.op.name)
+    known = RULES.get(node.op.name) if _is_linear(node) else None
     parts = known(node, node.op) if known else None
-    return [Whole(node, node.op.name)] if parts is None else parts
+    if parts is None:
+        return [Whole(node, node.op.name)]
+    return [part for part in parts if isinstance(part, Whole) or not part.is_empty]
 
 
-def _each(node: Value, op: Op, change: Callable[[Contraction], Contraction | None]) -> Parts | None:
+def _is_linear(node: Value) -> bool:
+    """Whether sums and products in the type of ``node`` are those of the real or complex numbers, to rounding."""
+    if jnp.issubdtype(node.dtype, jnp.integer):
+        return node.op is not None and node.op.name in _IN_INTEGERS
+    return not _is_coarse(node.dtype) and bool(jnp.issubdtype(node.dtype, jnp.inexact))
+
+
+def _is_coarse(dtype: Any) -> bool:
+    """Whether a type of floating point has fewer than 7 bits after the point: those of eight bits and fewer."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).nmant < _BITS
+
+
+_BITS = 7
+"""Of bfloat16, after the point."""
+
+
+def _each(node: Value, op: Op, change: Callable[[Contraction], Contraction | Parts | None]) -> Parts | None:
     """The parts of the first input, each changed as the operation changes it; None if one of them cannot be."""
     parts: Parts = []
     for part in cut(op.inputs[0]):
@@ -54,7 +99,7 @@ def _each(node: Value, op: Op, change: Callable[[Contraction], Contraction | Non
             changed = change(part)
             if changed is None:
                 return None
-            parts.append(changed)
+            parts.extend([changed] if isinstance(changed, Contraction) else changed)
     return parts
 
 
@@ -83,22 +128,65 @@ def _neg(node: Value, op: Op) -> Parts | None:
     return _each(node, op, lambda term: term.scaled(jnp.negative))
 
 
-@rule("convert_element_type", "copy", "copy_p", "reduce_precision", "optimization_barrier")
+@rule("copy", "copy_p", "optimization_barrier")
 def _same(node: Value, op: Op) -> Parts | None:
     if len(op.outputs) > 1:
         return cut(op.inputs[node.index])
     return _each(node, op, lambda term: term)
 
 
+@rule("convert_element_type")
+def _cast(node: Value, op: Op) -> Parts | None:
+    """To a type of floating point (`cut` lets no other pass); of a complex number to a real one, the real part."""
+
+    def cast(term: Contraction) -> Parts:
+        if jnp.issubdtype(node.dtype, jnp.complexfloating):
+            return [replace(term, dtype=node.dtype)]
+        return [replace(part, dtype=node.dtype) for part in term.real()]
+
+    return None if _is_coarse(op.inputs[0].dtype) else _each(node, op, cast)
+
+
+@rule("reduce_precision")
+def _reduce_precision(node: Value, op: Op) -> Parts | None:
+    if op.params["mantissa_bits"] < _BITS or op.params["exponent_bits"] < jnp.finfo(jnp.float16).nexp:
+        return None
+    return _each(node, op, lambda term: term)
+
+
+@rule("real", "imag", "conj")
+def _part_of_complex(node: Value, op: Op) -> Parts | None:
+    """Linear over the real numbers: parts of a product are sums of products of parts."""
+    how = {"real": Contraction.real, "imag": Contraction.imag, "conj": Contraction.conj}[op.name]
+    return _each(node, op, lambda term: [replace(part, dtype=node.dtype) for part in how(term)])
+
+
+@rule("complex")
+def _complex(node: Value, op: Op) -> Parts | None:
+    """``x + iy``."""
+
+    def of(x: Node, place: Callable[[Any], Any]) -> Parts:
+        return [
+            Whole(emit("complex", place, part.value), part.because)
+            if isinstance(part, Whole)
+            else replace(part.scaled(lambda x: place(x.astype(wide(x.dtype)))), dtype=node.dtype)
+            for part in cut(x)
+        ]
+
+    x, y = op.inputs
+    parts = [*of(x, lambda x: lax.complex(x, jnp.zeros_like(x))), *of(y, lambda y: lax.complex(jnp.zeros_like(y), y))]
+    return None if parts and all(isinstance(part, Whole) for part in parts) else parts
+
+
 @rule("mul", "div")
 def _mul(node: Value, op: Op) -> Parts | None:
-    """By a scalar, on either side."""
+    """By a scalar, on either side; in the type of the result, or a wider one: the factors may be narrower."""
     x, y = op.inputs
     if op.name == "mul" and x.shape == () != y.shape:
         x, y = y, x
     if y.shape != ():
         return None
-    scale = _times if op.name == "mul" else _over
+    scale = jnp.multiply if op.name == "mul" else jnp.divide
     parts = cut(x)
     if all(isinstance(part, Whole) for part in parts):
         return None if parts else []
@@ -106,18 +194,20 @@ def _mul(node: Value, op: Op) -> Parts | None:
     def scaled(part: Contraction | Whole) -> Contraction | Whole:
         if isinstance(part, Whole):
             return Whole(emit(op.name, scale, part.value, y), part.because)
-        right = part.right.unrolled(part.dtype)
-        return replace(part, right=replace(right, node=emit(op.name, scale, right.node, y)))
+        right = part.right
+        dtype = _scaled_type(right.node.dtype, node.dtype)
+        times = emit(op.name, lambda x, y: scale(x.astype(dtype), y.astype(dtype)), right.node, y)
+        return replace(part, right=replace(right, node=times))
 
     return [scaled(part) for part in parts]
 
 
-def _times(x: Any, scalar: Any) -> Any:
-    return x * lax.convert_element_type(scalar, x.dtype)
-
-
-def _over(x: Any, scalar: Any) -> Any:
-    return x / lax.convert_element_type(scalar, x.dtype)
+def _scaled_type(factor: Any, result: Any) -> Any:
+    """What a factor is scaled in. bfloat16 has the range of float32; float16 has not, and entries are no sums."""
+    if factor == result == jnp.bfloat16:
+        return result
+    with jax.numpy_dtype_promotion("standard"):
+        return wide(jnp.promote_types(wide(factor), wide(result)))
 
 
 @rule("broadcast_in_dim")
@@ -130,6 +220,8 @@ def _broadcast(node: Value, op: Op) -> Parts | None:
 
 @rule("reshape", "squeeze", "expand_dims")
 def _reshape(node: Value, op: Op) -> Parts | None:
+    if op.name == "reshape" and op.params.get("dimensions") is not None:
+        return None
     return _each(node, op, lambda term: term.reshaped(node.shape))
 
 
@@ -234,8 +326,29 @@ def _dot_general(node: Value, op: Op) -> Parts | None:
         right_axes[yours] = left_axes[mine]
     shared = [left_axes[place] for place in left_batch]
     free = [a for a in left_axes if a not in right_axes] + [a for a in right_axes if a not in left_axes]
-    sides = Side(left, left_axes), Side(right, tuple(right_axes))
+    if not _cannot_wrap(left, right, node, math.prod(left.shape[place] for place in left_over)):
+        return None
+    sides = Side(_floating(left), left_axes), Side(_floating(right), tuple(right_axes))
     return _one(Contraction(*sides, (*shared, *free), node.shape, node.dtype))
+
+
+def _cannot_wrap(left: Node, right: Node, node: Value, count: int) -> bool:
+    """Whether the sum of so many products fits the type of the result, whatever the numbers are."""
+    if not jnp.issubdtype(node.dtype, jnp.integer):
+        return True
+    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (left, right)):
+        return False  # of floating point, cut to integers
+    ends = [jnp.iinfo(x.dtype) for x in (left, right)]
+    products = [int(a) * int(b) for a in (ends[0].min, ends[0].max) for b in (ends[1].min, ends[1].max)]
+    room = jnp.iinfo(node.dtype)
+    return count * min(products) >= int(room.min) and count * max(products) <= int(room.max)
+
+
+def _floating(node: Node) -> Node:
+    """A factor as the rest of the library takes it: whole numbers and eight-bit ones as float32, which holds them."""
+    if jnp.issubdtype(node.dtype, jnp.inexact) and not _is_coarse(node.dtype):
+        return node
+    return emit("convert_element_type", lambda x: x.astype(jnp.float32), node)
 
 
 def _one(term: Contraction) -> Parts | None:
@@ -251,6 +364,10 @@ def _convolution(node: Value, op: Op) -> Parts | None:
     positions, so the windows are small however large the image is.
     """
     params, (left, right) = op.params, op.inputs
+    count = math.prod(right.shape) // max(1, right.shape[params["dimension_numbers"].rhs_spec[0]])
+    if not _cannot_wrap(left, right, node, count):
+        return None
+    left, right = _floating(left), _floating(right)
     numbers, groups, batch_groups = (
         params["dimension_numbers"],
         params["feature_group_count"],
@@ -303,6 +420,7 @@ def _scatter_add(node: Value, op: Op) -> Parts | None:
     over = tuple(a for place, a in enumerate(axes) if place not in window)
     dims = [(axes[place],) for place in window]
     dims.insert(row, (classes,))
+    updates = _floating(updates)
     places = emit("rows", lambda x: _rows(x[..., 0], classes.size, "CLIP" in str(op.params["mode"])), indices)
     term = Contraction(Side(places, (*over, classes), OneHot), Side(updates, axes), (), (), node.dtype)
     return [*cut(operand), term.rearranged(dims)]
@@ -310,6 +428,7 @@ def _scatter_add(node: Value, op: Op) -> Parts | None:
 
 def _rows(indices: Any, size: int, clip: bool) -> Any:
     """Indices as `OneHot` has them: whatever is out of range is ``size`` and matches nothing."""
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # ``size`` must fit
     if clip:
         return jnp.clip(indices, 0, size - 1).astype(jnp.int32)
     return jnp.where((indices < 0) | (indices >= size), size, indices).astype(jnp.int32)

@@ -8,12 +8,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from isgd_jax.gradients.squares import largest
+
+__all__ = [
+    "Factor",
+    "OneHot",
+    "Window",
+    "Windows",
+    "as_one_example",
+    "conjugate",
+    "einsum",
+    "likeness",
+    "pieces",
+    "products",
+    "pulled",
+    "row_sizes",
+    "total",
+    "wide",
+    "written_out",
+]
 
 
 @dataclass(frozen=True)
@@ -114,9 +134,20 @@ def einsum(spec: str, *arrays: Array, precision: Any) -> Array:
 
 
 def wide(dtype: Any) -> Any:
-    """The type that sums are kept in: float32 or wider."""
+    """The type that sums are kept in: float32 or wider, complex where ``dtype`` is."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
+        return jnp.float32  # eight-bit types promote to nothing
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
+
+
+def conjugate(factor: Factor) -> Factor:
+    """The factor with conjugate entries; the same object where they are real."""
+    if isinstance(factor, Windows):
+        return replace(factor, image=conjugate(factor.image))
+    if isinstance(factor, OneHot) or not jnp.iscomplexobj(factor):
+        return factor
+    return jnp.conj(factor)
 
 
 def products(left: Factor, right: Array, precision: Any) -> Array:
@@ -155,6 +186,8 @@ def _convolved(left: Windows, right: Array, precision: Any) -> Array:
     window, image = left.window, left.image[:, 0]
     image = image.reshape(-1, *image.shape[2:])
     slopes = right.reshape(image.shape[0], *window.positions, right.shape[-1])
+    if image.dtype != jnp.bfloat16 or jnp.iscomplexobj(slopes):  # bfloat16 has the range of float32: it may stay
+        image = image.astype(_both(image, slopes))
     spatial = tuple(range(1, 1 + len(window.kernel)))
     spec = (image.ndim - 1, 0, *spatial)
     out = lax.conv_general_dilated(
@@ -171,6 +204,12 @@ def _convolved(left: Windows, right: Array, precision: Any) -> Array:
     return out.reshape(1, -1, out.shape[-1])
 
 
+def _both(one: Array, other: Array) -> Any:
+    """The type that holds both, float32 or wider."""
+    with jax.numpy_dtype_promotion("standard"):
+        return wide(jnp.promote_types(wide(one.dtype), wide(other.dtype)))
+
+
 def likeness(one: Factor, other: Factor, precision: Any) -> Array:
     """Inner products of the rows of two left factors: [b, k, t, s]."""
     if isinstance(one, OneHot) and isinstance(other, OneHot):
@@ -183,6 +222,16 @@ def likeness(one: Factor, other: Factor, precision: Any) -> Array:
     if isinstance(other, OneHot):
         return jnp.swapaxes(likeness(other, one, precision), 2, 3)
     return einsum("bkti,bksi->bkts", written_out(one), written_out(other), precision=precision)
+
+
+def row_sizes(factor: Factor) -> Array:
+    """The largest entry of each row without its sign, [b, k, t] in float32 or wider; [b, 1, 1] for windows: of all."""
+    if isinstance(factor, OneHot):
+        return jnp.ones(factor.indices.shape, jnp.float32)
+    if isinstance(factor, Windows):
+        image = factor.image.astype(wide(factor.image.dtype))
+        return largest(image, range(1, image.ndim))[:, None, None]
+    return largest(factor.astype(wide(factor.dtype)), (3,))
 
 
 def pulled(left: Factor, tree: Array, precision: Any) -> Array:

@@ -13,6 +13,24 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
+__all__ = [
+    "Constant",
+    "Node",
+    "Op",
+    "Program",
+    "Value",
+    "dependent",
+    "emit",
+    "made_varying",
+    "one_example",
+    "operations",
+    "program",
+    "run",
+    "scan_sizes",
+    "sources",
+    "varying_axes",
+]
+
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
@@ -84,6 +102,40 @@ def program(closed: Any) -> Program:
     """The graph of a closed jaxpr, calls inlined."""
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs))
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The mesh axes along which devices hold different values, inside `jax.shard_map`; none elsewhere."""
+    types = [jax.typeof(x) for x in jax.tree.leaves(tree)]
+    return frozenset().union(*(getattr(getattr(x, "manual_axis_type", None), "varying", ()) or () for x in types))
+
+
+def one_example(x: Any) -> jax.ShapeDtypeStruct:
+    """The type of one row of a batch: by shape alone, for an axis that lies on several devices is not to be indexed."""
+    known = jax.typeof(x)
+    more: dict[str, Any] = {}
+    if varying_axes(x):  # inside `jax.shard_map`: a type that varies along axes of a mesh must name the mesh
+        mesh, spec = known.sharding.mesh, known.sharding.spec
+        more = {
+            "manual_axis_type": known.manual_axis_type,
+            "sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:])),
+        }
+    return jax.ShapeDtypeStruct(known.shape[1:], known.dtype, weak_type=known.weak_type, **more)
+
+
+def made_varying(tree: Any, batch: Any) -> Any:
+    """``tree``, its arrays told to differ between devices wherever those of ``batch`` do.
+
+    Of what is the same on all devices, `jax.grad` inside `jax.shard_map` gives the sum over devices: no gradient of an
+    example. A copy that counts as each device's own has each device's own gradients. Nothing moves.
+    """
+    axes = varying_axes(batch)
+
+    def vary(x: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree
 
 
 def emit(name: str, function: Callable[..., Any], *inputs: Node) -> Value:

@@ -20,9 +20,19 @@ from jaxtyping import Bool, Float, PyTree
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
-from isgd_jax.gradients.factors import OneHot, Windows, einsum, products, wide
+from isgd_jax.gradients.factors import OneHot, Windows, conjugate, einsum, products, wide
 from isgd_jax.gradients.slices import by_slices
-from isgd_jax.gradients.terms import Outer, fold, gram_pair, gram_squares, inner_term, shape, weighted_term
+from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two, root, sum_squares, together
+from isgd_jax.gradients.terms import (
+    Outer,
+    fold,
+    gram_pair,
+    gram_squares,
+    inner_term,
+    shape,
+    unit_factors,
+    weighted_term,
+)
 
 ANYWHERE = PartitionSpec()
 """Nothing is said of a placement."""
@@ -125,12 +135,13 @@ def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "
     """
     squares = []
     for leaf in _leaves(grads):
-        square, size = _squares(leaf, precision)
-        if size is not None:
+        found = _squares(leaf, precision)
+        if found.sizes is not None:
+            kept = found._replace(sizes=None)
             formed = partial(_formed_squares, leaf, precision)
-            square = lax.cond(jnp.any(square < _RISK * size), formed, lambda square=square: square)
-        squares.append(square)
-    return _root(squares)
+            found = lax.cond(jnp.any(found.values < _RISK * found.sizes), formed, lambda kept=kept: kept)
+        squares.append(found)
+    return root(together(squares))
 
 
 def unguarded_norms(
@@ -140,21 +151,20 @@ def unguarded_norms(
 
     Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
     """
-    squares, sizes = zip(*(_squares(leaf, precision) for leaf in _leaves(grads)), strict=True)
-    if all(size is None for size in sizes):
-        return _root(squares), None
-    size = _sum([s if z is None else z for s, z in zip(squares, sizes, strict=True)])
-    return _root(squares), jnp.any(_sum(squares) < _RISK * size)
+    found = together([_squares(leaf, precision) for leaf in _leaves(grads)])
+    return root(found), None if found.sizes is None else jnp.any(found.values < _RISK * found.sizes)
 
 
 @_placed
 def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """`norms` from products alone, which cannot cancel."""
-    return _root(
-        [
-            _formed_squares(leaf, precision) if is_factored(leaf) else _squares(leaf, precision)[0]
-            for leaf in _leaves(grads)
-        ]
+    return root(
+        together(
+            [
+                _formed_squares(leaf, precision) if is_factored(leaf) else _squares(leaf, precision)
+                for leaf in _leaves(grads)
+            ]
+        )
     )
 
 
@@ -162,7 +172,7 @@ def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[
 def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
     pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
-    return _root([_scaled_squares(leaf, other, precision) for leaf, other in pairs])
+    return root(together([_scaled_squares(leaf, other, precision) for leaf, other in pairs]))
 
 
 @_placed(out=_as_parameters)
@@ -261,46 +271,63 @@ def formed_if_cheaper(leaf: Factored) -> Any:
     return _in_slices(lambda part: _stack(part, Precision.HIGHEST), leaf).astype(leaf.dtype)
 
 
-def _in_slices(function: Any, leaf: Factored) -> Array:
+def _in_slices(function: Any, leaf: Factored) -> Any:
     """``function(leaf)``, on so few examples at a time that their products stay in the cache."""
     apart = replace(leaf, shared=None)
     return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(_shapes(leaf)))
 
 
-def _squares(leaf: Any, precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
+def _squares(leaf: Any, precision: Any) -> Squares:
     """Squared norms of a leaf, and the sums of the sizes of what was added, where that can cancel."""
     if not is_factored(leaf):
-        return _sum_squares(leaf.astype(wide(leaf.dtype))), None
+        return sum_squares(leaf.astype(wide(leaf.dtype)))
     if not _by_gram(leaf):
-        return _formed_squares(leaf, precision), None
-    squares, sizes = gram_squares(leaf.terms, precision)
-    if leaf.shared is None:
-        return squares, sizes
-    own, cross = jnp.sum(jnp.square(leaf.shared)), 2 * _inner(replace(leaf, shared=None), leaf.shared, precision)
-    return squares + cross + own, (squares if sizes is None else sizes) + jnp.abs(cross) + own
+        return _formed_squares(leaf, precision)
+    squares = gram_squares(leaf.terms, precision)
+    return squares if leaf.shared is None else _with_shared(leaf, squares, precision)
 
 
-def _root(squares: Sequence[Array]) -> Float[Array, " b"]:
-    return jnp.sqrt(jnp.maximum(_sum(squares), 0))  # a Gram sum may round below zero
+def _with_shared(leaf: Factored, squares: Squares, precision: Any) -> Squares:
+    """``‖A + S‖² = ‖A‖² + 2⟨A, S⟩ + ‖S‖²``, of the terms' sum A and the shared S, each over its own scale."""
+    own = sum_squares(leaf.shared.astype(wide(leaf.dtype))[None])
+    unit = over(leaf.shared.astype(wide(leaf.dtype)), own.scale[0])
+    each = squares.scale[:, None, None, None]
+    terms = tuple(replace(term, right=over(term.right.astype(wide(term.right.dtype)), each)) for term in leaf.terms)
+    scale = jnp.maximum(squares.scale, own.scale)
+    mine, yours = squares.scale / scale, own.scale / scale
+    cross = 2 * _inner(replace(leaf, terms=terms, shared=None), unit, precision) * mine * yours
+    values, common = squares.values * jnp.square(mine), own.values * jnp.square(yours)
+    sizes = values if squares.sizes is None else squares.sizes * jnp.square(mine)
+    return Squares(scale, values + cross + common, sizes + jnp.abs(cross) + common)
 
 
-def _formed_squares(leaf: Factored, precision: Any) -> Float[Array, " b"]:
-    return _in_slices(lambda part: _sum_squares(_products(part, precision)), leaf)
+def _formed_squares(leaf: Factored, precision: Any) -> Squares:
+    return _in_slices(lambda part: sum_squares(_products(part, precision)), leaf)
 
 
-def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Float[Array, " b"]:
+def _scaled_squares(leaf: Any, scale: Array, precision: Any) -> Squares:
     if not is_factored(leaf):
-        return _sum_squares(leaf * scale[None])
+        return sum_squares(_times(leaf.astype(wide(leaf.dtype)), scale))
     if leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
         term = leaf.terms[0]
-        if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io x_i² s_io² δ_o²
-            square = replace(term, left=jnp.square(term.left), right=jnp.square(term.right))
-            return _inner(replace(leaf, terms=(square,)), jnp.square(scale), precision)
-    return _in_slices(lambda part: _sum_squares(_stack(part, precision) * scale[None]), leaf)
+        if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io |x_i|² |s_io|² |δ_o|²
+            return _scaled_outer(leaf, term, scale, precision)
+    return _in_slices(lambda part: sum_squares(_times(_stack(part, precision), scale)), leaf)
 
 
-def _sum_squares(array: Array) -> Float[Array, " b"]:
-    return jnp.sum(jnp.square(array), axis=tuple(range(1, array.ndim)))
+def _scaled_outer(leaf: Factored, term: Outer, scale: Array, precision: Any) -> Squares:
+    """Of one outer product: the squares of the factors, contracted with the squares of ``scale``."""
+    scale = scale.astype(wide(scale.dtype))
+    unit = power_of_two(largest(scale, range(scale.ndim)))
+    each, left, right = unit_factors(term)
+    square = Outer(abs_square(left), abs_square(right), term.axes)
+    values = _inner(replace(leaf, terms=(square,)), abs_square(over(scale, unit)), precision)
+    return Squares(each * unit, values)
+
+
+def _times(array: Array, scale: Array) -> Array:
+    with jax.numpy_dtype_promotion("standard"):
+        return array * scale.astype(wide(scale.dtype))[None]
 
 
 def _products(leaf: Any, precision: Any) -> Array:
@@ -337,12 +364,13 @@ def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
         return _sum([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
     flat = _stack(leaf, precision)
     flat = flat.reshape(flat.shape[0], -1)
-    return einsum("ap,bp->ab", flat, flat, precision=precision)
+    return jnp.real(einsum("ap,bp->ab", flat, conjugate(flat), precision=precision))
 
 
 def _inner(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:
     if not is_factored(leaf):
-        return einsum("bp,p->b", leaf.reshape(leaf.shape[0], -1), other.reshape(-1), precision=precision)
+        flat = leaf.reshape(leaf.shape[0], -1)
+        return jnp.real(einsum("bp,p->b", flat, conjugate(other.reshape(-1)), precision=precision))
     parts = [inner_term(term, other, precision) for term in leaf.terms]
     parts += [] if leaf.formed is None else [_inner(leaf.formed, other, precision)]
     parts += [] if leaf.shared is None else [_inner(leaf.shared[None], other, precision)]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from isgd_jax.gradients.jaxpr import made_varying
 from isgd_jax.gradients.lazy import Grads
 from isgd_jax.gradients.plan import make_plan
 from isgd_jax.types import Batch, Params
@@ -20,7 +21,11 @@ from isgd_jax.types import Batch, Params
 
 def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, Batch], Grads]:
     """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""
-    return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
+
+    def grads(params: Params, batch: Batch) -> Grads:
+        return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(made_varying(params, batch), batch)
+
+    return grads
 
 
 def per_example_grads(
@@ -59,6 +64,7 @@ def per_example_value_and_grad(
 
     def value_and_grad(*args: Any) -> tuple[Any, Any]:
         *shared, batch = args
+        shared = made_varying(shared, batch)
         plan = make_plan(loss_fn, argnums, has_aux, shared, batch)
         (losses, aux), grads = plan.run(shared, batch, joint)
         return ((losses, aux) if has_aux else losses), grads

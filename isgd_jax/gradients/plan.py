@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical
 from isgd_jax.gradients.cuts import cut
-from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, program, run
+from isgd_jax.gradients.factors import wide
+from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, program, run
 from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
-from isgd_jax.gradients.terms import Outer
+from isgd_jax.gradients.terms import Outer, stacked_terms
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LeafPlan:
         return [x for term in self.terms for x in (term.left, term.right)] + [part.value for part in self.formed]
 
     def leaf(self, each: Iterator[Any], once: Iterator[Any], b: int, joint: bool) -> Any:
-        terms = tuple(Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms)
+        terms = stacked_terms([Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms])
         formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
         if formed is not None and shared is None and not terms:
             return formed
@@ -52,7 +53,7 @@ def _sum_of(arrays: Iterator[Any], count: int) -> Any:
 
 def _nothing(b: int, param: Any) -> Outer:
     """The gradient of a parameter that no example's loss depends on: a sum over no rows at all."""
-    rows, ones = (jnp.zeros((b, 1, 0, size), jnp.float32) for size in (param.size, 1))
+    rows, ones = (jnp.zeros((b, 1, 0, size), wide(param.dtype)) for size in (param.size, 1))
     return Outer(rows, ones, ((param.size, "i"), (1, "o")))
 
 
@@ -86,7 +87,7 @@ def make_plan(
     loss_fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, shared: Sequence[Any], batch: Any
 ) -> Plan:
     """Trace the gradient of ONE example and cut it."""
-    example = jax.tree.map(_without_batch_axis, jax.eval_shape(lambda batch: batch, batch))
+    example = jax.tree.map(_without_batch_axis, batch)
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes
@@ -101,17 +102,16 @@ def make_plan(
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
 
 
-def _without_batch_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of one example: by shape alone, for an axis that lies on several devices is not to be indexed."""
-    if not x.shape:
+def _without_batch_axis(x: Any) -> jax.ShapeDtypeStruct:
+    if not jnp.shape(x):
         raise ArgumentError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, weak_type=x.weak_type)
+    return one_example(x)
 
 
 def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
     spec = spec_of(param)
     param = jax.ShapeDtypeStruct(jnp.shape(param), jnp.result_type(param))
-    if not jnp.issubdtype(param.dtype, jnp.inexact):
+    if not jnp.issubdtype(param.dtype, jnp.inexact) or not param.size:
         return LeafPlan(param, spec, [], [], [])
     parts = cut(node)
     whole = [part for part in parts if isinstance(part, Whole)]

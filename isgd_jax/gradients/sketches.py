@@ -24,6 +24,7 @@ from jaxtyping import Float, PyTree
 
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.per_example import per_example_grads
+from isgd_jax.gradients.squares import over, sum_squares
 from isgd_jax.gradients.terms import unfold
 from isgd_jax.types import Batch, Example, Key, LossFn, Params
 
@@ -133,11 +134,19 @@ def project(key: Key, grads: PyTree, *, dims: int = 128) -> Float[Array, "b dims
 
     Give it the gradients of a part of the parameters (``isgd_jax.stack`` of lazy ones), and the same key each time.
     """
-    leaves = jax.tree.leaves(grads)
-    flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in leaves], axis=1)
-    norms = jnp.linalg.norm(flat, axis=1, keepdims=True)
+    flat = jnp.concatenate([_real_rows(leaf) for leaf in jax.tree.leaves(grads)], axis=1)
+    squares = sum_squares(flat)
+    flat = over(flat, squares.scale[:, None])
+    norms = jnp.sqrt(squares.values)[:, None]
     projection = jax.random.normal(key, (flat.shape[1], dims), jnp.float32) / math.sqrt(dims)
     return (flat / jnp.where(norms > 0.0, norms, 1.0)) @ projection
+
+
+def _real_rows(leaf: Array) -> Float[Array, "b p"]:
+    """An example a row, in float32; of complex numbers both parts, so that inner products stay."""
+    rows = leaf.reshape(leaf.shape[0], -1)
+    parts = [rows.real, rows.imag] if jnp.iscomplexobj(rows) else [rows]
+    return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
 
 
 def nearest_to_loss(loss_fn: LossFn, params: Params, example: Example) -> int:
@@ -156,7 +165,9 @@ def nearest_to_loss(loss_fn: LossFn, params: Params, example: Example) -> int:
 
 def _is_plain(leaf: Any) -> bool:
     one = lazy.is_factored(leaf) and leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1
-    return one and isinstance(leaf.terms[0].left, jax.Array | jax.ShapeDtypeStruct)
+    if not one or not isinstance(leaf.terms[0].left, jax.Array | jax.ShapeDtypeStruct):
+        return False
+    return not any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (leaf.terms[0].left, leaf.terms[0].right))
 
 
 def _projected(key: Key, factor: Float[Array, "b k t i"], width: int) -> Float[Array, "b k t w"]:

@@ -10,10 +10,37 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 
 from isgd_jax.gradients import costs
-from isgd_jax.gradients.factors import Factor, OneHot, Windows, as_one_example, einsum, likeness, pulled, total, wide
+from isgd_jax.gradients.factors import (
+    Factor,
+    OneHot,
+    Windows,
+    as_one_example,
+    conjugate,
+    einsum,
+    likeness,
+    pulled,
+    row_sizes,
+    total,
+    wide,
+)
+from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two
+
+__all__ = [
+    "Axes",
+    "Outer",
+    "fold",
+    "gram_pair",
+    "gram_squares",
+    "inner_term",
+    "shape",
+    "stacked_terms",
+    "unfold",
+    "unit_factors",
+    "weighted_term",
+]
 
 Axes: TypeAlias = tuple[tuple[int, str], ...]
 """A parameter's axes in order, split as finely as needed: (size, "k" shared | "w", "i" left factor's | "o" right's)."""
@@ -37,28 +64,88 @@ def shape(term: Outer) -> costs.Shape:
     return costs.Shape(b, k, t, i, term.right.shape[-1], type(term.left).__name__, term.right.dtype.itemsize)
 
 
-def gram_squares(terms: Sequence[Outer], precision: Any) -> tuple[Float[Array, " b"], Float[Array, " b"] | None]:
-    """Squared norms of the sum of the terms, pair by pair; the sums of the pairs' sizes, where these can cancel."""
+_FAR = 1e15
+"""Rows larger than this, or smaller than one over it, are not multiplied with each other: float32 ends at 1e38."""
+
+_NEVER_SAFE = 1e30
+"""A size beside which every square has cancelled."""
+
+
+def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
+    """Squared norms of the sum of the terms, pair by pair; the sums of the pairs' sizes, where these can cancel.
+
+    The right factors carry the size of the left one's rows, over the scale. Rows of the left factors multiply each
+    other as they are: where any that counts is out of range, sizes are so large that the caller forms the products.
+    """
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        return jnp.sum(_sum_last(first.left) * _sum_last(first.right), axis=(1, 2)), None
+        scale, left, right = unit_factors(first)
+        return Squares(scale, jnp.sum(_sum_last(left) * _sum_last(right), axis=(1, 2)))
+    left_sizes, bounds, scale, rights = _scaled(terms)
     if len(terms) == 1 and isinstance(first.left, OneHot):
-        return _rows_squares(first, precision), None
+        return Squares(scale, _rows_squares(first.left, rights[0], precision))
     squares, sizes = [], []
     for place, one in enumerate(terms):
-        for times, other in zip([1] + [2] * len(terms), terms[place:], strict=False):
-            alike = einsum("bkto,bkso->bkts", one.right, other.right, precision=precision)
-            pairs = times * alike * likeness(one.left, other.left, precision).astype(alike.dtype)
+        for times, at in zip([1] + [2] * len(terms), range(place, len(terms)), strict=False):
+            other = conjugate(rights[at])
+            alike = einsum("bkto,bkso->bkts", rights[place], other, precision=precision)
+            like = likeness(one.left, conjugate(terms[at].left), precision)
+            like = like.astype(wide(like.dtype))
+            like = over(over(like, left_sizes[place][..., :, None]), left_sizes[at][..., None, :])
+            pairs = times * _real_product(alike, like)
             squares.append(jnp.sum(pairs, axis=(1, 2, 3)))
             sizes.append(jnp.sum(jnp.abs(pairs), axis=(1, 2, 3)))
-    return sum(squares[1:], start=squares[0]), sum(sizes[1:], start=sizes[0])
+    far = _any_far(left_sizes, bounds, scale)
+    values, sums = (sum(x[1:], start=x[0]) for x in (squares, sizes))
+    return Squares(scale, jnp.where(far, 0, values), jnp.where(far, _NEVER_SAFE, sums))
 
 
-def _rows_squares(term: Outer, precision: Any) -> Float[Array, " b"]:
+def unit_factors(term: Outer) -> tuple[Array, Array, Array]:
+    """The scale of each example, and factors whose largest entries are about 1: their product is that over the scale.
+
+    For a left factor that is an array.
+    """
+    (rows,), _, scale, (right,) = _scaled([term])
+    return scale, over(term.left.astype(wide(term.left.dtype)), rows[..., None]), right.astype(wide(right.dtype))
+
+
+def _scaled(terms: Sequence[Outer]) -> tuple[list[Array], list[Array], Array, list[Array]]:
+    """Sizes of the left factors' rows, bounds on each row's product, their scale; right factors times sizes over it."""
+    found = [row_sizes(term.left) for term in terms]
+    left_sizes = [power_of_two(rows) for rows in found]
+    # bfloat16 holds the powers of two of float32, so it can stay.
+    rights = [x if x.dtype == jnp.bfloat16 else x.astype(wide(x.dtype)) for x in (term.right for term in terms)]
+    highest = [largest(right, (3,)).astype(wide(right.real.dtype)) for right in rights]
+    with jax.numpy_dtype_promotion("standard"):
+        bounds = [rows * high for rows, high in zip(found, highest, strict=True)]
+        scale = power_of_two(largest(jnp.concatenate(bounds, axis=2), (1, 2)))
+    each = scale[:, None, None, None]
+    rights = [over(over(x, 1 / rows[..., None]), each) for rows, x in zip(left_sizes, rights, strict=True)]
+    return left_sizes, bounds, scale, rights
+
+
+def _any_far(left_sizes: Sequence[Array], bounds: Sequence[Array], scale: Array) -> Array:
+    """Whether any row that counts, beside the largest, is too large or too small to multiply with others."""
+    found = [
+        ((rows > _FAR) | (rows < 1 / _FAR)) & (bound > 1e-8 * scale[:, None, None])
+        for rows, bound in zip(left_sizes, bounds, strict=True)
+    ]
+    return sum((jnp.any(far, axis=(1, 2)) for far in found), start=jnp.zeros(scale.shape, bool))
+
+
+def _real_product(one: Array, other: Array) -> Array:
+    """The real part of a product."""
+    with jax.numpy_dtype_promotion("standard"):
+        if jnp.iscomplexobj(one) and jnp.iscomplexobj(other):
+            return one.real * other.real - one.imag * other.imag
+        return jnp.real(one) * jnp.real(other)
+
+
+def _rows_squares(left: OneHot, right: Array, precision: Any) -> Float[Array, " b"]:
     """Rows taken by index: those of the same index are added up, and counted once; nothing can cancel."""
-    same = likeness(term.left, term.left, precision).astype(term.right.dtype)
-    sums = einsum("bkts,bkso->bkto", same, term.right, precision=precision)
-    times = jnp.maximum(jnp.sum(same.astype(sums.dtype), axis=3), 1)
+    same = likeness(left, left, precision)
+    sums = einsum("bkts,bkso->bkto", same.astype(right.dtype), right, precision=precision)
+    times = jnp.maximum(jnp.sum(same.astype(sums.real.dtype), axis=3), 1)
     return jnp.sum(_sum_last(sums) / times, axis=(1, 2))
 
 
@@ -70,23 +157,51 @@ def weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b
 
 
 def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
-    """Inner products of the one term's products with the other's, between all pairs of examples."""
+    """Real inner products of the one term's products with the other's, between all pairs of examples."""
     b = one.right.shape[0]
-    rights = einsum("zkto,zkso->zkts", as_one_example(one.right), as_one_example(other.right), precision=precision)
-    lefts = likeness(as_one_example(one.left), as_one_example(other.left), precision).astype(rights.dtype)
-    return jnp.sum(
-        (lefts * rights).reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2]), axis=(0, 2, 4)
-    )
+    others = conjugate(as_one_example(other.right))
+    rights = einsum("zkto,zkso->zkts", as_one_example(one.right), others, precision=precision)
+    lefts = likeness(as_one_example(one.left), conjugate(as_one_example(other.left)), precision)
+    pairs = _real_product(rights, lefts.astype(wide(lefts.dtype)))
+    return jnp.sum(pairs.reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2]), axis=(0, 2, 4))
 
 
 def inner_term(term: Outer, other: Array, precision: Any) -> Float[Array, " b"]:
-    """The inner product of each example's product with one array shaped like the parameter."""
-    slopes = pulled(term.left, unfold(other, term.axes), precision)
-    return einsum("bkto,bkto->b", slopes, term.right, precision=precision)
+    """The real inner product of each example's product with one array shaped like the parameter."""
+    slopes = pulled(term.left, unfold(conjugate(other), term.axes), precision)
+    return jnp.real(einsum("bkto,bkto->b", slopes, term.right, precision=precision))
+
+
+def stacked_terms(terms: Sequence[Outer]) -> tuple[Outer, ...]:
+    """The same sum in fewer terms: rows of terms that are laid out alike stand in one.
+
+    A weight used T times, by a loop unrolled in Python say, is then one contraction of T rows and not T² pairs.
+    """
+    groups: dict[Any, list[Outer]] = {}
+    for term in terms:
+        groups.setdefault(_layout(term), []).append(term)
+    return tuple(_one_below_another(group) for group in groups.values())
+
+
+def _layout(term: Outer) -> Any:
+    """Equal for terms that differ in their number of rows alone."""
+    arrays = [*jax.tree.leaves(term.left), term.right]
+    return (
+        term.axes,
+        jax.tree.structure(term.left),
+        tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:]) for x in arrays),
+    )
+
+
+def _one_below_another(terms: Sequence[Outer]) -> Outer:
+    if len(terms) == 1:
+        return terms[0]
+    left = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *(term.left for term in terms))
+    return Outer(left, jnp.concatenate([term.right for term in terms], axis=2), terms[0].axes)
 
 
 def _sum_last(array: Array) -> Array:
-    return jnp.sum(jnp.square(array.astype(wide(array.dtype))), axis=-1)
+    return jnp.sum(abs_square(array.astype(wide(array.dtype))), axis=-1)
 
 
 def fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
@@ -97,7 +212,7 @@ def fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
     return split.transpose(*range(len(lead)), *places).reshape(*lead, *shape)
 
 
-def unfold(array: Array, axes: Axes) -> Float[Array, "k i o"]:
+def unfold(array: Array, axes: Axes) -> Inexact[Array, "k i o"]:
     """The inverse of `fold`, for one array shaped like the parameter."""
     k, o = (math.prod(size for size, role in axes if role == which) for which in "ko")
     return array.reshape([size for size, _ in axes]).transpose(_by_role(axes)).reshape(k, -1, o)

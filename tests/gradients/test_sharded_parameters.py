@@ -121,3 +121,36 @@ def test_stacked_gradients_of_split_parameters_stay_split() -> None:
     assert found["w2"].sharding.spec == P("data", "model", None)
     stacked = isgd.stacked_per_example_grads(make_loss())(make_params(), make_batch())
     assert_close(found, stacked)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_replicated_parameters_inside_shard_map_have_each_example_s_own_gradients(check_vma: bool) -> None:
+    """There `jax.grad` of what is the same on all devices sums over devices; ours and the definition must not."""
+    params, batch, loss_fn = make_params(), make_batch(), make_loss()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def asked(params: Any, batch: Any) -> Any:
+        grads = isgd.per_example_grads(loss_fn)(params, batch)
+        mean = isgd.weighted_mean(grads, jnp.ones(batch["x"].shape[0]))
+        stacked = isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
+        alone = isgd.scorers.grad_norm(loss_fn, microbatch_size=1)(params, batch)
+        return (isgd.norms(grads), stacked, alone), jax.lax.pmean(mean, "data")
+
+    mapped = jax.shard_map(asked, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()), check_vma=check_vma)
+    found, mean = jax.jit(mapped)(params, batch)
+    stacked = isgd.stacked_per_example_grads(loss_fn)(params, batch)
+    expected = isgd.norms(stacked)
+    assert_close(found, (expected, expected, expected))
+    assert_close(mean, jax.tree.map(lambda x: jnp.mean(x, axis=0), stacked))
+
+
+def test_scoring_in_slices_on_an_explicit_mesh() -> None:
+    params, batch, loss_fn = make_params(), make_batch(), make_loss()
+    expected = isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        there = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        held = jax.device_put(params, NamedSharding(mesh, P()))
+        found = jax.jit(isgd.scorers.grad_norm(loss_fn, microbatch_size=3))(held, there)
+    assert found.sharding.spec == P("data")
+    assert_close(found, expected)

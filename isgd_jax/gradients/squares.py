@@ -1,0 +1,91 @@
+"""Squared sizes that do not leave their type: each comes with a power of two that it is counted in.
+
+A norm of 1e-25 is a float32, its square is not. So the entries of one example are divided by a power of two near their
+largest before they are squared, and the root is multiplied by it again; dividing by a power of two rounds nothing.
+
+Source: ours, after Blue's scaled Euclidean norm (ACM TOMS 4, 1978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Inexact
+
+__all__ = ["Squares", "abs_square", "largest", "over", "power_of_two", "root", "sum_squares", "together"]
+
+
+class Squares(NamedTuple):
+    """Squared norms over ``scale²``, for each example; ``sizes`` of what was added, where that can cancel, or None."""
+
+    scale: Float[Array, " b"]
+    values: Float[Array, " b"]
+    sizes: Float[Array, " b"] | None = None
+
+
+def abs_square(x: Array) -> Array:
+    """``|x|²``, entry by entry, real: the square of a real number, re² + im² of a complex one."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def largest(x: Array, axes: Sequence[int]) -> Array:
+    """The largest of all entries (of a complex one the larger part), without a sign; 0 of no entries at all."""
+    if jnp.iscomplexobj(x):
+        return jnp.maximum(largest(x.real, axes), largest(x.imag, axes))
+    return jnp.max(jnp.abs(x), axis=tuple(axes), initial=0)
+
+
+def power_of_two(x: Array) -> Array:
+    """The power of two at or below each number >= 0 (float32 or float64), so far inside the type that 1 / it is too."""
+    size = x.dtype.itemsize
+    bits = jnp.int32 if size == 4 else jnp.int64
+    exponent = lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)  # infinity: all bits of the exponent
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) & exponent, x.dtype)
+    edge = 2.0 ** (125 if size == 4 else 1021)
+    return jnp.clip(power, jnp.asarray(1 / edge, x.dtype), jnp.asarray(edge, x.dtype))
+
+
+def over(x: Array, scale: Array) -> Array:
+    """``x`` divided by powers of two, which any type of floating point holds; the parts of a complex number apart."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(over(x.real, scale), over(x.imag, scale))
+    return x / scale.astype(x.dtype)
+
+
+def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:
+    """The squared norm of each row of an array (float32 or wider, real or complex) over its own scale."""
+    axes = tuple(range(1, array.ndim))
+    scale = power_of_two(largest(array, axes))
+    return Squares(scale, jnp.sum(abs_square(over(array, scale.reshape(-1, *(1 for _ in axes)))), axis=axes))
+
+
+def together(parts: Sequence[Squares]) -> Squares:
+    """The sum of squares that each have a scale of their own."""
+    scale = _widest([part.scale for part in parts])
+
+    def total(numbers: Sequence[Array]) -> Array:
+        # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
+        ratios = [part.scale.astype(scale.dtype) / scale for part in parts]
+        terms = [x.astype(scale.dtype) * jnp.square(ratio) for x, ratio in zip(numbers, ratios, strict=True)]
+        return sum(terms[1:], start=terms[0])
+
+    sizes = [part.values if part.sizes is None else part.sizes for part in parts]
+    cancels = any(part.sizes is not None for part in parts)
+    return Squares(scale, total([part.values for part in parts]), total(sizes) if cancels else None)
+
+
+def root(squares: Squares) -> Float[Array, " b"]:
+    """The norms."""
+    return squares.scale * jnp.sqrt(jnp.maximum(squares.values, 0))  # a Gram sum may round below zero
+
+
+def _widest(scales: Sequence[Array]) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*scales)
+    return jnp.max(jnp.stack([scale.astype(dtype) for scale in scales]), axis=0)

@@ -23,6 +23,8 @@ from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.per_example import per_example_grads
 from isgd_jax.types import Batch, LossFn, Params
 
+__all__ = ["norms_and_mean_gradient"]
+
 
 def norms_and_mean_gradient(
     loss_fn: LossFn, params: Params, data: Batch, *, batch_size: int = 256

@@ -18,6 +18,8 @@ from jax import lax
 from isgd_jax.gradients.contraction import Axis, Contraction, Parts, Side, Whole, axes_of
 from isgd_jax.gradients.jaxpr import Constant, Node, Op, Program, Value, program, run, scan_sizes, sources
 
+__all__ = ["cut_cond", "cut_scan"]
+
 
 class _Scan:
     """A scan that can also put out values from the inside of its body, stacked over the steps."""

@@ -10,6 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+__all__ = [
+    "CACHE",
+    "DRAW",
+    "FAR",
+    "NEAR",
+    "SLICE",
+    "SLICED",
+    "Shape",
+    "gram",
+    "prefers_batch_gram",
+    "prefers_formed",
+    "prefers_gram",
+    "product",
+    "slice_size",
+]
+
 CACHE = 12 << 20
 """Bytes of products that are still cheap to write and read again (measured on two CPU cores, as all here)."""
 

@@ -34,6 +34,26 @@ from isgd_jax.gradients.terms import (
     weighted_term,
 )
 
+__all__ = [
+    "ANYWHERE",
+    "Factored",
+    "Grads",
+    "first",
+    "formed_if_cheaper",
+    "gram",
+    "how_squared",
+    "inner",
+    "is_factored",
+    "norms",
+    "product_norms",
+    "scaled_norms",
+    "spec_of",
+    "split_axis",
+    "stack",
+    "unguarded_norms",
+    "weighted_mean",
+]
+
 ANYWHERE = PartitionSpec()
 """Nothing is said of a placement."""
 

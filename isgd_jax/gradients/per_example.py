@@ -18,6 +18,8 @@ from isgd_jax.gradients.lazy import Grads
 from isgd_jax.gradients.plan import make_plan
 from isgd_jax.types import Batch, Params
 
+__all__ = ["from_batch_loss", "per_example_grads", "per_example_value_and_grad", "stacked_per_example_grads"]
+
 
 def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, Batch], Grads]:
     """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""

@@ -18,6 +18,8 @@ from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_exampl
 from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
+__all__ = ["LeafPlan", "Plan", "make_plan"]
+
 
 @dataclass(frozen=True)
 class LeafPlan:

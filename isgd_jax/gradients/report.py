@@ -10,6 +10,8 @@ import numpy as np
 from isgd_jax.gradients.lazy import Factored, how_squared
 from isgd_jax.gradients.plan import LeafPlan, make_plan
 
+__all__ = ["LeafReport", "Report", "explain"]
+
 
 class LeafReport(NamedTuple):
     """One parameter: ``how`` its gradients are held, ``why`` if they are formed, and the bytes for the whole batch."""

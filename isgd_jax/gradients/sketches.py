@@ -28,6 +28,8 @@ from isgd_jax.gradients.squares import over, sum_squares
 from isgd_jax.gradients.terms import unfold
 from isgd_jax.types import Batch, Example, Key, LossFn, Params
 
+__all__ = ["LayerSketch", "Sketch", "last_layer", "last_layer_sketch", "nearest_to_loss", "of_gradient", "project"]
+
 Sketch = Callable[[Params, Batch], Float[Array, "b dims"]]
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+__all__ = ["by_slices"]
+
 
 def by_slices(function: Callable[[Any], Any], batch: Any, size: int | None) -> Any:
     """``function(batch)``, called on ``size`` examples at a time.

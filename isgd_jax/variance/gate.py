@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax.variance import rolling
 from isgd_jax.variance.rolling import Band, Window
 
+__all__ = ["Gate", "Verdict", "create", "observe", "reason"]
+
 
 class Gate(NamedTuple):
     """The evidence, STALE and UNIFORM of each step, and whether the proposal is in use."""
@@ -74,11 +76,6 @@ def observe(
     is_open = (gate.is_open & ~shut) | open_
     looks = jnp.where(is_open | shut, 0, gate.looks + 1)
     return Gate(window, is_open, looks), Verdict(ratio, shut | open_)
-
-
-def apply(gate: Gate, probs: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The probabilities [n] to draw with: the proposal's, or uniform ones while the gate is shut."""
-    return jnp.where(gate.is_open, probs, 1.0 / probs.shape[0])
 
 
 def reason(is_open: bool, ratio: Band) -> str:

@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float
 from isgd_jax.variance import rolling, second_moments
 from isgd_jax.variance.rolling import Band, Window
 
+__all__ = ["STRETCHES", "Monitor", "Report", "create", "observe", "report"]
+
 
 class Monitor(NamedTuple):
     """The last steps: moments and their noise; ‖mean gradient‖² where it was measured; DRAWN likewise."""

@@ -13,6 +13,22 @@ from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError
 
+__all__ = [
+    "Band",
+    "Window",
+    "ages",
+    "band",
+    "band_of_series",
+    "create",
+    "filled",
+    "latest",
+    "less",
+    "means",
+    "push",
+    "ratio",
+    "ratio_of_means",
+]
+
 
 class Window(NamedTuple):
     """The measurements of the last w steps, k numbers a step, and the number of steps seen in all."""

@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float
 
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["Moments", "from_draws", "mean_grad_norm_sq", "moments", "trace_covariance"]
+
 
 class Moments(NamedTuple):
     """Second moments of one weighted draw s·g; less ‖mean gradient‖² they are traces of covariances."""
@@ -43,11 +45,6 @@ def moments(norms: Float[Array, " n"], scores: Float[Array, " n"]) -> Moments:
 def trace_covariance(moments: Moments, mean_grad_norm_sq: Float[Array, ""] | float) -> Moments:
     """UNIFORM, STALE and IDEAL: the second moments less ``mean_grad_norm_sq`` = ‖mean gradient‖²."""
     return Moments(*(moment - mean_grad_norm_sq for moment in moments))
-
-
-def gain(moments: Moments) -> Float[Array, ""]:
-    """UNIFORM over STALE: above 1 the scores help, below 1 they hurt. Not the effective sample size, which misleads."""
-    return moments.uniform / moments.stale
 
 
 def from_draws(

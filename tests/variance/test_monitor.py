@@ -99,7 +99,7 @@ def judged(scores: jax.Array, norms: jax.Array, key: jax.Array) -> tuple[gate.Ga
     proposed = proposal.smooth(scores, mixture=0.3)[0]
 
     def step(state: gate.Gate, key: jax.Array) -> tuple[gate.Gate, jax.Array]:
-        law = gate.apply(state, proposed)
+        law = jnp.where(state.is_open, proposed, 1 / N)
         draw: Draw = samplers.independent(key, law, num_draws=DRAWS)
         weights, hypothetical = 1 / (N * draw.probs), 1 / (N * proposed[draw.indices])
         after, _ = gate.observe(state, weights, hypothetical, norms[draw.indices])
@@ -149,11 +149,6 @@ def test_what_shut_the_gate_is_not_held_against_it_for_long(grads: jax.Array) ->
         looks += 1
     assert 8 <= looks <= 12
     assert int(state.looks) == 0
-
-
-def test_a_shut_gate_draws_uniformly() -> None:
-    shut = gate.create()._replace(is_open=jnp.asarray(False))
-    np.testing.assert_allclose(gate.apply(shut, jnp.asarray([0.9, 0.1])), 0.5)
 
 
 def test_the_reason_of_the_gate_names_the_numbers() -> None:

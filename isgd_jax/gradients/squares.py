@@ -9,10 +9,11 @@ Source: ours, after Blue's scaled Euclidean norm (ACM TOMS 4, 1978).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Inexact
 
@@ -38,17 +39,19 @@ def largest(x: Array, axes: Sequence[int]) -> Array:
     """The largest of all entries (of a complex one the larger part), without a sign; 0 of no entries at all."""
     if jnp.iscomplexobj(x):
         return jnp.maximum(largest(x.real, axes), largest(x.imag, axes))
-    return jnp.max(jnp.abs(x), axis=tuple(axes), initial=0)
+    axes = tuple(axes)
+    if any(x.shape[axis] == 0 for axis in axes):
+        return jnp.zeros([size for axis, size in enumerate(x.shape) if axis not in axes], x.dtype)
+    return lax.reduce_max(lax.abs(x), axes)
 
 
 def power_of_two(x: Array) -> Array:
     """The power of two at or below each number >= 0 (float32 or float64), so far inside the type that 1 / it is too."""
-    size = x.dtype.itemsize
-    bits = jnp.int32 if size == 4 else jnp.int64
-    exponent = lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits)  # infinity: all bits of the exponent
+    small = x.dtype.itemsize == 4
+    exponent, bits = (np.int32(0x7F800000), np.int32) if small else (np.int64(0x7FF0000000000000), np.int64)
     power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) & exponent, x.dtype)
-    edge = 2.0 ** (125 if size == 4 else 1021)
-    return jnp.clip(power, jnp.asarray(1 / edge, x.dtype), jnp.asarray(edge, x.dtype))
+    edge = 2.0 ** (125 if small else 1021)
+    return lax.clamp(np.asarray(1 / edge, x.dtype), power, np.asarray(edge, x.dtype))
 
 
 def over(x: Array, scale: Array) -> Array:
@@ -67,17 +70,17 @@ def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:
 
 def together(parts: Sequence[Squares]) -> Squares:
     """The sum of squares that each have a scale of their own."""
-    scale = _widest([part.scale for part in parts])
-
-    def total(numbers: Sequence[Array]) -> Array:
-        # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
-        ratios = [part.scale.astype(scale.dtype) / scale for part in parts]
-        terms = [x.astype(scale.dtype) * jnp.square(ratio) for x, ratio in zip(numbers, ratios, strict=True)]
-        return sum(terms[1:], start=terms[0])
-
+    if len(parts) == 1:
+        return parts[0]
+    scales = _stacked([part.scale for part in parts])
+    scale = jnp.max(scales, axis=0)
+    # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
+    shares = jnp.square(scales / scale)
+    values = jnp.sum(_stacked([part.values for part in parts]) * shares, axis=0)
+    if all(part.sizes is None for part in parts):
+        return Squares(scale, values)
     sizes = [part.values if part.sizes is None else part.sizes for part in parts]
-    cancels = any(part.sizes is not None for part in parts)
-    return Squares(scale, total([part.values for part in parts]), total(sizes) if cancels else None)
+    return Squares(scale, values, jnp.sum(_stacked(sizes) * shares, axis=0))
 
 
 def root(squares: Squares) -> Float[Array, " b"]:
@@ -85,7 +88,8 @@ def root(squares: Squares) -> Float[Array, " b"]:
     return squares.scale * jnp.sqrt(jnp.maximum(squares.values, 0))  # a Gram sum may round below zero
 
 
-def _widest(scales: Sequence[Array]) -> Any:
+def _stacked(rows: Sequence[Array]) -> Array:
+    """One below another, in the widest of their types."""
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*scales)
-    return jnp.max(jnp.stack([scale.astype(dtype) for scale in scales]), axis=0)
+        dtype = jnp.result_type(*rows)
+    return lax.concatenate([lax.expand_dims(lax.convert_element_type(row, dtype), (0,)) for row in rows], 0)

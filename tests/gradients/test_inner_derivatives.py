@@ -14,8 +14,6 @@ from jax.experimental import jet
 import isgd_jax as isgd
 from isgd_jax.gradients.lazy import is_factored
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 B, WIDTHS = 4, (2, 8, 8, 1)
 
 

@@ -18,8 +18,6 @@ import isgd_jax as isgd
 from isgd_jax.gradients.cuts import RULES
 from isgd_jax.gradients.lazy import is_factored
 
-pytestmark = pytest.mark.usefixtures("hardly_optimised")
-
 B, T, I, O = 3, 5, 4, 6  # noqa: E741
 SMOOTH = {
     "float32": 1e-6, "float64": 1e-13, "bfloat16": 4e-3, "float16": 1e-3, "complex64": 1e-6, "complex128": 1e-13,

@@ -76,7 +76,8 @@ def _sliced(score: Scoring, params: Any, batch: Any, size: int) -> Any:
     spec = spec_of(jax.tree.leaves(batch)[0])
     if spec and spec[0] is not None:  # rows come out split as they came in
         slices = jax.sharding.auto_axes(partial(_in_turn, score), out_sharding=PartitionSpec(spec[0]))
-        return slices(params, batch, size=size)
+        with jax.sharding.use_abstract_mesh(jax.typeof(jax.tree.leaves(batch)[0]).sharding.mesh):
+            return slices(params, batch, size=size)
     return _in_turn(score, params, batch, size=size)
 
 

@@ -75,7 +75,7 @@ def together(parts: Sequence[Squares]) -> Squares:
     scales = _stacked([part.scale for part in parts])
     scale = jnp.max(scales, axis=0)
     # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
-    shares = jnp.square(scales / scale)
+    shares = jnp.square(scales / scale[None])
     values = jnp.sum(_stacked([part.values for part in parts]) * shares, axis=0)
     if all(part.sizes is None for part in parts):
         return Squares(scale, values)

@@ -8,6 +8,20 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
+__all__ = [
+    "Batch",
+    "Draw",
+    "Example",
+    "Key",
+    "LossFn",
+    "Params",
+    "Sampler",
+    "Scorer",
+    "Scores",
+    "SketchingScorer",
+    "Source",
+]
+
 Params: TypeAlias = PyTree
 """The parameters of a model: any pytree of arrays."""
 

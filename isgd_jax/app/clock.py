@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+__all__ = ["Clock", "account", "middle_seconds"]
+
 
 class Clock:
     """Seconds since the run began, the time before a resume included; it also keeps account of named tasks."""

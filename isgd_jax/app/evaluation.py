@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from isgd_jax.app.task import Task
 from isgd_jax.types import Batch, Params
 
+__all__ = ["EVAL_BATCH", "Fit", "make_evaluate"]
+
 EVAL_BATCH = 1024
 
 

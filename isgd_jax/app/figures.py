@@ -12,6 +12,21 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+__all__ = [
+    "COLOURS",
+    "INK",
+    "ON_DARK",
+    "STYLE",
+    "STYLES",
+    "SUBDIVISIONS",
+    "PlainLogLocator",
+    "css_colours",
+    "plain_log",
+    "png",
+    "style",
+    "svg",
+]
+
 INK = "#222222"
 GREY, BLUE, GREEN, ORANGE = "#777777", "#0072B2", "#009E73", "#D55E00"
 PINK, SKY, YELLOW, BROWN = "#CC79A7", "#3FA9D9", "#C9A800", "#8C5A2B"

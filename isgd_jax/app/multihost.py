@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 from isgd_jax.app.config import PER_HOST, Config, HostsConfig
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["LOST", "joined"]
+
 LOST = 75
 """Exit code where others did not come or were lost: what `sysexits.h` calls a temporary failure."""
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+__all__ = ["ASKING_TO_STOP", "Stop", "stop_on_signals"]
+
 ASKING_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 

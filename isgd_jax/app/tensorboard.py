@@ -8,6 +8,8 @@ from typing import Any
 from isgd_jax.app.run_dir import Record
 from isgd_jax.errors import CannotImportError
 
+__all__ = ["Events", "require_tensorboard", "with_events"]
+
 
 def require_tensorboard() -> None:
     """Refuse early.

@@ -12,6 +12,8 @@ from isgd_jax.engines.chunks import Chunks, Scored
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, FullEngine, ScoredChunk
 from isgd_jax.types import Params
 
+__all__ = ["AllHosts", "ScoresChunks"]
+
 
 @runtime_checkable
 class ScoresChunks(FullEngine, Protocol):

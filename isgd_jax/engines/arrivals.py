@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from isgd_jax.engines.contract import ScoredChunk
 
+__all__ = ["Arrivals", "Run", "Schedule", "as_runs"]
+
 Run = tuple[int, int, int]
 """A version, and the first and last of consecutive chunks that were scored with it."""
 

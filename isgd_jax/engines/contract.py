@@ -11,6 +11,20 @@ import numpy as np
 
 from isgd_jax.types import Params
 
+__all__ = [
+    "Chunked",
+    "ClosesOnExit",
+    "Engine",
+    "EngineStats",
+    "FullEngine",
+    "Reports",
+    "Resumable",
+    "ScoredChunk",
+    "Self",
+    "Timed",
+    "WorkersGone",
+]
+
 
 class ScoredChunk(NamedTuple):
     """What an engine reports: the examples ``ids`` [c] have ``scores`` [c], measured at parameter ``version``.

@@ -19,6 +19,8 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
+__all__ = ["LIMIT", "LOG", "STUCK", "HasThreads", "close_at_exit", "joined"]
+
 LOG = logging.getLogger("isgd_jax")
 
 LIMIT = 600.0

@@ -16,6 +16,8 @@ from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
+__all__ = ["InlineEngine", "inline"]
+
 
 class InlineEngine(ClosesOnExit):
     """Scores chunks of the data set in turn, a chunk on each device at a time, whenever `collect` is called.

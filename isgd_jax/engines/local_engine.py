@@ -13,6 +13,8 @@ from isgd_jax.engines.worker_pool import WorkerPool
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
+__all__ = ["TRIES", "DeviceWorker", "Job", "device_pool", "local", "num_bytes", "seconds_per_chunk"]
+
 TRIES = 3
 """Errors in a row after which a device is given up."""
 

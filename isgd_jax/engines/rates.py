@@ -6,6 +6,8 @@ from typing import Any
 
 from isgd_jax.engines.contract import Reports
 
+__all__ = ["Rates"]
+
 
 class Rates:
     """Looks at an engine now and then.

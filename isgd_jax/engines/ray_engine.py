@@ -23,6 +23,25 @@ import numpy as np
 
 from isgd_jax.errors import CannotImportError
 
+__all__ = [
+    "LOOK",
+    "PAUSES",
+    "QUIET",
+    "Actor",
+    "Failed",
+    "Lost",
+    "MakeJob",
+    "Places",
+    "RayCluster",
+    "Refused",
+    "ScoringActor",
+    "actor_pool",
+    "connect",
+    "fingerprint_of",
+    "places",
+    "ray_cluster",
+]
+
 try:
     import ray
     from ray import _raylet, exceptions

@@ -9,6 +9,8 @@ from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
 from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
+__all__ = ["ReplayEngine", "replay"]
+
 
 class ReplayEngine(ClosesOnExit):
     """Scores what the schedule says will be scored with these parameters, and lets it arrive when it did.

@@ -21,6 +21,18 @@ from isgd_jax.gradients.batching import in_microbatches
 from isgd_jax.gradients.per_example import per_example_grads
 from isgd_jax.types import Batch, Example, LossFn, Params, Scorer, Scores, SketchingScorer
 
+__all__ = [
+    "GradientSketch",
+    "Select",
+    "grad_norm",
+    "logit_bound",
+    "loss",
+    "normalisation",
+    "preconditioned_norm",
+    "softmax_cross_entropy",
+    "under",
+]
+
 _SLICE = 8
 """Examples at a time, where products are formed after all."""
 

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from isgd_jax.errors import ArgumentTypeError
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
+__all__ = ["sharded"]
+
 
 @overload
 def sharded(scorer: Scorer, devices: Sequence[jax.Device] | None = None) -> Scorer: ...

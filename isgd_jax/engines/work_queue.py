@@ -25,6 +25,8 @@ from isgd_jax.engines.chunks import Chunks, as_scored, what_is_wrong
 from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["NEVER", "Counts", "WorkItem", "WorkQueue"]
+
 NEVER = -1
 
 

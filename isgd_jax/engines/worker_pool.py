@@ -21,6 +21,8 @@ from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Params
 
+__all__ = ["CLOSING", "IN_FLIGHT", "LOG", "NOT_YET", "PATIENCE", "POLL", "Published", "Worker", "WorkerPool"]
+
 LOG = logging.getLogger("isgd_jax")
 
 IN_FLIGHT = 2

@@ -32,6 +32,8 @@ from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
 
+__all__ = ["QUIET_REFRESHES", "Refresh", "Refresher", "refresher"]
+
 QUIET_REFRESHES = 3
 """Refreshes without any score after which a person should know."""
 

@@ -15,6 +15,8 @@ from isgd_jax.errors import DivergedError
 if TYPE_CHECKING:
     from isgd_jax.training.loop import Run
 
+__all__ = ["Callback", "History", "PlainProgress", "Record"]
+
 Record = dict[str, Any]
 
 

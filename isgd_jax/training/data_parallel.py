@@ -23,6 +23,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["AXIS", "DataParallel", "Tree", "agree", "local_copy"]
+
 Tree = TypeVar("Tree")
 
 AXIS = "devices"

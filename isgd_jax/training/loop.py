@@ -27,6 +27,8 @@ from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import FreshScores, Steps, TrainState, check_chain, make_steps
 from isgd_jax.types import Batch, Key, Params
 
+__all__ = ["STEPS_IN_FLIGHT", "FitResult", "Run", "fit"]
+
 STEPS_IN_FLIGHT = 8
 """Steps dispatched ahead of the device: more gains nothing, and before JAX 0.12 a loop without a fence can hang."""
 

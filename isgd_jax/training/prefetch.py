@@ -23,6 +23,8 @@ from isgd_jax.sampling.gates import is_open, with_gate
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Batch, Draw, Key
 
+__all__ = ["Prefetch"]
+
 BLOCK, AHEAD = 32, 4
 """Steps whose draws are made at once, and batches that are fetched before they are needed."""
 

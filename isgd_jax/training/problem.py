@@ -15,6 +15,8 @@ from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Batch, Example, Key, Params
 
+__all__ = ["NOTHING", "Problem"]
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -21,6 +21,8 @@ from isgd_jax.types import Batch, Draw, Key, Params
 from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.rolling import Band
 
+__all__ = ["LOOK_EVERY", "PICTURES", "FreshScores", "StepInfo", "Steps", "TrainState", "check_chain", "make_steps"]
+
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""
 

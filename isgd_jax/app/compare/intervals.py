@@ -14,6 +14,8 @@ import numpy as np
 
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["CONFIDENCE", "RESAMPLES", "UNKNOWN", "Interval", "geometric_mean", "mean", "median", "paired_ratio"]
+
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from isgd_jax.app.run_dir import Record
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["FIELDS", "Level", "common", "first_seen", "levels"]
+
 FIELDS = ("train_loss", "test_loss", "test_error")
 
 

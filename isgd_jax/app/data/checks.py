@@ -8,6 +8,18 @@ import numpy as np
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 
+__all__ = [
+    "LABEL",
+    "Arrays",
+    "blocks",
+    "check_labels",
+    "check_like_train",
+    "class_count",
+    "converted",
+    "held",
+    "is_floating",
+]
+
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 """A split: a flat dict of arrays with one leading axis, the examples; inputs, and ``label`` if there is one."""
 

@@ -11,6 +11,8 @@ import numpy as np
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["CIFAR10", "read_archive"]
+
 _ARCHIVE = "cifar-10-binary.tar.gz"
 _FOLDER = "cifar-10-batches-bin"
 _MEMBERS = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}

@@ -16,6 +16,8 @@ from isgd_jax.app.data.spill import spilled
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Source
 
+__all__ = ["Dataset", "fingerprint", "from_arrays", "from_source"]
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

@@ -7,6 +7,8 @@ import numpy as np
 
 from isgd_jax.app.data.recipe import Recipe, Splits, hold_out
 
+__all__ = ["DIGITS"]
+
 _TEST = 360
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from isgd_jax.app.data.recipe import RawFile, Recipe
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["locate"]
+
 _TIMEOUT_SECONDS = 10.0  # to connect, and for each read: a dead network is told in seconds
 _AS_IT_IS = {"Accept-Encoding": "identity"}
 _log = logging.getLogger(__name__)

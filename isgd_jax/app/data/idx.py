@@ -12,6 +12,8 @@ import numpy as np
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["FASHION_MNIST", "MNIST", "read_idx"]
+
 _UINT8 = 0x08
 _MOST_PACKED = 1032
 """Bytes that one byte of deflate can stand for, at most."""

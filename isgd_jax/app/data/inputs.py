@@ -19,6 +19,17 @@ import numpy as np
 from isgd_jax.app.data.checks import LABEL, Arrays, blocks, is_floating
 from isgd_jax.errors import ArgumentError
 
+__all__ = [
+    "INPUTS_FILE",
+    "Inputs",
+    "Statistics",
+    "check_standardized",
+    "input_names",
+    "is_measured",
+    "measure",
+    "read_inputs",
+]
+
 INPUTS_FILE = "inputs.json"
 """In the folder of a run, beside config.json."""
 

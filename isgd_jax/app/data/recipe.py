@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+__all__ = ["RawFile", "Reader", "Recipe", "Splits", "hold_out"]
+
 Splits: TypeAlias = dict[str, dict[str, np.ndarray]]
 """Split by name, each a dict of arrays: the one input, and ``label``."""
 

@@ -9,6 +9,8 @@ from isgd_jax.app.data.checks import blocks
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.types import Source
 
+__all__ = ["check_source", "gathered", "read", "stacked"]
+
 _READ_TOGETHER = 4096
 """Items asked for at once."""
 

@@ -10,6 +10,8 @@ import numpy as np
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits, hold_out
 from isgd_jax.errors import ArgumentError
 
+__all__ = ["SVHN_CROPPED", "read_mat"]
+
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
     """Images [n, 32, 32, 3] and labels [n] of one ``.mat`` file, which keeps examples last and calls zero 10."""

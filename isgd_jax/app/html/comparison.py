@@ -6,6 +6,8 @@ from isgd_jax.app import compare, figures
 from isgd_jax.app.compare.plots import all_figures
 from isgd_jax.app.html.html import inline, render
 
+__all__ = ["comparison_page"]
+
 
 def comparison_page(study: compare.Study, rows: Sequence[compare.Row], title: str) -> str:
     """One page of a study, as HTML."""

@@ -4,6 +4,8 @@ from isgd_jax.app import figures
 from isgd_jax.app.html.html import inline, render
 from isgd_jax.app.probe import Probe, figures_of
 
+__all__ = ["probe_page"]
+
 
 def probe_page(found: Probe, what: str) -> str:
     """One page of what a probe found, as HTML; ``what`` names the data and the model."""

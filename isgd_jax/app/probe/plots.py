@@ -10,6 +10,8 @@ from isgd_jax.app import figures, plots
 from isgd_jax.app.figures import BLUE, GREEN, GREY, ORANGE
 from isgd_jax.app.probe.verdict import Period
 
+__all__ = ["figures_of"]
+
 
 def figures_of(norms: np.ndarray, by_age: Mapping[int, float], table: Sequence[Period]) -> dict[str, Figure]:
     """The figures by name."""

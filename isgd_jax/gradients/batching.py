@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
@@ -59,10 +59,13 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
             return score(params, batch)
         if size != "auto":
             return _sliced(score, params, batch, size)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (params, batch))
-        key = str(jax.tree.flatten(shapes))
+        traced, rows = jax.make_jaxpr(score, return_shape=True)(params, batch)
+        if _bytes(traced.jaxpr) <= AUTO_BYTES:  # what was traced to be looked at is what runs: tracing takes seconds
+            found = jaxpr_as_fun(traced)(*jax.tree.leaves((params, batch)))
+            return jax.tree.unflatten(jax.tree.structure(rows), found)
+        key = str(traced.in_avals)
         if key not in fitting:
-            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, *shapes)))
+            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, params, batch)))
         return _sliced(score, params, batch, fitting[key])
 
     return scored
@@ -98,9 +101,11 @@ def _in_turn(score: Scoring, params: Any, batch: Any, *, size: int) -> Any:
 def _bytes_an_example(score: Scoring, params: Any, batch: Any) -> int:
     """By how much the intermediate values grow with an example more: a line through two sizes, as wholes may slice."""
 
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (params, batch))
+
     def of(b: int) -> int:
-        examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), batch)
-        return _bytes(jax.make_jaxpr(score)(params, examples).jaxpr)
+        examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), shapes[1])
+        return _bytes(jax.make_jaxpr(score)(shapes[0], examples).jaxpr)
 
     return (of(2 * _TRACED) - of(_TRACED)) // _TRACED
 

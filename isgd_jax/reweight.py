@@ -5,7 +5,7 @@ Guarantees:
 * the update is (1/m) sum of g_i / (N probs_i) over the draws: its mean is the full gradient, for any probabilities
   fixed before the draw; with ``target`` a_i it is (1/m) sum of a_i g_i / probs_i, whose mean is sum(a_n g_n);
 * with uniform probabilities it is the plain mean: SGD, step for step;
-* draws that ``mask`` leaves out count as zero, whatever stands in their place;
+* draws that ``mask`` leaves out count as zero, whatever finite gradient stands in their place;
 * forgetting ``probs`` is a TypeError; gradients without a batch axis and wrong shapes are ValueErrors, at trace time;
 * a probability that is not above 0 and at most 1, and an index outside 0..N-1, is a ValueError where values can be
   seen, and makes the update NaN inside ``jax.jit``: never a quiet wrong step.

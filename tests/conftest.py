@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,16 @@ def room_for_programs() -> Iterator[None]:
     if mapped.exists() and len(mapped.read_bytes().splitlines()) > MAPPED_REGIONS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def own_logger() -> Iterator[None]:
+    """The command, called in a test, sets up the package's logger: not for the tests after it."""
+    logger = logging.getLogger("isgd_jax")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(autouse=True)

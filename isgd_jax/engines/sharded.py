@@ -68,8 +68,13 @@ def _mesh_of(params: Params) -> Mesh | None:
     """The mesh over which parameters are split, if they are."""
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and not leaf.is_fully_replicated:
-            return Mesh(leaf.sharding.mesh.devices, leaf.sharding.mesh.axis_names)
+            mesh = leaf.sharding.mesh
+            return Mesh(mesh.devices, mesh.axis_names, axis_types=mesh.axis_types)
     return None
+
+
+def _is_on_one(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.committed and len(x.devices()) == 1
 
 
 def _scored_over(mesh: Mesh, scorer: Any, params: Params, batch: Batch) -> Any:
@@ -77,6 +82,8 @@ def _scored_over(mesh: Mesh, scorer: Any, params: Params, batch: Batch) -> Any:
     size = jax.tree.leaves(batch)[0].shape[0]
     rows = np.minimum(np.arange(-(-size // mesh.size) * mesh.size), size - 1)  # the last example, again, as padding
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = jax.tree.map(lambda x: jax.device_put(x, whole) if _is_on_one(x) else x, params)
     found = jax.device_get(scorer(params, jax.device_put(jax.tree.map(lambda x: x[rows], batch), split)))
     return jax.tree.map(lambda x: x[:size], found)
 
@@ -104,7 +111,7 @@ class _Replicator:
     def _copy(self, x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(self._sharding, x.ndim):
             return x
-        return jax.device_put(x, self._sharding, may_alias=False)  # the caller may donate its own
+        return jax.device_put(jnp.copy(x), self._sharding)  # the caller may donate its own
 
 
 def _check_concrete(params: Params, batch: Batch) -> None:

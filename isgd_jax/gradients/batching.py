@@ -76,10 +76,10 @@ def _sliced(score: Scoring, params: Any, batch: Any, size: int) -> Any:
     b = jax.tree.leaves(batch)[0].shape[0]
     if size >= b:
         return score(params, batch)
-    spec = spec_of(jax.tree.leaves(batch)[0])
-    if spec and spec[0] is not None:  # rows come out split as they came in
-        slices = jax.sharding.auto_axes(partial(_in_turn, score), out_sharding=PartitionSpec(spec[0]))
-        with jax.sharding.use_abstract_mesh(jax.typeof(jax.tree.leaves(batch)[0]).sharding.mesh):
+    split = next((x for x in jax.tree.leaves(batch) if any(name is not None for name in spec_of(x))), None)
+    if split is not None:  # rows come out split as they came in
+        slices = jax.sharding.auto_axes(partial(_in_turn, score), out_sharding=PartitionSpec(spec_of(split)[0]))
+        with jax.sharding.use_abstract_mesh(jax.typeof(split).sharding.mesh):
             return slices(params, batch, size=size)
     return _in_turn(score, params, batch, size=size)
 

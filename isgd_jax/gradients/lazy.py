@@ -93,9 +93,8 @@ def spec_of(x: Any) -> PartitionSpec:
 
 def split_axis(grads: Grads) -> Any:
     """The mesh axis that the batch axis of the gradients is split along; None unless a mesh says so explicitly."""
-    leaf = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in _leaves(grads)])[0]
-    spec = spec_of(leaf)
-    return spec[0] if spec else None
+    arrays = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in _leaves(grads)])
+    return next((spec[0] for spec in map(spec_of, arrays) if spec and spec[0] is not None), None)
 
 
 def _batch_split(grads: Grads) -> PartitionSpec:
@@ -123,6 +122,13 @@ def _stacked_split(grads: Grads) -> PyTree:
     )
 
 
+def _is_split(grads: Grads) -> bool:
+    """Whether a mesh says explicitly that any axis of anything is split, of a batch or of parameters."""
+    specs = [leaf.spec for leaf in _leaves(grads) if is_factored(leaf)]
+    specs += [spec_of(x) for x in jax.tree.leaves(grads)]
+    return any(name is not None for spec in specs for name in spec)
+
+
 def _placed(function: Any = None, *, out: Any = _batch_split) -> Any:
     """Where axes of a mesh are explicit, ``function(grads, ...)`` leaves placement to the compiler, as elsewhere.
 
@@ -133,7 +139,7 @@ def _placed(function: Any = None, *, out: Any = _batch_split) -> Any:
 
     @wraps(function)
     def placed(grads: Grads, *args: Any, **options: Any) -> Any:
-        if split_axis(grads) is None:
+        if not _is_split(grads):
             return function(grads, *args, **options)
         return jax.sharding.auto_axes(partial(function, **options), out_sharding=out(grads))(grads, *args)
 

@@ -58,7 +58,8 @@ def over(x: Array, scale: Array) -> Array:
     """``x`` divided by powers of two, which any type of floating point holds; the parts of a complex number apart."""
     if jnp.iscomplexobj(x):
         return lax.complex(over(x.real, scale), over(x.imag, scale))
-    return x / scale.astype(x.dtype)
+    # Not x / scale: XLA makes one divisor of two, and that of two tiny scales is 0.
+    return x * (1 / scale).astype(x.dtype)
 
 
 def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:

@@ -49,6 +49,7 @@ from isgd_jax.sampling.state import (
     check_sizes,
     check_state,
     key_data,
+    on_mesh,
     own_key,
 )
 from isgd_jax.types import Draw, Key, Params, Sampler
@@ -230,11 +231,11 @@ class ImportanceSampler:
             quarantined=jnp.int32(0),
             proposal=self._blank_proposal(),
             ordering=Ordering(
-                None if arrays.keys is None else jnp.asarray(arrays.keys),
+                None if arrays.keys is None else on_mesh(arrays.keys),
                 None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),
                 None if sketch is None else jnp.zeros(size, bool),
             ),
-            target=None if arrays.weights is None else jnp.asarray(arrays.weights),
+            target=None if arrays.weights is None else on_mesh(arrays.weights),
             fractions=fractions.create() if is_learnt else None,
             **blank,
         )

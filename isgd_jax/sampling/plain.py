@@ -36,7 +36,7 @@ from isgd_jax.sampling.estimator import (
     check_ranges,
     check_weights,
 )
-from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, own_key
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, on_mesh, own_key
 from isgd_jax.types import Draw, Key, Params, Sampler
 
 __all__ = ["fixed", "shuffled_epochs", "uniform_draws"]
@@ -200,7 +200,7 @@ class _Fixed(_Still):
         return jax.jit(self._scored)
 
     def _scored(self, state: SamplerState, scores: Array) -> SamplerState:
-        known = state.table._replace(scores=scores, versions=jnp.zeros(self.num_examples, jnp.int32))
+        known = state.table._replace(scores=on_mesh(scores), versions=jnp.zeros(self.num_examples, jnp.int32))
         return jax.tree.map(jnp.copy, ImportanceSampler.refresh(self, state._replace(table=known)))
 
 

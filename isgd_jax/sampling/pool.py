@@ -135,10 +135,9 @@ def pool_sampler(
             'order is an array: it orders given examples, and the points of a pool change. Take "score", "index" or a '
             "sketch of gradients"
         )
-    made = _Pool(
-        draw_points, importance_sampler(num_points, batch_size=batch_size, **options), math.ceil(redraw * num_points),
-        grid_cells if cells is None else cells,
-    )  # fmt: skip
+    inner = importance_sampler(num_points, batch_size=batch_size, **options)
+    num_redrawn = math.ceil(redraw * num_points - 1e-9)  # 0.07 of 100 are 7, whatever the product rounds to
+    made = _Pool(draw_points, inner, num_redrawn, grid_cells if cells is None else cells)
     return PoolSampler(
         num_points, batch_size, made.init, made.sample, made.take, made.observe, made.record, made.refresh, made.report
     )
@@ -148,13 +147,16 @@ def grid_cells(points: Points) -> Int[Array, " n"]:
     """The cell of each point in a grid over the box that the points span, with some thirty points a cell.
 
     Args:
-        points: leaves [n, ...]; all numbers of a point are its coordinates. Best for up to four: with more the grid has
-            few cells along each.
+        points: leaves [n, ...]; all numbers of a point are its coordinates, keys are none. Best for up to four: with
+            more the grid has few cells along each.
 
     Returns:
         Numbers 0 to n - 1 [n], equal for points in the same cell.
     """
-    leaves = [leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in jax.tree.leaves(points)]
+    numbers = [leaf for leaf in jax.tree.leaves(points) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    if not numbers:
+        return jnp.zeros(jax.tree.leaves(points)[0].shape[0], jnp.int32)
+    leaves = [leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in numbers]
     places = jnp.concatenate(leaves, axis=1)
     size, dims = places.shape
     along = max(1, int((size / PER_CELL) ** (1.0 / max(dims, 1))))
@@ -236,7 +238,7 @@ class _Pool:
         guessed, is_known = self._of_cells(points, known, ids) if score is None else (score(fresh), jnp.asarray(True))
         # Where nothing is known of any point, nothing is guessed: such a version counts as never scored.
         version = jnp.where(is_known, known.version, score_table.NEVER)
-        known = self.inner.record(known, ids, guessed, version=version)
+        known = self.inner.record(known, ids, guessed, version=version, seconds=known.clock.seconds)
         return PoolState(points, known, (state.turn + count) % size)
 
     def _of_cells(self, points: Points, known: SamplerState, ids: Int[Array, " k"]) -> tuple[Float[Array, " k"], Array]:
@@ -257,7 +259,7 @@ class _Pool:
                 f"draw_points(key, {count}) must return arrays with leading axis {count}, got leading axes "
                 f"{sorted(lengths)}"
             )
-        return jax.tree.map(jnp.asarray, points)
+        return jax.tree.map(jnp.copy, points)  # the state is donated, and what was drawn may be the caller's own
 
 
 def _forgotten(state: SamplerState, ids: Int[Array, " k"]) -> SamplerState:

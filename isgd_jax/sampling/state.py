@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
@@ -39,6 +40,7 @@ __all__ = [
     "check_sizes",
     "check_state",
     "key_data",
+    "on_mesh",
     "own_key",
 ]
 
@@ -149,7 +151,17 @@ def key_data(key: Key | None) -> UInt[Array, " k"]:
     """
     key = jax.random.key(0, impl=KEY_IMPL) if key is None else key
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return jnp.array(data) if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
+    if data.shape != (2,):
+        return jax.random.bits(key, (2,), jnp.uint32)
+    return on_mesh(data)
+
+
+def on_mesh(x: Array | np.ndarray) -> Array:
+    """An array that was given, placed as those that are made: on an explicit mesh, where there is one.
+
+    So do the states to come lie, and ``refresh`` compiles once.
+    """
+    return jnp.asarray(x) + jnp.zeros(x.shape, x.dtype)
 
 
 def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:

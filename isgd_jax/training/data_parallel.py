@@ -83,7 +83,7 @@ class DataParallel:
         if not self.shard_params:
             return self.replicate(params)
         # Copies: the caller's own arrays are not to be lost where the state is donated.
-        return jax.device_put(params, self._parts(params), may_alias=False)
+        return jax.device_put(jax.tree.map(jnp.copy, params), self._parts(params))
 
     def _parts(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: self._part(jnp.shape(x)), tree)
@@ -100,17 +100,20 @@ class DataParallel:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         if isinstance(x, jax.Array) and self.num_processes == 1:
-            return jax.device_put(x, self._everywhere, may_alias=False)
+            return jax.device_put(jnp.copy(x), self._everywhere)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, self._everywhere, lambda index: host[index])
 
 
 def local_copy(tree: Tree) -> Tree:
-    """What every device holds, as arrays of one device of this process: for what is not part of a step."""
+    """What all devices hold, as arrays of one device of this process: for what is not part of a step.
+
+    What is split over the devices of this process is put together.
+    """
 
     def one(x: Any) -> Any:
         if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
-            return x.addressable_data(0)
+            return x.addressable_data(0) if x.is_fully_replicated else jnp.asarray(np.asarray(x))
         return x
 
     return jax.tree.map(one, tree)

@@ -80,7 +80,8 @@ def make_steps(
         * The draw of step t depends on ``fold_in(key, t)`` and the sampler's state alone: resuming needs no saved key.
         * With uniform probabilities the update is that of plain SGD on the same indices.
         * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which needs no norms and
-          teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says.
+          teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says. The
+          chain then gets one gradient, with ``probs`` and ``target`` of length 1.
 
     Args:
         problem: what is trained.
@@ -158,21 +159,28 @@ class _Step:
         )
         scores = None if self.fresh_scores is None else self.fresh_scores(losses, grads)
         after = self.sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
-        return _updated(state, updates, opt_state, after, jnp.mean(_weights(drawn) * losses), drawn)
+        return _updated(state, updates, opt_state, after, _mean_loss(drawn, losses), drawn)
 
     def _together(
         self, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
         """By the ordinary gradient: the same update, and nothing is learnt."""
+        weights = _weights(drawn)
+        largest = jnp.max(jnp.abs(weights))
+        # The backward pass begins with numbers up to 1, as that of each example does: 1/m of them, or less, would be
+        # lost in float16. What is left over is the weight of the whole.
+        over = jnp.where(largest > 0.0, largest, 1.0)
 
-        def mean_loss(params: Params) -> Float[Array, ""]:
+        def sum_of_losses(params: Params) -> Float[Array, ""]:
             losses = jax.vmap(self.problem.loss, in_axes=(None, None, 0))(params, frozen, seen)
-            return jnp.mean(_weights(drawn) * losses)
+            return jnp.sum(weights / over * losses.astype(weights.dtype))
 
-        loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-        # The chain takes one gradient a draw: to it, this is the only one of a single draw with weight 1.
-        alone, one = jax.tree.map(lambda g: g[None], gradient), jnp.ones(1, jnp.float32)
-        updates, opt_state = self.tx.update(alone, state.opt_state, state.params, probs=one, target=one)
+        total, gradient = jax.value_and_grad(sum_of_losses, allow_int=True)(state.params)
+        # The chain takes one gradient a draw: to it, this is the only one of a single draw.
+        alone = jax.tree.map(lambda p, g: _plain(p, g)[None], state.params, gradient)
+        one, rest = jnp.ones(1, jnp.float32), over / weights.shape[0]
+        updates, opt_state = self.tx.update(alone, state.opt_state, state.params, probs=one, target=rest[None])
+        loss = rest * total
         after = self.sampler.observe(state.sampler, drawn, seconds=seconds)
         return _updated(state, updates, opt_state, after, loss, drawn)
 
@@ -182,6 +190,16 @@ def _updated(
 ) -> tuple[TrainState, StepInfo]:
     made = TrainState(optax.apply_updates(state.params, updates), opt_state, after)
     return made, StepInfo(loss, jnp.max(_weights(drawn)), is_open(after), ratio(after))
+
+
+def _mean_loss(drawn: Draw, losses: Float[Array, " m"]) -> Float[Array, ""]:
+    weights = _weights(drawn)
+    return jnp.mean(weights * losses.astype(weights.dtype))
+
+
+def _plain(param: Array, gradient: Array) -> Array:
+    """Of an integer a zero of its own type, as `isgd_jax.per_example_grads` has it."""
+    return jnp.zeros_like(param) if gradient.dtype == jax.dtypes.float0 else gradient
 
 
 def _where_they_belong(parallel: DataParallel, state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:

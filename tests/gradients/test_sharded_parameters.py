@@ -154,3 +154,32 @@ def test_scoring_in_slices_on_an_explicit_mesh() -> None:
         found = jax.jit(isgd.scorers.grad_norm(loss_fn, microbatch_size=3))(held, there)
     assert found.sharding.spec == P("data")
     assert_close(found, expected)
+
+
+def test_a_gradient_of_zero_has_norm_zero_where_parameters_are_split() -> None:
+    """Dead units, and scales that are powers of two far apart: two divisors were made one, which was 0."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    weights = jax.device_put(np.ones((3, 4), np.float32), NamedSharding(mesh, P(None, "d")))
+
+    def dead(params: Any, example: Any) -> jax.Array:
+        return 0.5 * jnp.sum(jax.nn.relu(example @ params - 1e9) ** 2)
+
+    found = jax.jit(lambda p, x: norms(p, x, dead))(weights, np.full((6, 3), 4.5, np.float32))
+    np.testing.assert_array_equal(found, np.zeros(6))
+
+
+def test_everything_can_be_asked_of_parameters_that_are_split_though_the_batch_is_not() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    expected = isgd.stacked_per_example_grads(make_loss())(make_params(), make_batch())
+    flat = np.concatenate([np.asarray(x).reshape(B, -1) for x in jax.tree.leaves(expected)], axis=1).astype(np.float64)
+    with jax.set_mesh(mesh):
+        params = {name: jax.device_put(x, NamedSharding(mesh, TENSOR[name])) for name, x in make_params().items()}
+        loss_fn = make_loss(out_sharding=P(None))
+
+        def asked(p: Any, b: Any) -> Any:
+            grads = isgd.per_example_grads(loss_fn)(p, b)
+            return isgd.gram(grads), isgd.inner(grads, p), isgd.norms(grads)
+
+        gram, inner, found = jax.jit(asked)(params, make_batch())
+    point = np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(make_params())]).astype(np.float64)
+    assert_close((gram, inner, found), (flat @ flat.T, flat @ point, np.linalg.norm(flat, axis=1)), 2e-6)

@@ -151,6 +151,30 @@ def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() ->
     assert int(inside.report(states["inside"]).num_measured) > 0
 
 
+def test_the_share_that_is_redrawn_is_the_share_that_was_asked_for() -> None:
+    for share, count in ((0.07, 7), (0.55, 55), (0.301, 31), (1.0, 100)):
+        pool = isgd.pool_sampler(line, num_points=100, batch_size=M, redraw=share)
+        assert int(pool.refresh(pool.init(jax.random.key(0))).turn) == count % 100
+
+
+def test_points_of_the_callers_own_survive_a_donated_state_and_keys_are_no_coordinates() -> None:
+    grid, keys = jnp.linspace(0.0, 1.0, N), jax.random.split(jax.random.key(0), N)
+    pool = isgd.pool_sampler(
+        lambda key, count: {"x": grid[:count], "again": grid[:count], "key": keys[:count]}, num_points=N, batch_size=M
+    )
+    state = jax.jit(pool.refresh, donate_argnums=0)(pool.init(jax.random.key(0)))
+    assert not grid.is_deleted()
+    np.testing.assert_array_equal(state.points["x"], state.points["again"])
+
+
+def test_scores_distrusted_by_the_clock_are_no_hindrance_to_a_redraw() -> None:
+    pool = make(max_age_seconds=5.0)
+    state = pool.init(jax.random.key(0))
+    draw = pool.sample(jax.random.key(1), state)
+    state = pool.refresh(pool.observe(state, draw, norms=jnp.ones(M), seconds=3.0))
+    assert float(jnp.max(state.sampler.table.seconds)) == 3.0
+
+
 def test_cells_of_the_grid_hold_neighbors_and_their_numbers_are_below_n() -> None:
     points = {
         "x": jax.random.uniform(jax.random.key(0), (2_000, 2)),

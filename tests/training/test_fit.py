@@ -15,7 +15,7 @@ from problems import linear_loss, linear_problem
 
 import isgd_jax as isgd
 from isgd_jax.training.callbacks import History
-from isgd_jax.training.data_parallel import DataParallel
+from isgd_jax.training.data_parallel import DataParallel, local_copy
 
 N, M = 40, 8
 
@@ -247,6 +247,8 @@ def test_with_shard_params_no_device_holds_all_of_them_and_the_run_is_that_of_on
     parallel = DataParallel(M, devices, shard_params=True)
     again = parallel.place(jax.device_get(four.params))
     assert again["w"].sharding.is_equivalent_to(four.params["w"].sharding, again["w"].ndim)
+    chex.assert_trees_all_equal(jax.device_get(local_copy(again)), jax.device_get(four.params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(made.params)), "the caller's own"
 
 
 def test_parts_need_devices_to_be_on() -> None:

@@ -152,6 +152,30 @@ def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_
     assert int(after.sampler.clock.step) == LOOK_EVERY + 2
 
 
+@jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
+def test_while_the_gate_is_shut_nothing_is_lost_in_float16_and_integers_stay(key: jax.Array) -> None:
+    """Gradients of 1e-5: a 64th of one is no float16. The update is that of an open gate."""
+
+    def loss_fn(params: Any, example: Any) -> jax.Array:
+        small = jnp.float16(1e-5) * (params["w"] - example["x"].astype(jnp.float16))
+        return small.astype(jnp.float32) + 0.0 * params["n"].astype(jnp.float32)
+
+    size, made = 64, {"w": jnp.float16(0.0), "n": jnp.int32(3)}
+    problem = Problem(loss_fn, made, {"x": jnp.zeros(size)})
+    sampler, tx = (
+        isgd.importance_sampler(size, batch_size=size),
+        optax.chain(isgd.importance_weighting(size), optax.scale(-1e3)),
+    )
+    steps = make_steps(problem, sampler, tx)
+    found = []
+    for change in (copied, lambda state: shut(state, LOOK_EVERY + 1)):
+        state = change(TrainState(problem.init(key), tx.init(made), sampler.init()))
+        found.append(steps.step(state, None, problem.train, key, jnp.float32(0))[0].params)
+    np.testing.assert_allclose(np.float32(found[1]["w"]), np.float32(found[0]["w"]), rtol=2e-3)
+    np.testing.assert_allclose(np.float32(found[1]["w"]), -0.01, rtol=5e-3)
+    assert int(found[0]["n"]) == int(found[1]["n"]) == 3
+
+
 def test_a_shut_gate_looks_again_every_fourth_step_and_opens(key: jax.Array) -> None:
     """Scores proportional to the norms, and a learning rate of 0: whatever shut the gate, the scores help."""
     data = problem().train

@@ -6,15 +6,22 @@ the Cole-Hopf transform and Gauss-Hermite quadrature. Network 2-32x4-1 (tanh), A
 192 points inside and 64 on the border; weights of the terms 1 and 10 for all.
 
 Arms   uniform   new points at every step
-       ours      `isgd.pool_sampler`: pools of 8,192 and 2,048 points, a tenth redrawn every 50 steps
+       ours      `isgd.pool_sampler`: pools of 8,192 and 2,048 points, a tenth redrawn every 200 steps
        residual  the same, drawn in proportion to |residual| in place of the norms; as unbiased
 
 Claim    ours comes to a lower error than uniform points in the same number of steps, and in the same seconds.
 
-Command  python experiments/pinn.py [--seeds 3] [--steps 5000] [--arms uniform ours residual] [--out FILE]
-Time     about a minute a run of 5,000 steps on one core
+Command  python experiments/pinn.py [--seeds 3] [--steps 10000] [--arms uniform ours residual] [--out FILE]
+Time     five minutes on one core
 
-Result   RESULT
+Result   Refuted so far. Relative L2 error after 10,000 steps, three seeds (one core of a busy machine):
+
+             uniform    0.069  0.123  0.087    in 12.8 s
+             ours       0.410  0.152  0.094    in 52 s
+             residual   0.085  0.087  0.042    in 13 s
+
+         In variance ours is ahead (`docs/examples/pinn_nnx.py` prints by how much), in error it is not, and a step costs
+         four of a plain one. Rates and lengths were not tuned, and the cost of a step has not been looked into.
 """
 
 import argparse
@@ -38,7 +45,7 @@ BATCH = {"inside": 192, "border": 64}
 POOL = {"inside": 8_192, "border": 2_048}
 WEIGHT = {"inside": 1.0, "border": 10.0}
 WIDTHS = (2, 32, 32, 32, 32, 1)
-REFRESH, BLOCK = 50, 250
+REFRESH, BLOCK = 200, 500
 
 
 def exact(t: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -193,7 +200,7 @@ def main() -> None:
     """A line a run, then medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, help="write all curves there, as JSON")
     options = parser.parse_args()

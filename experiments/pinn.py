@@ -20,7 +20,7 @@ Result   Refuted so far. Relative L2 error after 10,000 steps, three seeds (one 
              ours       0.410  0.152  0.094    in 52 s
              residual   0.085  0.087  0.042    in 13 s
 
-         In variance ours is ahead (`docs/examples/pinn_nnx.py` prints by how much), in error it is not, and a step costs
+         In variance ours is ahead (`docs/examples/pinn_nnx.py` prints by how much), in error not, and a step costs
          four of a plain one. Rates and lengths were not tuned, and the cost of a step has not been looked into.
 """
 

@@ -11,10 +11,11 @@ in a process of its own, and prints the median of all with the least and the lar
 Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 10^6, without growth; a refresh without
 a new order at N = 10^6 at most 40 ms.
 
-Result (JAX 0.10.2, two CPU cores, not quiet, so too high): **missed**. Steps of 0.1 ms in a scan at N = 10^3: 85 us
-more, of which the monitor is 70 (its mean gradient is computed beside the update's own, 14 of 27 matrix products) and
-all else 15. A stratified draw alone, beside the binary tree of before in the same process: 5.5 and 10.7 us at N = 10^3,
-26 and 95 us at 10^6. Steps from Python, and refreshes at 10^6, have not been measured since.
+Result (JAX 0.10.2, two CPU cores, one process, five rounds): **missed**. More than the plain step, in a scan and from
+Python: steps of 0.1 ms 59 and 179 us at N = 10^3 (101 and 296 at 10^6, before the last change); steps of 0.4 ms 160 and
+258 us; steps of 10 ms 4.5 and 7.6 ms, which is half as much again: the monitor's mean gradients of every fourth step, and
+factors that are kept for them. A stratified draw alone, beside the binary tree of before: 5.5 and 10.7 us at N = 10^3, 26
+and 95 us at 10^6. Refreshes at 10^6 have not been measured.
 """
 
 import argparse

@@ -153,9 +153,10 @@ def monitored(
     if grads is None:
         return monitor.observe(watched, draw_scale, wanted, None, draw.mask)
     weights = draw_weights(draw.probs, draw.mask, target_of(draw))
-    mean = _mean(grads, weights, axis_name)  # the update's own: XLA computes it once
 
     def measured() -> tuple[Array, Array]:
+        # The update has this mean too, but XLA does not see that they are one: so only where it is needed.
+        mean = _mean(grads, weights, axis_name)
         return _halves_inner(grads, weights, mean, axis_name), _inner(mean, mean)
 
     nothing = jnp.zeros((), jnp.float32)

@@ -12,10 +12,10 @@ Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 
 a new order at N = 10^6 at most 40 ms.
 
 Result (JAX 0.10.2, two CPU cores, one process, five rounds): **missed**. More than the plain step, in a scan and from
-Python: steps of 0.1 ms 59 and 179 us at N = 10^3 (101 and 296 at 10^6, before the last change); steps of 0.4 ms 160 and
-258 us; steps of 10 ms 4.5 and 7.6 ms, which is half as much again: the monitor's mean gradients of every fourth step, and
-factors that are kept for them. A stratified draw alone, beside the binary tree of before: 5.5 and 10.7 us at N = 10^3, 26
-and 95 us at 10^6. Refreshes at 10^6 have not been measured.
+Python: steps of 0.1 ms 59 and 179 us at N = 10^3 (101 and 296 at 10^6, before the last change); steps of 0.4 ms 160
+and 258 us; steps of 10 ms 4.5 and 7.6 ms, half as much again: the monitor's mean gradients of every fourth step, and
+factors that are kept for them. A stratified draw alone, beside the binary tree of before: 5.5 and 10.7 us at N = 10^3,
+26 and 95 us at 10^6. Refreshes at 10^6 have not been measured.
 """
 
 import argparse

@@ -34,9 +34,9 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, first_wrong, seen
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, seen
 from isgd_jax.gradients import lazy
-from isgd_jax.gradients.weights import draw_weights, is_probability
+from isgd_jax.gradients.weights import draw_weights, first_not_finite, is_probability
 
 __all__ = ["ReweightState", "importance_weighting"]
 
@@ -123,7 +123,7 @@ def _checked_weights(weights: Any, num_examples: int) -> Any:
         weights = np.asarray(weights, np.float32)
     if weights.shape != (num_examples,):
         raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
-    wrong = first_wrong(np.isfinite, weights)
+    wrong = first_not_finite(weights)
     if wrong is not None:
         raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")
     return weights

@@ -13,9 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 __all__ = [
+    "BLUE",
     "COLOURS",
+    "GREEN",
+    "GREY",
     "INK",
     "ON_DARK",
+    "ORANGE",
     "STYLE",
     "STYLES",
     "SUBDIVISIONS",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from isgd_jax.app import figures
 from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.run_dir import Record, RunDir, is_number
 
 __all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others"]
 
@@ -73,11 +72,7 @@ def others(lines: Sequence[Record]) -> list[str]:
 def _numbers(lines: Sequence[Record], name: str) -> set[float]:
     """The values of a field; empty if it is not a number."""
     values = [line.get(name) for line in lines]
-    return {float(value) for value in values if _is_number(value)}
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {float(value) for value in values if is_number(value)}
 
 
 def norms_figure(norms: np.ndarray, *, what: str = "norm of the gradient of an example") -> Figure:
@@ -233,14 +228,14 @@ def _others(lines: Sequence[Record], fields: Sequence[str]) -> Figure:
 
 def _line(axes: Axes, lines: Sequence[Record], field: str, label: str, colour: str, style: str = "-") -> None:
     """One curve against the step, with its band if it has one; a field that was not measured draws nothing."""
-    points = [(line["step"], line[field]) for line in lines if _is_number(line.get(field))]
+    points = [(line["step"], line[field]) for line in lines if is_number(line.get(field))]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, color=colour, linestyle=style)
     low, high = f"{field}_low", f"{field}_high"
     bounds = [
         (line["step"], line[low], line[high])
         for line in lines
-        if _is_number(line.get(low)) and _is_number(line.get(high))
+        if is_number(line.get(low)) and is_number(line.get(high))
     ]
     if axes.get_yscale() == "log":
         bounds = [bound for bound in bounds if bound[1] > 0]

@@ -12,13 +12,13 @@ import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config, TrainingConfig
 from isgd_jax.app.locks import locked
 from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
 
-__all__ = ["MEASURED", "Record", "RunDir", "Unwritten", "read_json", "write_whole"]
+__all__ = ["MEASURED", "Record", "RunDir", "Unwritten", "is_number", "read_json", "write_whole"]
 
 _LOCK, _HOLDER = ".lock", ".holder.json"
 
@@ -321,7 +321,8 @@ def _is_ours_aside(path: Path) -> bool:
     return path.name in (_LOCK, _HOLDER) or path.name.endswith(".partial")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a field of a record is a number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -335,12 +336,12 @@ def _check_record(record: Record, where: str) -> None:
     if not (isinstance(record.get("event"), str) and isinstance(step, int) and not isinstance(step, bool)):
         raise DamagedFileError(f"{where}: expected an event and its step, got {str(record)[:200]}")
     spent = record.get("spent", {})
-    if not (isinstance(spent, dict) and all(_is_number(value) for value in spent.values())):
+    if not (isinstance(spent, dict) and all(is_number(value) for value in spent.values())):
         raise DamagedFileError(f"{where}: expected seconds by task as spent, got {str(spent)[:200]}")
     is_progress = record["event"] == "progress"
     for name, value in record.items():
         is_measured = name == "seconds" or (is_progress and (name in MEASURED or name.startswith(("sd_", "share_"))))
-        if is_measured and not (value is None or _is_number(value)):
+        if is_measured and not (value is None or is_number(value)):
             raise DamagedFileError(f"{where}: expected a number or null as {name}, got {str(value)[:200]}")
 
 

@@ -1,10 +1,15 @@
 """The weights of drawn gradients in an estimate."""
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-__all__ = ["draw_weights", "is_probability"]
+from isgd_jax.errors import Wrong, first_wrong
+
+__all__ = ["draw_weights", "first_not_finite", "is_probability"]
 
 
 MOST = 1.0 + 1e-3
@@ -21,9 +26,18 @@ def draw_weights(
 ) -> Float[Array, " m"]:
     """The weight ``wanted / probs`` [m] of each draw, 0 where masked; ``wanted`` is 1/N for the mean of all.
 
-    NaN where ``probs`` is no probability: a step that cannot be right shows. The update and the monitor both take their
-    weights from here, so XLA computes the mean gradient of a step once.
+    NaN where ``probs`` is no probability: a step that cannot be right shows.
     """
     used = probs if mask is None else jnp.where(mask, probs, 1.0)
     weights = jnp.where(is_probability(used), wanted / used, jnp.nan)
     return weights if mask is None else jnp.where(mask, weights, 0.0)
+
+
+def first_not_finite(example_weights: Any) -> Wrong | None:
+    """The first example weight that is no finite float32, as it will be used; None where values cannot be seen."""
+
+    def is_finite(values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return np.isfinite(values.astype(np.float32))
+
+    return first_wrong(is_finite, example_weights)

@@ -20,7 +20,7 @@ Guarantees:
 * with ``monitor=False`` nothing is drawn in halves and nothing is estimated from halves.
 
 Source: the paper, section 4, for scores, staleness and the additive constant; the rest is told where it stands
-(`calibration`, `mixtures`, `gate`, `monitor`, `orders`).
+(`calibration`, `fractions`, `clusters`; `variance.gate`, `variance.monitor`).
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.gradients.weights import first_not_finite
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
     FORMAT,
@@ -56,6 +57,7 @@ from isgd_jax.types import Draw, Key, Params, Sampler
 from isgd_jax.variance.gate import Gate
 
 __all__ = [
+    "MONITOR_EVERY",
     "GradientSketch",
     "ImportanceSampler",
     "Options",
@@ -599,12 +601,9 @@ def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None
         return
     if weights.shape != (num_examples,):
         raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
-    if isinstance(weights, jax.core.Tracer):
-        return
-    with jax.transfer_guard("allow"):
-        is_finite = np.isfinite(np.asarray(weights).astype(np.float32))
-    if not np.all(is_finite):
-        raise ArgumentError(f"example_weights must be finite, got {weights[int(np.argmin(is_finite))]} among them")
+    wrong = first_not_finite(weights)
+    if wrong is not None:
+        raise ArgumentError(f"example_weights must be finite, got {wrong.value} among them")
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:

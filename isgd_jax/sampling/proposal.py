@@ -21,7 +21,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, first_wrong, seen
+from isgd_jax.errors import ArgumentError, seen
+from isgd_jax.gradients.weights import first_not_finite
 from isgd_jax.sampling import calibration as calibrations
 from isgd_jax.sampling import score_table as tables
 from isgd_jax.sampling.calibration import Calibration
@@ -163,7 +164,7 @@ def _smoothed(
     filled, scale = _filled(scores, trusted)
     wanted = _relative(filled + jnp.minimum(additive * scale, 2.0**100))
     if example_weights is not None:
-        wrong = first_wrong(np.isfinite, example_weights)
+        wrong = first_not_finite(example_weights)
         if wrong is not None:
             raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")
         weights = jnp.abs(example_weights.astype(jnp.float32))  # one that is not finite shows in the target

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, seen
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.samplers import Law
@@ -29,6 +29,7 @@ from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.monitor import Monitor
 
 __all__ = [
+    "FORMAT",
     "BatchSampler",
     "Clock",
     "Ordering",
@@ -206,11 +207,8 @@ def check_state(state: SamplerState, num_examples: int) -> None:
         raise ArgumentError(
             f"the state is of {known} examples, this sampler of {num_examples}: they are not of one run"
         )
-    if isinstance(state.format, jax.core.Tracer):
-        return
-    with jax.transfer_guard("allow"):
-        found = int(state.format)
-    if found != FORMAT:
+    found = seen(state.format)
+    if found is not None and found != FORMAT:
         raise ArgumentError(
             f"the sampler's state has format {found}, this version of isgd_jax reads format {FORMAT}: "
             "begin with init(), or go on with the version that wrote it"

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from isgd_jax.app import figures
+from isgd_jax.app.run_dir import is_number
 
 __all__ = ["NOTHING", "duration", "inline", "number", "percent", "render", "words"]
 
@@ -39,7 +40,7 @@ def number(value: Any) -> str:
     """A number in at most four digits that count, whole numbers whole; anything else as it is; nothing as a dash."""
     if value is None:
         return NOTHING
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import isgd_jax as isgd
+from isgd_jax.gradients import lazy
 
 
 def flat(stacked: Any) -> np.ndarray:
@@ -20,7 +21,7 @@ def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
     """Everything that can be asked of lazy gradients, against the definition; returns them for more questions."""
     size = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.linspace(0.5, 2.0, size)
-    lazy, asked = jax.jit(lambda p, x: _ask(loss_fn, p, x, weights))(params, batch)
+    made, asked = jax.jit(lambda p, x: _ask(loss_fn, p, x, weights))(params, batch)
     stacked = jax.jit(isgd.stacked_per_example_grads(loss_fn))(params, batch)
     g = flat(stacked)
     norms = np.linalg.norm(g, axis=1)
@@ -28,9 +29,17 @@ def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
     np.testing.assert_allclose(asked["gram"], g @ g.T, rtol=rtol, atol=rtol * norms.max() ** 2)
     np.testing.assert_allclose(asked["inner"], g @ _flat_tree(params), rtol=rtol, atol=rtol * _scale(norms, params))
     chex.assert_trees_all_close(asked["stack"], stacked, rtol=rtol, atol=rtol * norms.max())
+    if size > 1:
+        first, second = (
+            np.asarray(w, np.float64) @ rows / len(rows)
+            for w, rows in zip(np.split(np.asarray(weights), [size // 2]), np.split(g, [size // 2]), strict=True)
+        )
+        whole = np.asarray(weights, np.float64) @ g / size
+        at_most = rtol * norms.max() ** 2 * 4.0
+        np.testing.assert_allclose(asked["halves"], [first @ second, whole @ whole], rtol=rtol, atol=at_most)
     mean = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1) / size, stacked)
     chex.assert_trees_all_close(asked["mean"], mean, rtol=rtol, atol=rtol * norms.max())
-    return lazy
+    return made
 
 
 def _ask(loss_fn: Any, params: Any, batch: Any, weights: Any) -> Any:
@@ -42,6 +51,7 @@ def _ask(loss_fn: Any, params: Any, batch: Any, weights: Any) -> Any:
         "inner": isgd.inner(grads, params),
         "stack": isgd.stack(grads),
         "mean": isgd.weighted_mean(grads, weights),
+        "halves": lazy.halves(grads, weights) if weights.shape[0] > 1 else None,
     }
 
 

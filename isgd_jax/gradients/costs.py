@@ -22,6 +22,7 @@ __all__ = [
     "prefers_batch_gram",
     "prefers_formed",
     "prefers_gram",
+    "prefers_gram_of_means",
     "product",
     "slice_size",
 ]
@@ -108,10 +109,20 @@ def prefers_batch_gram(terms: Sequence[Shape]) -> bool:
     """Whether inner products between all pairs of examples are cheaper from pairs of rows than from products."""
     if any(term.factor != terms[0].factor for term in terms):
         return False
-    b, k = terms[0].b, terms[0].k
-    apart = sum(2 * b**2 * k * one.t * other.t * (one.columns + one.o) for one in terms for other in terms)
+    b, apart = terms[0].b, _pairs_of_rows(terms)
     formed = sum(term.contraction for term in terms) + b**2 * terms[0].product
     return apart < formed + _traffic(2 * b * terms[0].product)
+
+
+def prefers_gram_of_means(terms: Sequence[Shape]) -> bool:
+    """Whether inner products between two weighted means are cheaper from pairs of rows than from the means."""
+    means = sum(term.contraction for term in terms) + _traffic(2 * 2 * terms[0].product)
+    return prefers_batch_gram(terms) and _pairs_of_rows(terms) < means
+
+
+def _pairs_of_rows(terms: Sequence[Shape]) -> int:
+    b, k = terms[0].b, terms[0].k
+    return sum(2 * b**2 * k * one.t * other.t * (one.columns + one.o) for one in terms for other in terms)
 
 
 def slice_size(terms: Sequence[Shape]) -> int | None:

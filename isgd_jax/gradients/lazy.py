@@ -41,9 +41,11 @@ __all__ = [
     "first",
     "formed_if_cheaper",
     "gram",
+    "halves",
     "how_squared",
     "inner",
     "is_factored",
+    "last",
     "norms",
     "product_norms",
     "scaled_norms",
@@ -222,11 +224,19 @@ def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
 
 def first(grads: Grads, count: int) -> Grads:
     """The gradients of the first ``count`` examples of the batch."""
+    return _part(grads, slice(None, count))
 
+
+def last(grads: Grads, count: int) -> Grads:
+    """The gradients of the last ``count`` examples of the batch, at least one."""
+    return _part(grads, slice(-count, None))
+
+
+def _part(grads: Grads, which: slice) -> Grads:
     def part(leaf: Any) -> Any:
         if not is_factored(leaf):
-            return leaf[:count]
-        return replace(jax.tree.map(lambda x: x[:count], replace(leaf, shared=None)), shared=leaf.shared)
+            return leaf[which]
+        return replace(jax.tree.map(lambda x: x[which], replace(leaf, shared=None)), shared=leaf.shared)
 
     return _map(part, grads)
 
@@ -235,6 +245,39 @@ def first(grads: Grads, count: int) -> Grads:
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
     """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
+
+
+def halves(
+    grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """``⟨first, second⟩`` of the weighted means of the two halves of a batch, and the squared norm of the whole mean.
+
+    From inner products between examples where that is cheaper than making a mean, which is as large as the parameters.
+    For gradients whose batch axis lies on one device.
+
+    Args:
+        grads: per-example gradients of a batch of at least two.
+        weights: of each example, [b]; the first half of an odd batch is the smaller one.
+
+    Source: ours.
+    """
+    b = _batch_size(grads)
+    half, rest = b // 2, b - b // 2
+    is_first = jnp.arange(b, dtype=jnp.int32) < half
+    shares = weights.astype(jnp.float32) * jnp.where(is_first, 1.0 / half, 1.0 / rest)
+    rows = jnp.stack([jnp.where(is_first, shares, 0.0), jnp.where(is_first, 0.0, shares)])
+
+    def products_of(leaf: Any) -> Array:  # of the two means, two by two
+        if is_factored(leaf) and costs.prefers_gram_of_means(_shapes(leaf)) and _is_plain(leaf):
+            return einsum("ua,ab,vb->uv", rows, _gram(leaf, precision), rows, precision=precision)
+        parts = [(rows[0, :half], first(leaf, half)), (rows[1, half:], last(leaf, rest))]
+        means = [_weighted_sum(part, own, precision) for own, part in parts]
+        flat = jnp.stack([mean.astype(wide(mean.dtype)).reshape(-1) for mean in means])
+        return jnp.real(einsum("up,vp->uv", flat, conjugate(flat), precision=precision))
+
+    pairs = _sum([products_of(leaf).astype(jnp.float32) for leaf in _leaves(grads)])
+    parts = jnp.asarray([half / b, rest / b], jnp.float32)
+    return pairs[0, 1], jnp.einsum("u,uv,v->", parts, pairs, parts, precision=precision)
 
 
 @_placed
@@ -281,6 +324,11 @@ def _by_gram(leaf: Factored) -> bool:
     """Whether the norm of a leaf is asked pair by pair: its terms are laid out alike, and it is cheaper."""
     alike = all(term.axes == leaf.terms[0].axes for term in leaf.terms)
     return leaf.formed is None and alike and costs.prefers_gram(_shapes(leaf))
+
+
+def _is_plain(leaf: Factored) -> bool:
+    """Whether a leaf is terms alone."""
+    return leaf.formed is None and leaf.shared is None
 
 
 def how_squared(leaf: Factored) -> str:
@@ -386,7 +434,7 @@ def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Arr
 
 
 def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
-    if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and leaf.formed is None and leaf.shared is None:
+    if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and _is_plain(leaf):
         return _sum([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
     flat = _stack(leaf, precision)
     flat = flat.reshape(flat.shape[0], -1)

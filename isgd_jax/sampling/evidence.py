@@ -155,9 +155,9 @@ def monitored(
     weights = draw_weights(draw.probs, draw.mask, target_of(draw))
 
     def measured() -> tuple[Array, Array]:
-        # The update has this mean too, but XLA does not see that they are one: so only where it is needed.
-        mean = _mean(grads, weights, axis_name)
-        return _halves_inner(grads, weights, mean, axis_name), _inner(mean, mean)
+        if axis_name is None and lazy.split_axis(grads) is None:
+            return lazy.halves(grads, weights)
+        return _halves(grads, weights, axis_name)  # an axis that lies on several devices is not to be cut
 
     nothing = jnp.zeros((), jnp.float32)
     square, own = lax.cond(draw.in_halves, measured, lambda: (nothing, nothing))
@@ -173,17 +173,16 @@ def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> 
     return jax.tree.map(lambda x: lax.pmean(x, axis_name), lazy.weighted_mean(grads, mine))
 
 
-def _halves_inner(grads: Params, weights: Float[Array, " m"], mean: Params, axis_name: str | None) -> Float[Array, ""]:
-    """The inner product of the mean gradients of the two halves of a batch, for one half's contraction."""
+def _halves(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> tuple[Array, Array]:
+    """`lazy.halves` of what lies on several devices: the means are made, of the whole draw with the other half's
+    weights zero.
+    """
     size, half = weights.shape[0], weights.shape[0] // 2
-    if axis_name is None and lazy.split_axis(grads) is None:
-        first = lazy.weighted_mean(lazy.first(grads, half), weights[:half])
-    else:  # an axis that lies on several devices is not to be cut
-        is_first = jnp.arange(size, dtype=jnp.int32) < half
-        first = _mean(grads, jnp.where(is_first, weights, 0.0) * (size / half), axis_name)
-    mean, first = (jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree) for tree in (mean, first))
-    second = jax.tree.map(lambda whole, part: (size * whole - half * part) / (size - half), mean, first)
-    return _inner(first, second)
+    is_first = jnp.arange(size, dtype=jnp.int32) < half
+    parts = [_mean(grads, jnp.where(mine, weights, 0.0), axis_name) for mine in (is_first, ~is_first)]
+    first, second = (jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree) for tree in parts)
+    mean = jax.tree.map(jnp.add, first, second)
+    return _inner(first, second) * (size / half) * (size / (size - half)), _inner(mean, mean)
 
 
 def _inner(one: Params, other: Params) -> Float[Array, ""]:

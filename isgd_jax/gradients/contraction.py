@@ -31,6 +31,7 @@ class Axis:
 
 
 def axes_of(sizes: Sequence[int]) -> tuple[Axis, ...]:
+    """New axes of these sizes, whose names nobody else has."""
     return tuple(Axis(next(_names), size) for size in sizes)
 
 
@@ -55,6 +56,7 @@ class Side:
 
     @property
     def is_complex(self) -> bool:
+        """Whether its entries are complex numbers."""
         return bool(jnp.issubdtype(self.node.dtype, jnp.complexfloating))
 
     def unrolled(self, dtype: Any) -> Side:
@@ -64,6 +66,7 @@ class Side:
         return Side(emit("unroll", lambda x: _unroll(x, self, dtype), self.node), self.axes)
 
     def mapped(self, function: Callable[[Array], Array]) -> Side:
+        """The same axes, of ``function`` of the array; a new operation of the program."""
         return replace(self, node=emit(getattr(function, "__name__", "map"), function, self.node))
 
 
@@ -81,7 +84,15 @@ def _unroll(x: Array, side: Side, dtype: Any) -> Array:
 
 @dataclass(frozen=True)
 class Contraction:
-    """``einsum(left, right -> out)``, then reshaped to ``shape``: axes of ``out`` are kept, all others summed over."""
+    """``einsum(left, right -> out)``, then reshaped to ``shape``: axes of ``out`` are kept, all others summed over.
+
+    Attributes:
+        left: one factor.
+        right: the other; scales and signs are applied to it.
+        out: the axes of the result, in order; each is an axis of a factor, or of both.
+        shape: of the value in the program. Its dimensions need not be runs of ``out``: see `dims`.
+        dtype: of the value in the program.
+    """
 
     left: Side
     right: Side
@@ -120,6 +131,7 @@ class Contraction:
         return replace(self, left=left, right=right)
 
     def reshaped(self, shape: tuple[int, ...]) -> Contraction:
+        """The same numbers in another shape: nothing moves until the axes are asked for (`dims`)."""
         return replace(self, shape=shape)
 
     def dims(self) -> tuple[Contraction, list[tuple[Axis, ...]]] | None:

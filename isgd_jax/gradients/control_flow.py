@@ -55,6 +55,7 @@ class _Scan:
         return replace(term, left=lift(term.left), right=lift(term.right), out=out, shape=shape)
 
     def apply(self, inputs: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
+        """Run the scan for those outputs that are used, exports included; None in the places of the others."""
         consts, init = inputs[: self.num_consts], inputs[self.num_consts :][: self.num_carry]
         outputs = [*self.body.outputs, *self.exports]
         emitted = [place for place in range(self.num_carry, len(outputs)) if used[place]]
@@ -86,7 +87,17 @@ class _Scan:
 
 
 def cut_scan(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
-    """The parts of a scan's output, `cut` being what reads the body."""
+    """The parts of a scan's output.
+
+    Args:
+        node: the output: collected in the carry, or stacked over the steps.
+        op: the scan.
+        cut: reads a value of the body as `cuts.cut` reads one of the program.
+
+    Returns:
+        Contractions of factors that now leave the scan; None where the body's value stays whole, or where its carry is
+        more than a sum (``carry + this step's``).
+    """
     scan = op.region or _Scan(op)
     parts = cut(scan.body.outputs[node.index])
     kept: Parts = []
@@ -114,11 +125,13 @@ class _Branches:
         """For each output, the node behind it in each branch that has one."""
 
     def exported(self, inner: dict[int, Node]) -> Node:
+        """Values of the branches, by their number, as one value outside: zeros from a branch that has none."""
         self.inside.append(inner)
         first = next(iter(inner.values()))
         return self.op.add_output(jax.ShapeDtypeStruct(first.shape, first.dtype))
 
     def apply(self, inputs: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
+        """Run the branch that is taken for those outputs that are used; None in the places of the others."""
         index, *operands = inputs
         wanted = [place for place in range(len(used)) if used[place]]
         branches = [self._branch(number, wanted) for number in range(len(self.branches))]
@@ -139,7 +152,18 @@ class _Branches:
 
 
 def cut_cond(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
-    """The parts of a branch's output: those of all branches, zero where another one was taken."""
+    """The parts of a branch's output: those of all branches, zero where another one was taken.
+
+    Contractions that are alike in shapes and layout share factors, so that most branches cost one contraction.
+
+    Args:
+        node: the output.
+        op: the cond.
+        cut: reads a value of a branch as `cuts.cut` reads one of the program.
+
+    Returns:
+        The contractions; None where any branch's value stays whole.
+    """
     branches = op.region or _Branches(op)
     parts = [cut(branch.outputs[node.index]) for branch in branches.branches]
     if any(isinstance(part, Whole) for branch in parts for part in branch):

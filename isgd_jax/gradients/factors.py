@@ -45,6 +45,7 @@ class OneHot:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Written out, ``(b, k, t, size)``."""
         return (*self.indices.shape, self.size)
 
 
@@ -63,6 +64,7 @@ class Window(NamedTuple):
         return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0)] * first + [*self.padding] + [(0, 0, 0)] * rest)
 
     def offsets(self) -> list[tuple[int, ...]]:
+        """The kernel's entries, row by row."""
         return list(itertools.product(*map(range, self.kernel)))
 
     def slice(self, padded: Array, offset: tuple[int, ...], first: int) -> Array:
@@ -86,6 +88,7 @@ class Windows:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Written out, ``(b, k, t, i)``."""
         b, k, c, *_, i = self.image.shape
         return b, k, c * math.prod(self.window.positions), math.prod(self.window.kernel) * i
 

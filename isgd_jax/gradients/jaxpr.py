@@ -44,10 +44,12 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the array."""
         return tuple(self.aval.shape)
 
     @property
     def dtype(self) -> Any:
+        """Of the array."""
         return self.aval.dtype
 
 
@@ -60,10 +62,12 @@ class Constant:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the array, or () of a number."""
         return tuple(jax.numpy.shape(self.value))
 
     @property
     def dtype(self) -> Any:
+        """As JAX types it."""
         return jax.numpy.result_type(self.value)
 
 
@@ -86,6 +90,7 @@ class Op:
     region: Any = None
 
     def add_output(self, aval: Any) -> Value:
+        """One more output, of this shape and dtype: what a region exports."""
         self.outputs.append(Value(aval, self, len(self.outputs)))
         return self.outputs[-1]
 
@@ -99,7 +104,14 @@ class Program:
 
 
 def program(closed: Any) -> Program:
-    """The graph of a closed jaxpr, calls inlined."""
+    """The graph of a closed jaxpr, calls inlined.
+
+    Args:
+        closed: of `jax.make_jaxpr`; its captured arrays become constants.
+
+    Returns:
+        Its inputs and outputs. An inner jaxpr that is called twice is there twice, so that every value has one origin.
+    """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
     return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs))
 
@@ -145,7 +157,16 @@ def emit(name: str, function: Callable[..., Any], *inputs: Node) -> Value:
 
 
 def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node]) -> list[Any]:
-    """The wanted values, given the inputs; what nobody needs is not computed."""
+    """The wanted values, given the inputs; what nobody needs is not computed.
+
+    Args:
+        inputs: of the program; more than the wanted values need does no harm.
+        arguments: their values, as many.
+        wanted: the values to compute, constants among them.
+
+    Returns:
+        One value for each of the wanted; under a trace, traced ones.
+    """
     known: dict[Node, Any] = dict(zip(inputs, arguments, strict=True))
 
     def read(node: Node) -> Any:

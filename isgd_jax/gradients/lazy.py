@@ -64,6 +64,13 @@ ANYWHERE = PartitionSpec()
 class Factored:
     """A lazy leaf: the sum of ``terms``, ``formed`` [b, *shape], and ``shared`` [*shape], the same for all examples.
 
+    Attributes:
+        terms: contractions whose factors are held; see `terms.Outer`.
+        shape: of the parameter.
+        dtype: of the parameter.
+        formed: what could not be cut, for each example; None if there is none.
+        shared: what is the same for all examples, such as the gradient of a penalty; None if there is none.
+
     Every array inside but ``shared`` has the leading axis b.
     """
 
@@ -77,6 +84,7 @@ class Factored:
 
     @property
     def batch_size(self) -> int:
+        """The number of examples, b."""
         return self.formed.shape[0] if self.formed is not None else self.terms[0].right.shape[0]
 
 
@@ -89,7 +97,7 @@ Grads: TypeAlias = PyTree
 
 
 def spec_of(x: Any) -> PartitionSpec:
-    """How the axes of an array are split, as far as a mesh says so explicitly."""
+    """How the axes of an array are split, as far as a mesh says so explicitly; on meshes left to the compiler, not."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
 
 
@@ -156,7 +164,20 @@ _RISK = 1e-3
 def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient, over the whole tree.
 
-    Where the Gram sum of a leaf has cancelled, for any example, the leaf's products are formed after all.
+    Each leaf is asked in the way that its shapes make cheapest: of its factors' norms, of the inner products of its
+    rows (the Gram form), or of its products. Where the Gram sum of a leaf has cancelled, for any example, the leaf's
+    products are formed after all.
+
+    Args:
+        grads: of `per_example_grads`, or any tree of stacked arrays ``[b, *param.shape]``.
+        precision: of matrix products, as for `jax.numpy.einsum`.
+
+    Returns:
+        ``sqrt(Σ |g|²)`` over all entries of all leaves, for each of the b examples; in float32 or, where gradients are
+        wider, as wide as they are. Neither underflows nor overflows where the norm itself does not.
+
+    Raises:
+        ValueError: the tree has no leaves.
 
     Source: Goodfellow (arXiv 1510.01799) for layers used once; Li et al. (arXiv 2110.05679), section 4, for Gram sums
     over positions.
@@ -178,6 +199,14 @@ def unguarded_norms(
     """`norms` for those who can do it over: the norms, and whether a Gram sum has cancelled (None: there are none).
 
     Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
+
+    Args:
+        grads: per-example gradients, as for `norms`.
+        precision: of matrix products.
+
+    Returns:
+        The norms [b], and a scalar: if true, at least one of them has lost three digits or more, and `product_norms`
+        has them right.
     """
     found = together([_squares(leaf, precision) for leaf in _leaves(grads)])
     return root(found), None if found.sizes is None else jnp.any(found.values < _RISK * found.sizes)
@@ -185,7 +214,15 @@ def unguarded_norms(
 
 @_placed
 def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """`norms` from products alone, which cannot cancel."""
+    """`norms` from products alone, which cannot cancel.
+
+    Args:
+        grads: per-example gradients, as for `norms`.
+        precision: of matrix products.
+
+    Returns:
+        The norms [b]; at most some examples' products are held at a time.
+    """
     return root(
         together(
             [
@@ -198,7 +235,21 @@ def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[
 
 @_placed
 def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """The norm of each example's gradient times ``scale``, entry by entry: a tree like the parameters."""
+    """The norm of each example's gradient times ``scale``, entry by entry.
+
+    With the inverse root of Adam's second moments, it is the norm of the step that an example alone would make.
+
+    Args:
+        grads: per-example gradients, as for `norms`.
+        scale: a tree like the parameters, of real numbers.
+        precision: of matrix products.
+
+    Returns:
+        ``sqrt(Σ |scale · g|²)`` for each of the b examples.
+
+    Raises:
+        ValueError: the trees differ in structure.
+    """
     pairs = zip(_leaves(grads), _alongside(grads, scale), strict=True)
     return root(together([_scaled_squares(leaf, other, precision) for leaf, other in pairs]))
 
@@ -206,6 +257,16 @@ def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGH
 @_placed(out=_as_parameters)
 def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
     """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
+
+    For the cost of the ordinary gradient's last contraction; no example's own gradient is made.
+
+    Args:
+        grads: per-example gradients of b examples, as for `norms`.
+        weights: of each example, such as ``1 / (N p)``; ones give the gradient of the mean loss.
+        precision: of matrix products.
+
+    Returns:
+        The mean, every leaf in its parameter's dtype; sums are kept in float32 or wider.
 
     Raises:
         ValueError: there is not one weight an example.
@@ -218,12 +279,20 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
 
 @_placed(out=_stacked_split)
 def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
-    """The definition: every leaf formed, ``[b, *param.shape]``."""
+    """The definition: every leaf formed, ``[b, *param.shape]``.
+
+    Args:
+        grads: per-example gradients, as for `norms`; arrays are given back as they are.
+        precision: of matrix products.
+
+    Returns:
+        What ``vmap(jax.grad(loss_fn))`` gives, for the memory that it takes: b times the parameters.
+    """
     return _map(lambda leaf: _stack(leaf, precision).astype(leaf.dtype), grads)
 
 
 def first(grads: Grads, count: int) -> Grads:
-    """The gradients of the first ``count`` examples of the batch."""
+    """The gradients of the first ``count`` examples of the batch, lazy where ``grads`` are."""
     return _part(grads, slice(None, count))
 
 
@@ -243,7 +312,15 @@ def _part(grads: Grads, which: slice) -> Grads:
 
 @_placed
 def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
-    """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`."""
+    """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`.
+
+    Args:
+        grads: per-example gradients of b examples, as for `norms`.
+        precision: of matrix products.
+
+    Returns:
+        ``G[i, j] = Re⟨g_i, g_j⟩``, over all leaves; [b, b]. Not scaled: a square that leaves float32 is 0 or infinite.
+    """
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
 
 
@@ -282,12 +359,27 @@ def halves(
 
 @_placed
 def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
-    """Inner product of each example's gradient with one tree shaped like the parameters."""
+    """Inner product of each example's gradient with one tree shaped like the parameters.
+
+    With the gradient of a validation loss it says how far a step on each example would lower that loss.
+
+    Args:
+        grads: per-example gradients of b examples, as for `norms`.
+        tree: of arrays shaped like the parameters.
+        precision: of matrix products.
+
+    Returns:
+        ``Re⟨g_i, tree⟩`` over all leaves, [b].
+
+    Raises:
+        ValueError: the trees differ in structure.
+    """
     pairs = zip(_leaves(grads), _alongside(grads, tree), strict=True)
     return _sum([_inner(leaf, other, precision) for leaf, other in pairs])
 
 
 def is_factored(x: Any) -> bool:
+    """Whether a leaf is lazy; for ``is_leaf`` of `jax.tree.map`."""
     return isinstance(x, Factored)
 
 

@@ -22,7 +22,14 @@ __all__ = ["from_batch_loss", "per_example_grads", "per_example_value_and_grad",
 
 
 def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, Batch], Grads]:
-    """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``."""
+    """The definition and the oracle: ``(params, batch) -> grads``, every leaf an array ``[b, *param.shape]``.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``, the loss of ONE example.
+
+    Returns:
+        ``vmap(jax.grad(loss_fn))`` over the examples of a batch; inside `jax.shard_map`, of each device's own.
+    """
 
     def grads(params: Params, batch: Batch) -> Grads:
         return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(made_varying(params, batch), batch)
@@ -36,6 +43,17 @@ def per_example_grads(
     """Like `stacked_per_example_grads`, with lazy leaves: ask `norms`, `weighted_mean`, `gram`, `stack`, `inner`.
 
     The options are those of `per_example_value_and_grad`; with ``has_aux`` the result is ``(grads, aux)``.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``, the loss of ONE example.
+        argnums: which arguments to differentiate, as for `jax.grad`; not the last, which is the batch.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``.
+        joint: choose for norms and a weighted mean together; False for norms alone.
+
+    >>> import jax.numpy as jnp, isgd_jax as isgd
+    >>> grads = per_example_grads(lambda w, x: 0.5 * jnp.sum((w - x) ** 2))(jnp.zeros(2), jnp.array([[3.0, 4.0]]))
+    >>> print(isgd.norms(grads))
+    [5.]
     """
     value_and_grad = per_example_value_and_grad(loss_fn, argnums, has_aux, joint=joint)
 
@@ -51,10 +69,17 @@ def per_example_value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """A function ``(params, batch) -> (losses[b], grads)``, like `jax.value_and_grad` of every example.
 
-    ``loss_fn(params, example)`` is the scalar loss of ONE example. It may take more arguments: the last is the example,
-    all others are the same for the whole batch, and ``argnums`` says which of these to differentiate. With ``has_aux``
-    it returns ``(loss, aux)``, and the result is ``((losses, aux), grads)``. ``joint``: choose what is cheapest when
-    norms and a weighted mean are asked together; False when only norms are.
+    Args:
+        loss_fn: ``(params, example) -> scalar``, the loss of ONE example. It may take more arguments: the last is the
+            example, all others are the same for the whole batch.
+        argnums: which of the arguments to differentiate, as for `jax.value_and_grad`; with a tuple, ``grads`` is one.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``, and the result is ``((losses, aux), grads)``, aux stacked over the
+            examples.
+        joint: choose what is cheapest when norms and a weighted mean are asked together; False when only norms are.
+
+    Returns:
+        A function of the same arguments, with a batch in the place of the example: a pytree of arrays with one leading
+        axis b. It raises ValueError where the loss is no scalar, or an array of the batch has no such axis.
 
     Guarantees:
 
@@ -62,6 +87,8 @@ def per_example_value_and_grad(
     * no ``[b, parameters]`` array is made unless it is asked for, or `explain` says why;
     * the model runs forward and backward once, however much is asked in one jit;
     * integer parameters have zero gradients of their own dtype.
+
+    Source: ours, after Goodfellow (arXiv 1510.01799).
     """
 
     def value_and_grad(*args: Any) -> tuple[Any, Any]:
@@ -77,7 +104,14 @@ def per_example_value_and_grad(
 def from_batch_loss(batch_loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The loss of ONE example, of a loss written for a batch: ``batch_loss_fn(params, batch)``, a mean or a sum.
 
-    The batch loss is called on a batch of one. It must not mix examples (batch normalisation does).
+    The batch loss is called on a batch of one. It must not mix examples (batch normalization does).
+
+    Args:
+        batch_loss_fn: ``(params, batch) -> scalar``, or with more arguments before the batch; it may return
+            ``(loss, aux)``, whose arrays lose their batch axis of one.
+
+    Returns:
+        ``(params, example) -> scalar`` as `per_example_grads` takes it.
     """
 
     def loss_fn(*args: Any) -> Any:

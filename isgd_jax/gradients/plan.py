@@ -38,6 +38,7 @@ class LeafPlan:
         return [x for term in self.terms for x in (term.left, term.right)] + [part.value for part in self.formed]
 
     def leaf(self, each: Iterator[Any], once: Iterator[Any], b: int, joint: bool) -> Any:
+        """The lazy leaf of a batch: takes its own values from those of each example, and from those of all."""
         terms = stacked_terms([Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms])
         formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
         if formed is not None and shared is None and not terms:

@@ -14,7 +14,15 @@ __all__ = ["LeafReport", "Report", "explain"]
 
 
 class LeafReport(NamedTuple):
-    """One parameter: ``how`` its gradients are held, ``why`` if they are formed, and the bytes for the whole batch."""
+    """What becomes of the gradients of one parameter.
+
+    Attributes:
+        path: of the parameter in its tree.
+        how: its gradients are held, and how their norm is asked.
+        why: the primitives that stood in the way, where they are formed; empty otherwise.
+        held_bytes: of the whole batch, as they are held.
+        stacked_bytes: of the whole batch, if one array an example were formed.
+    """
 
     path: str
     how: str
@@ -44,6 +52,15 @@ def explain(loss_fn: Callable[..., Any], *args: Any, argnums: int = 0, has_aux: 
     A parameter used by one contraction is *factored*: its two factors are held, and its norm is asked of them as said.
     Other gradients are *formed*, one array an example: biases and scales, for which that is cheapest, and whatever
     comes out of a primitive that `cuts` cannot read, which is then named.
+
+    Args:
+        loss_fn: as for `per_example_grads`.
+        args: of the function that `per_example_grads` returns; arrays or `jax.ShapeDtypeStruct`.
+        argnums: which of them is differentiated.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``.
+
+    Returns:
+        A line for each parameter; ``print`` shows them as a table.
     """
     *shared, batch = args
     plan = make_plan(loss_fn, argnums, has_aux, shared, batch)

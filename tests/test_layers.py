@@ -57,6 +57,7 @@ def test_every_module_is_in_a_folder() -> None:
     assert {parts_of(path)[0] for path in module_files()} - set(PLACE_OF) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", module_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_to_the_left(path: Path) -> None:
     assert violations(path.read_text(), parts_of(path)) == []

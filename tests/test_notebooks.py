@@ -6,6 +6,7 @@ from types import ModuleType
 
 import nbformat
 import pytest
+from processes import forced
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "notebooks"
 LARGEST = 300_000
@@ -41,7 +42,7 @@ def test_what_is_stored_was_run_and_says_where_it_comes_from(path: Path) -> None
 
 @pytest.mark.slow
 def test_the_quickstart_runs_and_claims_what_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # as its reader has it: one device
+    monkeypatch.setenv("XLA_FLAGS", forced(1))  # as its reader has it: one device
     path = FOLDER / "01_quickstart.ipynb"
     notebook = runner.executed(nbformat.read(path, as_version=4), path)
     assert "updates to 0.02" in str(notebook.cells)

@@ -33,37 +33,30 @@ def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
     assert {"variance.png", "loss.png", "error.png"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
 
 
-def test_the_loop_of_ones_own_learns_and_so_does_fit(tmp_path: Path) -> None:
-    """The second block is the loop, the third goes on from its parameters with `isgd.fit`."""
+def test_the_loop_of_ones_own_learns_and_so_does_fit_and_arrays_of_ones_own_are_trained_on(tmp_path: Path) -> None:
+    """The second block is the loop, the third goes on from its parameters with `isgd.fit`; the fourth stands alone."""
     mean_loss = "mean_loss = lambda params: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
     setup, loop = BLOCKS[1].split("for step in range")
     measured = f"{setup}{mean_loss}first = mean_loss(params)\nfor step in range{loop}"
-    out = run(
-        f"{measured}second = mean_loss(params)\n{BLOCKS[2]}\nprint(first, second, mean_loss(result.params))", tmp_path
-    )
-    first, second, third = map(float, out.splitlines()[-1].split())
+    losses = f"second = mean_loss(params)\n{BLOCKS[2]}\nprint(first, second, mean_loss(result.params))"
+    alone = f"exec({BLOCKS[3]!r}, alone := {{}})\nresult = alone['result']"
+    out = run(f"{measured}{losses}\n{alone}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
+    (*before, three, last) = [line for line in out.splitlines() if line]
+    first, second, third = map(float, three.split())
     assert third < second < 0.8 * first
     assert "equivalent plain batch" in out
     assert "step 200/200 | loss" in out
+    assert before
+    assert last.split() == ["100", "True"]
 
 
-def test_arrays_of_ones_own(tmp_path: Path) -> None:
-    out = run(f"{BLOCKS[3]}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
-    assert out.split() == ["100", "True"]
-
-
-def test_importing_the_package_is_light(tmp_path: Path) -> None:
-    heavy = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray", "jax", "flax"]
-    out = run(f"import sys, isgd_jax; print([name for name in {heavy} if name in sys.modules])", tmp_path)
-    assert out.strip() == "[]"
-
-
-def test_the_core_needs_no_extra(tmp_path: Path) -> None:
+def test_importing_the_package_is_light_and_the_core_needs_no_extra(tmp_path: Path) -> None:
     names = ["per_example_grads", "importance_weighting", "samplers", "proposal", "sharded", "norms"]
-    heavy = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray", "flax"]
+    extras = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray", "flax"]
+    loaded = "print([name for name in {} if name in sys.modules])"
     touch = "; ".join(f"isgd_jax.{name}" for name in names)
-    out = run(f"import sys, isgd_jax; {touch}; print([name for name in {heavy} if name in sys.modules])", tmp_path)
-    assert out.strip() == "[]"
+    out = run(f"import sys, isgd_jax; {loaded.format([*extras, 'jax'])}; {touch}; {loaded.format(extras)}", tmp_path)
+    assert out.split() == ["[]", "[]"]
 
 
 def test_every_public_name_resolves() -> None:

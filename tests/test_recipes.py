@@ -68,6 +68,7 @@ OPTIMISERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_lazy_gradients_update_as_stacked_ones_do(name, key):
     tx, (params, batch) = OPTIMISERS[name], problem(key)

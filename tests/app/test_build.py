@@ -38,6 +38,7 @@ def squared_loss(loss_fn: Any) -> Any:
     return lambda params, batch: jnp.square(plain(params, batch))
 
 
+@pytest.mark.slow
 def test_a_sampler_and_a_scorer_of_ones_own_are_used(tmp_path: Path) -> None:
     CALLS.clear()
     config = small_config(
@@ -150,6 +151,7 @@ def test_static_scores_are_what_is_drawn_by(tmp_path: Path) -> None:
     np.testing.assert_allclose(masses_of(config), 0.8 * scores / scores.sum() + 0.2 / 90, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["label", "label-score"])
 def test_neighbours_on_the_line_share_their_label(tmp_path: Path, order: str) -> None:
     """By label alone the line never moves; else by score within a label, and the largest score is the label's last."""

@@ -111,6 +111,7 @@ def flip(file: Path, rng: random.Random) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("failed_reads")
 def test_no_flipped_bit_is_read_back_as_another_number(tmp_path: Path) -> None:
     """In any file of the newest checkpoint: its numbers come back, or those of the one before, and that is told."""
@@ -148,6 +149,7 @@ def empty(step: Path) -> None:
     step.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("failed_reads")
 @pytest.mark.parametrize("damage", [damage_record, damage_arrays, empty])
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_told(tmp_path: Path, damage) -> None:

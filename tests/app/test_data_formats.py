@@ -62,6 +62,7 @@ def test_svhn_puts_examples_first_and_calls_ten_zero(svhn):
     assert train["label"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
 
 
+@pytest.mark.slow
 def test_svhn_holds_five_percent_of_train_and_extra_out(svhn, tmp_path):
     made = load_recipe(TINY_SVHN, data_dir=tmp_path / "tfds", raw_dir=svhn)
     assert (len(made), len(made.valid["label"]), len(made.test["label"])) == (38, 3, 4)
@@ -70,6 +71,7 @@ def test_svhn_holds_five_percent_of_train_and_extra_out(svhn, tmp_path):
     assert sum(SVHN_CROPPED.counts.values()) == 73_257 + 531_131 + 26_032
 
 
+@pytest.mark.slow
 def test_svhn_is_standardised_coordinate_by_coordinate(svhn, tmp_path):
     made = load_recipe(TINY_SVHN, data_dir=tmp_path / "tfds", raw_dir=svhn)
     mean, std = made.statistics["image"]
@@ -77,6 +79,7 @@ def test_svhn_is_standardised_coordinate_by_coordinate(svhn, tmp_path):
     np.testing.assert_allclose(made.standardize(made.train["image"]).mean(0), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "text", "other names", "other shape"])
 def test_damaged_mat_files_are_told(svhn, tmp_path, damage):
     path = svhn / "test_32x32.mat"

@@ -39,6 +39,7 @@ def read_by_reader(size: int = 60) -> data.Dataset:
     return data.from_arrays(split(size), split(20), name="readings")
 
 
+@pytest.mark.slow
 def test_a_regression_of_tokens_and_a_table_is_trained_and_predicts_from_its_folder(tmp_path: Path) -> None:
     dataset, model, seen = read_by_reader(), Reader(), []
     config = small_config(tmp_path / "run", full_train_loss=True)
@@ -54,6 +55,7 @@ def test_a_regression_of_tokens_and_a_table_is_trained_and_predicts_from_its_fol
     assert loss == pytest.approx(lines[-1]["test_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_predicts_from_its_folder(tmp_path: Path) -> None:
     dataset = blobs()
     result = fit(small_config(tmp_path / "run", mode="uniform", steps=10), dataset=dataset)

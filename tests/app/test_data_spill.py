@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import filelock
@@ -186,26 +185,25 @@ def test_where_files_cannot_be_locked_each_writes(tmp_path, monkeypatch):
     assert len(spilled(Rows(10), tmp_path)["x"]) == 10
 
 
-def _load(together, folder, found):
-    together.wait()
-    try:
-        rows = data.from_source(Rows(30_000), Rows(4), spill=Path(folder)).train["x"][:, 0]
-        found.put("good" if (rows == np.arange(30_000)).all() else "wrong")
-    except Exception as error:
-        found.put(f"{type(error).__name__}: {error}")
+def _load(together, folders, found):
+    for folder in folders:
+        together.wait()
+        try:
+            rows = data.from_source(Rows(30_000), Rows(4), spill=Path(folder)).train["x"][:, 0]
+            found.put("good" if (rows == np.arange(30_000)).all() else "wrong")
+        except Exception as error:
+            found.put(f"{type(error).__name__}: {error}")
 
 
 @pytest.mark.slow
 def test_processes_that_write_at_once_all_get_the_whole_data_set(tmp_path):
     context = multiprocessing.get_context("spawn")
     together, found = context.Barrier(3), context.Queue()
-    for trial in range(3):
-        folder = tmp_path / str(trial)
-        all_three = [context.Process(target=_load, args=(together, str(folder), found)) for _ in range(3)]
-        for each in all_three:
-            each.start()
-        assert [found.get(timeout=120) for _ in all_three] == ["good"] * 3
-        for each in all_three:
-            each.join(timeout=60)
-        assert names(folder) == [".lock", "label.npy", "spilled.json", "x.npy"]
-        shutil.rmtree(folder)
+    folders = [str(tmp_path / str(trial)) for trial in range(3)]
+    all_three = [context.Process(target=_load, args=(together, folders, found)) for _ in range(3)]
+    for each in all_three:
+        each.start()
+    assert [found.get(timeout=120) for _ in range(9)] == ["good"] * 9
+    for each in all_three:
+        each.join(timeout=60)
+    assert [names(tmp_path / trial) for trial in "012"] == [[".lock", "label.npy", "spilled.json", "x.npy"]] * 3

@@ -99,6 +99,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
 SCORES = np.array([0.5, 0.0, 8.0, 1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path: Path, pictures: data.Dataset) -> None:
     source = run_page([make_run(tmp_path / "mine", scores=SCORES, dataset=pictures)])
     page = Page(source)
@@ -113,6 +114,7 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path: Path, pi
     assert "@import" not in source
 
 
+@pytest.mark.slow
 def test_the_hardest_examples_are_those_with_the_largest_scores(tmp_path: Path, pictures: data.Dataset) -> None:
     run = make_run(tmp_path / "run", scores=SCORES, dataset=pictures)
     found = hardest.scores(run, count=3)
@@ -141,6 +143,7 @@ def test_what_is_no_picture_shows_its_first_numbers(tmp_path: Path, monkeypatch:
     assert f"{dataset.train['features'][2, 0]:.3g}, " in str(found.hardest[0].values)
 
 
+@pytest.mark.slow
 def test_other_data_are_not_shown_as_the_runs(tmp_path: Path, pictures: data.Dataset) -> None:
     run = make_run(tmp_path / "run", scores=SCORES)
     found = hardest.scores(run)
@@ -158,6 +161,7 @@ def test_what_a_picture_is(image: np.ndarray, expected: bool) -> None:
     assert hardest.is_image(image) is expected
 
 
+@pytest.mark.slow
 def test_without_whole_checkpoints_the_rest_is_shown_and_the_loss_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run.checkpoints / "7").mkdir(parents=True)
@@ -224,6 +228,7 @@ def test_what_is_not_the_default_is_marked(tmp_path: Path) -> None:
     assert not any("momentum" in row for row in marked)
 
 
+@pytest.mark.slow
 def test_several_runs_share_a_page_and_no_id(tmp_path: Path) -> None:
     page = Page(run_page([make_run(tmp_path / "one"), make_run(tmp_path / "two")]))
     ids = page.attributes("id")

@@ -16,6 +16,7 @@ def line(step: int, *, age: float | None) -> Record:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("age", [None, 5.0])
 def test_the_figures_are_pictures_of_the_lines(tmp_path: Path, age: float | None) -> None:
     run = RunDir.create(small_config(tmp_path / "run"))
@@ -30,6 +31,7 @@ def test_the_figures_are_pictures_of_the_lines(tmp_path: Path, age: float | None
         assert picture.std() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(0.55, 1.3), (1.9, 2.6), (0.03, 1.0), (1e-6, 10.0)])
 def test_a_logarithmic_axis_can_be_read_however_short(low: float, high: float) -> None:
     axes = Figure().subplots()

@@ -223,6 +223,7 @@ NAMES = ["config.json", "environment.json", "metrics.jsonl", "inputs.json", "stu
          "images.idx", "cifar.tar.gz", "flights.zip"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str) -> None:
     reader = next(reader for reader in readers(tmp_path) if reader.name == name)

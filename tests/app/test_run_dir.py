@@ -132,6 +132,7 @@ def create(path: str, at: float) -> str:
         return "refused"
 
 
+@pytest.mark.slow
 def test_of_two_that_create_a_folder_at_once_one_does_and_one_is_refused(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for trial in range(20):

@@ -86,6 +86,7 @@ def test_three_methods_make_an_engine() -> None:
     assert not isinstance(Own(), contract.Reports | contract.Resumable | contract.Timed | contract.Chunked)
 
 
+@pytest.mark.slow
 def test_waiting_gives_every_score_at_the_published_version(build: Build) -> None:
     params, _ = linear_problem(NUM_EXAMPLES)
     engine = build()

@@ -58,7 +58,8 @@ def ended(code: str) -> tuple[int, str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", list(ENDS))
 def test_the_interpreter_ends_clean_though_a_worker_computes(how: str) -> None:
-    code, err, _ = ended(BEGIN.format(seconds=15) + ENDS[how])
+    sooner = "from isgd_jax.engines import worker_pool\nworker_pool.PATIENCE = 0.5\n"
+    code, err, _ = ended(BEGIN.format(seconds=3) + sooner + ENDS[how])
     assert code == (3 if how == "an error inside" else 0), err
     assert "terminate" not in err
     assert "closing waits for workers that still compile or score: isgd-cpu:1" in err

@@ -10,6 +10,7 @@ import isgd_jax as isgd
 from isgd_jax.engines import scorers
 
 
+@pytest.mark.slow
 def test_grad_norm_is_the_norm_of_the_definition(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
     expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
@@ -71,6 +72,7 @@ def test_preconditioned_norm_is_the_norm_of_the_scaled_gradient(key, shape):
     np.testing.assert_allclose(scorers.preconditioned_norm(mlp_loss)((params, scale), batch), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch_size", [None, 4, "auto"])
 def test_norms_and_sketches_come_from_one_backward_pass(key, microbatch_size):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)

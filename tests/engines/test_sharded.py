@@ -12,6 +12,7 @@ from isgd_jax.engines import scorers
 score = scorers.grad_norm(mlp_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 8, 21])
 def test_scores_are_those_of_the_wrapped_scorer_for_any_batch_size(key, size):
     params, batch = mlp(key, [12, 16, 5]), images(key, size, 12)

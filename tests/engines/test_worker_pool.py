@@ -93,6 +93,7 @@ def test_without_a_fault_nothing_is_said_and_all_work(pool: Callable[..., Worker
     assert engine.stats().workers == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_worker_that_dies_in_mid_chunk_costs_nothing_but_time(pool: Callable[..., WorkerPool], wait: bool) -> None:
     def dies(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
@@ -150,6 +151,7 @@ def test_all_workers_gone_while_waiting_is_an_error(pool: Callable[..., WorkerPo
         engine.collect(wait=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_worker_that_hangs_is_left_behind_and_its_late_result_does_no_harm(
     pool: Callable[..., WorkerPool], wait: bool

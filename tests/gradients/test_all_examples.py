@@ -33,6 +33,7 @@ def one_by_one() -> tuple[np.ndarray, Any]:
         return np.array(norms), jax.tree.map(np.asarray, mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("batch_size", [8, 256])
 def test_the_definition_one_gradient_an_example(where: str, batch_size: int) -> None:

@@ -20,6 +20,7 @@ def test_scores_are_the_same_for_any_size(key, size):
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array) -> None:
     """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once, less than `AUTO_BYTES` by default."""
 
@@ -51,6 +52,7 @@ def test_small_batches_are_scored_at_once_by_default(key: jax.Array) -> None:
     assert default == whole
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_split_over_devices_stays_split_in_its_slices(key: jax.Array) -> None:
     params, batch = mlp(key, [12, 16, 5]), images(key, 64, 4, 12)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

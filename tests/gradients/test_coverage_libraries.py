@@ -66,6 +66,7 @@ def test_frozen_parameters_are_arguments_that_are_not_differentiated(key):
     np.testing.assert_allclose(isgd.stack(grads), expected[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_arguments_can_be_differentiated(key):
     def loss_fn(a, b, x):
         return jnp.sum(jnp.sin(x @ a) * b)

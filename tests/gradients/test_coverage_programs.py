@@ -136,6 +136,7 @@ FORMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss_fn", "params", "batch"), FACTORED)
 def test_factored(loss_fn, params, batch):
     grads = check(loss_fn, params, batch)
@@ -147,6 +148,7 @@ def test_formed(loss_fn, params, batch):
     check(loss_fn, params, batch)
 
 
+@pytest.mark.slow
 def test_parameters_without_effect_and_only_in_the_regulariser():
     def loss_fn(params, x):
         return jnp.sum(jnp.sin(x * params["scalar"])) + jnp.sum(jnp.sin(params["decayed"]))

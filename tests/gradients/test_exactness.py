@@ -35,6 +35,7 @@ def cancelling(key, b=4, t=32, i=64, o=96):
     return left, right - jnp.mean(right, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     left, right = cancelling(key)
     leaf = outer(left, right)
@@ -45,6 +46,7 @@ def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     assert np.max(np.abs(isgd.norms(leaf) / expected - 1)) > 1e-3
 
 
+@pytest.mark.slow
 def test_norms_of_gradients_that_vanish_are_zero_and_not_nan():
     leaf = outer(jnp.ones((2, 32, 64)), jnp.stack([jnp.ones((32, 96)), jnp.ones((32, 96))]).at[:, ::2].set(-1))
     np.testing.assert_array_equal(isgd.norms(leaf), [0, 0])
@@ -57,6 +59,7 @@ def test_nan_in_one_example_stays_there(key):
     np.testing.assert_array_equal(np.isnan(norms), [False, True, False])
 
 
+@pytest.mark.slow
 def test_float64_to_twelve_digits(key):
     with jax.enable_x64(True):
         x = jax.random.normal(key, (3, 32, 16), jnp.float64)

@@ -105,6 +105,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_inner_derivatives_are_exact(name):
     loss_fn = LOSSES[name]

@@ -228,7 +228,7 @@ def programs_of(name: str) -> dict[str, Any]:
     return {**REAL, **COMPLEX} if name.startswith("complex") else {**REAL, **WIDER} if name == "float32" else REAL
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", [x if x == "float32" else pytest.param(x, marks=pytest.mark.slow) for x in SMOOTH])
 def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
     dtype, programs = jnp.dtype(name), programs_of(name)
     widest = np.complex128 if name.startswith("complex") else np.float64
@@ -249,6 +249,7 @@ def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
 WIDE = ("float64", "complex128")
 
 
+@pytest.mark.slow
 def test_what_is_not_linear_is_as_one_gradient_an_example():
     batch = jax.tree.map(jnp.asarray, factors(np.float32))
     grads, found, _ = ask(EXACTLY, batch)
@@ -259,6 +260,7 @@ def test_what_is_not_linear_is_as_one_gradient_an_example():
     assert lazy == {"int8 to float32", "int8, negated", "int8, moved about", "uint8", "of eight bits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "complex64"])
 def test_rules_do_cut(name):
     """A rule that formed everything would agree as well."""
@@ -283,6 +285,7 @@ def test_no_rule_is_without_a_case():
     assert set(RULES) - used <= {"copy_p", "add_any", "expand_dims"}, "no case reaches these rules"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-36, 1e-22, 1e-19, 1e19, 1e30])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_norms_are_right_wherever_they_are_numbers_of_float32(scale, rows):

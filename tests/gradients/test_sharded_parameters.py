@@ -82,6 +82,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape", "layout"), CASES)
 def test_split_parameters_give_exact_norms_and_means_where_they_are(
     kind: AxisType, shape: tuple[int, int], layout: dict[str, PartitionSpec]
@@ -123,6 +124,7 @@ def test_stacked_gradients_of_split_parameters_stay_split() -> None:
     assert_close(found, stacked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_replicated_parameters_inside_shard_map_have_each_example_s_own_gradients(check_vma: bool) -> None:
     """There `jax.grad` of what is the same on all devices sums over devices; ours and the definition must not."""

@@ -36,6 +36,17 @@ def unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def jitted(sampler: Any) -> Any:
+    """The same sampler (or pool), each of its functions compiled whole.
+
+    Called outside jit, each operation is compiled for itself, and a `lax.cond` anew at each call: for a test that calls
+    a function once or twice this costs several times as much.
+    """
+    whole = ("init", "sample", "record", "refresh", "report", "candidates", "resample")
+    found = {name: jax.jit(getattr(sampler, name)) for name in whole if getattr(sampler, name, None) is not None}
+    return sampler._replace(**found, observe=jax.jit(sampler.observe, static_argnames="axis_name"))
+
+
 class Trained(NamedTuple):
     """What a loop leaves: parameters, the sampler's state, and the indices drawn at each step."""
 

@@ -45,6 +45,7 @@ def test_speedup_by_hand() -> None:
     assert [float(tiny), float(huge)] == [pytest.approx(1.25, rel=1e-5)] * 2  # 1e-40 has 17 bits
 
 
+@pytest.mark.slow
 def test_a_score_that_is_none_says_nothing() -> None:
     bad = jnp.asarray([1.0, -2.0, jnp.nan, 3.0, jnp.inf])
     assert float(candidates.speedup(bad)) == pytest.approx(5.0 / 4.0)

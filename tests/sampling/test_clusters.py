@@ -24,6 +24,7 @@ def test_an_order_is_a_permutation(blobs: tuple[jax.Array, np.ndarray], name: st
         np.testing.assert_array_equal(np.sort(order), np.arange(600))
 
 
+@pytest.mark.slow
 def test_cells_keep_similar_directions_together(blobs: tuple[jax.Array, np.ndarray]) -> None:
     order = clusters.by_cells(jax.random.key(0), blobs[0], jnp.ones(600), num_cells=24)
     changes = np.sum(np.diff(blobs[1][np.asarray(order)]) != 0)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from isgd_jax.sampling import fractions, proposal, samplers
 
@@ -33,6 +34,7 @@ def problem() -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).lognormal(0, 1, N), jnp.float32)
 
 
+@pytest.mark.slow
 def test_differences_of_shares_are_those_of_all_the_data() -> None:
     # Each within 5 standard errors, drawn with a share that is none of the best.
     norms = problem()
@@ -44,6 +46,7 @@ def test_differences_of_shares_are_those_of_all_the_data() -> None:
     assert np.all(np.abs(mean - expected) <= 5 * spread + 1e-6)
 
 
+@pytest.mark.slow
 def test_fresh_scores_need_little_and_worthless_ones_much() -> None:
     norms = problem()
     assert float(fractions.choose(learnt(norms, norms, 0.3))) <= 0.05

@@ -1,5 +1,6 @@
 """The importance sampler against oracles: exact expectations, brute force, and each guarantee by its name."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,17 @@ NAMES = ("stratified", "systematic", "independent", "without_replacement", "pois
 SIGNS = np.linspace(-1.0, 2.0, N).astype(np.float32)
 
 
+@functools.cache
+def _cached(**options: Any) -> isgd.BatchSampler:
+    given = {name: np.asarray(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return problem.jitted(isgd.importance_sampler(N, **{"batch_size": M} | given))
+
+
+def _made(**options: Any) -> isgd.BatchSampler:
+    """A sampler of N examples with its functions compiled; the same one for the same options."""
+    return _cached(**{name: tuple(x) if isinstance(x, np.ndarray) else x for name, x in options.items()})
+
+
 class OwnSketch:
     """Sketches that come with the gradients: their first numbers."""
 
@@ -25,6 +37,9 @@ class OwnSketch:
 
     def of_grads(self, grads: Any, /) -> jax.Array:
         return jax.tree.leaves(grads)[0][:, : self.dims]
+
+
+OWN_SKETCH = OwnSketch()
 
 
 def _scored(sampler: isgd.BatchSampler, *, sketched: bool = False) -> SamplerState:
@@ -60,7 +75,7 @@ def _assert_unbiased(draws: Any, label: Any) -> None:
 @pytest.mark.parametrize("name", [*NAMES[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_the_estimate_is_unbiased_open_or_shut_whole_or_in_halves(name: str) -> None:
     size = N if name == "poisson" else M  # it draws few: a full room is to be once in a million
-    sampler = isgd.importance_sampler(N, batch_size=size, sampler=name, example_weights=SIGNS, uniform_fraction=0.2)
+    sampler = _made(batch_size=size, sampler=name, example_weights=SIGNS, uniform_fraction=0.2)
     draw = jax.jit(jax.vmap(sampler.sample, (0, None)))
     keys, state = jax.random.split(jax.random.key(1), DRAWS), _scored(sampler)
     for step in (0, 1):
@@ -77,8 +92,8 @@ def test_the_estimate_is_unbiased_open_or_shut_whole_or_in_halves(name: str) -> 
 
 @pytest.mark.parametrize("order", ["labels", *(pytest.param(o, marks=pytest.mark.slow) for o in ("index", "sketch"))])
 def test_the_estimate_is_unbiased_along_every_order(order: str) -> None:
-    orders = {"labels": np.arange(N) % 3, "sketch": OwnSketch()}
-    sampler = isgd.importance_sampler(N, batch_size=M, order=orders.get(order, order), uniform_fraction=0.2)
+    orders = {"labels": np.arange(N) % 3, "sketch": OWN_SKETCH}
+    sampler = _made(order=orders.get(order, order), uniform_fraction=0.2)
     state = _scored(sampler, sketched=order == "sketch")
     line = state.proposal.law.order
     if order == "index":
@@ -96,14 +111,15 @@ def test_the_estimate_is_unbiased_along_every_order(order: str) -> None:
 
 
 def test_without_any_sketch_the_line_runs_by_score() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, order=OwnSketch())
+    sampler = _made(order=OWN_SKETCH)
     state = _scored(sampler)
     probs = np.asarray(state.proposal.law.masses)
     assert np.all(np.diff(probs) >= 0)
 
 
+@pytest.mark.slow
 def test_probs_are_those_of_the_proposal_and_bounded_by_the_uniform_fraction() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.25, calibrate=False)
+    sampler = _made(uniform_fraction=0.25, calibrate=False)
     state = _scored(sampler)
     scores = np.asarray(state.table.scores, np.float64)
     known = np.asarray(state.table.versions) >= 0
@@ -115,24 +131,23 @@ def test_probs_are_those_of_the_proposal_and_bounded_by_the_uniform_fraction() -
 
 
 def test_the_paper_s_additive_constant() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.0, additive=2.0, calibrate=False)
+    sampler = _made(uniform_fraction=0.0, additive=2.0, calibrate=False)
     state = sampler.refresh(sampler.record(sampler.init(), np.arange(N), np.arange(N, dtype=np.float32), version=0))
     exact = (np.arange(N) + 2.0) / (np.arange(N) + 2.0).sum()
     np.testing.assert_allclose(isgd.samplers.probabilities(state.proposal.law), exact, rtol=1e-5)
 
 
 def test_example_weights_draw_by_their_size_and_come_back_as_target() -> None:
-    sampler = isgd.importance_sampler(
-        N, batch_size=M, example_weights=SIGNS, uniform_fraction=0.1, calibrate=False, gate=False
-    )
+    sampler = _made(example_weights=SIGNS, uniform_fraction=0.1, calibrate=False, gate=False)
     state = sampler.refresh(sampler.record(sampler.init(), np.arange(N), np.ones(N, np.float32), version=0))
     exact = 0.9 * np.abs(SIGNS) / np.abs(SIGNS).sum() + 0.1 / N
     np.testing.assert_allclose(isgd.samplers.probabilities(state.proposal.law), exact, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sample_changes_nothing_and_ahead_is_the_draw_that_would_be_made_then() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, steps_per_update=3)
-    sample, observe = jax.jit(sampler.sample), jax.jit(sampler.observe)
+    sampler = _made(steps_per_update=3)
+    sample, observe = sampler.sample, sampler.observe
     state = first = _scored(sampler)
     keys = jax.random.split(jax.random.key(3), 9)
     ahead = [sample(key, first, ahead=jnp.int32(at)) for at, key in enumerate(keys)]
@@ -150,13 +165,14 @@ def _gradients(indices: Any, vectors: np.ndarray) -> dict[str, jax.Array]:
     return {"w": jnp.asarray(vectors, jnp.float32)[np.asarray(indices)]}
 
 
+@pytest.mark.slow
 def test_without_a_monitor_nothing_is_drawn_in_halves_or_estimated_from_them() -> None:
     # Along the order the gradients are +1 and then -1: the halves of a stratified batch would have opposite means.
     vectors = np.where(np.arange(N) < N // 2, 1.0, -1.0)[:, None]
-    watched, blind = (isgd.importance_sampler(N, batch_size=M, order="index", monitor=on) for on in (True, False))
+    watched, blind = (_made(order="index", monitor=on) for on in (True, False))
     key, found = jax.random.key(4), {}
     for sampler in (watched, blind):
-        sample, observe, state = jax.jit(sampler.sample), jax.jit(sampler.observe), sampler.init()
+        sample, observe, state = sampler.sample, sampler.observe, sampler.init()
         for at in range(400):
             draw = sample(jax.random.fold_in(key, at), state)
             state = observe(state, draw, _gradients(draw.indices, vectors))
@@ -180,7 +196,7 @@ def test_what_draws_teach_is_unbiased() -> None:
     rng = np.random.default_rng(5)
     vectors = rng.normal(size=(N, 3)) * rng.lognormal(0.0, 0.7, N)[:, None]
     norms, mean = np.linalg.norm(vectors, axis=1), vectors.mean(axis=0)
-    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.3)
+    sampler = _made(uniform_fraction=0.3)
     state, sums = _scored(sampler), []
     table = jnp.asarray(vectors, jnp.float32)
     probs = np.asarray(isgd.samplers.probabilities(state.proposal.law), np.float64)
@@ -221,8 +237,9 @@ def test_what_draws_teach_is_unbiased() -> None:
     assert len(sums) == 20
 
 
+@pytest.mark.slow
 def test_scores_are_judged_by_what_they_were_at_the_draw() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M)
+    sampler = _made()
     state = _scored(sampler)
     draw = sampler.sample(jax.random.key(0), _at(state, step=9, is_open=True))
     norms = jnp.arange(1.0, M + 1)
@@ -237,21 +254,19 @@ def test_scores_are_judged_by_what_they_were_at_the_draw() -> None:
 
 @pytest.mark.slow
 def test_norms_alone_teach_all_but_the_mean_gradient() -> None:
-    kinds = {how: isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=4) for how in ("lazy", "stacked", "norms")}
+    sampler = problem.jitted(isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=4))
     own, examples, states = problem.params(), problem.data(), {}
-    for how, sampler in kinds.items():
+    for how in ("lazy", "stacked", "norms"):
         gradients = isgd.stacked_per_example_grads if how == "stacked" else isgd.per_example_grads
 
-        def step(
-            state: SamplerState, key: Any, sampler: Any = sampler, gradients: Any = gradients, how: str = how
-        ) -> SamplerState:
+        def step(state: SamplerState, key: Any, gradients: Any = gradients, how: str = how) -> SamplerState:
             draw = sampler.sample(key, state)
             grads = gradients(problem.loss_fn)(own, jax.tree.map(lambda x: x[draw.indices], examples))
             if how == "norms":
                 return sampler.observe(state, draw, norms=isgd.norms(grads))
             return sampler.observe(state, draw, grads)
 
-        step, refresh, state = jax.jit(step), jax.jit(sampler.refresh), sampler.init()
+        step, refresh, state = jax.jit(step), sampler.refresh, sampler.init()
         for at in range(12):
             state = step(refresh(state) if at % 4 == 0 else state, jax.random.key(at))
         states[how] = state
@@ -263,16 +278,16 @@ def test_norms_alone_teach_all_but_the_mean_gradient() -> None:
     assert not problem.unlike(states["lazy"].monitor.steps, states["norms"].monitor.steps)
     assert int(states["lazy"].monitor.squares.seen) == 3
     assert int(states["norms"].monitor.squares.seen) == 0
-    report = kinds["norms"].report(states["norms"])
+    report = sampler.report(states["norms"])
     assert int(report.num_measured) == 0
     assert "second moments" in str(report)
-    assert "second moments" not in str(kinds["lazy"].report(states["lazy"]))
+    assert "second moments" not in str(sampler.report(states["lazy"]))
     norms_sq = jnp.mean(states["norms"].monitor.steps.values[:12, 0])
     np.testing.assert_allclose(report.variance.uniform.value, norms_sq, rtol=1e-5)
 
 
 def test_scores_go_into_the_table_in_place_of_norms() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M)
+    sampler = _made()
     state = _scored(sampler)
     draw = sampler.sample(jax.random.key(0), state)
     norms, losses = jnp.full(M, 2.0), draw.indices.astype(jnp.float32) + 1.0
@@ -285,15 +300,16 @@ def test_scores_go_into_the_table_in_place_of_norms() -> None:
 
 
 def test_record_drawn_false_leaves_the_table_alone() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, record_drawn=False)
+    sampler = _made(record_drawn=False)
     state = _scored(sampler)
     after = sampler.observe(state, sampler.sample(jax.random.key(0), state), norms=jnp.ones(M))
     assert not problem.unlike(after.table, state.table, rtol=0.0)
     assert float(jnp.sum(after.calibration.weight)) > 0.0
 
 
+@pytest.mark.slow
 def test_record_leaves_out_padding_counts_what_is_no_score_and_drops_what_is_older() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M)
+    sampler = _made()
     state = sampler.record(sampler.init(), np.array([0, 1]), np.array([5.0, 6.0], np.float32), version=3)
     bad = np.array([np.nan, np.inf, -1.0, np.nan, 7.0, 8.0, 9.0], np.float32)
     after = sampler.record(state, np.array([0, 2, 3, N, -1, 1, 4]), bad, version=2)
@@ -306,7 +322,7 @@ def test_record_leaves_out_padding_counts_what_is_no_score_and_drops_what_is_old
 @pytest.mark.slow
 def test_sketches_that_are_recorded_are_those_that_observe_makes() -> None:
     sketch = problem.sketch()
-    sampler = isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=6, order=sketch)
+    sampler = problem.jitted(isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=6, order=sketch))
     state, own, examples = sampler.init(), problem.params(), problem.data()
     draw = sampler.sample(jax.random.key(0), state)
     batch = jax.tree.map(lambda x: x[draw.indices], examples)
@@ -321,8 +337,9 @@ def test_sketches_that_are_recorded_are_those_that_observe_makes() -> None:
     assert int(observed[0].ordering.is_sketched.sum()) == len(set(np.asarray(draw.indices).tolist()))
 
 
+@pytest.mark.slow
 def test_a_sketch_that_is_not_finite_is_not_written_nor_one_of_an_older_version() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, order=OwnSketch())
+    sampler = _made(order=OWN_SKETCH)
     ids, ones = np.arange(3), np.ones(3, np.float32)
     rows = np.ones((3, OwnSketch.dims), np.float32)
     state = sampler.record(sampler.init(), ids[:1], ones[:1], version=5, sketches=2 * rows[:1])
@@ -333,7 +350,7 @@ def test_a_sketch_that_is_not_finite_is_not_written_nor_one_of_an_older_version(
 
 
 def test_scores_older_than_max_age_count_as_the_mean_of_those_trusted() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, max_age=3, uniform_fraction=0.1, calibrate=False)
+    sampler = _made(max_age=3, uniform_fraction=0.1, calibrate=False)
     half = N // 2
     state = sampler.record(sampler.init(), np.arange(half), np.full(half, 9.0, np.float32), version=0)
     fresh = np.arange(1.0, half + 1).astype(np.float32)
@@ -346,7 +363,7 @@ def test_scores_older_than_max_age_count_as_the_mean_of_those_trusted() -> None:
 
 
 def test_scores_are_distrusted_by_the_clock_that_the_caller_reads() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, max_age_seconds=10.0, calibrate=False)
+    sampler = _made(max_age_seconds=10.0, calibrate=False)
     ones = np.ones(N // 2, np.float32)
     state = sampler.record(sampler.init(), np.arange(N // 2), ones, version=0, seconds=1.0)
     state = sampler.record(state, np.arange(N // 2, N), ones, version=0, seconds=9.0)
@@ -361,7 +378,7 @@ def test_scores_are_distrusted_by_the_clock_that_the_caller_reads() -> None:
 
 def test_draws_are_uniform_while_fewer_than_min_trusted_scores_are_trusted() -> None:
     for share, is_uniform in ((0.3, False), (0.5, True)):
-        sampler = isgd.importance_sampler(N, batch_size=M, min_trusted=share)
+        sampler = _made(min_trusted=share)
         state = sampler.record(sampler.init(), np.arange(4), np.arange(1.0, 5).astype(np.float32), version=0)
         made = sampler.refresh(state).proposal
         assert bool(made.is_uniform) == is_uniform
@@ -370,20 +387,21 @@ def test_draws_are_uniform_while_fewer_than_min_trusted_scores_are_trusted() -> 
 
 
 def test_score_memory_keeps_a_share_of_the_old_mean_square() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, score_memory=0.75)
+    sampler = _made(score_memory=0.75)
     state = sampler.record(sampler.init(), np.array([3]), np.array([4.0], np.float32), version=0)
     state = sampler.record(state, np.array([3]), np.array([2.0], np.float32), version=1)
     assert float(state.table.scores[3]) == pytest.approx(np.sqrt(0.75 * 16.0 + 0.25 * 4.0), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_calibrated_scores_are_used_after_the_learning_period_and_not_before() -> None:
-    learner = isgd.importance_sampler(N, batch_size=M, learning_steps=5, gate=False)
+    learner = _made(learning_steps=5, gate=False)
     state = _scored(learner)
     draw = learner.sample(jax.random.key(0), state)
     for _ in range(2):
         state = learner.observe(state, draw, norms=jnp.ones(M))
     before = learner.refresh(state)
-    raw = isgd.importance_sampler(N, batch_size=M, calibrate=False, gate=False)
+    raw = _made(calibrate=False, gate=False)
     assert not problem.unlike(before.proposal.law, raw.refresh(state._replace(calibration=None)).proposal.law)
     later = state._replace(clock=state.clock._replace(version=jnp.int32(5)))
     found = learner.refresh(later)
@@ -397,23 +415,24 @@ def test_calibrated_scores_are_used_after_the_learning_period_and_not_before() -
 
 
 def test_by_default_the_learning_period_is_two_refreshes() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M)
+    sampler = _made()
     assert estimator.LEARNING_REFRESHES == 2
     state = _scored(sampler)  # one refresh
     draw = sampler.sample(jax.random.key(0), state)
     state = sampler.observe(state, draw, norms=jnp.full(M, 3.0))
-    raw = isgd.importance_sampler(N, batch_size=M, calibrate=False)
+    raw = _made(calibrate=False)
     second = sampler.refresh(state)
     assert not problem.unlike(second.proposal.law, raw.refresh(state._replace(calibration=None)).proposal.law)
     third = sampler.refresh(second)
     assert problem.unlike(third.proposal.law, second.proposal.law, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_gate_shuts_where_scores_do_harm_and_opens_again() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, calibrate=False, uniform_fraction=0.05, record_drawn=False)
+    sampler = _made(calibrate=False, uniform_fraction=0.05, record_drawn=False)
     scores = np.geomspace(1e-3, 1e3, N).astype(np.float32)
     harmful, helpful = jnp.asarray(scores[::-1].copy()), jnp.asarray(scores)
-    sample, observe = jax.jit(sampler.sample), jax.jit(sampler.observe)
+    sample, observe = sampler.sample, sampler.observe
     state = sampler.refresh(sampler.record(sampler.init(), np.arange(N), scores, version=0))
     moves = [bool(state.gate.is_open)]
     for norms in (harmful, helpful):
@@ -430,10 +449,11 @@ def test_the_gate_shuts_where_scores_do_harm_and_opens_again() -> None:
     assert isinstance(state.gate, gates.Gate)
 
 
+@pytest.mark.slow
 def test_the_uniform_fraction_is_learnt_and_used_at_the_next_refresh() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, calibrate=False, gate=False, monitor=False)
+    sampler = _made(calibrate=False, gate=False, monitor=False)
     scores = jnp.geomspace(1.0, 100.0, N)
-    sample, observe, refresh = jax.jit(sampler.sample), jax.jit(sampler.observe), jax.jit(sampler.refresh)
+    sample, observe, refresh = sampler.sample, sampler.observe, sampler.refresh
     state = refresh(sampler.record(sampler.init(), np.arange(N), scores, version=0))
     assert float(state.proposal.uniform_fraction) == pytest.approx(fractions.CAUTIOUS)
     for at in range(60):  # the scores are exact: the least fraction is the best
@@ -443,8 +463,8 @@ def test_the_uniform_fraction_is_learnt_and_used_at_the_next_refresh() -> None:
 
 
 def test_an_order_is_kept_for_order_every_refreshes() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, order_every=3)
-    refresh, rng, state, lines = jax.jit(sampler.refresh), np.random.default_rng(0), sampler.init(), []
+    sampler = _made(order_every=3)
+    refresh, rng, state, lines = sampler.refresh, np.random.default_rng(0), sampler.init(), []
     for at in range(7):
         scores = rng.permutation(N).astype(np.float32)
         state = refresh(sampler.record(state, np.arange(N), scores, version=at))
@@ -455,19 +475,21 @@ def test_an_order_is_kept_for_order_every_refreshes() -> None:
     assert lines[3] == lines[4] == lines[5] != lines[6]
 
 
+@pytest.mark.slow
 def test_a_key_of_refresh_starts_the_clusters_and_the_default_comes_from_seed_and_version() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, order=OwnSketch())
+    sampler = _made(order=OWN_SKETCH)
     state = _scored(sampler, sketched=True)
-    refresh = jax.jit(sampler.refresh)
+    refresh = sampler.refresh
     lines = [tuple(np.asarray(refresh(state, jax.random.key(at)).proposal.law.order).tolist()) for at in range(8)]
     assert len(set(lines)) > 1
     assert not problem.unlike(refresh(state), refresh(state), rtol=0.0)
 
 
+@pytest.mark.slow
 def test_poisson_learns_from_the_draws_that_are_there_alone() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, sampler="poisson")
+    sampler = _made(sampler="poisson")
     state = _at(_scored(sampler), step=1, is_open=True)
-    sample = jax.jit(sampler.sample)
+    sample = sampler.sample
     draw = next(d for d in (sample(jax.random.key(at), state) for at in range(50)) if not bool(jnp.all(d.mask)))
     norms = jnp.where(draw.mask, 2.0, jnp.nan)
     after = sampler.observe(state, draw, norms=norms)
@@ -479,7 +501,7 @@ def test_poisson_learns_from_the_draws_that_are_there_alone() -> None:
 
 
 def test_a_batch_of_one_is_neither_halved_nor_monitored_and_unbiased() -> None:
-    sampler = isgd.importance_sampler(N, batch_size=1)
+    sampler = _made(batch_size=1)
     state = sampler.init()
     draw = sampler.sample(jax.random.key(0), state)
     assert not bool(draw.in_halves)

@@ -57,6 +57,7 @@ def test_the_permutation_depends_on_seed_and_epoch_alone() -> None:
     np.testing.assert_array_equal(first, second)  # the key of the step does not matter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epochs", "uniform", "fixed"])
 def test_draws_made_ahead_are_those_that_would_be_made_in_turn(kind: str) -> None:
     sampler = {
@@ -115,6 +116,7 @@ def test_without_a_monitor_they_learn_nothing_and_draw_no_halves() -> None:
         assert not problem.unlike(after._replace(clock=state.clock), state, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_the_monitor_of_uniform_draws_against_all_gradients() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(N, 3)) + 1.0

@@ -52,6 +52,7 @@ def test_the_estimate_is_unbiased_for_the_integral_with_stale_scores_and_redraws
     assert abs(found.mean() - 1 / 3) < 4 * error
 
 
+@pytest.mark.slow
 def test_points_are_redrawn_in_turn_and_all_of_them_in_time() -> None:
     pool = make(redraw=0.3)  # 20 of 64, so the turn comes round within a refresh
     state, refresh = pool.init(jax.random.key(0)), jax.jit(pool.refresh)
@@ -64,6 +65,7 @@ def test_points_are_redrawn_in_turn_and_all_of_them_in_time() -> None:
     assert not np.any(np.asarray(state.points) == first)
 
 
+@pytest.mark.slow
 def test_two_refreshes_in_a_row_draw_other_points() -> None:
     pool = make(redraw=0.5)
     state = pool.refresh(pool.refresh(pool.init(jax.random.key(0))))
@@ -73,6 +75,7 @@ def test_two_refreshes_in_a_row_draw_other_points() -> None:
     assert len(np.unique(np.asarray(state.points))) == N
 
 
+@pytest.mark.slow
 def test_a_new_point_begins_with_the_mean_score_of_its_cell_or_of_all() -> None:
     """Two cells, left and right of a half; the left has scores, the right none."""
     pool = make(redraw=0.25, cells=lambda x: (x > 0.5).astype(jnp.int32))
@@ -151,6 +154,7 @@ def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() ->
     assert int(inside.report(states["inside"]).num_measured) > 0
 
 
+@pytest.mark.slow
 def test_the_share_that_is_redrawn_is_the_share_that_was_asked_for() -> None:
     for share, count in ((0.07, 7), (0.55, 55), (0.301, 31), (1.0, 100)):
         pool = isgd.pool_sampler(line, num_points=100, batch_size=M, redraw=share)
@@ -167,6 +171,7 @@ def test_points_of_the_callers_own_survive_a_donated_state_and_keys_are_no_coord
     np.testing.assert_array_equal(state.points["x"], state.points["again"])
 
 
+@pytest.mark.slow
 def test_scores_distrusted_by_the_clock_are_no_hindrance_to_a_redraw() -> None:
     pool = make(max_age_seconds=5.0)
     state = pool.init(jax.random.key(0))

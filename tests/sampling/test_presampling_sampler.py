@@ -22,7 +22,7 @@ def scorer(params: Any, batch: Any) -> jax.Array:
 
 
 def _sampler(**options: Any) -> isgd.BatchSampler:
-    return isgd.presampling(N, batch_size=M, scorer=scorer, **options)
+    return problem.jitted(isgd.presampling(N, scorer=scorer, **{"batch_size": M} | options))
 
 
 def _share_of(draws: Any) -> np.ndarray:
@@ -57,6 +57,7 @@ def test_the_mean_is_that_of_the_data_whatever_the_scores(way: str) -> None:
         assert share[-1] > 3 * share[0]
 
 
+@pytest.mark.slow
 def test_the_two_steps_on_the_host_are_the_one_on_the_device() -> None:
     sampler = _sampler(gate=False)
     state, key = sampler.init(), jax.random.key(4)
@@ -69,6 +70,7 @@ def test_the_two_steps_on_the_host_are_the_one_on_the_device() -> None:
         sampler.resample(key, state, found, jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_the_halves_of_a_batch_come_from_candidates_of_their_own() -> None:
     sampler = _sampler(gate=False)
     state = sampler.init()
@@ -79,6 +81,7 @@ def test_the_halves_of_a_batch_come_from_candidates_of_their_own() -> None:
         assert set(drawn[M // 2 :]) <= set(found[2 * M :])
 
 
+@pytest.mark.slow
 def test_halves_are_independent() -> None:
     vectors = jnp.where(jnp.arange(N) < N // 2, 1.0, -1.0) + 0.1
     sampler = _sampler(gate=False)
@@ -94,6 +97,7 @@ def test_halves_are_independent() -> None:
     assert abs(values.mean() - truth) < 4.5 * values.std() / np.sqrt(4000), "4.5 standard errors"
 
 
+@pytest.mark.slow
 def test_scores_that_are_none_count_as_nothing_known() -> None:
     bad = {"score": jnp.asarray([np.nan, np.inf, -1.0, *np.ones(N - 3)], jnp.float32)}
     sampler = _sampler(gate=False)
@@ -104,9 +108,10 @@ def test_scores_that_are_none_count_as_nothing_known() -> None:
         assert np.isfinite(draw.expected_speedup)
 
 
+@pytest.mark.slow
 def test_the_gate_scores_only_while_scores_promise_more_than_they_cost() -> None:
-    sampler = isgd.presampling(N, batch_size=32, scorer=scorer, candidates=2)
-    sample, observe = jax.jit(sampler.sample), jax.jit(sampler.observe)
+    sampler = _sampler(batch_size=32, candidates=2)
+    sample, observe = sampler.sample, sampler.observe
     state, key, seen = sampler.init(), jax.random.key(0), []
     for at in range(60):
         draw = sample(jax.random.fold_in(key, at), state, params=1.0, data=DATA)
@@ -128,9 +133,10 @@ def test_equal_scores_promise_nothing_so_none_are_made() -> None:
     np.testing.assert_allclose(draw.probs, 1.0 / N)
 
 
+@pytest.mark.slow
 def test_a_batch_of_odd_size_and_of_one() -> None:
     for size in (1, 3):
-        sampler = isgd.presampling(N, batch_size=size, scorer=scorer, gate=False)
+        sampler = _sampler(batch_size=size, gate=False)
         draw = sampler.sample(jax.random.key(0), sampler.init(), params=1.0, data=DATA)
         assert draw.indices.shape == (size,)
         assert bool(draw.in_halves) == (size > 1)

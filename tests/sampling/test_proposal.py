@@ -42,6 +42,7 @@ def test_every_probability_is_positive_and_they_sum_to_one(name: str) -> None:
     np.testing.assert_allclose(np.sum(np.asarray(made.probs), dtype=np.float64), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_table_that_knows_nothing_is_uniform(name: str) -> None:
     scores, is_uniform = HOSTILE[name]

@@ -29,6 +29,7 @@ def watched() -> Any:
     return sampler, jax.jit(lambda state: jax.lax.scan(step, state, keys)[0])(sampler.init())
 
 
+@pytest.mark.slow
 def test_variances_against_all_examples(watched: Any) -> None:
     sampler, state = watched
     found, square = sampler.report(state).variance, MEAN @ MEAN
@@ -63,6 +64,7 @@ def test_the_share_of_the_top_percent_is_that_of_the_proposal(watched: Any) -> N
     assert float(sampler.report(state).top_share) == pytest.approx(probs[-2:].sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_shares_and_ages_of_scores() -> None:
     sampler = isgd.importance_sampler(N, batch_size=M, max_age=4)
     state = sampler.record(sampler.init(), np.arange(40), np.ones(40, np.float32), version=1)
@@ -78,6 +80,7 @@ def test_shares_and_ages_of_scores() -> None:
         assert said in text
 
 
+@pytest.mark.slow
 def test_before_anything_is_known_it_says_so_and_nothing_is_nan() -> None:
     for sampler in (
         isgd.importance_sampler(N, batch_size=M),

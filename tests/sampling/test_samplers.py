@@ -50,6 +50,7 @@ GRID = (np.arange(5000) + 0.5) / 5000
 """Fine enough for expectations without chance."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_draws", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", EXACT)
 def test_probs_is_the_expected_count_by_enumeration(
@@ -64,6 +65,7 @@ def test_probs_is_the_expected_count_by_enumeration(
     np.testing.assert_allclose(np.asarray(draw.probs), masses[np.asarray(draw.indices)], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_uniform_strata_are_equal_parts_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     # 8 examples, 3 draws: a stratum is 8/3 of an example long, whatever the masses are.
     order = np.array([3, 1, 0, 7, 6, 5, 4, 2], np.int32)
@@ -149,6 +151,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler", [samplers.stratified, *(pytest.param(s, marks=pytest.mark.slow) for s in EXACT[::2])]
 )
@@ -161,6 +164,7 @@ def test_mass_zero_is_never_drawn(sampler: Callable) -> None:
         np.testing.assert_allclose(draw.probs, drawn / masses.sum(), rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 17])
 def test_small_laws(size: int) -> None:
     draw = many(samplers.stratified, samplers.prepare(jnp.full(size, 2.0)), size, 100)
@@ -188,6 +192,7 @@ def test_an_all_zero_law_is_uniform(sampler: Callable) -> None:
     np.testing.assert_allclose(np.unique(draw.probs), draw.probs[0, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, -1e-30])
 def test_a_mass_that_is_none_is_refused_or_shows(bad: float) -> None:
     masses, law = jnp.asarray([1.0, bad, 2.0]), samplers.prepare(jnp.ones(3))
@@ -213,6 +218,7 @@ EDGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDGES)
 def test_masses_at_the_edges_of_float32_have_their_shares(name: str) -> None:
     masses = np.asarray(EDGES[name], np.float32)
@@ -257,6 +263,7 @@ def test_four_ways_to_draw_are_unbiased_in_one_program(kind: samplers.Kind) -> N
                 assert abs(np.corrcoef(*halves)[0, 1]) < 5 / np.sqrt(4000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "ordered"), [(1, False), (16, True), (17, False), (1000, True), (4096, False)])
 def test_update_gives_the_law_that_prepare_builds(size: int, ordered: bool) -> None:
     rng = np.random.default_rng(size)
@@ -271,6 +278,7 @@ def test_update_gives_the_law_that_prepare_builds(size: int, ordered: bool) -> N
     jax.tree.map(np.testing.assert_array_equal, updated, samplers.prepare(jnp.asarray(masses), order))
 
 
+@pytest.mark.slow
 def test_duplicates_in_an_update() -> None:
     law = samplers.update(samplers.prepare(jnp.ones(20)), jnp.asarray([3, 3, 3]), jnp.asarray([5.0, 5.0, 5.0]))
     jax.tree.map(np.testing.assert_array_equal, law, samplers.prepare(jnp.ones(20).at[3].set(5.0)))
@@ -302,6 +310,7 @@ def attained(law: Law, fractions: np.ndarray) -> np.ndarray:
     return np.asarray(place(law, unit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, pytest.param(2_000_000, marks=pytest.mark.slow)])
 def test_every_positive_mass_can_be_drawn(size: int) -> None:
     # Computed, not drawn: aim at the middle of every example's share of the line.

@@ -37,6 +37,7 @@ def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options:
     return isgd.fit(problem, sampler, tx or chain(size), **settings | options)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_a_regression_on_diabetes_reaches_least_squares_and_says_how_it_goes(capsys: pytest.CaptureFixture) -> None:
     """The loss of ordinary least squares, 0.241 of a variance of 0.5, to 5 %; no labels, no standardizing, no model."""
@@ -193,6 +194,7 @@ class From(isgd.Callback):
         run.state, run.step = self._state, self._step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", ["device", pytest.param("host", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_saved_state_bit_for_bit(hold: str, tmp_path: Path) -> None:
     """Broken off between two refreshes, with momentum, saved by Orbax."""
@@ -305,6 +307,7 @@ def test_callbacks_are_closed_when_a_run_fails() -> None:
     assert watch.heard[-2:] == ["stepped 1", "close"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_any_more_is_told_with_its_step() -> None:
     with pytest.raises(FloatingPointError, match=r"the training loss became (nan|inf) at step \d+: lower the learning"):
         quiet(linear(), tx=chain(N, 1e12), callbacks=[History(every=30)])

@@ -94,6 +94,7 @@ def test_held_out_data_are_measured_in_slices_by_the_loss_or_by_what_is_named() 
     chex.assert_trees_all_close(found, {"twice": 2 * jnp.mean(losses), "one": jnp.ones(())}, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scorer_measures_what_is_trained_alone(key: jax.Array) -> None:
     """Frozen arrays, also of whole numbers, add nothing to the norms."""
     frozen = {"b": PARAMS["b"], "column": jnp.int32(0), "table": np.arange(3)}

@@ -64,6 +64,7 @@ def inline(chunks_per_collect: int | None = None) -> tuple[InlineEngine, Any]:
     return InlineEngine(scorer, host, chunk_size=16, chunks_per_collect=chunks_per_collect), params
 
 
+@pytest.mark.slow
 def test_the_proposal_stays_as_it_is_between_two_refreshes() -> None:
     made = sampler()
     refresher = isgd.refresher(Notebook([chunk(0, 16)]), made, every=5)
@@ -100,6 +101,7 @@ def test_what_was_scored_is_recorded_and_drawn_by_at_once() -> None:
     assert refresher._record._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_it_publishes_when_due_and_where_a_loop_begins_or_goes_on() -> None:
     engine = Notebook()
     refresher = isgd.refresher(engine, sampler(), every=6, publish_every=4, warn=lambda text: None)
@@ -132,6 +134,7 @@ def test_a_version_counts_parameter_updates_where_several_steps_make_one() -> No
     assert [version for _, version in engine.published] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_in_exact_mode_every_score_carries_the_version_of_the_refresh() -> None:
     engine, params = inline(1)
     refresher = isgd.refresher(engine, sampler(), every=5, wait=True)

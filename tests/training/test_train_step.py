@@ -44,6 +44,7 @@ def copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
+@pytest.mark.slow
 def test_it_traces_once_in_200_steps_and_their_refreshes(key: jax.Array) -> None:
     chex.clear_trace_counter()
     params, data = linear_problem(N)
@@ -60,6 +61,7 @@ def test_it_traces_once_in_200_steps_and_their_refreshes(key: jax.Array) -> None
     assert np.isfinite(float(info.loss))
 
 
+@pytest.mark.slow
 def test_one_backward_pass_gives_update_and_fresh_scores(key: jax.Array) -> None:
     sampler = scored()
     state, data, steps = prepared(sampler)
@@ -81,6 +83,7 @@ def test_one_backward_pass_gives_update_and_fresh_scores(key: jax.Array) -> None
     assert set(table.versions[untouched].tolist()) == {score_table.NEVER}
 
 
+@pytest.mark.slow
 def test_scores_of_ones_own_take_the_place_of_norms_and_those_that_are_none_are_counted(key: jax.Array) -> None:
     def broken(losses: jax.Array, grads: object) -> jax.Array:
         return losses.at[0].set(jnp.nan)
@@ -127,6 +130,7 @@ def shut(state: TrainState, step: int) -> TrainState:
     return copied(state._replace(sampler=with_gate(state.sampler, False)._replace(clock=clock)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stratified", "poisson"])
 def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_costs_no_norms(
     key: jax.Array, name: Any
@@ -152,6 +156,7 @@ def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_
     assert int(after.sampler.clock.step) == LOOK_EVERY + 2
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_while_the_gate_is_shut_nothing_is_lost_in_float16_and_integers_stay(key: jax.Array) -> None:
     """Gradients of 1e-5: a 64th of one is no float16. The update is that of an open gate."""
@@ -176,6 +181,7 @@ def test_while_the_gate_is_shut_nothing_is_lost_in_float16_and_integers_stay(key
     assert int(found[0]["n"]) == int(found[1]["n"]) == 3
 
 
+@pytest.mark.slow
 def test_a_shut_gate_looks_again_every_fourth_step_and_opens(key: jax.Array) -> None:
     """Scores proportional to the norms, and a learning rate of 0: whatever shut the gate, the scores help."""
     data = problem().train
@@ -214,6 +220,7 @@ def test_the_reported_loss_is_unbiased() -> None:
     assert np.sum(losses**2) / np.sum(losses) > 1.5 * losses.mean()
 
 
+@pytest.mark.slow
 def test_draws_made_ahead_are_those_that_the_steps_would_make(key: jax.Array) -> None:
     state, data, steps = prepared(isgd.fixed(SKEWED, batch_size=M))
     ahead = steps.draw_ahead(state.sampler, key, num_steps=6)

@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not soak" -n 3 --dist worksteal
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not soak" -n 3 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist worksteal
 
 test-optimized: $(VENV)/.dev
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal

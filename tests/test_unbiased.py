@@ -27,13 +27,18 @@ SAMPLERS = [
 SCORES = ["uniform", "fresh", "stale", "adversarial", "half scored"]
 
 
-@pytest.fixture(scope="module")
-def grads() -> np.ndarray:
+@cache
+def gradients() -> np.ndarray:
     """The gradients [N, DIM + 1] of a linear model on data with a few hard examples."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, DIM))
     residual = rng.normal(size=N) * rng.lognormal(0, 1, N)
     return (residual[:, None] * np.concatenate([x, np.ones((N, 1))], axis=1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def grads() -> np.ndarray:
+    return gradients()
 
 
 def scores_of(kind: str, norms: np.ndarray) -> jax.Array:
@@ -81,6 +86,14 @@ def estimates(sampler: Callable, probs: jax.Array, grads: np.ndarray, key: np.nd
     return np.asarray(estimator(sampler)(samplers.prepare(probs, order), jnp.asarray(grads)), np.float64)
 
 
+@cache
+def estimates_for(sampler: Callable, kind: str, *, is_sorted: bool = False) -> np.ndarray:
+    """`estimates` for one kind of scores, made once; the line is sorted by the last coordinate, or left as it is."""
+    grads = gradients()
+    law = law_of(kind, np.linalg.norm(grads, axis=1))
+    return estimates(sampler, law, grads, grads[:, -1] if is_sorted else None)
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_enumeration(grads: np.ndarray, kind: str) -> None:
     # The sum over all examples of q_i g_i / (N q_i), through the transformation, one draw each.
@@ -95,7 +108,7 @@ def test_enumeration(grads: np.ndarray, kind: str) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kind: str) -> None:
     # Within 4 standard errors in each of 5 coordinates; P(a coordinate fails by chance) = 6e-5.
-    found = estimates(sampler, law_of(kind, np.linalg.norm(grads, axis=1)), grads)
+    found = estimates_for(sampler, kind)
     standard_error = found.std(axis=0, ddof=1) / np.sqrt(REPEATS)
     assert np.all(np.abs(found.mean(axis=0) - grads.mean(axis=0)) < 4 * standard_error)
 
@@ -106,7 +119,7 @@ def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarra
     probs = law_of(kind, norms)
     moments = second_moments.moments(jnp.asarray(norms), probs)
     traces = second_moments.trace_covariance(moments, float((grads.mean(axis=0) ** 2).sum()))
-    measured = DRAWS * estimates(samplers.independent, probs, grads).var(axis=0, ddof=1).sum()
+    measured = DRAWS * estimates_for(samplers.independent, kind).var(axis=0, ddof=1).sum()
     np.testing.assert_allclose(measured, float(traces.stale), rtol=0.05)
 
 
@@ -115,8 +128,8 @@ def test_stratified_draws_never_vary_more(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
     probs = law_of(kind, norms)
     stale = float(second_moments.moments(jnp.asarray(norms), probs).stale) - (grads.mean(axis=0) ** 2).sum()
-    for line in (None, grads[:, -1]):
-        measured = DRAWS * estimates(samplers.stratified, probs, grads, line).var(axis=0, ddof=1).sum()
+    for is_sorted in (False, True):
+        measured = DRAWS * estimates_for(samplers.stratified, kind, is_sorted=is_sorted).var(axis=0, ddof=1).sum()
         assert measured < 1.03 * stale  # 3 % for the error of a variance over 20,000 repeats
 
 

@@ -132,9 +132,9 @@ def wait_for(run: Path, step: int, running: list[subprocess.Popen[str]]) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_make_the_run_of_one_and_the_loss_of_one_ends_both(tmp_path: Path) -> None:
-    """2 x 4 devices give the losses of 1 x 8; one is killed, and the other ends in time; the checkpoint is whole."""
+    """2 x 2 devices give the losses of one; one process is killed, the other ends in time; the checkpoint is whole."""
     fit(configure(**SETTINGS, data_dir=str(tmp_path / "data"), run_dir=str(tmp_path / "one"), steps=40))
-    running = processes(tmp_path, "--run-dir", "two", "--data-dir", "data", "--steps", "100000")
+    running = processes(tmp_path, "--run-dir", "two", "--data-dir", "data", "--steps", "100000", devices=2)
     wait_for(tmp_path / "two", 40, running)
     began = time.monotonic()
     running[1].kill()

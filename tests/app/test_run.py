@@ -74,7 +74,6 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path
     [
         ({"mode": "uniform"}, set()),
         ({"mode": "relaxed"}, {"scores.png"}),
-        ({"mode": "presample", "scorer": "loss"}, set()),
     ],
 )
 def test_a_run_ends_with_its_figures(tmp_path: Path, changes: dict[str, Any], more: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The five fixed models of `norms.py`: each a loss of one example, parameters, and a batch."""
+"""The fixed models of `norms.py`: each a loss of one example, parameters, and a batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -83,15 +83,45 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """64 tokens of 4096, width 256, 4 layers, the embedding tied to the last layer."""
+    """64 tokens of 4096 or more, width 256, 4 layers, the embedding tied to the last layer."""
+
+    vocabulary: int = 4096
 
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(4096, 256)
+        embed = nn.Embed(self.vocabulary, 256)
         x = embed(tokens) + self.param("position", nn.initializers.normal(0.02), (64, 256))
         for _ in range(4):
             x = Block(causal=True)(x)
         return embed.attend(nn.LayerNorm()(x))
+
+
+class LSTM(nn.Module):
+    """64 steps of 32 numbers, 128 cells; the last state is classified."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.RNN(nn.OptimizedLSTMCell(128))(x[None])[0, -1])
+
+
+class Tanh(nn.Module):
+    """2-64x3-1, as for physics-informed networks."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = jnp.tanh(nn.Dense(64)(x))
+        return nn.Dense(1)(x)[0]
+
+
+class Siren(nn.Module):
+    """2-256x3-3, sines (Sitzmann et al. 2020): the color at a place of a picture."""
+
+    @nn.compact
+    def __call__(self, x):
+        for scale in (1.0, 6.0**0.5 / 30, 6.0**0.5 / 30):
+            x = jnp.sin(30 * nn.Dense(256, kernel_init=nn.initializers.uniform(scale / 8))(x))
+        return nn.Dense(3)(x)
 
 
 MODELS = {
@@ -99,16 +129,27 @@ MODELS = {
     "cnn": (CNN(), (28, 28, 1)),
     "resnet": (ResNet(), (32, 32, 3)),
     "vit": (ViT(), (32, 32, 3)),
-    "gpt": (GPT(), None),
+    "gpt": (GPT(), 4096),
+    "gpt32k": (GPT(32_768), 32_768),
+    "lstm": (LSTM(), (64, 32)),
 }
+
+FIELDS = ("pinn-reverse", "pinn-forward", "siren")
+"""Models of points: a batch is 1,024 of them."""
+
+POINTS, RANK = 1024, 8
 
 
 def make(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
     """``(loss_fn, params, batch)``: random weights, random data of the right shape."""
+    if name in FIELDS:
+        return _field(name, size)
+    if name == "lora":
+        return _adapted(*make("gpt", size))
     model, shape = MODELS[name]
     inputs, labels = jax.random.split(jax.random.key(0))
-    if shape is None:
-        tokens = jax.random.randint(inputs, (size, 65), 0, 4096)
+    if isinstance(shape, int):
+        tokens = jax.random.randint(inputs, (size, 65), 0, shape)
         batch = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
     else:
         batch = {"x": jax.random.normal(inputs, (size, *shape)), "y": jax.random.randint(labels, (size,), 0, 10)}
@@ -118,3 +159,44 @@ def make(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
         return -jnp.mean(jnp.take_along_axis(logits, example["y"][..., None], axis=-1))
 
     return loss_fn, jax.jit(model.init)(jax.random.key(1), batch["x"][0]), batch
+
+
+def _field(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """Burgers' residual by nested reverse or by nested forward differentiation; or a picture by sines."""
+    points = jax.random.uniform(jax.random.key(0), (size, 2), minval=-1.0)
+    model = Siren() if name == "siren" else Tanh()
+    params = jax.jit(model.init)(jax.random.key(1), points[0])
+    if name == "siren":
+        batch = {"x": points, "y": jax.random.uniform(jax.random.key(2), (size, 3))}
+        return lambda params, example: jnp.sum((model.apply(params, example["x"]) - example["y"]) ** 2), params, batch
+    derivative = jax.grad if name == "pinn-reverse" else jax.jacfwd
+
+    def loss_fn(params: Any, point: Any) -> Any:
+        def u(t: Any, x: Any) -> Any:
+            return model.apply(params, jnp.stack([t, x]))
+
+        u_x = derivative(u, 1)
+        return (derivative(u, 0)(*point) + u(*point) * u_x(*point) - 0.0032 * derivative(u_x, 1)(*point)) ** 2
+
+    return loss_fn, params, points
+
+
+def _adapted(loss_fn: Any, frozen: Any, batch: Any) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """LoRA (Hu et al. 2021): products of rank 8 beside the kernels of queries and values, all else frozen."""
+    kernels = [f"Block_{layer}/DenseGeneral_{which}" for layer in range(4) for which in (0, 2)]
+    flat = {name: frozen["params"][name.split("/")[0]][name.split("/")[1]]["kernel"] for name in kernels}
+    keys = jax.random.split(jax.random.key(2), len(kernels))
+    adapters = {
+        name: {"a": jax.random.normal(key, (256, RANK)) / 16, "b": jax.random.normal(key, (RANK, 256)) / 100}
+        for name, key in zip(kernels, keys, strict=True)
+    }
+
+    def adapted(adapters: Any, example: Any) -> Any:
+        inner = {block: dict(layers) for block, layers in frozen["params"].items() if block.startswith("Block")}
+        for name, kernel in flat.items():
+            block, layer = name.split("/")
+            more = (adapters[name]["a"] @ adapters[name]["b"]).reshape(kernel.shape)
+            inner[block][layer] = inner[block][layer] | {"kernel": kernel + more}
+        return loss_fn({"params": frozen["params"] | inner}, example)
+
+    return adapted, adapters, batch

@@ -45,7 +45,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
+MODELS = ("mlp", "cnn", "resnet", "vit", "gpt", "gpt32k", "lora", "lstm", "pinn-reverse", "pinn-forward", "siren")
 SLICES = (8, 16, 32)
 LEAST_SECONDS = 4.0
 """How long a pair is timed at least."""
@@ -85,6 +85,8 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
         "norms": isgd.scorers.grad_norm(loss_fn),
         "update and norms": both,
     }
+    for count in (n for n in SLICES if n < size):
+        found[f"ordinary in {count}"] = ordinary_in_slices(mean_loss, count)
     each = 4 * sum(x.size for x in jax.tree.leaves(params))
     for label, count, function in [
         ("vmap(grad)", size, stacked),
@@ -101,6 +103,23 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
     except ImportError:
         left_out["jax_privacy"] = "absent: not installed"
     return found, params, batch, left_out
+
+
+def ordinary_in_slices(mean_loss: Any, count: int) -> Any:
+    """The same mean gradient, ``count`` examples at a time."""
+    import jax
+    import jax.numpy as jnp
+
+    def sliced(params, batch):
+        slices = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), batch)
+
+        def add(total, some):
+            return jax.tree.map(jnp.add, total, jax.grad(mean_loss)(params, some)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), slices)
+        return jax.tree.map(lambda x: x * (count / jax.tree.leaves(batch)[0].shape[0]), total)
+
+    return sliced
 
 
 def jax_privacy_norms(loss_fn: Any) -> Any:
@@ -161,6 +180,42 @@ def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
     return {"model": name, "batch": size, "floor": floor(name, size), "ways": rows, "left_out": left_out}
 
 
+def compile_times(name: str, size: int) -> dict[str, float]:
+    """Seconds to trace, lower and compile each of ours and the ordinary gradient, nothing being cached."""
+    import jax
+
+    found, params, batch, _ = ways(name, size)
+    seconds = {}
+    for label in ("ordinary", "norms", "update and norms"):
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(found[label]).lower(params, batch).compile()
+        seconds[label] = time.perf_counter() - start
+    return seconds
+
+
+def compile_table(args: argparse.Namespace) -> None:
+    for name in args.models:
+        command = [sys.executable, __file__, "--one", name, str(sizes(name, args)[0]), "--compile"]
+        runs = [_json_of(command) for _ in range(args.processes)]
+        ordinary = statistics.median(run["ordinary"] for run in runs)
+        ratios = {
+            label: sorted(run[label] / run["ordinary"] for run in runs) for label in ("norms", "update and norms")
+        }
+        said = "; ".join(
+            f"{label} {statistics.median(found):.2f} x ({found[0]:.2f} to {found[-1]:.2f})"
+            for label, found in ratios.items()
+        )
+        print(f"{name:13s} compiles in {ordinary:5.1f} s; {said}", flush=True)
+
+
+def sizes(name: str, args: argparse.Namespace) -> tuple[int, ...]:
+    """The batches of a model: those asked for, but 1,024 points of a domain."""
+    from norm_models import FIELDS, POINTS
+
+    return (POINTS,) if name in FIELDS else tuple(args.batches)
+
+
 def alternate(programs: dict[str, Any], params: Any, batch: Any, repeats: int) -> dict[str, list[float]]:
     """Seconds of each program, in turn and back again, after one round that does not count.
 
@@ -198,7 +253,7 @@ def _json_of(command: list[str]) -> dict[str, Any]:
 def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for name in args.models:
-        for size in args.batches:
+        for size in sizes(name, args):
             command = [sys.executable, __file__, "--one", name, str(size), "--repeats", str(args.repeats)]
             runs = [_json_of(command) for _ in range(args.processes)]
             result = runs[0]
@@ -252,10 +307,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--torch-python", help="python of an environment with torch, opacus and backpack-for-pytorch")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--compile", action="store_true", help="print compile times in place of run times")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "BATCH"), help="one measurement in this process, as JSON")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.repeats)))
+        name, size = args.one[0], int(args.one[1])
+        print(json.dumps(compile_times(name, size) if args.compile else measure(name, size, args.repeats)))
+        return
+    if args.compile:
+        compile_table(args)
         return
     results = collect(args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,21 @@ Everything here speaks of ONE example and of static shapes; the factors are node
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
 from isgd_jax.gradients.jaxpr import Node, Value, emit
 
-__all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical"]
+__all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged"]
 
 _names = itertools.count()
 
@@ -248,6 +250,42 @@ def canonical(term: Contraction) -> Canonical:
     )
 
 
+def merged(terms: Sequence[Canonical]) -> list[Canonical]:
+    """The same sum in fewer terms: of those that share a factor the others are added, ``x⊗a + x⊗b = x⊗(a + b)``.
+
+    Terms are edges between left and right factors, and what is wanted is few factors that touch them all: always the
+    one that most of the terms left over have. Derivatives inside a loss use the same values again and again.
+    """
+    found, rest = [], list(terms)
+    while rest:
+        held = [(key, term) for term in rest for key in _shareable(term)]
+        counts = collections.Counter(key for key, _ in held)
+        (key, count) = counts.most_common(1)[0]
+        taken = [term for other, term in held if other == key]
+        found.append(taken[0] if count == 1 else _added(taken, key[0]))
+        rest = [term for term in rest if not any(term is other for other in taken)]
+    return found
+
+
+def _shareable(term: Canonical) -> list[tuple[str, Any]]:
+    """What other terms may have in common with this one: its left factor, or the right one if left ones can be added."""
+    of_left = ("left", (term.left, term.roles, term.view, term.right.shape))
+    return [of_left] if term.view is not None else [of_left, ("right", (term.right, term.roles, term.left.shape))]
+
+
+def _added(terms: Sequence[Canonical], same: str) -> Canonical:
+    """Terms that have one factor in common, as one; what is added is added in float32 or wider."""
+    if same == "left":
+        return replace(terms[0], right=emit("add", _sum_wide, *(term.right for term in terms)))
+    return replace(terms[0], left=emit("add", _sum_wide, *(term.left for term in terms)))
+
+
+def _sum_wide(*arrays: Array) -> Array:
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = wide(jnp.result_type(*arrays))
+    return sum((x.astype(dtype) for x in arrays[1:]), start=arrays[0].astype(dtype))
+
+
 def _kernel(side: Side) -> tuple[Axis, ...]:
     if not isinstance(side.view, Window):
         return ()
@@ -288,4 +326,17 @@ def _laid_out(side: Side, groups: Sequence[Sequence[Axis]]) -> Value:
     order[inside:inside] = range(len(side.plain), len(side.plain) + len(spatial))
     sizes = [math.prod(a.size for a in group) for group in groups]
     sizes[-1:-1] = spatial
-    return emit("lay out", lambda x: lax.transpose(x, order).reshape(sizes), side.node)
+    if order == list(range(len(order))) and tuple(sizes) == side.node.shape:
+        return side.node
+    return emit("lay out", _Layout(tuple(order), tuple(sizes)), side.node)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Axes in another order, then grouped."""
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return lax.transpose(x, self.order).reshape(self.sizes)

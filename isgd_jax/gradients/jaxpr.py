@@ -1,7 +1,9 @@
 """A jaxpr as a graph that can be read backwards, cut, and run again. All that is private to JAX stands here.
 
-A jaxpr is a list of equations with calls in it; the same inner jaxpr may be called twice. Here every value is its own
-node that knows the operation it came from, and calls that only name or recompute (`jit`, `remat`) are inlined.
+A jaxpr is a list of equations with calls in it; the same inner jaxpr may be called twice. Here every value is a node that
+knows the operation it came from, and calls that only name or recompute (`jit`, `remat`) are inlined. What is computed
+twice of the same values is one node (value numbering): XLA would find that too, but here it also tells that two
+contractions share a factor, as in losses that differentiate a model several times.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Literal
 
 __all__ = [
@@ -41,6 +44,8 @@ class Value:
     aval: Any
     op: Op | None = None
     index: int = 0
+    emitted: dict[Any, Value] = field(default_factory=dict)
+    """What `emit` has made of it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +118,7 @@ def program(closed: Any) -> Program:
         Its inputs and outputs. An inner jaxpr that is called twice is there twice, so that every value has one origin.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs))
+    return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs, {}))
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
@@ -151,9 +156,17 @@ def made_varying(tree: Any, batch: Any) -> Any:
 
 
 def emit(name: str, function: Callable[..., Any], *inputs: Node) -> Value:
-    """A new value computed from others: how the cut adds its own small operations to a program."""
-    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-    return _attach(Op(name, list(inputs), {}, lambda *args: [function(*args)]), [jax.eval_shape(function, *avals)])[0]
+    """A value computed from others: how the cut adds its own small operations to a program.
+
+    Of equal functions of the same values, the same one: a function that compares by what it does is computed once.
+    """
+    known = next((x.emitted for x in inputs if isinstance(x, Value)), {})
+    key = (function, *map(_identity, inputs))
+    if key not in known:
+        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+        op = Op(name, list(inputs), {}, lambda *args: [function(*args)])
+        known[key] = _attach(op, [jax.eval_shape(function, *avals)])[0]
+    return known[key]
 
 
 def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node]) -> list[Any]:
@@ -218,7 +231,11 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node]) -> list[Node]:
+_Known = dict[Any, "list[Value]"]
+"""The outputs of every operation of a program that may be shared, by the operation and its inputs."""
+
+
+def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], seen: _Known) -> list[Node]:
     known: dict[Any, Node] = dict(zip(jaxpr.invars, arguments, strict=True))
     known.update((v, Constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
 
@@ -227,17 +244,17 @@ def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node]) -> lis
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        outputs = _call(eqn, inputs) if eqn.primitive.name in _CALLS else _primitive(eqn, inputs)
+        outputs = _call(eqn, inputs, seen) if eqn.primitive.name in _CALLS else _primitive(eqn, inputs, seen)
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _call(eqn: Any, inputs: Sequence[Node]) -> list[Node]:
+def _call(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Node]:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
         inputs = _barrier(inputs)  # as JAX lowers it: without, XLA merges the recomputation with the forward pass
     consts = getattr(inner, "consts", ())
-    return _inline(getattr(inner, "jaxpr", inner), consts, inputs)
+    return _inline(getattr(inner, "jaxpr", inner), consts, inputs, seen)
 
 
 def _barrier(inputs: Sequence[Node]) -> list[Node]:
@@ -245,13 +262,44 @@ def _barrier(inputs: Sequence[Node]) -> list[Node]:
     return list(_attach(op, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]))
 
 
-def _primitive(eqn: Any, inputs: Sequence[Node]) -> list[Value]:
+def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Value]:
     def apply(*args: Any) -> Sequence[Any]:
         with eqn.ctx.manager:
             out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
         return out if eqn.primitive.multiple_results else [out]
 
-    return _attach(Op(eqn.primitive.name, list(inputs), eqn.params, apply), [v.aval for v in eqn.outvars])
+    def made() -> list[Value]:
+        return _attach(Op(eqn.primitive.name, list(inputs), eqn.params, apply), [v.aval for v in eqn.outvars])
+
+    if eqn.effects or eqn.primitive.name == "optimization_barrier":
+        return made()
+    key = (eqn.primitive, eqn.ctx, tuple(eqn.params.items()), *map(_identity, inputs))
+    try:
+        found = seen.get(key)
+    except TypeError:  # a parameter without a hash
+        return made()
+    return found if found is not None else seen.setdefault(key, made())
+
+
+def _identity(node: Node) -> Any:
+    """Equal for nodes that are one value: the node itself; of a scalar constant, type and bits."""
+    if isinstance(node, Value) or node.shape:
+        return node if isinstance(node, Value) else _Same(node.value)
+    weak = getattr(jax.typeof(node.value), "weak_type", False)
+    return str(node.dtype), weak, np.asarray(node.value).tobytes()
+
+
+class _Same:
+    """A captured array, equal to itself alone; what it is compared by stays alive."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _attach(op: Op, avals: Sequence[Any]) -> list[Value]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical
+from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical, merged
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, program, run
@@ -121,7 +121,8 @@ def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
     varies = dependent(examples, [part.value for part in whole])
     formed = [part for part, each in zip(whole, varies, strict=True) if each]
     shared = [part for part, each in zip(whole, varies, strict=True) if not each]
-    return LeafPlan(param, spec, [canonical(part) for part in parts if isinstance(part, Contraction)], formed, shared)
+    terms = merged([canonical(part) for part in parts if isinstance(part, Contraction)])
+    return LeafPlan(param, spec, terms, formed, shared)
 
 
 def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Any, Any]]:

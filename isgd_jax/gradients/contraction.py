@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
-from isgd_jax.gradients.jaxpr import Node, Value, emit
+from isgd_jax.gradients.jaxpr import Node, emit
 
 __all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged"]
 
@@ -211,8 +211,8 @@ class Canonical:
     ``right`` is [k, t, o]; ``left`` is [k, t, i], or the indices [k, t], or the image [k, c, *spatial, i] of the view.
     """
 
-    left: Value
-    right: Value
+    left: Node
+    right: Node
     roles: tuple[tuple[int, str], ...]
     view: type[OneHot] | Window | None
 
@@ -256,7 +256,8 @@ def merged(terms: Sequence[Canonical]) -> list[Canonical]:
     Terms are edges between left and right factors, and what is wanted is few factors that touch them all: always the
     one that most of the terms left over have. Derivatives inside a loss use the same values again and again.
     """
-    found, rest = [], list(terms)
+    found: list[Canonical] = []
+    rest = list(terms)
     while rest:
         held = [(key, term) for term in rest for key in _shareable(term)]
         counts = collections.Counter(key for key, _ in held)
@@ -268,7 +269,7 @@ def merged(terms: Sequence[Canonical]) -> list[Canonical]:
 
 
 def _shareable(term: Canonical) -> list[tuple[str, Any]]:
-    """What other terms may have in common with this one: its left factor, or the right one if left ones can be added."""
+    """What other terms may share with this one: its left factor, or the right one if left ones can be added."""
     of_left = ("left", (term.left, term.roles, term.view, term.right.shape))
     return [of_left] if term.view is not None else [of_left, ("right", (term.right, term.roles, term.left.shape))]
 
@@ -318,7 +319,7 @@ def _fitted(side: Side, shared: Sequence[Axis], term: Contraction) -> Side:
     return side if fits else side.unrolled(term.dtype)
 
 
-def _laid_out(side: Side, groups: Sequence[Sequence[Axis]]) -> Value:
+def _laid_out(side: Side, groups: Sequence[Sequence[Axis]]) -> Node:
     """The array with its plain axes grouped; the spatial axes of a window stand before the last group."""
     spatial = side.node.shape[len(side.plain) :]
     order = [side.plain.index(a) for group in groups for a in group]

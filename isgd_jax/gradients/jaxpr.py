@@ -1,9 +1,9 @@
 """A jaxpr as a graph that can be read backwards, cut, and run again. All that is private to JAX stands here.
 
-A jaxpr is a list of equations with calls in it; the same inner jaxpr may be called twice. Here every value is a node that
-knows the operation it came from, and calls that only name or recompute (`jit`, `remat`) are inlined. What is computed
-twice of the same values is one node (value numbering): XLA would find that too, but here it also tells that two
-contractions share a factor, as in losses that differentiate a model several times.
+A jaxpr is a list of equations with calls in it; the same inner jaxpr may be called twice. Here every value is a node
+that knows the operation it came from, and calls that only name or recompute (`jit`, `remat`) are inlined. What is
+computed twice of the same values is one node (value numbering): XLA would find that too, but here it also tells that
+two contractions share a factor, as in losses that differentiate a model several times.
 """
 
 from __future__ import annotations

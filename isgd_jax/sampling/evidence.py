@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
@@ -23,12 +22,13 @@ from isgd_jax.gradients import lazy
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import calibration, fractions, samplers, score_table
+from isgd_jax.sampling.placement import replicated
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor
 from isgd_jax.variance.monitor import Monitor
 
-__all__ = ["Fresh", "blank", "gathered", "learnt", "monitored", "norms_of", "places", "replicated", "target_of"]
+__all__ = ["Fresh", "blank", "gathered", "learnt", "monitored", "norms_of", "places", "target_of"]
 
 DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
 SQUARES_EVERY, FEWEST_SQUARES = 4, 6
@@ -87,14 +87,6 @@ def gathered(x: Array, axis_name: str | None) -> Array:
     if axis_name is not None:
         return lax.all_gather(x, axis_name, tiled=True)
     return replicated(x)
-
-
-def replicated(x: Array) -> Array:
-    """``x`` with no axis split, where a mesh with explicit axes says that one is."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
-    if spec is None or all(axis is None for axis in spec):
-        return x
-    return jax.sharding.reshard(x, PartitionSpec(*(None for _ in x.shape)))
 
 
 def target_of(draw: Draw) -> Float[Array, " m"]:

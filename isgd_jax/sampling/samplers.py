@@ -12,6 +12,7 @@ Guarantees:
 * masses may be as small or as large as float32 goes: those of 1e-40 and those whose sum is beyond it have their shares;
 * ``update`` gives bit for bit the law that ``prepare`` would build from the changed masses, where both take the same
   ``scale``;
+* on a mesh with explicit axes a law is whole on each device, whatever it was made of;
 * a mass that is negative or not finite is refused; where values cannot be seen, inside ``jax.jit``, all probabilities
   are then NaN: never a quiet wrong draw.
 
@@ -30,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax.errors import ArgumentError, check_whole, first_wrong
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
+from isgd_jax.sampling.placement import replicated
 from isgd_jax.types import Draw, Key
 
 __all__ = [
@@ -109,13 +111,13 @@ def prepare(probs: Float[Array, " n"], order: Int[Array, " n"] | None = None) ->
     """
     _check_size(probs.shape[0])
     _check_masses(probs)
-    masses = probs.astype(jnp.float32)
+    masses = replicated(probs).astype(jnp.float32)
     masses, scale = double_float.in_range(jnp.where(jnp.isfinite(masses) & (masses >= 0.0), masses, jnp.nan))
     if order is None:
         return Law(masses, _sums(masses, scale), None, None)
     if order.shape != probs.shape:
         raise ArgumentError(f"order must have one number for each of the {probs.shape[0]} masses, got {order.shape}")
-    order = order.astype(jnp.int32)
+    order = replicated(order).astype(jnp.int32)
     positions = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
     masses = masses[order]
     return Law(masses, _sums(masses, scale), order, positions)
@@ -135,6 +137,7 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
         ValueError: where values can be seen, a mass is negative or not finite.
     """
     _check_masses(probs)
+    law, indices, probs = _whole(law), replicated(indices), replicated(probs)
     size = law.masses.shape[0]
     at = jnp.where((indices >= 0) & (indices < size), indices.astype(jnp.int32), size)
     if law.positions is not None:
@@ -159,12 +162,14 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
 
 def probabilities(law: Law) -> Float[Array, " n"]:
     """The probability [n] of each example, as the examples are numbered."""
+    law = _whole(law)
     probs = _line_probabilities(law)
     return probs if law.positions is None else probs[law.positions]
 
 
 def probabilities_of(law: Law, indices: Int[Array, " m"]) -> Float[Array, " m"]:
     """The probability [m] of each of these examples, NaN for indices outside 0..n-1: O(m)."""
+    law, indices = _whole(law), replicated(indices)
     size, total = law.masses.shape[0], law.sums[0, 0, 0]
     is_there = (indices >= 0) & (indices < size)
     at = indices if law.positions is None else law.positions[indices]
@@ -178,7 +183,7 @@ def order_by(*keys: Array) -> Int[Array, " n"]:
     >>> order_by(jnp.array([1, 0, 1, 0]), jnp.array([0.5, 2.0, 0.1, 1.0])).tolist()
     [3, 1, 2, 0]
     """
-    return jnp.lexsort(keys[::-1]).astype(jnp.int32)
+    return jnp.lexsort([replicated(key) for key in keys[::-1]]).astype(jnp.int32)
 
 
 def independent(key: Key, law: LawLike, *, num_draws: int) -> Draw:
@@ -344,7 +349,11 @@ def capped(law: LawLike, *, num_draws: int | float) -> Law:
 
 
 def _as_law(law: LawLike) -> Law:
-    return law if isinstance(law, Law) else prepare(law)
+    return _whole(law) if isinstance(law, Law) else prepare(law)
+
+
+def _whole(law: Law) -> Law:
+    return jax.tree.map(replicated, law)
 
 
 def _check_size(size: int) -> int:

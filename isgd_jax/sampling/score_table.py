@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError
+from isgd_jax.sampling.placement import replicated
 
 __all__ = ["NEVER", "ScoreTable", "ages", "create", "record"]
 
@@ -80,7 +81,7 @@ def record(
         raise ArgumentError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
     size = table.scores.shape[0]
     version = jnp.asarray(version, jnp.int32)
-    indices, scores = indices.astype(jnp.int32), scores.astype(jnp.float32)
+    indices, scores = replicated(indices).astype(jnp.int32), replicated(scores).astype(jnp.float32)
     present = (indices >= 0) & (indices < size)
     sound = jnp.isfinite(scores) & (scores >= 0.0)
     if memory:

@@ -196,6 +196,26 @@ def test_lazy_gradients_of_several_layers_on_an_explicit_mesh() -> None:
         assert not problem.unlike(alone, run(own, jax.device_put(batch, P("data", None, None))), rtol=1e-5)
 
 
+def test_arrays_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> None:
+    """Masses, orders, indices and scores may come split: laws and tables are whole on each device."""
+
+    @jax.jit
+    def run(masses: jax.Array, ids: jax.Array) -> Any:
+        order = isgd.samplers.order_by(masses)
+        law = isgd.samplers.update(isgd.samplers.prepare(masses, order), ids, masses[::-1])
+        draw = isgd.samplers.stratified(jax.random.key(0), masses, num_draws=4)
+        table, _ = isgd.score_table.record(isgd.score_table.create(8), ids, masses, version=0)
+        capped = isgd.samplers.capped(masses, num_draws=2)
+        known = isgd.samplers.probabilities_of(law, ids), isgd.samplers.probabilities(law)
+        return draw.indices, draw.probs, order, known, table, capped.masses
+
+    masses, ids = jnp.linspace(1.0, 3.0, 8), jnp.arange(8, dtype=jnp.int32)
+    alone = run(masses, ids)
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+    split = jax.device_put((masses, ids), NamedSharding(mesh, P("data")))
+    assert not problem.unlike(alone, run(*split), rtol=1e-6)
+
+
 def test_draws_that_cannot_be_cut_are_refused() -> None:
     sampler = isgd.importance_sampler(24, batch_size=6)
     shared = jax.vmap(lambda draw, _: isgd.share(draw, "data"), (None, 0), axis_name="data")

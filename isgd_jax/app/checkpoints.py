@@ -136,7 +136,10 @@ class Checkpoints:
         for what, ours in self._identity.items():
             theirs = record["identity"].get(what)
             if theirs != ours:
-                raise ArgumentError(f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}")
+                raise ArgumentError(
+                    f"the checkpoint is of another {what}: it has {theirs}, this run has {ours}; go on with the data "
+                    "and the version of isgd_jax that it was written with, or begin a new run"
+                )
 
     def _set_aside(self, step: int, reason: str, used: int) -> str:
         folder = Path(self._manager.directory)

@@ -22,6 +22,7 @@ from isgd_jax.engines.contract import Reports, Resumable, Timed
 from isgd_jax.engines.rates import Rates
 from isgd_jax.errors import ArgumentError, DivergedError
 from isgd_jax.sampling.gates import is_open
+from isgd_jax.sampling.state import FORMAT as SAMPLER_FORMAT
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training import loop
 from isgd_jax.training.background import Refresher, refresher
@@ -32,7 +33,7 @@ from isgd_jax.training.train_step import StepInfo, TrainState
 from isgd_jax.types import Params
 from isgd_jax.variance import gate
 
-__all__ = ["Hooks", "Observer", "Recorder", "Result", "fit"]
+__all__ = ["FORMAT", "Hooks", "Observer", "Recorder", "Result", "fit"]
 
 ENOUGH = 0.5
 """In place of the number of a signal, when it was `until` that asked to stop."""
@@ -50,8 +51,9 @@ NOBODY_SCORES: Record = {
 REHEARSED = 4
 """Updates that the plan times together."""
 
-FORMAT = "4"
-"""Of the state in a checkpoint: one of version 0.1, which has none, is refused by name."""
+FORMAT = f"5, sampler {SAMPLER_FORMAT}"
+"""Of the state in a checkpoint, that of the sampler's own included: another one is refused by name, and so is one of
+version 0.1, which has none."""
 
 Observer = Callable[[Record], None]
 

@@ -21,11 +21,12 @@ from problems import blobs, small_config
 
 from isgd_jax.app import console, data, task
 from isgd_jax.app.progress import _checked
-from isgd_jax.app.run import fit
+from isgd_jax.app.run import FORMAT, fit
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines import scorers
 from isgd_jax.engines.local_engine import DeviceWorker
 from isgd_jax.sampling import samplers
+from isgd_jax.sampling.state import FORMAT as SAMPLER_FORMAT
 from isgd_jax.training.train_step import TrainState
 from isgd_jax.variance import second_moments
 
@@ -219,7 +220,9 @@ def test_batch_norm_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_with_another_data_set_or_model_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_resuming_with_other_data_model_or_format_is_refused_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
@@ -233,6 +236,11 @@ def test_resuming_with_another_data_set_or_model_is_refused_and_nothing_is_lost(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
         fit(again, dataset=blobs(), model=Other(), resume=True)
+    assert f"sampler {SAMPLER_FORMAT}" in FORMAT  # so that a state of the sampler's that means something else counts
+    monkeypatch.setattr("isgd_jax.app.run.FORMAT", "4")
+    with pytest.raises(ValueError, match=f"another format: it has {FORMAT}, this run has 4; go on with .* the version"):
+        fit(again, dataset=blobs(), resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_importance_sampling_lowers_the_variance(tmp_path: Path) -> None:

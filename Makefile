@@ -1,6 +1,6 @@
 # make train    set up and train on the embedded data set (DATASET=, ARGS=, PYTHON=)
 # make test     set up and run the tests          make test-fast   the quick ones
-# make soak     long and random trials, by hand   make lint        ruff and mypy
+# make lint     ruff and mypy                      make soak        long and random trials, by hand (SOAK_FAULTS=0:100: a part)
 # make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
 # make notebooks  run all notebooks               make docs        the API reference, into build/api
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day

@@ -23,6 +23,7 @@ __all__ = [
     "ReferenceNotFoundError",
     "RunInUseError",
     "Wrong",
+    "check_unmasked",
     "check_whole",
     "first_wrong",
     "seen",
@@ -78,6 +79,16 @@ def check_whole(name: str, value: object, *, least: int, most: int | None = None
         upper = "or more" if most is None else f"to {'2^31 - 1' if most == 2**31 - 1 else most}"
         raise ArgumentError(f"{name} must be {least} {upper}, got {number}")
     return number
+
+
+def check_unmasked(name: str, values: object) -> None:
+    """Refuse a masked array as the argument ``name``: NumPy and JAX drop the mask, and what it hid would count.
+
+    Raises:
+        ArgumentTypeError: it is masked.
+    """
+    if np.ma.isMaskedArray(values):
+        raise ArgumentTypeError(f"{name} must be an array without a mask: say what to put, .filled(value)")
 
 
 class Wrong(NamedTuple):

@@ -34,7 +34,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, seen
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole, seen
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.weights import draw_weights, first_not_finite, is_probability
 
@@ -73,8 +73,8 @@ def importance_weighting(
         * ``indices=draw.indices`` [m], where there are example weights and no target.
 
     Raises:
-        TypeError: ``num_examples`` is no whole number; from ``update``, without ``probs``, or without ``indices`` where
-            there are example weights.
+        TypeError: ``num_examples`` is no whole number, or the weights are a masked array; from ``update``, without
+            ``probs``, or without ``indices`` where there are example weights.
         ValueError: ``num_examples`` is not positive, or the weights are not N finite numbers; from ``update``:
             gradients that are not one a draw, a target beside example weights, an array of another shape, or, where
             values can be seen, a probability or an index out of range.
@@ -119,6 +119,7 @@ def importance_weighting(
 
 def _checked_weights(weights: Any, num_examples: int) -> Any:
     """The weights, if they are one finite number an example."""
+    check_unmasked("example_weights", weights)
     if not hasattr(weights, "shape"):
         weights = np.asarray(weights, np.float32)
     if weights.shape != (num_examples,):

@@ -249,8 +249,12 @@ class RunDir:
         return self.environment().get("fingerprint")
 
     def append(self, record: Record) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        """Add one line to metrics.jsonl.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; a line cut short is dropped when it is read.
+        """
+        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, event: str | None = None) -> Iterator[Record]:
@@ -306,14 +310,26 @@ def write_whole(target: Path, content: str | bytes) -> Path:
     """
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        with _writing(target):
+            with partial.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """A disk says only that it is full, not where: name the file, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"cannot write {file} ({error.strerror or error}): make room there, or make it writable, then go on"
+        ) from error
 
 
 def _is_ours_aside(path: Path) -> bool:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.types import Batch
 
 __all__ = ["Chunks", "Scored", "as_scored", "check_held", "num_rows", "unpadded", "what_is_wrong"]
@@ -116,8 +116,7 @@ def check_held(data: Batch) -> None:
         if isinstance(leaf, jax.Array):
             continue
         name = f"data{jax.tree_util.keystr(path)}"
-        if np.ma.isMaskedArray(leaf):
-            raise ArgumentTypeError(f"{name} must be an array without a mask: say what to put, .filled(value)")
+        check_unmasked(name, leaf)
         array = np.asarray(leaf)
         dtype = array.dtype
         if not dtype.isnative:

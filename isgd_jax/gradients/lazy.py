@@ -6,6 +6,7 @@ that array itself, or a `Factored`, a sum of contractions whose factors are kept
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -529,7 +530,7 @@ def _gram(leaf: Any, precision: Any) -> Float[Array, "b b"]:
     if is_factored(leaf) and costs.prefers_batch_gram(_shapes(leaf)) and _is_plain(leaf):
         return _sum([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
     flat = _stack(leaf, precision)
-    flat = flat.reshape(flat.shape[0], -1)
+    flat = flat.reshape(flat.shape[0], math.prod(flat.shape[1:]))  # -1 cannot be told of an empty batch
     return jnp.real(einsum("ap,bp->ab", flat, conjugate(flat), precision=precision))
 
 

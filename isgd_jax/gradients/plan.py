@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical, merged
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
@@ -96,6 +96,7 @@ def make_plan(
     (_, aux), grads = shapes
     traced = program(closed)
     params = [shared[n] for n in argnums] if isinstance(argnums, tuple) else shared[argnums]
+    _check_differentiable(params)
     result = traced.outputs[: 1 + len(jax.tree.leaves(aux))]
     examples = traced.inputs[len(jax.tree.leaves(shared)) :]
     leaves = [
@@ -103,6 +104,17 @@ def make_plan(
         for node, param in zip(traced.outputs[len(result) :], jax.tree.leaves(params), strict=True)
     ]
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
+
+
+def _check_differentiable(params: Any) -> None:
+    """Beside others an integer has a gradient of zero; alone, all norms would be zero without a word."""
+    dtypes = {str(jnp.result_type(leaf)): jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+              for leaf in jax.tree.leaves(params)}  # fmt: skip
+    if dtypes and not any(dtypes.values()):
+        raise ArgumentTypeError(
+            f"params must have an array of real or complex numbers to differentiate, got {', '.join(sorted(dtypes))} "
+            "alone: convert them, such as by jax.tree.map(jnp.float32, params)"
+        )
 
 
 def _without_batch_axis(x: Any) -> jax.ShapeDtypeStruct:

@@ -36,7 +36,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole
 from isgd_jax.gradients.weights import first_not_finite
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
 from isgd_jax.sampling.state import (
@@ -562,6 +562,7 @@ def _order_keys(options: Options) -> np.ndarray | None:
     if isinstance(options.order, str | GradientSketch):
         return None
     with jax.transfer_guard("allow"):
+        check_unmasked("order", options.order)
         keys = np.asarray(options.order)
     return np.unique(keys, return_inverse=True)[1].reshape(keys.shape).astype(np.int32)
 
@@ -595,10 +596,12 @@ def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None
     """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
 
     Raises:
+        TypeError: they are a masked array.
         ValueError: there is not one finite number an example.
     """
     if weights is None:
         return
+    check_unmasked("example_weights", weights)
     if weights.shape != (num_examples,):
         raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
     wrong = first_not_finite(weights)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.estimator import (
     MONITOR_EVERY,
@@ -120,9 +120,10 @@ def fixed(
         steps_per_update: calls of ``observe`` that make one parameter update.
 
     Raises:
-        TypeError: a number is of the wrong type.
+        TypeError: a number is of the wrong type, or the scores are a masked array.
         ValueError: a score is negative or not finite, or an option is out of range.
     """
+    check_unmasked("scores", scores)
     with np.errstate(over="ignore"):
         values = np.asarray(scores).astype(np.float32)
     is_score = np.isfinite(values) & (values >= 0)

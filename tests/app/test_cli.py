@@ -27,7 +27,7 @@ PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 def isgd(*arguments: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
     environment = os.environ | changes
     return subprocess.Popen(
-        [sys.executable, "-c", "from isgd_jax.app.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from isgd_jax.app.entry import main; main()", *arguments],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -75,6 +75,16 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
         main(["train"])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "isgd: interrupted\n"
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> None:
+    """In the place of tyro stands a module whose import is interrupted."""
+    (tmp_path / "tyro.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in iter(int, 1): pass"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = isgd("train", cwd=tmp_path, PYTHONPATH=paths)
+    assert finished(process) == (130, "", "isgd: interrupted\n")
 
 
 def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(

@@ -74,9 +74,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*run/note.txt \(No space left on device\): make room there"):
         run.write("note.txt", "new and longer")
     assert (run.path / "note.txt").read_text() == "old"
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*run/metrics.jsonl \(No space left on device\): make room there"):
+        run.append({"event": "progress", "step": 1})
 
 
 def test_metrics_are_json_that_any_reader_takes(tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_a_loss_that_is_not_a_scalar_is_refused_with_advice(key):
 
 
 @pytest.mark.slow
+def test_integers_alone_are_refused_and_an_empty_batch_has_the_norms_of_nobody():
+    def loss(params, example):
+        return jnp.sum(params["w"] * example.astype(params["w"].dtype)).astype(jnp.float32)
+
+    with pytest.raises(TypeError, match="an array of real or complex numbers to differentiate, got int32 alone"):
+        isgd.per_example_grads(loss)({"w": jnp.ones(3, jnp.int32)}, jnp.ones((2, 3)))
+    grads = isgd.per_example_grads(loss)({"w": jnp.ones(3), "k": jnp.int32(1)}, jnp.ones((0, 3)))
+    assert (isgd.norms(grads).shape, isgd.gram(grads).shape) == ((0,), (0, 0))
+    assert isgd.weighted_mean(grads, jnp.ones(0))["w"].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_a_loss_written_for_a_batch_is_adapted(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
 

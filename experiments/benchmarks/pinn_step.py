@@ -1,0 +1,121 @@
+"""What a step of a physics-informed network costs with pools, draws, norms, monitor and refreshes, in plain steps.
+
+Burgers' equation with a term inside, one at t = 0 and one at both ends (768, 128 and 128 points from pools of 32,768 and
+4,096), network 2-64x3-1, Adam. The plain step has as many new uniform points. Blocks of as many steps as lie between
+two refreshes, each with one of them, in turn with the plain one; medians of ratios, in fresh processes.
+
+Target     at most 1.15 plain steps.
+
+Command    python experiments/benchmarks/pinn_step.py [--processes 3]
+Time       two minutes a process
+
+Result (JAX 0.10.2, one process, a busy machine): ours 1.38 to 1.59 plain steps by nested reverse differentiation,
+**missed**, and 0.98 to 1.05 by nested forward; draws by residual, which need no norms, 1.13 to 1.20 and 1.09.
+"""
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from domains import arms, problems
+
+ARMS = ("uniform", "ours", "residual")
+DERIVATIVES = {"nested reverse": jax.grad, "nested forward": jax.jacfwd}
+
+
+def domain(derivative: Any) -> problems.Domain:
+    """Burgers' equation with three terms, and a wider network."""
+    made = problems.burgers(derivative)
+    inside, border = made.terms["inside"], made.terms["border"]
+
+    def start(unit: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.zeros(len(unit)), 2 * unit[:, 0] - 1], axis=1)
+
+    def ends(unit: jax.Array) -> jax.Array:
+        return jnp.stack([unit[:, 1], jnp.where(unit[:, 0] < 0.5, -1.0, 1.0)], axis=1)
+
+    terms = {
+        "inside": inside._replace(batch=768, pool=32_768),
+        "start": border._replace(batch=128, pool=4_096, place=start),
+        "ends": border._replace(batch=128, pool=4_096, place=ends),
+    }
+    return made._replace(terms=terms, init=problems.glorot((2, 64, 64, 64, 1)))
+
+
+def block_of(arm: arms.Arm, tx: Any, key: jax.Array) -> Any:
+    """`arms.REFRESH` steps as one program: ``(carry, first step) -> carry``."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def block(carry: Any, start: jax.Array) -> Any:
+        def step(carry: Any, at: jax.Array) -> tuple[Any, None]:
+            params, opt_state, memory = carry
+            memory = jax.lax.cond(
+                at % arms.REFRESH == 0,
+                lambda m: arm.refresh(params, m, jax.random.fold_in(key, at)),
+                lambda m: m,
+                memory,
+            )
+            gradient, memory = arm.gradient(params, memory, jax.random.fold_in(key, at), at)
+            updates, opt_state = tx.update(gradient, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state, memory), None
+
+        return jax.lax.scan(step, carry, start + jnp.arange(arms.REFRESH))[0]
+
+    return block
+
+
+def measured(repeats: int = 9) -> dict[str, tuple[float, float]]:
+    """For each arm and kind of differentiation, plain steps and milliseconds a step."""
+    tx, key = optax.adam(1e-3), jax.random.key(0)
+    blocks, carries = {}, {}
+    for how, derivative in DERIVATIVES.items():
+        problem = domain(derivative)
+        for name in ARMS:
+            arm = arms.arm(name, problem)
+            blocks[name, how] = block_of(arm, tx, key)
+            params = problem.init(key)
+            carries[name, how] = blocks[name, how]((params, tx.init(params), arm.init(key)), jnp.int32(0))
+    seconds: dict[tuple[str, str], list[float]] = {which: [] for which in blocks}
+    for at in range(1, repeats + 1):
+        for which, block in blocks.items():
+            began = time.perf_counter()
+            carries[which] = jax.block_until_ready(block(carries[which], jnp.int32(at * arms.REFRESH)))
+            seconds[which].append((time.perf_counter() - began) / arms.REFRESH)
+    return {
+        f"{name}, {how}": (
+            float(np.median(np.array(took) / np.array(seconds["uniform", how]))),
+            float(np.median(took)) * 1e3,
+        )
+        for (name, how), took in seconds.items()
+    }
+
+
+def main() -> None:
+    """A line an arm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=3, help="fresh ones; 0 measures in this one, as JSON")
+    processes = parser.parse_args().processes
+    if not processes:
+        print(json.dumps(measured()))
+        return
+    command = [sys.executable, __file__, "--processes", "0"]
+    runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(processes)]
+    for name in runs[0]:
+        ratios, took = [run[name][0] for run in runs], np.median([run[name][1] for run in runs])
+        print(f"{name:26} {np.median(ratios):.2f} plain steps ({min(ratios):.2f} to {max(ratios):.2f}), {took:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The protocol: seconds to an error, for each way to choose points, each at its own best rate, batch and length.
+
+* A *cell* is one run: Adam, its rate decayed to zero by a cosine over a budget of seconds. Steps are the budget over
+  the *price* of the arm's step, which is measured first: the least of several blocks, so that a busy machine does not
+  favor anybody. Compiling and measuring errors stand outside the clock.
+* *Tuning*: every arm tries the same grid of rates, batch sizes and budgets on a seed that is not reported, and keeps
+  what comes to the level soonest, or else nearest. Where a best rate is an end of the grid, one more is tried (told).
+* *Seeds* are outer, arms inner: what disturbs the machine meets all. A run that never arrives is censored.
+* Told: how many arrived, median seconds, the ratio to `uniform` and to the best rival paired by seed with its 95 %
+  interval (Student's, of logarithms); the same by the price alone (steps times price); and errors at the end of the
+  shortest budget in use, which count where uniform arrives in fewer than half of its runs. "Fastest" is said only where
+  the interval against the best rival lies under 1.
+
+Cells are files in a folder, written whole: a race goes on where it was stopped.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from domains import arms, problems
+from isgd_jax.app.compare import Interval, paired_ratio
+
+__all__ = ["Grid", "Race", "arguments", "captured", "main"]
+
+Record = dict[str, Any]
+TUNING_SEED = 1_000
+LOOKS = 40
+"""Errors are measured so many times a run."""
+LBFGS_POOL = 4
+"""L-BFGS works on so many plain batches."""
+
+
+class Trial(NamedTuple):
+    """What is tuned."""
+
+    rate: float
+    larger: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"rate {self.rate:g}, batch x{self.larger}, {self.seconds:g} s"
+
+
+class Grid(NamedTuple):
+    """All that each arm tries."""
+
+    rates: tuple[float, ...]
+    larger: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def trials(self) -> list[Trial]:
+        """One by one."""
+        return [Trial(r, b, s) for s in self.seconds for b in self.larger for r in self.rates]
+
+
+class Programs(NamedTuple):
+    """The compiled parts of an arm; one for all seeds, rates and lengths."""
+
+    begin: Callable[..., Any]
+    advance: Callable[..., Any]
+    """``(carry, key, rate, total, start, count)``: so many steps."""
+    finish: Callable[..., Any] | None
+    """``(params, lbfgs state, key, count)``."""
+    error: Callable[..., jax.Array]
+
+
+@functools.cache
+def programs(problem: str, name: str, larger: int) -> Programs:
+    """Compiled on first use."""
+    domain = problems.domain(problem)
+    arm = arms.arm(name, domain, larger)
+    adam = optax.scale_by_adam()
+
+    def begin(key: jax.Array) -> Any:
+        params = domain.init(jax.random.fold_in(key, 0))
+        return params, adam.init(params), arm.init(jax.random.fold_in(key, 1))
+
+    def advance(carry: Any, key: jax.Array, rate: Any, total: Any, start: Any, count: Any) -> Any:
+        def step(place: jax.Array, carry: Any) -> Any:
+            params, opt_state, memory = carry
+            at = start + place
+            own = jax.random.fold_in(key, at)
+            if arm.refresh_every:
+                memory = jax.lax.cond(
+                    (at % arm.refresh_every == 0) & (at > 0),
+                    lambda: arm.refresh(params, memory, jax.random.fold_in(own, 7)),
+                    lambda: memory,
+                )
+            gradient, memory = arm.gradient(params, memory, own, at)
+            updates, opt_state = adam.update(gradient, opt_state)
+            scale = rate * 0.5 * (1 + jnp.cos(jnp.pi * at.astype(jnp.float32) / total))
+            return jax.tree.map(lambda p, u: p - scale * u, params, updates), opt_state, memory
+
+        return jax.lax.fori_loop(0, count, step, carry)
+
+    return Programs(
+        begin,
+        jax.jit(advance, donate_argnums=0),
+        jax.jit(_lbfgs_steps(domain)) if name == "lbfgs" else None,
+        jax.jit(domain.error),
+    )
+
+
+def _lbfgs_steps(domain: problems.Domain) -> Callable[..., Any]:
+    tx = arms.lbfgs()
+
+    def finish(params: Any, state: Any, key: jax.Array, count: jax.Array) -> Any:
+        points = {
+            name: term.draw(jax.random.fold_in(key, i), LBFGS_POOL * term.batch)
+            for i, (name, term) in enumerate(domain.terms.items())
+        }
+
+        def loss(params: Any) -> jax.Array:
+            means = [
+                jnp.mean(jax.vmap(problems.loss_of(domain.terms[name]), (None, 0))(params, at))
+                for name, at in points.items()
+            ]
+            return jnp.sum(jnp.stack(means))
+
+        def step(_: jax.Array, carry: Any) -> Any:
+            params, state = carry
+            value, gradient = optax.value_and_grad_from_state(loss)(params, state=state)
+            updates, state = tx.update(gradient, state, params, value=value, grad=gradient, value_fn=loss)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, count, step, (params, state))
+
+    return finish
+
+
+def price(problem: str, name: str, larger: int, blocks: int = 5) -> float:
+    """Seconds of a step, refreshes included; compiles what is not."""
+    made, key = programs(problem, name, larger), jax.random.key(TUNING_SEED)
+    arm, carry = arms.arm(name, problems.domain(problem), larger), None
+    carry = made.begin(key)
+    count = 20
+    found = []
+    for place in range(blocks + 2):
+        began = time.perf_counter()
+        carry = jax.block_until_ready(made.advance(carry, key, 0.0, 1e6, place * count + 1, count))
+        found.append(time.perf_counter() - began)
+        if place == 1:  # blocks of half a second, which hold the refreshes that are due
+            every = max(arm.refresh_every, 1)
+            count = max(every, round(0.5 / found[-1] * count / every) * every)
+    return min(found[2:]) / count
+
+
+class Race:
+    """A problem, its arms and seeds, and the folder of its cells."""
+
+    def __init__(self, problem: str, names: Sequence[str], grid: Grid, seeds: int, folder: Path) -> None:
+        self.problem, self.names, self.grid, self.seeds = problem, tuple(names), grid, seeds
+        self.folder = folder / problem.replace("/", "-")
+        self.level = problems.domain(problem).levels[1]
+        self.prices: dict[tuple[str, int], float] = {}
+
+    def planned(self) -> float:
+        """Seconds of all cells, as far as they are not done."""
+        tuning = sum(t.seconds for t in self.grid.trials()) * len(self.names)
+        longest = max(self.grid.seconds)
+        known = sum(json.loads(file.read_text()).get("seconds", 0.0) for file in self.folder.glob("run-*.json"))
+        return max(0.0, tuning + longest * len(self.names) * self.seeds - known)
+
+    def price(self, name: str, larger: int) -> float:
+        """Of an arm's step, measured once a folder."""
+        if (name, larger) not in self.prices:
+            found = self._cell(f"price-{name}-{larger}", lambda: {"price": price(self.problem, name, larger)})
+            self.prices[name, larger] = found["price"]
+        return self.prices[name, larger]
+
+    def run(self, name: str, trial: Trial, seed: int) -> Record:
+        """A run, or what is kept of it."""
+        key = f"run-{name}-{trial.rate:g}-{trial.larger}-{trial.seconds:g}-{seed}"
+        return self._cell(key, lambda: run(self.problem, name, trial, seed, self.price(name, trial.larger)))
+
+    def _cell(self, name: str, make: Callable[[], Record]) -> Record:
+        file = self.folder / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        record = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(record))
+        part.replace(file)
+        return record
+
+    def tuned(self, name: str) -> tuple[Trial, str]:
+        """The best trial of an arm, and what is to be told of the search."""
+        tried = {trial: self.run(name, trial, TUNING_SEED) for trial in self.grid.trials()}
+        best = min(tried, key=lambda trial: self._merit(tried[trial]))
+        rates = list(self.grid.rates)
+        ends = {rates[0]: rates[0] / 3, rates[-1]: rates[-1] * 3} if len(rates) > 1 else {}
+        told = ""
+        if best.rate in ends:
+            further = best._replace(rate=ends[best.rate])
+            tried[further] = self.run(name, further, TUNING_SEED)
+            best = min(tried, key=lambda trial: self._merit(tried[trial]))
+            told = f"; also tried rate {further.rate:g}"
+        return best, told
+
+    def _merit(self, record: Record) -> tuple[float, float]:
+        return arrival(record, self.level), record["curve"][-1][2] if record["curve"] else math.inf
+
+    def race(self) -> None:
+        """Tune, run all seeds, print the table."""
+        chosen = {}
+        for name in self.names:
+            chosen[name], told = self.tuned(name)
+            step = 1e3 * self.price(name, chosen[name].larger)
+            print(f"{self.problem:14} {name:12} {chosen[name]}; {step:.2f} ms a step{told}", flush=True)
+        found: dict[str, list[Record]] = {name: [] for name in self.names}
+        for seed in range(self.seeds):
+            for name in self.names:
+                found[name].append(self.run(name, chosen[name], seed))
+        prices = {name: self.price(name, chosen[name].larger) for name in self.names}
+        print("\n" + "\n".join(table(self.problem, found, prices)) + "\n", flush=True)
+
+
+def run(problem: str, name: str, trial: Trial, seed: int, seconds_a_step: float) -> Record:
+    """Train; (step, seconds, error) as it goes on."""
+    made, key = programs(problem, name, trial.larger), jax.random.key(seed)
+    adam_seconds = trial.seconds / 2 if made.finish else trial.seconds
+    total = max(LOOKS, round(adam_seconds / seconds_a_step))
+    carry = made.begin(key)
+    jax.block_until_ready(made.advance(jax.tree.map(jnp.copy, carry), key, 0.0, 1.0, 0, 1))  # compiled
+    seconds, curve = 0.0, []
+
+    def looked(step: int, params: Any) -> bool:
+        error = float(made.error(params))
+        curve.append((step, seconds, error if math.isfinite(error) else math.inf))
+        return math.isfinite(error)
+
+    marks = np.unique(np.linspace(0, total, LOOKS + 1).round().astype(int))
+    for start, stop in itertools.pairwise(marks):
+        began = time.perf_counter()
+        carry = jax.block_until_ready(made.advance(carry, key, trial.rate, float(total), int(start), int(stop - start)))
+        seconds += time.perf_counter() - began
+        if not looked(int(stop), carry[0]):
+            break
+    if made.finish and math.isfinite(curve[-1][2]):
+        params, state = carry[0], arms.lbfgs().init(carry[0])
+        jax.block_until_ready(made.finish(params, state, key, 1))  # compiled
+        step, until = total, 2 * adam_seconds
+        while seconds < until and math.isfinite(curve[-1][2]):
+            began = time.perf_counter()
+            params, state = jax.block_until_ready(made.finish(params, state, key, 2))
+            seconds += time.perf_counter() - began
+            step += 2
+            looked(step, params)
+    return {"problem": problem, "arm": name, **trial._asdict(), "seed": seed, "seconds": seconds, "curve": curve}
+
+
+def arrival(record: Record, level: float) -> float:
+    """Seconds to an error; infinite if it never came there."""
+    return next((seconds for _, seconds, error in record["curve"] if error <= level), math.inf)
+
+
+def arrival_by_price(record: Record, level: float, seconds_a_step: float) -> float:
+    """The same by steps alone, each at the arm's price."""
+    return next((step * seconds_a_step for step, _, error in record["curve"] if error <= level), math.inf)
+
+
+def error_at(record: Record, seconds: float) -> float:
+    """The last error measured in this time."""
+    return next((error for _, at, error in reversed(record["curve"]) if at <= seconds * 1.02), math.inf)
+
+
+def table(problem: str, found: dict[str, list[Record]], prices: dict[str, float]) -> list[str]:
+    """What came out, in lines of text."""
+    lines = []
+    budget = min(records[0]["seconds"] for records in found.values())
+    for level in problems.domain(problem).levels:
+        times = {name: np.array([arrival(r, level) for r in records]) for name, records in found.items()}
+        if not any(np.isfinite(t).any() for t in times.values()):
+            lines.append(f"{problem}: error {level:.3g}: no arm arrived")
+            continue
+        lines.append(f"{problem}: error {level:.3g}")
+        lines.append(f"  {'arm':12} arrived  seconds  over uniform's [95 %]   by price  error at {budget:.0f} s")
+        for name, records in found.items():
+            count = int(np.isfinite(times[name]).sum())
+            ratio = paired_ratio(times[name], times["uniform"]) if "uniform" in times else None
+            priced = [arrival_by_price(r, level, prices[name]) for r in records]
+            ends = np.median([error_at(r, budget) for r in records])
+            lines.append(
+                f"  {name:12} {count:3} of {len(records):<3} {np.median(times[name]):7.1f}  {_told(ratio):22} "
+                f"{np.median(priced):9.1f}  {ends:.4f}"
+            )
+        lines.append("  " + verdict(times))
+    return lines
+
+
+def verdict(times: dict[str, np.ndarray]) -> str:
+    """Whether ours is fastest, tied or behind, against the best rival."""
+    rivals = {name: t for name, t in times.items() if name != "ours"}
+    if "ours" not in times or not rivals:
+        return "nothing to compare"
+    best = min(rivals, key=lambda name: np.median(rivals[name]))
+    if not np.isfinite(np.median(rivals[best])):
+        return "no rival arrives in half of its runs"
+    ratio = paired_ratio(times["ours"], rivals[best])
+    word = "fastest" if ratio.high < 1 else "slower" if ratio.low > 1 else "a tie"
+    return f"ours over {best}, the best rival: {_told(ratio)}: {word}"
+
+
+def _told(ratio: Interval | None) -> str:
+    return "" if ratio is None else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def captured(
+    problem: str, seed: int, trial: Trial, times: Sequence[float], count: int = 2_000
+) -> list[tuple[Any, Any]]:
+    """Parameters and points drawn by ``ours`` at shares of a run, for pictures."""
+    made, key, domain = programs(problem, "ours", trial.larger), jax.random.key(seed), problems.domain(problem)
+    arm = arms.arm("ours", domain, trial.larger)
+    assert isinstance(arm, arms.Ours)
+    total = max(LOOKS, round(trial.seconds / price(problem, "ours", trial.larger, 2)))
+    carry, at, rows = made.begin(key), 0, []
+    name = next(iter(domain.terms))
+    pool = arm.pool(name)
+    for share in times:
+        stop = max(at + 1, round(share * total))
+        carry = made.advance(carry, key, trial.rate, float(total), at, stop - at)
+        at = stop
+        state, drawn = carry[2][name], []
+        for i in range(-(-count // pool.batch_size)):
+            drawn.append(pool.take(state, pool.sample(jax.random.fold_in(key, 2**30 + i), state)))
+        rows.append((jax.tree.map(np.asarray, carry[0]), np.concatenate(drawn)[:count]))
+    return rows
+
+
+def arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], seeds: int) -> argparse.Namespace:
+    """The options that both experiments have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--arms", nargs="+", choices=rivals, default=list(rivals))
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--quick", action="store_true", help="a few minutes: three arms, three seeds, one short budget")
+    parser.add_argument("--x64", action="store_true", help="in float64")
+    parser.add_argument("--folder", type=Path, help="of the cells")
+    parser.add_argument("--picture", type=Path, help="draw the picture of the first problem there, and stop")
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace, grid: Grid, quick: Grid, few: Sequence[str]) -> None:
+    """Race on each problem in turn."""
+    if options.x64:
+        jax.config.update("jax_enable_x64", True)
+    if options.quick:
+        grid, options.arms, options.seeds = quick, [name for name in options.arms if name in few], 3
+    races = [Race(name, options.arms, grid, options.seeds, options.folder) for name in options.problems]
+    print(f"at most {sum(race.planned() for race in races) / 60:.0f} minutes, compiling aside", flush=True)
+    print(f"each arm tries rates {grid.rates}, batches x{grid.larger}, budgets of {grid.seconds} s", flush=True)
+    for race in races:
+        race.race()

@@ -1,8 +1,8 @@
 """What a step of a physics-informed network costs with pools, draws, norms, monitor and refreshes, in plain steps.
 
-Burgers' equation with a term inside, one at t = 0 and one at both ends (768, 128 and 128 points from pools of 32,768 and
-4,096), network 2-64x3-1, Adam. The plain step has as many new uniform points. Blocks of as many steps as lie between
-two refreshes, each with one of them, in turn with the plain one; medians of ratios, in fresh processes.
+Burgers' equation with a term inside, one at t = 0 and one at both ends (768, 128 and 128 points from pools of 32,768
+and 4,096), network 2-64x3-1, Adam. The plain step has as many new uniform points. Blocks of as many steps as lie
+between two refreshes, each with one of them, in turn with the plain one; medians of ratios, in fresh processes.
 
 Target     at most 1.15 plain steps.
 

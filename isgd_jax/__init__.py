@@ -6,4 +6,6 @@ Importance Sampling" (arXiv 1511.06481).
 
 import lazy_loader
 
+__version__ = "0.2.0.dev0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -40,9 +40,12 @@ from .sampling.state import BatchSampler as BatchSampler
 from .sampling.state import SamplerState as SamplerState
 from .training.background import refresher as refresher
 from .training.callbacks import Callback as Callback
+from .training.callbacks import LogTo as LogTo
 from .training.loop import FitResult as FitResult
 from .training.loop import fit as fit
 from .training.problem import Problem as Problem
 from .types import Draw as Draw
 from .variance import gate as gate
 from .variance import monitor as monitor
+
+__version__: str

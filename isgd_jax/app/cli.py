@@ -18,11 +18,13 @@ try:
 except ModuleNotFoundError:
     sys.exit("isgd: the command needs more than the library: pip install 'isgd_jax[train]'")
 
+import isgd_jax
 from isgd_jax.app import userfiles
-from isgd_jax.app.commands import compare, probe
+from isgd_jax.app.commands import compare, predict, probe, runs, watch
 from isgd_jax.app.config import Config
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
+from isgd_jax.app.help import WIDTH, first_page
 from isgd_jax.app.presets import PRESETS
 from isgd_jax.app.run_dir import RunDir, write_whole
 from isgd_jax.errors import ArgumentError, IsgdError
@@ -38,14 +40,18 @@ is raised is a fault of a program, ours or the model's, and keeps its traceback.
 class Train:
     """Train a model by importance-sampling SGD, or with --mode uniform by plain SGD.
 
-    The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints. Ctrl-C and SIGTERM save and stop.
+    The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints.
+
+    Ctrl-C and SIGTERM save and stop.
+
+    Attributes:
+        resume: Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there.
+        preset: Begin with the paper's values, of its setting 1 or 2; flags beside it change single ones.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
     resume: str | None = None
-    """Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there."""
     preset: Literal["paper-1", "paper-2"] | None = None
-    """Begin with the paper's values, of its setting 1 or 2; flags beside it change single ones."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,29 @@ class Report:
     """Draw the figures of runs anew, and write one self-contained HTML page of them.
 
     It has figures, tables, configuration, environment and the hardest examples, and opens offline, light or dark.
+
+    Attributes:
+        runs: Folders of runs, finished or going on.
+        out: File of the page. Default: report.html, in the folder of the run, or in the one that holds all of them.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs, finished or going on."""
     out: str | None = None
-    """File of the page. Default: report.html, in the folder of the run, or in the one that holds all of them."""
 
 
-Command = Train | Report | compare.Compare | probe.Probe
+Command = Train | Report | compare.Compare | probe.Probe | runs.Runs | watch.Watch | predict.Predict
+
+FIRST_PAGES: dict[type, tuple[str, tuple[str, ...]]] = {
+    Train: ("", ("dataset", "model", "loss", "optimizer", "learning_rate", "batch_size", "steps", "mode",
+                 "refresh_every", "engine", "run_dir", "resume", "seed")),
+    Report: ("RUN ...", ("out",)),
+    compare.Compare: ("[RUN ...]", ("arms", "seeds", "levels", "until_levels", "out", "dataset", "model", "steps")),
+    probe.Probe: ("", ("run", "after", "ages", "examples", "out", "mixture", "dataset", "model", "loss", "scorer")),
+    runs.Runs: ("[FOLDER]", ()),
+    watch.Watch: ("RUN", ("every",)),
+    predict.Predict: ("RUN INPUTS.npy", ("out",)),
+}  # fmt: skip
+"""What ``--help`` shows of each command: what follows it without a flag, and the flags that people use."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,6 +134,13 @@ def _run(command: Command) -> int:
             if command.run is not None:
                 _tell_code(dataclasses.asdict(command))
             return probe.run(command)
+        case runs.Runs():
+            return runs.run(command)
+        case watch.Watch():
+            return watch.run(command)
+        case predict.Predict():
+            _tell_code(RunDir(Path(command.folder)).read_config().to_dict())
+            return predict.run(command)
 
 
 def train(command: Train) -> int:
@@ -125,6 +152,7 @@ def train(command: Train) -> int:
     from isgd_jax.app.run import fit
 
     console = Console(markup=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     named = command.config.recording.run_dir
     if command.resume is not None and Path(str(named)) != Path(command.resume):
         raise ArgumentError(
@@ -156,18 +184,18 @@ def report(command: Report) -> int:
 
     if not command.runs:
         raise ArgumentError("isgd report needs the folder of a run: isgd report runs/NAME")
-    runs = [RunDir(Path(folder)) for folder in command.runs]
-    for run in runs:
+    folders = [RunDir(Path(folder)) for folder in command.runs]
+    for run in folders:
         run.read_config()
-    for run in runs:
+    for run in folders:
         try:
             print(*draw(run), sep="\n")
         except OSError as error:  # of a run on a disk that can only be read a page can be made elsewhere
             if command.out is None:
                 raise
             print(f"isgd: the figures were not written into {run.path} ({error})", file=sys.stderr)
-    together = Path(os.path.commonpath([run.path.resolve() for run in runs]))
-    content = run_page(runs)
+    together = Path(os.path.commonpath([run.path.resolve() for run in folders]))
+    content = run_page(folders)
     if command.out:
         Path(command.out).write_text(content, encoding="utf-8")
     print(command.out or write_whole(together / "report.html", content))
@@ -200,6 +228,8 @@ def _leave_failures_to_us() -> None:
 def _parse(arguments: list[str]) -> Command:
     """The command in typed form."""
     refuse_gone(arguments)
+    _show_help(arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     named, probed = arguments[:1], _value_of("--run", arguments) if arguments[:1] == ["probe"] else None
     defaults: dict[type, Any] = {
         Train: _defaults(_value_of("--resume", arguments), _value_of("--replay", arguments), arguments),
@@ -214,6 +244,22 @@ def _parse(arguments: list[str]) -> Command:
     return parse(
         functools.reduce(operator.or_, commands), arguments, prog="isgd", description="Importance-sampling SGD for JAX."
     )
+
+
+def _show_help(arguments: list[str]) -> None:
+    """Print what is asked for and needs no parser: the version, and the first page of a command's help.
+
+    Raises:
+        SystemExit: it has been printed.
+    """
+    if arguments == ["--version"]:
+        print(f"isgd_jax {isgd_jax.__version__}")
+        sys.exit(0)
+    for kind, (positional, names) in FIRST_PAGES.items():
+        name = kind.__name__.lower()
+        if arguments[:1] == [name] and {"--help", "-h"} & set(arguments):
+            print(first_page(kind, prog=f"isgd {name}", names=names, positional=positional))
+            sys.exit(0)
 
 
 def _defaults(resume: str | None, replay: str | None, arguments: list[str]) -> Train:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from isgd_jax.app.fields import Amount, Count, Number, Part, Positive, Range, Share, must
+from isgd_jax.app.fields import Amount, Count, InPython, Number, Part, Positive, Range, Share, must
 from isgd_jax.app.gone import without_gone
 from isgd_jax.errors import ArgumentError
 
@@ -79,7 +79,7 @@ class ModelConfig(Part):
 
     model: str = "mlp"
     hidden: tuple[Count, ...] = (512, 512, 512, 512)
-    initializer: Literal["he", "paper"] = "he"
+    initializer: InPython[Literal["he", "paper"]] = "he"
     loss: str | None = None
 
 
@@ -151,16 +151,16 @@ class SamplingConfig(Part):
 
     mode: Literal["uniform", "exact", "relaxed", "static", "presample"] = "exact"
     sampler: str = "auto"
-    order: Literal["auto", "index", "label", "score", "label-score", "cells"] = "auto"
+    order: InPython[Literal["auto", "index", "label", "score", "label-score", "cells"]] = "auto"
     mixture: float | Literal["auto"] = "auto"
-    calibrate: Switch = "on"
-    gate: Switch = "on"
-    additive: Amount = 0.0
+    calibrate: InPython[Switch] = "on"
+    gate: InPython[Switch] = "on"
+    additive: InPython[Amount] = 0.0
     candidates: Count = 4
     static_scores: str | None = None
     example_weights: str | None = None
     augment: str | None = None
-    score_memory: Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)] = 0.7
+    score_memory: InPython[Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]] = 0.7
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,7 +212,7 @@ class RefreshConfig(Part):
         refresh_every: Steps between two refreshes of scores and proposal (K). In between, the proposal is frozen.
         refresh_share: Share of the data set scored anew at each refresh, in turn (relaxed mode, inline; exact scores
             all of it).
-        score_budget: In place of --refresh-share: the share of all examples differentiated, drawn ones and scored ones,
+        score_budget: In place of refresh_share: the share of all examples differentiated, drawn ones and scored ones,
             that scoring may be (relaxed mode, inline).
         publish_every: Steps between two publications of the parameters to workers (relaxed mode). Default: --refresh-
             every.
@@ -227,12 +227,12 @@ class RefreshConfig(Part):
 
     refresh_every: Count = 100
     refresh_share: Share = 0.25
-    score_budget: Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)] | None = None
-    publish_every: Count | None = None
-    refetch_every: Count = 1
+    score_budget: InPython[Annotated[float, Range("above 0 and below 1", lambda x: 0 < x < 1)] | None] = None
+    publish_every: InPython[Count | None] = None
+    refetch_every: InPython[Count] = 1
     max_age: Number | None = None
-    max_age_seconds: Positive | None = None
-    min_trusted: Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)] = 0.1
+    max_age_seconds: InPython[Positive | None] = None
+    min_trusted: InPython[Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)]] = 0.1
     replay: str | None = None
 
     @property
@@ -259,7 +259,7 @@ class WorkersConfig(Part):
     scorers: Count = 4
     address: str | None = None
     train_devices: Count = 1
-    chunk_patience: Positive = 60.0
+    chunk_patience: InPython[Positive] = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,8 +308,8 @@ class HostsConfig(Part):
     coordinator: str | None = None
     num_processes: Count | None = None
     process_id: Number | None = None
-    heartbeat_timeout: Count = 60
-    initialization_timeout: Count = 300
+    heartbeat_timeout: InPython[Count] = 60
+    initialization_timeout: InPython[Count] = 300
 
     def __post_init__(self) -> None:
         super().__post_init__()

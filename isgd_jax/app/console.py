@@ -14,7 +14,13 @@ from isgd_jax.app.run_dir import Record
 
 
 def _number(value: float | int) -> str:
-    return f"{value:.4g}"
+    """Three digits that count, in at most seven columns."""
+    text = f"{value:.3g}"
+    return text if len(text) <= 7 else f"{value:.1e}"
+
+
+def _gate(is_open: bool) -> str:
+    return "" if is_open else "shut"
 
 
 def _percent(value: float | int) -> str:
@@ -25,35 +31,28 @@ def _whole(value: float | int) -> str:
     return f"{value:.0f}"
 
 
-__all__ = ["RunConsole"]
-
 COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
     "step": ("step", 7, _whole),
     "steps_per_second": ("steps/s", 7, _number),
-    "loss": ("loss", 9, _number),
-    "test_loss": ("held-out", 9, _number),
+    "loss": ("loss", 8, _number),
+    "test_loss": ("held-out", 8, _number),
     "test_error": ("error", 6, _percent),
-    "sd_uniform": ("uniform", 10, _number),
-    "sd_stale": ("stale", 10, _number),
-    "sd_ideal": ("ideal", 10, _number),
-    "sd_drawn": ("drawn", 10, _number),
-    "variance_ratio": ("ratio", 6, "{:.2f}".format),
-    "age_mean": ("age", 5, _whole),
-    "age_p95": ("95 %", 5, _whole),
+    "sd_uniform": ("uniform", 7, _number),
+    "sd_stale": ("stale", 7, _number),
+    "sd_ideal": ("ideal", 7, _number),
+    "sd_drawn": ("drawn", 7, _number),
+    "variance_ratio": ("ratio", 5, "{:.2f}".format),
     "trusted_share": ("trust", 6, _percent),
-    "max_weight": ("weight", 6, _number),
-    "scores_per_second": ("scores/s", 8, _number),
     "share_scoring": ("scoring", 7, _percent),
-    "share_updating": ("updating", 8, _percent),
+    "gate_is_open": ("gate", 4, _gate),
 }
 """A line of progress: field of the record, head of the column, width, how it is written."""
 
 LEGEND = (
-    "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient, with its 95 % band; drawn: "
-    "the same of batches as they were drawn, √(M Tr Cov). ratio: variance of stale over uniform, below 1 the "
-    "scores help. age: of the scores, in steps. trust: share of scores young enough to be used. weight: the largest "
-    "1/(Nq). "
-    "scoring, updating: shares of the time after start-up; measuring these numbers took the rest."
+    "loss: mean(s·L) of the draws. uniform, stale, ideal: √Tr Cov of one draw's gradient; drawn: the same of batches "
+    "as they were drawn, √(M Tr Cov). ratio: variance of stale over uniform, below 1 the scores help. trust: share of "
+    "scores young enough to be used. scoring: share of the time after start-up. gate: shut while the scores do harm, "
+    "and draws are uniform. All else, with bands, is in metrics.jsonl and the figures; isgd watch shows it live."
 )
 
 __all__ = ["COLUMNS", "LEGEND", "RunConsole"]
@@ -105,17 +104,17 @@ class RunConsole:
         self._bar.start()
 
     def _progress(self, record: Record) -> None:
-        fields = [field for field in COLUMNS if record[field] is not None]
-        written = {field: COLUMNS[field][2](record[field]) + _band(record, field) for field in fields}
-        self._print(_row(written))
+        fields = [field for field in COLUMNS if record.get(field) is not None]
+        written = {field: COLUMNS[field][2](record[field]) for field in fields}
+        self._print(_row(written), style=None if record.get("gate_is_open", True) else "yellow")
         self._bar.update(self._task, completed=record["step"])
         self._last = record
 
     def _warning(self, record: Record) -> None:
-        self._print(f"warning at step {record['step']}: {in_flags(record['text'])}", style="yellow")
+        self._wrap(f"warning at step {record['step']}: {in_flags(record['text'])}")
 
     def _gate(self, record: Record) -> None:
-        self._print(f"gate {'opened' if record['is_open'] else 'shut'} at step {record['at']}: {record['reason']}")
+        self._wrap(f">> gate {'opened' if record['is_open'] else 'shut'} at step {record['at']}: {record['reason']}")
 
     def _end(self, record: Record) -> None:
         self._bar.stop()
@@ -136,16 +135,11 @@ class RunConsole:
         for path in record["paths"]:
             self._print(f"  {path}")
 
+    def _wrap(self, text: str) -> None:
+        self._console.print(text, style="yellow", highlight=False, markup=False)
+
     def _print(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
-
-
-def _band(record: Record, field: str) -> str:
-    """Half the width of a number's 95 % band, in percent of it."""
-    low, high = record.get(f"{field}_low"), record.get(f"{field}_high")
-    if low is None or high is None or not record[field]:
-        return ""
-    return f"±{50 * (high - low) / record[field]:.0f}%"
 
 
 def _row(written: dict[str, str]) -> str:

@@ -6,11 +6,13 @@ Messages speak the names of Python (``batch_size must be at least 1; got 0``); t
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["Amount", "Count", "Number", "Part", "Positive", "Range", "Share", "must"]
+__all__ = ["Amount", "Count", "InPython", "Number", "Part", "Positive", "Range", "Share", "must"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
 Amount = Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
 Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 """A part of a whole, never none of it."""
+
+T = TypeVar("T")
+InPython = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
+"""A field without a flag, for the few who tune it: ``configure(order="label")``. `isgd_jax.app.gone` names them all."""
 
 
 class Part:

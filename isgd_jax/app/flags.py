@@ -14,13 +14,15 @@ from typing import Any
 import tyro
 
 from isgd_jax.app.config import Config
+from isgd_jax.app.gone import IN_PYTHON
+from isgd_jax.app.help import narrow
 from isgd_jax.errors import IsgdError
 
 __all__ = ["in_flags", "parse"]
 
 _OF_COMMANDS = ("after", "ages", "arms", "examples", "levels", "out", "resume", "run", "seeds", "until_levels")
-_IN_LIBRARY = {"uniform_fraction": "mixture", "num_workers": "scorers", "timeout": "chunk_patience"}
-_FLAGS = {name: name for name in (*Config().flat(), *_OF_COMMANDS)} | _IN_LIBRARY
+_IN_LIBRARY = {"uniform_fraction": "mixture", "num_workers": "scorers"}
+_FLAGS = {name: name for name in (*Config().flat(), *_OF_COMMANDS) if name not in IN_PYTHON} | _IN_LIBRARY
 _NAMED = re.compile(
     r"(?<![\w./'\"=-])(?:"
     r"(?P<given>[a-z_]+)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;:()]*)"  # batch_size=32, or batch_size= alone
@@ -45,7 +47,7 @@ def parse(what: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), narrow():
             return tyro.cli(what, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options)
     except SystemExit as exit_error:
         cause = exit_error.__context__

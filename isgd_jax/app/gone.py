@@ -1,11 +1,11 @@
-"""Options of earlier versions: what the command says of their flags, and what becomes of them in old runs."""
+"""Flags of earlier versions: what the command says of them, and what becomes of their values in old runs."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from isgd_jax.errors import ArgumentError
 
-__all__ = ["GONE", "refuse_gone", "without_gone"]
+__all__ = ["GONE", "IN_PYTHON", "refuse_gone", "without_gone"]
 
 GONE = {
     "coin": "--coin went in 0.2: every step draws from the proposal; use --mixture for a share of uniform draws",
@@ -35,12 +35,18 @@ _UNCHOSEN: dict[str, Any] = {
 """What options that went were unless chosen. Runs that have it are as runs are now, and are still read. The size of
 something that went along with it (`priorities`, `probe_size`) decided nothing by itself, and is not asked for."""
 
+IN_PYTHON = (
+    "additive", "calibrate", "chunk_patience", "gate", "heartbeat_timeout", "initialization_timeout", "initializer",
+    "max_age_seconds", "min_trusted", "order", "publish_every", "refetch_every", "score_budget", "score_memory",
+)  # fmt: skip
+"""Fields of the configuration that had flags once: runs have them as before, and Python sets them."""
+
 
 def refuse_gone(arguments: Sequence[str]) -> None:
     """Refuse flags of earlier versions, as ``--name value`` and as ``--name=value``.
 
     Raises:
-        ValueError: one of the arguments is in `GONE`; it says what to do instead.
+        ValueError: one of the arguments is in `GONE` or `IN_PYTHON`; it says what to do instead.
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, _, value = argument.partition("=")
@@ -48,6 +54,11 @@ def refuse_gone(arguments: Sequence[str]) -> None:
         for key in (name, f"{name} {value or following}"):
             if flag.startswith("--") and key in GONE:
                 raise ArgumentError(GONE[key])
+        if flag.startswith("--") and name in IN_PYTHON:
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} went in 0.2: few tuned it; in Python {name} is set as before, by "
+                f"isgd_jax.app.run.fit(configure({name}=...))"
+            )
 
 
 def without_gone(values: dict[str, Any]) -> dict[str, Any]:

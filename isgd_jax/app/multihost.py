@@ -37,7 +37,7 @@ _LOSS = re.compile("Gloo|NCCL|heartbeat|coordination service|UNAVAILABLE|DEADLIN
 
 @contextmanager
 def joined(config: Config, fingerprint: str) -> Iterator[None]:
-    """Inside, this process is one of those of a `--distributed` run; without that flag, nothing happens.
+    """Inside, this process is one of those of a run with ``distributed``; without, nothing happens.
 
     After an error the interpreter does not wait for the others when it exits: they may hang.
 
@@ -67,7 +67,7 @@ def joined(config: Config, fingerprint: str) -> Iterator[None]:
         if not is_loss:
             raise
         reason = str(error).strip().splitlines()[0]
-        advice = "see what it said last, and go on with --resume on every host"
+        advice = "see what it said last, and go on with resume=True on every host"
         raise ConnectionError(f"another process was lost ({reason}): {advice}") from error
 
 
@@ -104,7 +104,7 @@ def _initialize(hosts: HostsConfig) -> None:
 
     thread = threading.Thread(target=initialize, daemon=True)
     thread.start()
-    logging.getLogger(__name__).info("Waiting for all processes, at most %d s (--initialization-timeout)", limit)
+    logging.getLogger(__name__).info("Waiting for all processes, at most %d s (initialization_timeout)", limit)
     thread.join(limit)
     if thread.is_alive():
         who = f"not all {count or 'of the'} processes came"
@@ -112,10 +112,10 @@ def _initialize(hosts: HostsConfig) -> None:
             who = f"process {1 - number} of 2 did not come"
         raise TimeoutError(
             f"{who} to {address or 'the coordinator'} within {limit} s: start the same command on every host (only "
-            "--process-id differs), see that the port is open between them, or raise --initialization-timeout"
+            "process_id differs), see that the port is open between them, or raise initialization_timeout"
         )
     if failed and None in place:
-        needs = "where no cluster is found --distributed needs --coordinator, --num-processes and --process-id"
+        needs = "where no cluster is found distributed=True needs coordinator=, num_processes= and process_id="
         raise ArgumentError(f"{needs} ({failed[0]})") from failed[0]
     if failed:
         raise failed[0]
@@ -123,8 +123,8 @@ def _initialize(hosts: HostsConfig) -> None:
 
 def _identity(config: Config, fingerprint: str) -> dict[str, Any]:
     """What must be the same everywhere."""
-    flags = {f"--{name.replace('_', '-')}": value for name, value in config.flat().items() if name not in PER_HOST}
-    flags["--num-processes"] = config.hosts.num_processes or jax.process_count()  # JAX goes by what process 0 was told
+    flags = {f"{name}=": value for name, value in config.flat().items() if name not in PER_HOST}
+    flags["num_processes="] = config.hosts.num_processes or jax.process_count()  # JAX goes by what process 0 was told
     return flags | {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
 
 

@@ -273,7 +273,9 @@ class Recorder(Callback):
             self._restore(run)
             self._folder.write_config(self._config)
         self._folder.write(data.INPUTS_FILE, self._work.inputs.to_json())
-        self._folder.write_environment([str(device) for device in jax.devices()], self._work.fingerprint)
+        self._folder.write_environment(
+            [str(device) for device in jax.devices()], self._work.fingerprint, num_classes=self._work.num_classes
+        )
         if self._step < run.num_steps:
             self._observe(self._plan(run))
         else:
@@ -374,7 +376,7 @@ class Recorder(Callback):
         shares = self._clock.shares("scoring", "updating", "measuring")
         training = {"train_seconds": round(self._clock.spent["scoring"] + self._clock.spent["updating"], 3)}
         watched = NOBODY_SCORES if self._rates is None else self._rates.since_last()
-        watched = watched | {"trusted_share": self._trusted_share}
+        watched = watched | {"trusted_share": self._trusted_share, "gate_is_open": self._was_open}
         record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
         self._reached = self._until(record)
         self._set_mark()

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
+import isgd_jax
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config, TrainingConfig
 from isgd_jax.app.locks import locked
 from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
@@ -87,7 +88,7 @@ class RunDir:
         except RunInUseError:
             run._refuse_new()
         except PermissionError as error:
-            raise PermissionError(f"cannot write to {path}: choose a --run-dir where you may write") from error
+            raise PermissionError(f"cannot write to {path}: choose a run_dir where you may write") from error
         return run
 
     def _check_new(self) -> None:
@@ -99,8 +100,8 @@ class RunDir:
 
     def _refuse_new(self) -> NoReturn:
         raise FileExistsError(
-            f"{self.path} is there already: resume it with --resume {self.path}, or name another --run-dir "
-            "(in Python: fit(config, resume=True), or another run_dir)"
+            f"{self.path} is there already: go on with it by resume={self.path} (in Python: fit(config, resume=True)), "
+            "or name another run_dir"
         )
 
     @contextlib.contextmanager
@@ -126,6 +127,16 @@ class RunDir:
         except (OSError, ArgumentError, KeyError):  # it has only just begun, or is just ending
             who = "another process is writing to it"
         raise RunInUseError(f"{self.path} is in use: {who}; wait for it, or stop it")
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who says that it writes to the folder: host, pid, since. None if nobody does, or it cannot be read.
+
+        A process that was killed says so for ever: see whether it is alive.
+        """
+        try:
+            return read_json(self.own(_HOLDER))
+        except (OSError, ArgumentError):
+            return None
 
     def own(self, name: str) -> Path:
         """The path of something in the folder, for reading.
@@ -223,15 +234,22 @@ class RunDir:
         """What a person finds in the folder."""
         return sorted(path for path in self.path.iterdir() if not path.name.startswith("."))
 
-    def write_environment(self, devices: list[str], fingerprint: str) -> None:
-        """Record what the run ran on, for whoever reads it later."""
-        packages = ("isgd_jax", "jax", "flax", "optax", "tensorflow-datasets", "orbax-checkpoint")
+    def write_environment(self, devices: list[str], fingerprint: str, *, num_classes: int | None = None) -> None:
+        """Record what the run ran on, for whoever reads it later.
+
+        Args:
+            devices: their names.
+            fingerprint: of the training set.
+            num_classes: that its labels are of, which a model is made for; None where there are none.
+        """
+        packages = ("jax", "flax", "optax", "tensorflow-datasets", "orbax-checkpoint")
         environment = {
             "python": platform.python_version(),
             "platform": platform.platform(),
             "devices": devices,
             "fingerprint": fingerprint,
-            "packages": {name: metadata.version(name) for name in packages},
+            "num_classes": num_classes,
+            "packages": {"isgd_jax": isgd_jax.__version__} | {name: metadata.version(name) for name in packages},
         }
         self.write("environment.json", _pretty(environment))
 

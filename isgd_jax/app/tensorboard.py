@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, written without TensorFlow: every number of every line of progress."""
+"""The numbers of every line of progress, for a tracker: TensorBoard events without TensorFlow, or any other."""
 
 import importlib.util
 from collections.abc import Callable
@@ -7,8 +7,9 @@ from typing import Any
 
 from isgd_jax.app.run_dir import Record
 from isgd_jax.errors import CannotImportError
+from isgd_jax.training.callbacks import Log
 
-__all__ = ["Events", "require_tensorboard", "with_events"]
+__all__ = ["Events", "log_to", "require_tensorboard", "with_events"]
 
 
 def require_tensorboard() -> None:
@@ -18,7 +19,7 @@ def require_tensorboard() -> None:
         ImportError: tensorboardX is not installed.
     """
     if importlib.util.find_spec("tensorboardX") is None:
-        raise CannotImportError("--tensorboard needs tensorboardX: pip install 'isgd_jax[tensorboard]'")
+        raise CannotImportError("tensorboard=True needs tensorboardX: pip install 'isgd_jax[tensorboard]'")
 
 
 def with_events(folder: Path, observe: Callable[[Record], None]) -> Callable[[Record], None]:
@@ -30,6 +31,24 @@ def with_events(folder: Path, observe: Callable[[Record], None]) -> Callable[[Re
         observe(record)
 
     return both
+
+
+def log_to(log: Log) -> Callable[[Record], None]:
+    """An observer of `isgd_jax.app.run.fit` that hands the numbers of each line of progress on.
+
+    Args:
+        log: called as ``log({"loss": 0.3, ...}, step=100)``, such as ``wandb.init(...).log``.
+    """
+
+    def observe(record: Record) -> None:
+        if record["event"] == "progress":
+            log(_numbers(record), step=record["step"])
+
+    return observe
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
 
 
 class Events:
@@ -44,9 +63,8 @@ class Events:
         if event == "resumed":
             self._open(purge_step=step + 1)
         elif event == "progress":
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in ("step", "event"):
-                    self._open().add_scalar(f"progress/{name}", value, step)
+            for name, value in _numbers(record).items():
+                self._open().add_scalar(f"progress/{name}", value, step)
             self._open().flush()
         elif event == "warning":
             self._open().add_text("warning", record["text"], step)

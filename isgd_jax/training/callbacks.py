@@ -5,7 +5,7 @@ Checkpoints, consoles, figures and records of a folder are callbacks too; they l
 
 import sys
 import time
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from isgd_jax.errors import DivergedError
 if TYPE_CHECKING:
     from isgd_jax.training.loop import Run
 
-__all__ = ["Callback", "History", "PlainProgress", "Record"]
+__all__ = ["Callback", "History", "Log", "LogTo", "PlainProgress", "Record"]
 
 Record = dict[str, Any]
 
@@ -93,6 +93,35 @@ class History(Callback):
             record["equivalent_batch"] = float(found.equivalent_batch)
         record |= {"scored_share": float(found.scored_share), "mean_age": float(found.mean_age)}
         return record | {"gate_is_open": bool(found.gate_is_open)}
+
+
+@runtime_checkable
+class Log(Protocol):
+    """Where numbers go: the ``log`` of a run of Weights & Biases, say, or two lines around TensorBoard's writer."""
+
+    def __call__(self, values: dict[str, float], /, *, step: int) -> object:
+        """Take the numbers of a step by name."""
+
+
+class LogTo(History):
+    """Gives the numbers of each record to a function: the bridge to experiment trackers.
+
+    For Weights & Biases ``LogTo(wandb.init(...).log)``; for TensorBoard::
+
+        LogTo(lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()])
+
+    Args:
+        log: called as ``log({"loss": 0.3, ...}, step=100)``. The names are those of `History`; the gate is 1 or 0.
+        every: steps between two calls. The last step has one too.
+    """
+
+    def __init__(self, log: Log, *, every: int = 100) -> None:
+        super().__init__(every=every)
+        self._log = log
+
+    def recorded(self, run: "Run", record: Record) -> None:
+        """Hand the numbers on."""
+        self._log({name: float(value) for name, value in record.items() if name != "step"}, step=record["step"])
 
 
 class PlainProgress(History):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from isgd_jax.app.cli import _parse, main
+import isgd_jax
+from isgd_jax.app.cli import FIRST_PAGES, _parse, main
 from isgd_jax.app.config import Config, configure
+from isgd_jax.app.gone import IN_PYTHON
 from isgd_jax.app.run_dir import RunDir
 
 SMALL = [
@@ -178,8 +181,8 @@ def test_the_bare_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]
     [
         (["--preset", "paper-2"], {"learning_rate": 0.001, "additive": 1.0, "mode": "relaxed", "run_dir": None}),
         (
-            ["--preset", "paper-1", "--additive", "3", "--steps", "7"],
-            {"learning_rate": 0.01, "additive": 3.0, "steps": 7},
+            ["--preset", "paper-1", "--momentum", "0.5", "--steps", "7"],
+            {"learning_rate": 0.01, "momentum": 0.5, "additive": 10.0, "order": "index", "steps": 7},
         ),
         (["--replay", "old"], {"seed": 5, "mode": "relaxed", "run_dir": None, "replay": "old"}),
     ],
@@ -213,26 +216,64 @@ def test_help_is_instant(tmp_path: Path) -> None:
     assert done.stderr.strip() == "[]"
 
 
-def test_help_has_a_panel_for_each_part_and_a_line_for_each_command(
+def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_part(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "200")
 
     def said(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit_info:
-            main([*arguments, "--help"])
+            main([*arguments])
+        assert exit_info.value.code == 0
+        told = capsys.readouterr().out
+        assert max(map(len, told.splitlines())) <= 100
+        return told
+
+    for command, (_, names) in FIRST_PAGES.items():
+        told = said(command.__name__.lower(), "--help")
+        assert len(told.splitlines()) <= 50
+        assert re.findall(r"^  --([a-z-]+)", told, flags=re.MULTILINE) == [name.replace("_", "-") for name in names]
+    parts = list(Config().to_dict())[1:]
+    for name, named in {"train": parts, "compare": parts, "probe": ["data", "model", "training", "scoring"]}.items():
+        told = said(name, "--help-all")
+        assert re.findall(r"^\W+ (\w+) options \W+$", told, flags=re.MULTILINE) == named
+        flags = {f"--{flag.replace('_', '-')}" for part in named for flag in Config().to_dict()[part]}
+        shown = {flag for flag in flags if re.search(rf"^\W {flag}\b", told, flags=re.MULTILINE)}
+        assert flags - shown == {f"--{flag.replace('_', '-')}" for flag in IN_PYTHON} & flags
+    assert len(set(re.findall(r"^\W (--[a-z-]+)", said("train", "--help-all"), flags=re.MULTILINE))) <= 45
+    assert len(said("--help").splitlines()) < 25
+    assert said("--version") == f"isgd_jax {isgd_jax.__version__}\n"
+
+
+def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that has finished, one whose process is gone, one that a living process writes, one that is damaged."""
+    line = {"event": "progress", "seconds": 90.0, "loss": 0.5, "test_loss": 0.25, "test_error": 0.125,
+            "sd_uniform": 2.0, "sd_drawn": 1.0, "variance_ratio": 0.5, "share_scoring": 0.25,
+            "trusted_share": 1.0}  # fmt: skip
+    made = {name: RunDir.create(configure(run_dir=str(tmp_path / name))) for name in ("done", "gone", "on", "bad")}
+    for run in made.values():
+        run.append(line | {"step": 100})
+    made["done"].append({"event": "gate", "step": 100, "at": 50, "is_open": False, "reason": "harm"})
+    made["done"].append({"event": "finished", "step": 100, "seconds": 90.0, "spent": {}})
+    for name, pid in {"gone": 2**22 - 1, "on": os.getpid()}.items():
+        made[name].write(".holder.json", json.dumps({"host": socket.gethostname(), "pid": pid, "since": "now"}))
+    (tmp_path / "bad" / "config.json").write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
         assert exit_info.value.code == 0
         return capsys.readouterr().out
 
-    parts = list(Config().to_dict())[1:]
-    for command, named in {"train": parts, "compare": parts, "probe": ["data", "model", "training", "scoring"]}.items():
-        told = said(command)
-        assert re.findall(r"^\W+ (\w+) options \W+$", told, flags=re.MULTILINE) == named
-        flags = [f"--{name.replace('_', '-')}" for part in named for name in Config().to_dict()[part]]
-        assert [flag for flag in flags if not re.search(rf"^\W {flag}\b", told, flags=re.MULTILINE)] == []
-        boxed = [line for line in told.splitlines() if line[:1] in "╭│╰+|"]
-        assert max(map(len, boxed)) <= 100
-    assert len(said().splitlines()) < 20
+    listed = {row.split()[0]: row.split()[1:] for row in said("runs", str(tmp_path)).splitlines()}
+    assert listed["done"] == ["finished", "100", "exact", "0.25", "12.5%", "0.25", "25%", "1.5"]
+    assert (listed["gone"][0], listed["on"][0], listed["bad"][0]) == ("killed", "running", "damaged")
+    watched = said("watch", str(tmp_path / "done"))
+    for text in ("done: finished, update 100", "equivalent plain batch", "128", "the gate was shut for 50%"):
+        assert text in watched
+    assert max(map(len, watched.splitlines())) <= 100
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -259,6 +300,13 @@ def test_help_has_a_panel_for_each_part_and_a_line_for_each_command(
         (["compare", "--levels", "low", "--arms", "a:", "--out", "x"], "a level is a field and its values"),
         (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
         (["train", "--coin", "0.5"], "isgd: --coin went in 0.2: every step draws from the proposal; use --mixture"),
+        (
+            ["train", "--publish-every", "5"],
+            "--publish-every went in 0.2: few tuned it; in Python publish_every is set",
+        ),
+        (["runs", "nowhere"], "there is no folder nowhere: name the one that holds the runs"),
+        (["watch", "nowhere"], "nowhere is not the folder of a run"),
+        (["predict", "nowhere", "x.npy"], "nowhere is not the folder of a run"),
         (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
         (["probe", "--mode", "relaxed"], "--mode (applied to isgd probe)"),
         (["probe", "--mixture", "2"], "isgd: --mixture must be above 0 and at most 1; got 2.0"),
@@ -288,7 +336,8 @@ def test_an_existing_run_is_left_alone(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("keep me")
     said = sentence(["train", "--run-dir", "run", "--data-dir", "data"], capsys)
-    assert "run is there already: resume it with --resume run, or name another --run-dir" in said
+    assert "run is there already: go on with it by --resume run" in said
+    assert "or name another --run-dir" in said
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 

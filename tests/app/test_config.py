@@ -1,12 +1,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import tyro
 
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, VERSION, Config, configure
 from isgd_jax.app.flags import in_flags
-from isgd_jax.app.gone import GONE, refuse_gone
+from isgd_jax.app.gone import GONE, IN_PYTHON, refuse_gone
 from isgd_jax.app.presets import PRESETS
 from isgd_jax.app.run_dir import RunDir
 
@@ -222,6 +224,19 @@ def test_a_flag_that_went_is_found_however_it_is_written(name: str) -> None:
         with pytest.raises(ValueError, match=r"^--.* went in 0\.2: "):
             refuse_gone(["train", "--seed", "1", *arguments])
     refuse_gone(["train", "--sampler", "stratified", "--run-dir", flag, "--out=poisson", flag])
+
+
+def test_fields_without_a_flag_are_those_that_are_refused_as_flags() -> None:
+    marked = {
+        name
+        for part in Config().__dict__.values()
+        for name, hint in get_type_hints(type(part), include_extras=True).items()
+        if tyro.conf.Fixed in getattr(hint, "__metadata__", ())
+    }
+    assert marked == set(IN_PYTHON)
+    for name in IN_PYTHON:
+        with pytest.raises(ValueError, match=rf"went in 0\.2: .*configure\({name}="):
+            refuse_gone(["train", f"--{name.replace('_', '-')}=1"])
 
 
 def test_epochs_count_batches_of_the_data_set() -> None:

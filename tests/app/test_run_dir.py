@@ -16,7 +16,7 @@ from isgd_jax.errors import ArgumentError, RunInUseError
 def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
     config = configure(run_dir=str(tmp_path / "run"))
     RunDir.create(config)
-    with pytest.raises(FileExistsError, match="resume it with --resume"):
+    with pytest.raises(FileExistsError, match="go on with it by resume="):
         RunDir.create(config)
 
 
@@ -93,7 +93,7 @@ def test_a_folder_one_may_not_write_to_is_one_sentence(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", forbidden)  # as root every folder is writable
-    with pytest.raises(PermissionError, match="choose a --run-dir where you may write"):
+    with pytest.raises(PermissionError, match="choose a run_dir where you may write"):
         RunDir.create(configure(run_dir=str(tmp_path / "run")))
 
 

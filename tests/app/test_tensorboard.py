@@ -51,3 +51,11 @@ def test_without_tensorboardx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'isgd_jax\[tensorboard\]'"):
         tensorboard.require_tensorboard()
+
+
+def test_numbers_go_to_any_tracker() -> None:
+    seen: list[tuple[dict[str, float], int]] = []
+    observe = tensorboard.log_to(lambda values, *, step: seen.append((values, step)))
+    observe({"event": "progress", "step": 7, "loss": 0.5, "test_loss": None, "scores_per_second_by_worker": {}})
+    observe({"event": "warning", "step": 8, "text": "x"})
+    assert seen == [({"loss": 0.5}, 7)]

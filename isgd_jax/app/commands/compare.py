@@ -22,7 +22,7 @@ __all__ = ["Compare", "parse_arms", "run"]
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare ways of training over several seeds: the updates and seconds that each needs to given levels.
+    """Compare ways of training over several seeds: the updates and seconds each needs to given levels.
 
     Train what is missing, every arm from the same seeds (stopped, the same command goes on):
 
@@ -30,21 +30,25 @@ class Compare:
 
     or read what is there, a study's folder or the folders of single runs: isgd compare DIR.
 
-    The flags of isgd train, below in groups, hold for every arm; what an arm is followed by holds for that one.
+    The flags of isgd train hold for every arm; what an arm is followed by holds for that one.
+
+    Attributes:
+        runs: Folders to read: one of a study, or those of runs; runs that differ in the seed alone are one arm.
+        arms: One text an arm, "NAME: FLAGS": the flags in which it differs. The others are compared to the first.
+        seeds: Runs of each arm, from --seed on.
+        levels: Levels to reach, such as test_loss=0.2,0.1 train_loss=0.05. Default: the lowest that every run has
+            reached.
+        until_levels: A run ends when it has reached all levels.
+        out: Folder of the study: its runs, figures, table and page. Reading single runs: where to write figures and
+            page.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Folders to read: one of a study, or those of runs; runs that differ in the seed alone are one arm."""
     arms: tuple[str, ...] = ()
-    """One text an arm, "NAME: FLAGS": the flags in which it differs. The others are compared to the first."""
     seeds: int = 5
-    """Runs of each arm, from --seed on."""
     levels: tuple[str, ...] = ()
-    """Levels to reach, such as test_loss=0.2,0.1 train_loss=0.05. Default: the lowest that every run has reached."""
     until_levels: bool = False
-    """A run ends when it has reached all levels."""
     out: str | None = None
-    """Folder of the study: its runs, figures, table and page. Reading single runs: where to write figures and page."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     def __post_init__(self) -> None:

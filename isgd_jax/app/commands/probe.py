@@ -21,24 +21,30 @@ __all__ = ["Probe", "run"]
 
 @dataclass(frozen=True)
 class Probe:
-    """Measure whether importance sampling can pay, before training or at a checkpoint, and say so in plain words.
+    """Measure whether importance sampling can pay, before training or at a checkpoint, and say so.
 
-    The spread of the gradients' norms says what could be gained, scoring and a step are timed on this machine, and a
-    few hundred real steps show how fast scores get worthless. With --model and --loss it is your own model.
+    The spread of the gradients' norms says what could be gained; scoring and a step are timed here.
+
+    A few hundred real steps show how fast scores get worthless.
+
+    With --model and --loss it is your own model.
+
+    Attributes:
+        run: Folder of a run: probe its newest checkpoint. Its configuration is taken from there.
+        after: Steps of plain SGD to make first: at initialization norms are nearly alike, and there is little to gain
+            yet.
+        ages: After so many steps the scores are tried again; these are also the refresh periods that are judged.
+        examples: Training examples whose norms are measured, drawn at random.
+        out: Folder for figures, page and numbers. Default: runs/probe-<dataset>-<time>, or probe/ in that of the run.
+        mixture: Share of uniform draws in the proposals that are judged; 0.3 suits scores that get old.
     """
 
     run: str | None = None
-    """Folder of a run: probe its newest checkpoint. Its configuration is taken from there."""
     after: int = 0
-    """Steps of plain SGD to make first: at initialization norms are nearly alike, and there is little to gain yet."""
     ages: tuple[int, ...] = (10, 30, 100, 300)
-    """After so many steps the scores are tried again; these are also the refresh periods that are judged."""
     examples: int = 4096
-    """Training examples whose norms are measured, drawn at random."""
     out: str | None = None
-    """Folder for figures, page and numbers. Default: runs/probe-<dataset>-<time>, or probe/ in that of the run."""
     mixture: float = 0.3
-    """Share of uniform draws in the proposals that are judged; 0.3 suits scores that get old."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)

@@ -1,0 +1,85 @@
+"""`isgd runs`: the runs in a folder, a line each, the newest first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from isgd_jax.app.help import WIDTH
+from isgd_jax.app.run_dir import RunDir
+from isgd_jax.app.summary import key_numbers, state_of
+from isgd_jax.errors import ArgumentError
+
+__all__ = ["Runs", "rows", "run"]
+
+HEADS = ("run", "state", "step", "mode", "held-out", "error", "variance", "scoring", "minutes")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List the runs in a folder: their state, and what came out, the newest first.
+
+    Attributes:
+        folder: The folder that holds the runs.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional] = "runs"
+
+
+def run(command: Runs) -> int:
+    """Run `isgd runs`: print the table; returns the exit code.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for i, head in enumerate(HEADS):
+        table.add_column(head, justify="left" if i in (0, 1, 3) else "right", overflow="fold", no_wrap=i > 0)
+    for row in rows(Path(command.folder)):
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    console.print(table)
+    return 0
+
+
+def rows(folder: Path) -> list[tuple[str, ...]]:
+    """The cells of each run in a folder, as `HEADS` names them, the newest first.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: name the one that holds the runs")
+    found = [path.parent for path in folder.glob("*/config.json")]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no runs: no folder in it has a config.json")
+    return [_row(path) for path in sorted(found, key=lambda path: -(path / "config.json").stat().st_mtime)]
+
+
+def _row(path: Path) -> tuple[str, ...]:
+    run = RunDir(path)
+    try:
+        config, records = run.read_config(), list(run.records())
+    except (ArgumentError, TypeError):
+        return path.name, "damaged", *["-"] * (len(HEADS) - 2)
+    numbers = key_numbers([r for r in records if r["event"] == "progress"], batch_size=config.training.batch_size)
+    return (
+        path.name,
+        state_of(run, records),
+        f"{numbers.step:,}",
+        config.sampling.mode,
+        _as(numbers.test_loss, ".4g"),
+        _as(numbers.test_error, ".1%"),
+        _as(numbers.variance, ".2f"),
+        _as(numbers.share_scoring, ".0%"),
+        _as(None if numbers.seconds is None else numbers.seconds / 60, ".1f"),
+    )
+
+
+def _as(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)

@@ -1,0 +1,108 @@
+"""The first page of a command's help: the flags that people use, at most 50 lines of at most 100 columns.
+
+All of them, in panels, are what tyro makes of the same dataclasses: ``--help-all``.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any, get_type_hints
+
+import tyro
+
+from isgd_jax.app.gone import IN_PYTHON
+
+__all__ = ["WIDTH", "first_page", "narrow"]
+
+WIDTH = 100
+"""Columns: nothing that the command prints is wider, but paths."""
+
+_FLAG = 27
+"""Columns of a flag with its default."""
+
+
+def first_page(command: type, *, prog: str, names: Sequence[str], positional: str = "") -> str:
+    """The help of a command in one screen, from the docstrings of its dataclasses.
+
+    Args:
+        command: a dataclass; fields of dataclasses within it count as its own. What is told of a field is what its
+            class says under "Attributes:".
+        prog: what is typed, such as ``isgd train``.
+        names: the fields to show, in this order.
+        positional: what follows the command without a flag, as the usage line has it.
+
+    Raises:
+        KeyError: a field is not there, or not described.
+    """
+    fields, told = _fields(command), _described(command)
+    lines = [f"usage: {prog}{f' {positional}' if positional else ''} [FLAGS]", ""]
+    lines += [*_summary(command).splitlines(), ""]
+    for name in names:
+        described = textwrap.wrap(told[name], WIDTH - _FLAG - 1)
+        flag = f"  --{name.replace('_', '-')}{_default(fields[name])}"
+        if len(flag) > _FLAG:
+            lines.append(flag)
+            flag = ""
+        lines += [
+            f"{head:<{_FLAG}} {text}" for head, text in zip([flag, *[""] * len(described)], described, strict=False)
+        ]
+    left = [name for name in fields if name in told and name not in names and name not in _positionals(command)]
+    more = f"{len(left)} flags more, in panels: {prog} --help-all" if left else ""
+    return "\n".join([*lines, "", *filter(None, ["Beside a flag stands its default.", more])])
+
+
+def _summary(command: type) -> str:
+    """The paragraphs of a command's docstring before its sections, in lines of at most `WIDTH` columns."""
+    text = inspect.cleandoc(str(command.__doc__)).partition("\nAttributes:")[0]
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), WIDTH) for part in text.split("\n\n") if part.strip())
+
+
+@contextlib.contextmanager
+def narrow() -> Iterator[None]:
+    """Inside, tyro and rich take the terminal for one of at most `WIDTH` columns."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _fields(command: type) -> dict[str, Any]:
+    """The default of each field by its name, those of dataclasses within among them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(command):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found |= _fields(type(default)) if dataclasses.is_dataclass(default) else {field.name: default}
+    return found
+
+
+def _described(command: type) -> dict[str, str]:
+    """What the docstrings say of each field that has a flag."""
+    told: dict[str, str] = {}
+    section = inspect.cleandoc(str(command.__doc__)).partition("Attributes:\n")[2]
+    for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE):
+        told[name] = " ".join(text.split())
+    for field in dataclasses.fields(command):
+        if field.default_factory is not dataclasses.MISSING:
+            told |= _described(type(field.default_factory()))
+    return {name: text for name, text in told.items() if name not in IN_PYTHON}
+
+
+def _positionals(command: type) -> set[str]:
+    hints = get_type_hints(command, include_extras=True)
+    return {name for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())}
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False or value is dataclasses.MISSING or value == ():
+        return ""
+    return f" {' '.join(map(str, value))}" if isinstance(value, tuple) else f" {value}"

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from isgd_jax.app import figures
 from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
 from isgd_jax.app.run_dir import Record, RunDir, is_number
+from isgd_jax.app.summary import shut_stretches
 
 __all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others"]
 
@@ -26,13 +27,17 @@ SHOWN = {
 
 
 def draw(run: RunDir) -> list[Path]:
-    """Draw loss.png, error.png, variance.png and, if scores were used, scores.png into the folder of a run.
+    """Draw loss.png, variance.png, error.png of what has classes, and of runs with scores scores.png, into its folder.
 
     Returns:
         Their paths. Each file is written whole or not at all.
     """
     with figures.style():
-        drawn = {name: figure for name, figure in all_figures(list(run.records("progress"))).items() if name in FILES}
+        records = list(run.records())
+        lines = [record for record in records if record["event"] == "progress"]
+        drawn = {
+            name: figure for name, figure in all_figures(lines, shut=shut_stretches(records)).items() if name in FILES
+        }
         return [run.write(f"{name}.png", figures.png(figure)) for name, figure in drawn.items()]
 
 
@@ -41,13 +46,21 @@ SHARES = {"share_scoring": BLUE, "share_updating": GREEN, "share_measuring": GRE
 FILES = ("loss", "error", "variance", "scores")
 
 
-def all_figures(lines: Sequence[Record]) -> dict[str, Figure]:
-    """Every figure of a run, by name; one that would have nothing to show is left out, but for the first three."""
-    drawn = {"loss": _loss(lines), "error": _error(lines), "variance": _variance(lines)}
+def all_figures(lines: Sequence[Record], *, shut: Sequence[tuple[int, int]] = ()) -> dict[str, Figure]:
+    """Every figure of a run, by name; one that would have nothing to show is left out, but for loss and variance.
+
+    Args:
+        lines: of progress, oldest first.
+        shut: from which step to which the gate was shut; shaded in the figures of the variance.
+    """
+    drawn = {"loss": _loss(lines)}
+    if not lines or any(is_number(line.get(name)) for line in lines for name in ("test_error", "train_error")):
+        drawn["error"] = _error(lines)
+    drawn["variance"] = _variance(lines, shut)
     if any(line.get("age_mean") is not None for line in lines):
         drawn["scores"] = _scores(lines)
     if any(line.get("variance_ratio") is not None for line in lines):
-        drawn["ratio"] = _ratio(lines)
+        drawn["ratio"] = _ratio(lines, shut)
     if any(line.get("share_updating") for line in lines):
         drawn["time"] = _time(lines)
     fields = others(lines)
@@ -110,7 +123,7 @@ def _loss(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "loss", "training, mean(s·L) of the draws", BLUE)
     _line(axes, lines, "train_loss", "training set", BLUE, "--")
     _line(axes, lines, "test_loss", "held out", ORANGE)
-    axes.set(title="Loss", xlabel="updates", ylabel="loss (nats)", yscale="log")
+    axes.set(title="Loss", xlabel="updates", ylabel="mean loss of an example", yscale="log")
     figures.plain_log(axes.yaxis)
     _legend(axes)
     return figure
@@ -121,14 +134,22 @@ def _error(lines: Sequence[Record]) -> Figure:
     axes = figure.subplots()
     _line(axes, lines, "train_error", "training set", BLUE, "--")
     _line(axes, lines, "test_error", "held out", ORANGE)
-    axes.set(title="Error", xlabel="updates", ylabel="share of examples classified wrong")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(title="Share of examples classified wrong", xlabel="updates", ylabel="error")
+    found = [value for name in ("train_error", "test_error") for value in _numbers(lines, name)]
+    positive = [value for value in found if value > 0]
+    if positive and max(positive) > 4 * min(positive):
+        # What matters at the end would lie flat at the bottom. Zero has no place on it, and draws nothing.
+        axes.set_yscale("log")
+        figures.plain_log(axes.yaxis)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend(axes)
     return figure
 
 
-def _variance(lines: Sequence[Record]) -> Figure:
+def _variance(lines: Sequence[Record], shut: Sequence[tuple[int, int]]) -> Figure:
     figure = Figure()
     axes = figure.subplots()
     axes.set_yscale("log")
@@ -136,22 +157,31 @@ def _variance(lines: Sequence[Record]) -> Figure:
     _line(axes, lines, "sd_stale", "stale: the proposal in use", BLUE)
     _line(axes, lines, "sd_ideal", "ideal: the least for independent draws", GREEN, ":")
     _line(axes, lines, "sd_drawn", "drawn: whole batches, by the sampler in use", ORANGE, "-.")
-    axes.set(title="Variance of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov")
+    axes.set(title="Standard deviation of the gradient of one draw", xlabel="updates", ylabel="√Tr Cov")
+    _shade(axes, shut)
     figures.plain_log(axes.yaxis)
     _legend(axes)
     return figure
 
 
-def _ratio(lines: Sequence[Record]) -> Figure:
+def _ratio(lines: Sequence[Record], shut: Sequence[tuple[int, int]]) -> Figure:
     figure = Figure()
     axes = figure.subplots()
     axes.axhline(1.0, color=GREY, linewidth=1, label="uniform: no gain")
     _line(axes, lines, "variance_ratio", "stale over uniform: the proposal in use", BLUE)
     _line(axes, _with_ratio(lines), "ideal_ratio", "ideal over uniform", GREEN, ":")
-    axes.set(title="What the draws gain", xlabel="updates", ylabel="variance over uniform's", yscale="log")
+    axes.set(title="Variance over that of uniform draws", xlabel="updates", ylabel="ratio", yscale="log")
+    _shade(axes, shut)
     figures.plain_log(axes.yaxis)
     _legend(axes)
     return figure
+
+
+def _shade(axes: Axes, shut: Sequence[tuple[int, int]]) -> None:
+    """The stretches in which the gate was shut."""
+    for i, (begin, end) in enumerate(shut):
+        label = "gate shut: uniform draws" if i == 0 else None
+        axes.axvspan(begin, end, color=GREY, alpha=0.15, linewidth=0, label=label)
 
 
 def _with_ratio(lines: Sequence[Record]) -> list[Record]:

@@ -6,9 +6,11 @@ from typing import Any
 from isgd_jax.app import figures, plots
 from isgd_jax.app.clock import account
 from isgd_jax.app.config import Config
+from isgd_jax.app.flags import in_flags
 from isgd_jax.app.html import hardest
 from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render, words
 from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.summary import key_numbers, shut_stretches, unusual
 from isgd_jax.errors import ArgumentError
 
 __all__ = ["run_page"]
@@ -48,7 +50,7 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
     lines = [record for record in records if record["event"] == "progress"]
     scored, not_scored = _scores(run)
     with figures.style():
-        drawn = plots.all_figures(lines)
+        drawn = plots.all_figures(lines, shut=shut_stretches(records))
         if scored is not None:
             drawn["norms"] = plots.norms_figure(scored.known, what="score, as last measured")
         pictures = inline(drawn, f"run{i}")
@@ -57,7 +59,8 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
         "name": run.path.resolve().name,
         "summary": f"{named}, {sampling.mode} mode, {sampling.sampler_in_use} draws",
         "state": _state(records),
-        "tiles": _tiles(lines, records),
+        "tiles": _tiles(lines, config),
+        "unusual": [in_flags(text) for text in unusual(records, batch_size=config.training.batch_size)],
         "figures": pictures,
         "captions": CAPTIONS,
         "wide": WIDE,
@@ -87,19 +90,18 @@ def _state(records: Sequence[Record]) -> str:
     return f"{how} at update {last['step']:,}, after {duration(last.get('seconds'))}"
 
 
-def _tiles(lines: Sequence[Record], records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The numbers one looks for first."""
+def _tiles(lines: Sequence[Record], config: Config) -> list[tuple[str, str]]:
+    """The numbers one looks for first, each as last measured."""
     if not lines:
         return []
-    last = lines[-1]
-    ratios = [line["variance_ratio"] for line in lines if line.get("variance_ratio") is not None]
+    found = key_numbers(lines, batch_size=config.training.batch_size)
     tiles = [
-        ("held-out error", percent(last.get("test_error"))),
-        ("held-out loss", number(last.get("test_loss"))),
-        ("training-set loss", number(last.get("train_loss"))),
-        ("variance over uniform's, median", f"{sorted(ratios)[len(ratios) // 2]:.2f}" if ratios else None),
-        ("updates a second", number(last.get("steps_per_second"))),
-        ("scoring, of the time after start-up", percent(last.get("share_scoring"))),
+        ("held-out error", percent(found.test_error)),
+        ("held-out loss", number(found.test_loss)),
+        ("of the variance saved", None if found.variance is None else percent(1 - found.variance)),
+        ("equivalent plain batch", None if found.equivalent_batch is None else f"{found.equivalent_batch:,.0f}"),
+        ("of the time spent on scoring", percent(found.share_scoring)),
+        ("of the scores trusted", percent(found.trusted_share)),
     ]
     return [(name, value) for name, value in tiles if value not in (None, NOTHING)]
 

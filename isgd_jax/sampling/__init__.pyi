@@ -6,6 +6,7 @@ from . import samplers as samplers
 from . import score_table as score_table
 from .estimator import importance_sampler as importance_sampler
 from .estimator import share as share
+from .groups import Groups as Groups
 from .plain import fixed as fixed
 from .plain import shuffled_epochs as shuffled_epochs
 from .plain import uniform_draws as uniform_draws

@@ -17,10 +17,12 @@ Guarantees:
 * what draws teach (calibration, uniform fraction, gate, monitor) is estimated without bias from their own
   probabilities, before their fresh scores take the place of the old ones;
 * no function reads a value to the host: all run inside ``jax.jit``, ``lax.scan``, ``jax.pmap`` and on a mesh;
-* with ``monitor=False`` nothing is drawn in halves and nothing is estimated from halves.
+* with ``monitor=False`` nothing is drawn in halves and nothing is estimated from halves;
+* ``costs`` and the allocation of ``groups`` change what is drawn, never what is estimated; shares of groups change
+  ``draw.target``.
 
 Source: the paper, section 4, for scores, staleness and the additive constant; the rest is told where it stands
-(`calibration`, `fractions`, `clusters`; `variance.gate`, `variance.monitor`).
+(`calibration`, `fractions`, `clusters`, `costs`, `groups`; `variance.gate`, `variance.monitor`).
 """
 
 import dataclasses
@@ -39,6 +41,9 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole
 from isgd_jax.gradients.weights import first_not_finite
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
+from isgd_jax.sampling import costs as cost
+from isgd_jax.sampling import groups as grouping
+from isgd_jax.sampling.groups import Groups
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
@@ -122,6 +127,8 @@ class Options:
     score_memory: float = 0.0
     record_drawn: bool = True
     steps_per_update: int = 1
+    costs: Array | np.ndarray | None = None
+    groups: Groups | None = None
 
 
 def importance_sampler(
@@ -144,6 +151,8 @@ def importance_sampler(
     score_memory: float = 0.0,
     record_drawn: bool = True,
     steps_per_update: int = 1,
+    costs: Float[Array | np.ndarray, " n"] | None = None,
+    groups: Groups | Int[Array | np.ndarray, " n"] | None = None,
 ) -> BatchSampler:
     """Draws examples in proportion to what is known of the norms of their gradients.
 
@@ -153,7 +162,8 @@ def importance_sampler(
         sampler: how indices are drawn. "stratified": one in each of m equal parts of the line of probabilities;
             "systematic": equal steps along it; "independent": the paper's; "without_replacement"; "poisson": a random
             number of draws, with ``draw.mask``; or a function of one's own, ``(key, law, *, num_draws) -> Draw``.
-        order: along which the line runs, so that neighbours have similar gradients. "score"; "index"; an array [n],
+        order: along which the line runs, in each group by itself, so that neighbours have similar gradients. "score";
+            "index" (groups as they lie); an array [n],
             such as labels, to order by it and then by score; or a `GradientSketch`
             (`isgd_jax.gradients.sketches.last_layer_sketch`) to order by clusters of gradients' directions.
         order_every: a new order is made at every so many refreshes: it is a sort of all examples.
@@ -173,6 +183,9 @@ def importance_sampler(
         score_memory: share of the old mean square that a score keeps when a fresh one comes, for augmented examples.
         record_drawn: whether ``observe`` writes fresh norms (or ``scores=``) of the drawn examples into the table.
         steps_per_update: calls of ``observe`` that make one parameter update, as with ``optax.MultiSteps``.
+        costs: of a draw of each example [n], above 0, such as tokens: draws then have the least variance per unit of
+            cost, q ∝ score / √cost, and the report tells it.
+        groups: an id for each example [n], or `Groups`: shares of the target and of the draws, and a report of each.
 
     Returns:
         The functions, `BatchSampler`.
@@ -181,7 +194,7 @@ def importance_sampler(
         TypeError: a number is of the wrong type.
         ValueError: a number is out of range, or an array has not one entry an example.
     """
-    given = locals()
+    given = locals() | {"groups": grouping.as_groups(groups)}
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
     check_sizes(num_examples, batch_size)
     check_options(options, num_examples, batch_size)
@@ -200,7 +213,7 @@ class ImportanceSampler:
     def functions(self, **more: Any) -> BatchSampler:
         """The methods as they are handed out."""
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
-        reported = report.make_report(self.num_examples, self.batch_size)
+        reported = report.make_report(self.num_examples, self.batch_size, self.options.groups)
         more |= {"steps_per_update": self.options.steps_per_update}
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
@@ -239,6 +252,8 @@ class ImportanceSampler:
             ),
             target=None if arrays.weights is None else on_mesh(arrays.weights),
             fractions=fractions.create() if is_learnt else None,
+            costs=None if arrays.costs is None else cost.create(on_mesh(arrays.costs)),
+            groups=self._blank_groups(arrays.ids),
             **blank,
         )
         made = self.refresh(state).proposal
@@ -264,10 +279,8 @@ class ImportanceSampler:
         step = state.clock.step + ahead
         is_turn = step % MONITOR_EVERY == 0
         draw = self._drawn(key, state, is_turn)
-        size, target = self.num_examples, state.target
-        wanted = jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices]
         return draw._replace(
-            target=wanted,
+            target=self._target(state, draw.indices, step),
             version=step // self.options.steps_per_update,
             in_halves=is_turn & self._can_halve,
         )
@@ -304,7 +317,8 @@ class ImportanceSampler:
         self._check_seconds(seconds)
         found = evidence.norms_of(draw, grads, norms, scores, axis_name=axis_name)
         if found.norms is not None:
-            state = evidence.learnt(state, draw, found.norms)
+            unit = None if state.groups is None else self._unit(state, draw.indices)
+            state = evidence.learnt(state, draw, found.norms, unit)
             if state.monitor is not None:
                 watched = evidence.monitored(
                     state.monitor, self.num_examples, draw, grads, found.norms, axis_name=axis_name
@@ -373,14 +387,64 @@ class ImportanceSampler:
             max_age=options.max_age,
             max_age_seconds=options.max_age_seconds,
             min_trusted=options.min_trusted,
-            example_weights=state.target,
+            example_weights=self._weights(state),
+            costs=None if state.costs is None else state.costs.each,
+            mix=None if state.groups is None else functools.partial(self._mixed, state, fraction),
         )
         law = samplers.prepare(made.probs, self._order(state, made.probs, key))
         if options.sampler == "without_replacement":
             law = samplers.capped(law, num_draws=self.batch_size)
         made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
         following = Proposal(law, fraction, made_at, state.proposal.refreshes + 1, made.trusted_share, made.is_uniform)
-        return state._replace(proposal=following)
+        return self._counted(state._replace(proposal=following))
+
+    def _weights(self, state: SamplerState) -> Float[Array, " n"] | None:
+        if state.groups is None or self.options.groups is None:
+            return state.target
+        return grouping.unit_weights(state.groups, self.options.groups, state.target)
+
+    def _mixed(self, state: SamplerState, fraction: Float[Array, ""], wanted: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The probabilities of a proposal over groups."""
+        assert state.groups is not None
+        assert self.options.groups is not None
+        return grouping.drawn_by(
+            state.groups,
+            self.options.groups,
+            wanted,
+            target=state.target,
+            costs=None if state.costs is None else state.costs.each,
+            uniform_fraction=fraction,
+            step=state.clock.step,
+        )
+
+    def _counted(self, state: SamplerState) -> SamplerState:
+        """The state with the allocation and the expected costs of its new proposal."""
+        known, law, flat = state.groups, state.proposal.law, None
+        if known is not None:
+            share = grouping.group_sums(samplers.probabilities(law), known.ids, known.sizes.shape[0])
+            known = known._replace(allocation=share)
+            flat = (share / jnp.maximum(known.sizes, 1.0))[known.ids]
+        costs = None if state.costs is None else cost.renewed(state.costs, law, flat)
+        return state._replace(costs=costs, groups=known)
+
+    def _target(self, state: SamplerState, indices: Int[Array, " m"], step: Int[Array, ""]) -> Float[Array, " m"]:
+        """The factor [m] of each drawn gradient in what is estimated at a step."""
+        shares = None if self.options.groups is None else grouping.shares_at(self.options.groups, step)
+        unit = self._unit(state, indices)
+        return unit if shares is None or state.groups is None else unit * shares[state.groups.ids[indices]]
+
+    def _unit(self, state: SamplerState, indices: Int[Array, " m"]) -> Float[Array, " m"]:
+        """The same but for the share of the group: a_n, 1/N, or one over the size of the group."""
+        if state.target is not None:
+            return state.target[indices]
+        if state.groups is None or self.options.groups is None or self.options.groups.shares is None:
+            return jnp.full(indices.shape, 1.0 / self.num_examples, jnp.float32)
+        return (1.0 / jnp.maximum(state.groups.sizes, 1.0))[state.groups.ids[indices]]
+
+    def _blank_groups(self, ids: Array | np.ndarray | None) -> grouping.GroupState | None:
+        if ids is None or self.options.groups is None:
+            return None
+        return grouping.create(on_mesh(ids), self.options.groups.num_groups)
 
     @property
     def _can_halve(self) -> bool:
@@ -450,10 +514,12 @@ class ImportanceSampler:
 
         def anew() -> Int[Array, " n"]:
             keys, sketches, known = state.ordering
+            group = None if state.groups is None else state.groups.ids
             if sketches is not None and known is not None:
                 start = own_key(state, state.version) if key is None else key
-                return self._by_clusters(start, sketches, known, probs)
-            return samplers.order_by(*((probs,) if keys is None else (keys, probs)))
+                line = self._by_clusters(start, sketches, known, probs)
+                return line if group is None else line[jnp.argsort(group[line], stable=True)]
+            return samplers.order_by(*(x for x in (group, keys, probs) if x is not None))
 
         if self.options.order_every == 1:
             return anew()
@@ -546,15 +612,22 @@ def share(draw: Draw, axis_name: str) -> Draw:
 
 
 class _Arrays(NamedTuple):
-    """The arrays among the options: what the line is ordered by first, and the example weights."""
+    """The arrays among the options: what the line is ordered by first, and one number or id for each example."""
 
     keys: np.ndarray | None
     weights: Array | np.ndarray | None
+    costs: Array | np.ndarray | None
+    ids: Array | np.ndarray | None
 
 
 def _arrays(options: Options) -> _Arrays:
-    weights = options.example_weights
-    return _Arrays(_order_keys(options), None if weights is None else weights.astype(np.float32))
+    weights, costs, groups = options.example_weights, options.costs, options.groups
+    return _Arrays(
+        _order_keys(options),
+        None if weights is None else weights.astype(np.float32),
+        None if costs is None else costs.astype(np.float32),
+        None if groups is None else groups.ids.astype(np.int32),
+    )
 
 
 def _order_keys(options: Options) -> np.ndarray | None:
@@ -588,6 +661,8 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     if keys is not None and keys.shape != (num_examples,):
         raise ArgumentError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
     check_weights(options.example_weights, num_examples)
+    cost.check(options.costs, num_examples)
+    grouping.check(options.groups, num_examples, is_weighted=options.example_weights is not None)
     check_fraction(options.uniform_fraction, options.additive)
     check_ranges(options)
 

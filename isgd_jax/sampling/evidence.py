@@ -21,7 +21,9 @@ from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.weights import draw_weights
-from isgd_jax.sampling import calibration, fractions, samplers, score_table
+from isgd_jax.sampling import calibration, fractions, groups, samplers, score_table
+from isgd_jax.sampling import costs as cost
+from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.placement import replicated
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw, Params
@@ -113,12 +115,18 @@ def places(state: SamplerState, draw: Draw) -> Int[Array, " m"]:
     return jnp.where(used, draw.indices, state.table.scores.shape[0])
 
 
-def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> SamplerState:
-    """The state after a step's fresh norms have been judged: all but the monitor."""
+def learnt(
+    state: SamplerState, draw: Draw, norms: Float[Array, " m"], unit: Float[Array, " m"] | None = None
+) -> SamplerState:
+    """The state after a step's fresh norms have been judged: all but the monitor.
+
+    ``unit`` are the unit weights of the drawn examples, where there are groups.
+    """
     size = state.table.scores.shape[0]
     proposed = samplers.probabilities_of(state.proposal.law, draw.indices)
     weights = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)
-    proposal_weights = 1.0 / (size * proposed)
+    # Of an example without a share of the target, which the proposal never draws, nothing is wanted.
+    proposal_weights = jnp.where(proposed == 0.0, 0.0, 1.0 / (size * proposed))
     wanted = norms * (size * jnp.abs(target_of(draw)))
     if state.calibration is not None:
         old, versions = state.table.scores[draw.indices], state.table.versions[draw.indices]
@@ -126,12 +134,37 @@ def learnt(state: SamplerState, draw: Draw, norms: Float[Array, " m"]) -> Sample
         seen = calibration.observe(state.calibration, old, state.version - versions, norms, weights, known)
         state = state._replace(calibration=seen)
     if state.fractions is not None:
-        relative = fractions.relative_scores(proposal_weights, state.proposal.uniform_fraction)
-        state = state._replace(fractions=fractions.observe(state.fractions, weights, wanted, relative, draw.mask))
-    if isinstance(state.gate, gate.Gate):
-        judged, _ = gate.observe(state.gate, weights, proposal_weights, wanted, draw.mask)
+        state = state._replace(fractions=_fractions_after(state, state.fractions, draw, weights, wanted, proposed))
+    if state.groups is not None and unit is not None:
+        state = state._replace(groups=groups.observe(state.groups, draw, norms, unit, proposed))
+    if isinstance(state.gate, gate.Gate):  # with costs, of second moment times cost
+        judged, _ = gate.observe(state.gate, weights, proposal_weights * cost.ratio(state.costs), wanted, draw.mask)
         state = state._replace(gate=judged)
     return state
+
+
+def _fractions_after(
+    state: SamplerState,
+    known: Mixtures,
+    draw: Draw,
+    weights: Float[Array, " m"],
+    wanted: Float[Array, " m"],
+    proposed: Float[Array, " m"],
+) -> Mixtures:
+    """The evidence for each uniform fraction, which lies within each group where there are groups."""
+    size, mask = state.table.scores.shape[0], draw.mask
+    fraction = state.proposal.uniform_fraction
+    alike = jnp.full(mask.shape, 1.0 / size, jnp.float32)
+    if state.groups is not None:
+        at = state.groups.ids[draw.indices]
+        share, members = state.groups.allocation[at], state.groups.sizes[at]
+        mask = mask & (share > 0.0)
+        alike = share / jnp.maximum(members, 1.0)
+        wanted = wanted * jnp.sqrt(jnp.where(mask, 1.0 / (size * jnp.where(mask, alike, 1.0)), 0.0))
+    relative = fractions.relative_scores(alike / proposed, fraction)
+    grid = jnp.asarray(fractions.GRID, jnp.float32)
+    prices = None if state.costs is None else cost.of_fractions(state.costs, fraction, grid)
+    return fractions.observe(known, weights, wanted, relative, mask, costs=prices)
 
 
 def monitored(

@@ -52,6 +52,7 @@ def observe(
     mask: Bool[Array, " m"],
     *,
     half_life: float = 100.0,
+    costs: Float[Array, " k"] | None = None,
 ) -> Mixtures:
     """Add the draws of a step; one with a moment that is not finite teaches nothing.
 
@@ -62,10 +63,12 @@ def observe(
         relative: scores over their mean [m], as they were when the proposal was made (`relative_scores`).
         mask: false for padding.
         half_life: of the evidence, in steps.
+        costs: what a draw costs under each share of `GRID`, where draws differ in it: moments count times cost.
     """
     moments = jnp.where(mask, weights * jnp.square(norms), 0.0)
     shares = jnp.asarray(GRID, jnp.float32)[:, None]
     found = jnp.mean(moments[None] / ((1.0 - shares) * relative[None] + shares), axis=1)
+    found = found if costs is None else found * costs
     sound = jnp.all(found <= LARGEST)  # NaN is not, either
     found = jnp.where(sound, found, 0.0)
     excess = found - found[GRID.index(CAUTIOUS)]

@@ -130,6 +130,12 @@ def pool_sampler(
             "example_weights belong to given examples, and the points of a pool change: put weights into the loss, or "
             "draw points from the distribution that is meant"
         )
+    for name in ("costs", "groups"):
+        if options.get(name) is not None:
+            raise ArgumentError(
+                f"{name} belong to given examples, and the points of a pool change: make one pool for each group, with "
+                "its share of the batch"
+            )
     if hasattr(options.get("order"), "__array__"):
         raise ArgumentError(
             'order is an array: it orders given examples, and the points of a pool change. Take "score", "index" or a '

@@ -7,13 +7,16 @@ Guarantees:
 * scores that are not trusted (too old, never measured, negative, not finite) count as the mean trusted score, never as
   zero: nothing about the estimate is biased, it only gains less; how many are trusted is told;
 * a table that knows nothing (all scores zero, trusted share under ``min_trusted``) gives exactly the uniform law;
-* scores may be as small or as large as float32 goes.
+* scores may be as small or as large as float32 goes;
+* with costs the law is that of least variance times cost; with groups (``mix``) a table that knows nothing is uniform
+  within each group.
 
 Source: the paper, sections 4.2 (additive smoothing) and 4.3 (staleness threshold); the relative mixture and the
 fallback score are ours.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,11 +56,13 @@ def propose(
     example_weights: Float[Array, " n"] | None = None,
     calibration: Calibration | None = None,
     horizon: int = 0,
+    costs: Float[Array, " n"] | None = None,
+    mix: Callable[[Float[Array, " n"]], Float[Array, " n"]] | None = None,
 ) -> Proposal:
     """The probabilities of the next draws, from the table at a version and a clock.
 
     q = (1 - mixture) w / sum(w) + mixture / N with w = score + additive, times \\|a_n\\| for the weighted target
-    sum(a_n g_n).
+    sum(a_n g_n), and over √c_n where draws cost c_n.
 
     Args:
         table: scores [n], their versions and seconds.
@@ -71,6 +76,8 @@ def propose(
         example_weights: a_n [n] of the target; None for the mean of all gradients.
         calibration: what counts as the score is then what it has learnt of the norm from score and age.
         horizon: updates from now for which it predicts: about the life of the law, if it is to be frozen.
+        costs: c_n [n] of a draw of each example, above 0.
+        mix: w [n], in any unit, to probabilities [n], in place of the mixture with 1/N: how groups share out draws.
 
     Raises:
         ValueError: ``mixture`` and ``additive`` are both 0, or a number is out of range.
@@ -83,7 +90,12 @@ def propose(
         scores = calibrations.predict(calibration, scores, tables.ages(table, version) + horizon)
     trusted &= _is_score(table.scores)
     share = jnp.sum(trusted, dtype=jnp.int32).astype(jnp.float32) / trusted.shape[0]
-    probs, blank = _smoothed(scores, trusted, mixture, additive, example_weights)
+    if mix is not None:
+        wanted = _wanted(scores, trusted, mixture, additive, example_weights, costs)
+        is_uniform = (jnp.max(wanted) == 0.0) | (share < min_trusted)
+        alike = _wanted(jnp.ones_like(scores), jnp.ones_like(trusted), mixture, 0.0, example_weights, costs)
+        return Proposal(mix(jnp.where(is_uniform, alike, wanted)), share, is_uniform)
+    probs, blank = _smoothed(scores, trusted, mixture, additive, example_weights, costs)
     is_uniform = blank | (share < min_trusted)
     return Proposal(jnp.where(is_uniform, 1.0 / probs.shape[0], probs), share, is_uniform)
 
@@ -154,13 +166,28 @@ def _smoothed(
     mixture: float | Float[Array, ""],
     additive: float,
     example_weights: Float[Array, " n"] | None,
+    costs: Float[Array, " n"] | None = None,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """Probabilities from the scores to be trusted, and whether those had nothing to say."""
+    wanted, size = _wanted(scores, trusted, mixture, additive, example_weights, costs), scores.shape[0]
+    total = tree_sum(wanted)
+    mixed = (1.0 - mixture) * (wanted / _positive(total)) + mixture / size
+    return jnp.where(total > 0.0, mixed, 1.0 / size), total == 0.0
+
+
+def _wanted(
+    scores: Float[Array, " n"],
+    trusted: Bool[Array, " n"],
+    mixture: float | Float[Array, ""],
+    additive: float,
+    example_weights: Float[Array, " n"] | None,
+    costs: Float[Array, " n"] | None,
+) -> Float[Array, " n"]:
+    """What examples are drawn in proportion to, but for the uniform part: at most 1."""
     if isinstance(mixture, float | int) and not 0.0 <= mixture <= 1.0:
         raise ArgumentError(f"mixture is a share of uniform draws, 0 to 1, got {mixture}")
     if not 0.0 <= additive < float("inf"):
         raise ArgumentError(f"additive must be finite and not negative, got {additive}")
-    size = scores.shape[0]
     filled, scale = _filled(scores, trusted)
     wanted = _relative(filled + jnp.minimum(additive * scale, 2.0**100))
     if example_weights is not None:
@@ -169,9 +196,9 @@ def _smoothed(
             raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")
         weights = jnp.abs(example_weights.astype(jnp.float32))  # one that is not finite shows in the target
         wanted = _relative(wanted * _relative(in_range(jnp.where(jnp.isfinite(weights), weights, 0.0))[0]))
-    total = tree_sum(wanted)
-    mixed = (1.0 - mixture) * (wanted / _positive(total)) + mixture / size
-    return jnp.where(total > 0.0, mixed, 1.0 / size), total == 0.0
+    if costs is not None:
+        wanted = _relative(wanted * jnp.sqrt(jnp.min(costs) / costs))
+    return wanted
 
 
 def _is_score(scores: Float[Array, " n"]) -> Bool[Array, " n"]:

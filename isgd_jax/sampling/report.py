@@ -8,15 +8,30 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.sampling import samplers, score_table
+from isgd_jax.sampling import gates, samplers, score_table
+from isgd_jax.sampling import groups as grouping
+from isgd_jax.sampling.groups import GroupReport, Groups
 from isgd_jax.sampling.state import SamplerState, check_state
 from isgd_jax.variance import monitor
-from isgd_jax.variance.gate import Gate
+from isgd_jax.variance.rolling import Band
 
-__all__ = ["SamplerReport", "make_report"]
+__all__ = ["CostReport", "SamplerReport", "make_report"]
 
 TOP = 0.01
 """The part of the examples that is drawn most, of which the share of draws is told."""
+
+
+class CostReport(NamedTuple):
+    """Variance per unit of cost: Tr Cov of one draw times its expected cost, which is that of an estimate of cost 1."""
+
+    uniform_cost: Float[Array, ""]
+    """Of a uniform draw, in the unit of ``costs=``."""
+    cost: Float[Array, ""]
+    """Of a draw as they are made now."""
+    uniform: Band | None
+    """Variance times cost of uniform draws; None without a monitor."""
+    drawn: Band | None
+    """The same of the draws as they are made."""
 
 
 class SamplerReport(NamedTuple):
@@ -45,17 +60,26 @@ class SamplerReport(NamedTuple):
     gate_is_open: Bool[Array, ""]
     version: Int[Array, ""]
     quarantined: Int[Array, ""]
+    cost: CostReport | None = None
+    """Where examples have costs."""
+    groups: GroupReport | None = None
+    """Where there are groups: one number for each."""
+    group_names: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         rows = [("parameter updates", f"{int(self.version):,}")]
         if self.variance is not None:
             names = {"uniform": "uniform", "stale": "in use, independent", "drawn": "drawn", "ideal": "ideal"}
             for field, label in names.items():
-                value, low, high = (float(x) for x in getattr(self.variance, field))
-                told = f"{value:.4g} [{low:.4g}, {high:.4g}]" if math.isfinite(high - low) else "not known yet"
-                rows.append((f"variance of a draw, {label}", told))
+                rows.append((f"variance of a draw, {label}", _told(getattr(self.variance, field))))
             rows.append(("equivalent plain batch", f"{float(self.equivalent_batch):.4g}"))
             rows.append(("gradient noise scale", f"{float(self.noise_scale):.4g}"))
+        if self.cost is not None:
+            cost = f"{float(self.cost.cost):.4g}; uniform {float(self.cost.uniform_cost):.4g}"
+            rows.append(("cost of a draw", cost))
+            for label, band in (("uniform", self.cost.uniform), ("drawn", self.cost.drawn)):
+                if band is not None:
+                    rows.append((f"variance times cost, {label}", _told(band)))
         rows += [
             ("uniform fraction", f"{float(self.uniform_fraction):.3g}"),
             ("draws of the top 1 %", f"{100 * float(self.top_share):.1f} %"),
@@ -69,11 +93,39 @@ class SamplerReport(NamedTuple):
         if self.variance is not None and int(self.num_measured) == 0:
             rows.append(("note", "no mean gradient was measured: variances are second moments"))
         width = 2 + max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
+        told = "\n".join(f"{label:<{width}}{value}" for label, value in rows)
+        return told if self.groups is None else f"{told}\n{_groups_told(self.groups, self.group_names)}"
 
 
-def make_report(num_examples: int, batch_size: int) -> Callable[[SamplerState], SamplerReport]:
+def _told(band: Band) -> str:
+    value, low, high = (float(x) for x in band)
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]" if math.isfinite(high - low) else "not known yet"
+
+
+def _groups_told(groups: GroupReport, names: tuple[str, ...] | None) -> str:
+    """A line for each group, in percent."""
+    total, moments = float(groups.sizes.sum()), float(groups.second_moment.sum())
+    labels = names or tuple(f"group {at}" for at in range(len(groups.sizes)))
+    width = 2 + max(len(label) for label in labels)
+    lines = [f"{'':<{width}}{'examples':>9} {'target':>8} {'proposal':>9} {'drawn':>8} {'2nd moment':>11}"]
+    for at, label in enumerate(labels):
+        shares = (
+            float(groups.sizes[at]) / total,
+            float(groups.target[at]),
+            float(groups.allocation[at]),
+            float(groups.drawn[at]),
+            float(groups.second_moment[at]) / moments if moments > 0.0 else 0.0,
+        )
+        cells = (f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"{label:<{width}}" + " ".join(f"{x:>{w}}" for x, w in zip(cells, (9, 8, 9, 8, 11), strict=True)))
+    return "\n".join(lines)
+
+
+def make_report(
+    num_examples: int, batch_size: int, groups: Groups | None = None
+) -> Callable[[SamplerState], SamplerReport]:
     """The ``report`` of a sampler."""
+    names = None if groups is None or groups.names is None else tuple(groups.names)
 
     def report(state: SamplerState) -> SamplerReport:
         check_state(state, num_examples)
@@ -81,7 +133,7 @@ def make_report(num_examples: int, batch_size: int) -> Callable[[SamplerState], 
         known = state.table.versions != score_table.NEVER
         ages = jnp.where(known, score_table.ages(state.table, state.version), 0).astype(jnp.float32)
         count = jnp.sum(known, dtype=jnp.int32).astype(jnp.float32)
-        is_open = state.gate.is_open if isinstance(state.gate, Gate) else jnp.asarray(True)
+        is_open = gates.is_open(state)
         return SamplerReport(
             variance=found,
             num_measured=jnp.int32(0) if state.monitor is None else state.monitor.squares.seen,
@@ -95,9 +147,28 @@ def make_report(num_examples: int, batch_size: int) -> Callable[[SamplerState], 
             gate_is_open=is_open,
             version=state.version,
             quarantined=state.quarantined,
+            cost=_costs(state, found, is_open),
+            groups=_grouped(state, groups),
+            group_names=names,
         )
 
     return report
+
+
+def _costs(state: SamplerState, found: monitor.Report | None, is_open: Bool[Array, ""]) -> CostReport | None:
+    if state.costs is None:
+        return None
+    uniform, now = state.costs.uniform, jnp.where(is_open, state.costs.proposed, state.costs.uniform)
+    if found is None:
+        return CostReport(uniform, now, None, None)
+    times = (Band(*(x * c for x in band)) for band, c in ((found.uniform, uniform), (found.drawn, now)))
+    return CostReport(uniform, now, *times)
+
+
+def _grouped(state: SamplerState, groups: Groups | None) -> GroupReport | None:
+    if groups is None or state.groups is None:
+        return None
+    return grouping.moments(state.groups, groups, state.target, state.clock.step)
 
 
 def _equivalent(found: monitor.Report | None, batch_size: int) -> Float[Array, ""]:

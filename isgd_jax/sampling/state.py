@@ -21,7 +21,9 @@ from jaxtyping import Bool, Float, Int, UInt
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, seen
 from isgd_jax.sampling.calibration import Calibration
+from isgd_jax.sampling.costs import Costs
 from isgd_jax.sampling.fractions import Mixtures
+from isgd_jax.sampling.groups import GroupState
 from isgd_jax.sampling.samplers import Law
 from isgd_jax.sampling.score_table import ScoreTable
 from isgd_jax.types import Draw, Key
@@ -104,11 +106,13 @@ class SamplerState(NamedTuple):
     proposal: Proposal
     ordering: Ordering
     target: Float[Array, " n"] | None = None
-    """a_n of the target sum(a_n g_n); None for the mean of all gradients."""
+    """a_n of the target sum(a_n g_n); None for the mean of all gradients, or of groups that have shares."""
     calibration: Calibration | None = None
     fractions: Mixtures | None = None
     gate: Gate | SpeedupGate | None = None
     monitor: Monitor | None = None
+    costs: Costs | None = None
+    groups: GroupState | None = None
 
     @property
     def version(self) -> Int[Array, ""]:

@@ -86,11 +86,13 @@ def samplers() -> dict[str, isgd.BatchSampler]:
     """One of each kind, which between them use most options."""
     n, m = NUM_EXAMPLES, BATCH
     signs = np.linspace(-0.2, 2.0, n).astype(np.float32) / n
-    groups = isgd.Groups(np.arange(n) % 3, shares=lambda step: (step % jnp.array([2, 3, 5])).astype(jnp.float32) + 0.5)
+    groups = isgd.Groups(
+        np.arange(n) % 3, shares=lambda step: (step % jnp.array([2, 3, 5], jnp.int32)).astype(jnp.float32) + 0.5
+    )
     return {
         "stratified": isgd.importance_sampler(n, batch_size=m, max_age=12),
         "systematic": isgd.importance_sampler(
-            n, batch_size=m, sampler="systematic", costs=np.arange(1.0, n + 1), groups=groups
+            n, batch_size=m, sampler="systematic", order="index", costs=np.arange(1.0, n + 1), groups=groups
         ),
         "independent": isgd.importance_sampler(
             n, batch_size=m, sampler="independent", order=np.arange(n) % 3, example_weights=signs

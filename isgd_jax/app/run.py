@@ -269,8 +269,8 @@ class Recorder(Callback):
 
     def begin(self, run: Run) -> None:
         """Take up a checkpoint, write what the run is, and tell the plan; the first line of progress is of step 0."""
+        is_restored = self._resume and self._restore(run)
         if self._resume:
-            self._restore(run)
             self._folder.write_config(self._config)
         self._folder.write(data.INPUTS_FILE, self._work.inputs.to_json())
         self._folder.write_environment(
@@ -283,7 +283,7 @@ class Recorder(Callback):
             self._warn(f"nothing is left to do: {self._step:,} updates were made; {more}=N asks for more")
         self._warn(*self._parts.remarks)
         self._set_mark()
-        if self._step == 0:
+        if not is_restored:  # a checkpoint of step 0 was saved after its line of progress
             self._log(run)
         self._ask(run)
 
@@ -333,15 +333,15 @@ class Recorder(Callback):
         """Let the checkpoints go, also after an error."""
         self._checkpoints.close()
 
-    def _restore(self, run: Run) -> None:
-        """Take up the newest checkpoint, and forget the records written after it.
+    def _restore(self, run: Run) -> bool:
+        """Take up the newest checkpoint, and forget the records written after it; whether there was one.
 
         A run that was killed before its first checkpoint begins anew: its first parameters come from the seed.
         """
         if self._checkpoints.latest_step() is None:
             self._folder.forget_after(-1)
             self._record("resumed")
-            return
+            return False
         saved, notes, remarks = self._checkpoints.restore({"state": run.state})
         run.state = saved["state"] if run.parallel is None else run.parallel.replicate(saved["state"])
         if run.parallel is None:
@@ -357,6 +357,7 @@ class Recorder(Callback):
         self._folder.forget_after(self._step)
         self._record("resumed")
         self._warn(*remarks)
+        return True
 
     def _ask(self, run: Run) -> None:
         """Whether a signal asked to stop, or what was wanted is reached; all processes agree."""

@@ -3,6 +3,7 @@
 # make lint     ruff and mypy                      make soak        long and random trials, by hand (SOAK_FAULTS=0:100: a part)
 # make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
 # make notebooks  run all notebooks               make docs        the API reference, into build/api
+# make dist       the sdist and the wheel, checked, into dist/
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
                  { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
 
-.PHONY: train test test-fast test-optimized soak lint notebooks docs experiments-quick experiments clean
+.PHONY: train test test-fast test-optimized soak lint notebooks docs dist experiments-quick experiments clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -44,6 +45,12 @@ notebooks: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
+
+dist: $(VENV)/.python
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 # Seconds of one device are told on one core, where there is a way to ask for it.
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c 0)

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and the package imports as lightly as it promises."""
+"""The code of the README and the command's page runs as it stands, and the package imports as lightly as promised."""
 
 import re
 import subprocess
@@ -9,8 +9,17 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+COMMAND = (ROOT / "docs" / "command.md").read_text()
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+
+LOOP, FIT = blocks((ROOT / "README.md").read_text())
+MODEL, ARRAYS = blocks(COMMAND)
 
 
 def run(code: str, cwd: Path) -> str:
@@ -19,14 +28,10 @@ def run(code: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_there_is_code_to_test() -> None:
-    assert len(BLOCKS) == 4
-
-
 def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
-    """The first block is my_model.py; the command below it, a little shorter, leaves the figures."""
-    (tmp_path / "my_model.py").write_text(BLOCKS[0])
-    command = re.search(r"^    \.venv/bin/isgd (train --model my_model.*)$", README.read_text(), flags=re.MULTILINE)
+    """The first block of the command's page is my_model.py; the line below it, a little shorter, leaves the figures."""
+    (tmp_path / "my_model.py").write_text(MODEL)
+    command = re.search(r"^    isgd (train --model my_model.*)$", COMMAND, flags=re.MULTILINE)
     assert command is not None
     arguments = [*command.group(1).split(), "--steps", "20", "--refresh-every", "20"]
     run(f"from isgd_jax.app.cli import main; main({arguments})", tmp_path)
@@ -34,12 +39,12 @@ def test_from_a_file_to_the_figures_of_ones_own_model(tmp_path: Path) -> None:
 
 
 def test_the_loop_of_ones_own_learns_and_so_does_fit_and_arrays_of_ones_own_are_trained_on(tmp_path: Path) -> None:
-    """The second block is the loop, the third goes on from its parameters with `isgd.fit`; the fourth stands alone."""
+    """`isgd.fit` goes on from the parameters of the loop; the arrays of the command's page stand alone."""
     mean_loss = "mean_loss = lambda params: float(jax.vmap(loss_fn, (None, 0))(params, data).mean())\n"
-    setup, loop = BLOCKS[1].split("for step in range")
+    setup, loop = LOOP.split("for step in range")
     measured = f"{setup}{mean_loss}first = mean_loss(params)\nfor step in range{loop}"
-    losses = f"second = mean_loss(params)\n{BLOCKS[2]}\nprint(first, second, mean_loss(result.params))"
-    alone = f"exec({BLOCKS[3]!r}, alone := {{}})\nresult = alone['result']"
+    losses = f"second = mean_loss(params)\n{FIT}\nprint(first, second, mean_loss(result.params))"
+    alone = f"exec({ARRAYS!r}, alone := {{}})\nresult = alone['result']"
     out = run(f"{measured}{losses}\n{alone}\nprint(result.step, (result.run_dir / 'variance.png').is_file())", tmp_path)
     (*before, three, last) = [line for line in out.splitlines() if line]
     first, second, third = map(float, three.split())

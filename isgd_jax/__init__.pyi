@@ -24,6 +24,7 @@ from .reweight import importance_weighting as importance_weighting
 from .sampling import calibration as calibration
 from .sampling import candidates as candidates
 from .sampling import clusters as clusters
+from .sampling import loaders as loaders
 from .sampling import proposal as proposal
 from .sampling import samplers as samplers
 from .sampling import score_table as score_table

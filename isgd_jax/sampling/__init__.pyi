@@ -1,6 +1,7 @@
 from . import calibration as calibration
 from . import candidates as candidates
 from . import clusters as clusters
+from . import loaders as loaders
 from . import proposal as proposal
 from . import samplers as samplers
 from . import score_table as score_table

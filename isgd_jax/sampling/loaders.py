@@ -1,0 +1,325 @@
+"""Draws for anyone's loader: index batches on the host, from the same samplers, for data and models of any library.
+
+    sampler = isgd.importance_sampler(num_examples, batch_size=64)
+    draws = isgd.loaders.index_sampler(sampler, key=jax.random.key(0), ahead=8)
+
+    for batch in draws:                                  # or a torch DataLoader(..., batch_sampler=draws.lists())
+        examples = [dataset[i] for i in batch.indices]
+        ...                                              # an update with the mean of batch.weights * losses
+        draws.observe(batch, norms=norms)                # anyone's numbers: norms, losses, rewards
+
+A loader that fetches ahead asks for batches before it knows what the last ones taught. So the draw of step t is made
+from what was observed of the steps up to t - ``ahead``, whenever that was: threads and their timing change nothing.
+
+Guarantees:
+
+* each estimate is unbiased, as that of the sampler is: a batch carries the weights it was drawn with;
+* the batches depend on the key, the sampler and the observations alone, not on when or by which thread they are asked
+  for;
+* ``state_dict`` in the middle of an epoch, and ``load_state_dict``: the same batches come again bit for bit, those
+  first that had been handed out and not observed;
+* of several processes each gets its part of the same global draws, given the same key and observations;
+* nothing but NumPy arrays goes in and out, and JAX's CPU does the work, whatever else the machine has.
+
+Source: ours.
+"""
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.types import Draw, Key
+
+__all__ = ["IndexBatch", "IndexSampler", "index_sampler"]
+
+FORMAT = 1
+"""Of what ``state_dict`` gives."""
+
+Gather = Callable[[np.ndarray], np.ndarray]
+
+
+class IndexBatch(NamedTuple):
+    """What one step learns from; of several processes, this one's part."""
+
+    step: int
+    indices: np.ndarray
+    """Of the examples, int64 [m]."""
+    weights: np.ndarray
+    """target / probs, float32 [m]: the update takes the mean of ``weights * losses``. Zero for padding."""
+    probs: np.ndarray
+    """That they were drawn with, float32 [m]."""
+
+
+def index_sampler(
+    sampler: BatchSampler,
+    *,
+    key: Key,
+    ahead: int = 2,
+    refresh_every: int = 100,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather | None = None,
+    timeout: float = 60.0,
+) -> "IndexSampler":
+    """Index batches of a sampler, in time order.
+
+    Args:
+        sampler: any but ``presampling``, which needs the data.
+        key: of the draws; the same in all processes.
+        ahead: batches that may be asked for before the first of them is observed: those in a loader's queue, and the
+            one that is learnt from; 1 or more.
+        refresh_every: observations between two refreshes of the proposal.
+        shard: this process's number, and how many there are; each gets an equal part of every batch.
+        gather: ``part [k] -> whole [m]``, which puts the parts of all processes one after the other, such as
+            ``partial(multihost_utils.process_allgather, tiled=True)``; needed where there are several processes.
+        timeout: seconds that a thread waits for an observation before it is told that none comes.
+
+    Returns:
+        The sampler: an iterator that never ends.
+
+    Raises:
+        TypeError: a number is no whole number.
+        ValueError: a number is out of range, or the parts are not equal.
+
+    >>> import jax, numpy as np, isgd_jax as isgd
+    >>> draws = index_sampler(isgd.importance_sampler(1000, batch_size=4), key=jax.random.key(0))
+    >>> batch = next(draws)
+    >>> batch.indices.shape, batch.weights.tolist()
+    ((4,), [1.0, 1.0, 1.0, 1.0])
+    >>> draws.observe(batch, norms=np.ones(4))
+    """
+    if sampler.candidates is not None:
+        raise ArgumentError("presampling scores candidates inside the step, and needs the data: take another sampler")
+    check_whole("ahead", ahead, least=1)
+    check_whole("refresh_every", refresh_every, least=1)
+    place, count = shard
+    if not (0 <= place < count) or sampler.batch_size % count:
+        raise ArgumentError(
+            f"shard must be (number, count), with equal parts of a batch of {sampler.batch_size}; got {shard}"
+        )
+    if count > 1 and gather is None:
+        raise ArgumentError("of several processes each sees its own norms: gather= must bring them together")
+    return IndexSampler(sampler, key, ahead, refresh_every, shard, gather, timeout)
+
+
+class IndexSampler:
+    """An iterator of `IndexBatch`; made by `index_sampler`. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        key: Key,
+        ahead: int,
+        refresh_every: int,
+        shard: tuple[int, int],
+        gather: Gather | None,
+        timeout: float,
+    ) -> None:
+        self.sampler, self.ahead = sampler, ahead
+        self._key, self._refresh_every, self._shard, self._gather, self._timeout = (
+            key, refresh_every, shard, gather, timeout,
+        )  # fmt: skip
+        self._programs = _programs(sampler)
+        self._device = jax.local_devices(backend="cpu")[0]
+        self._changed = threading.Condition()
+        self._made: deque[Draw] = deque()
+        """Draws not observed yet, the first of step ``observed``."""
+        self._handed = self._observed = 0
+        self._waiting: dict[int, tuple[Any, Any]] = {}
+        """Observations of later steps that came before their turn."""
+        self._listed: deque[IndexBatch] = deque()
+        with self._on_host():
+            self._key = jax.device_put(key, self._device)
+            self._state: SamplerState = jax.device_put(sampler.init(jax.random.fold_in(self._key, 2**31 - 1)))
+            self._fill()
+
+    def __iter__(self) -> "IndexSampler":
+        return self
+
+    def __next__(self) -> IndexBatch:
+        """The next batch; waits where ``ahead`` batches are not observed yet.
+
+        Raises:
+            TimeoutError: none of them is observed in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._handed < self._observed + self.ahead, self._timeout):
+                raise TimeoutError(
+                    f"{self.ahead} batches are handed out and none was observed in {self._timeout:g} s: call observe() "
+                    "after each update, or ask for fewer (ahead= must be the loader's queue and one more)"
+                )
+            draw, step = self._made[self._handed - self._observed], self._handed
+            self._handed += 1
+        return self._batch(draw, step)
+
+    def lists(self) -> Iterator[list[int]]:
+        """The same as lists of indices, as a loader's ``batch_sampler``; `listed` gives the batches in their order."""
+        for batch in self:
+            self._listed.append(batch)
+            yield batch.indices.tolist()
+
+    def listed(self) -> IndexBatch:
+        """The batch whose examples a loader that keeps the order has given next.
+
+        Raises:
+            ValueError: no list was taken that has not been asked for.
+        """
+        if not self._listed:
+            raise ArgumentError("every batch that lists() gave has been asked for")
+        return self._listed.popleft()
+
+    def observe(self, batch: IndexBatch, *, norms: Any = None, scores: Any = None) -> None:
+        """Move on by a step: what its examples' gradients measured, or anyone's numbers in their place.
+
+        Later steps may be observed first; they wait for their turn.
+
+        Args:
+            batch: that was learnt from.
+            norms: of its examples' gradients [m], this process's part; they teach all that the sampler learns.
+            scores: what the table gets in place of the norms, [m]; alone they choose the draws, and teach no more.
+
+        Raises:
+            ValueError: there is not one number a draw, or the step was observed before or never handed out.
+        """
+        given = self._whole("norms", norms, batch), self._whole("scores", scores, batch)
+        with self._changed, self._on_host():
+            if not self._observed <= batch.step < self._handed or batch.step in self._waiting:
+                raise ArgumentError(
+                    f"step {batch.step} was observed before, or never handed out: {self._observed} steps are observed, "
+                    f"{self._handed} are handed out"
+                )
+            self._waiting[batch.step] = given
+            while self._observed in self._waiting:
+                found = self._waiting.pop(self._observed)
+                self._state = self._programs.observe(self._state, self._made.popleft(), *found)
+                self._observed += 1
+                self._fill()
+            self._changed.notify_all()
+
+    def record(self, ids: Any, scores: Any, *, version: int | None = None) -> None:
+        """Write scores that were measured besides; the next refresh knows them.
+
+        Args:
+            ids: of examples [c].
+            scores: as many numbers, 0 or more; those that are not are set aside.
+            version: updates that the parameters had seen when they were measured; by default all so far.
+
+        Raises:
+            TypeError: ids are no whole numbers.
+            ValueError: there is not one score an id.
+        """
+        ids, scores = np.asarray(ids), np.asarray(scores, np.float32)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ArgumentTypeError(f"ids must be whole numbers, got {ids.dtype}")
+        if ids.ndim != 1 or ids.shape != scores.shape:
+            raise ArgumentError(
+                f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
+            )
+        inside = (ids >= 0) & (ids < self.sampler.num_examples)  # what int32 would wrap around is padding too
+        ids = np.where(inside, ids, self.sampler.num_examples).astype(np.int32)
+        with self._changed, self._on_host():
+            at = None if version is None else jnp.int32(version)
+            self._state = self._programs.record(self._state, ids, scores, at)
+
+    def report(self) -> Any:
+        """What the sampler knows of the variance (`isgd_jax.importance_sampler`); print it."""
+        with self._changed, self._on_host():
+            return self.sampler.report(self._state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next batches depend on, as numbers and NumPy arrays; a loader can pickle it, Orbax save it."""
+        with self._changed:
+            return {
+                "format": FORMAT,
+                "observed": self._observed,
+                "state": [np.array(x) for x in jax.tree.leaves(self._state)],
+                "draws": [[np.array(x) for x in jax.tree.leaves(draw)] for draw in self._made],
+            }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there: the next batch is the first that was not observed.
+
+        Raises:
+            ValueError: it was saved by another format, sampler or ``ahead``.
+        """
+        if saved.get("format") != FORMAT:
+            raise ArgumentError(f"expected a state of format {FORMAT}, got {saved.get('format')!r}")
+        if len(saved["draws"]) != self.ahead:
+            raise ArgumentError(f"it was saved with ahead={len(saved['draws'])}, here it is {self.ahead}")
+        with self._changed, self._on_host():
+            self._state = _like(self._state, saved["state"])
+            draws = [_like(draw, leaves) for draw, leaves in zip(self._made, saved["draws"], strict=True)]
+            self._made = deque(draws)
+            self._observed = self._handed = int(saved["observed"])
+            self._waiting.clear()
+            self._listed.clear()
+            self._changed.notify_all()
+
+    def _fill(self) -> None:
+        """Refresh if it is due, and draw the steps that may be asked for now."""
+        if self._observed % self._refresh_every == 0:
+            self._state = self._programs.refresh(self._state)
+        while len(self._made) < self.ahead:
+            place = len(self._made)
+            key = jax.random.fold_in(self._key, self._observed + place)
+            self._made.append(self._programs.draw(key, self._state, jnp.int32(place)))
+
+    def _batch(self, draw: Draw, step: int) -> IndexBatch:
+        place, count = self._shard
+        part = self.sampler.batch_size // count
+        mine = slice(place * part, (place + 1) * part)
+        probs, mask = np.asarray(draw.probs)[mine], np.asarray(draw.mask)[mine]
+        target = np.asarray(draw.target)[mine]
+        weights = np.where(mask, target / np.where(mask, probs, 1.0), 0.0).astype(np.float32)
+        return IndexBatch(step, np.asarray(draw.indices, np.int64)[mine], weights, probs)
+
+    def _whole(self, what: str, given: Any, batch: IndexBatch) -> np.ndarray | None:
+        if given is None:
+            return None
+        numbers = np.asarray(given, np.float32)
+        if numbers.shape != batch.indices.shape:
+            raise ArgumentError(f"expected {what} of the {len(batch.indices)} draws, got shape {numbers.shape}")
+        return numbers if self._gather is None else np.asarray(self._gather(numbers), np.float32)
+
+    def _on_host(self) -> Any:
+        return jax.default_device(self._device)
+
+
+class _Programs(NamedTuple):
+    """The functions of a sampler, compiled; all but ``draw`` donate the state."""
+
+    draw: Callable[..., Draw]
+    observe: Callable[..., SamplerState]
+    record: Callable[..., SamplerState]
+    refresh: Callable[..., SamplerState]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(sampler: BatchSampler) -> _Programs:
+    def draw(key: Key, state: SamplerState, ahead: Any) -> Draw:
+        return sampler.sample(key, state, ahead=ahead)
+
+    def observe(state: SamplerState, draw: Draw, norms: Any, scores: Any) -> SamplerState:
+        return sampler.observe(state, draw, norms=norms, scores=scores)
+
+    def record(state: SamplerState, ids: Any, scores: Any, at: Any) -> SamplerState:
+        return sampler.record(state, ids, scores, version=state.version if at is None else at)
+
+    changing = (jax.jit(function, donate_argnums=0) for function in (observe, record, sampler.refresh))
+    return _Programs(jax.jit(draw), *changing)
+
+
+def _like(tree: Any, leaves: list[np.ndarray]) -> Any:
+    """A tree of these leaves, if they are of its shapes and dtypes."""
+    known, structure = jax.tree.flatten(tree)
+    types = [(x.shape, np.dtype(x.dtype)) for x in known]
+    if types != [(np.shape(x), np.asarray(x).dtype) for x in leaves]:
+        raise ArgumentError("it was saved of another sampler: of other options, batch size or number of examples")
+    return jax.tree.unflatten(structure, [jnp.array(x) for x in leaves])

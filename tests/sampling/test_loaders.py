@@ -1,0 +1,132 @@
+"""Draws for anyone's loader: whatever the timing, the same batches; resumed, the same again; unbiased."""
+
+import pickle
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import isgd_jax as isgd
+
+N, M = 60, 6
+NORMS = np.random.default_rng(0).lognormal(sigma=1.5, size=N).astype(np.float32)
+
+
+SAMPLER = isgd.importance_sampler(N, batch_size=M)
+
+
+def made(sampler=SAMPLER, **options):
+    return isgd.loaders.index_sampler(sampler, **{"key": jax.random.key(3), "ahead": 3, "refresh_every": 5} | options)
+
+
+def trained(draws, steps):
+    """The indices and weights of so many steps, each observed at once."""
+    rows = []
+    for _ in range(steps):
+        batch = next(draws)
+        rows.append((batch.indices, batch.weights))
+        draws.observe(batch, norms=NORMS[batch.indices])
+    return rows
+
+
+def same(one, other):
+    for (a, b), (c, d) in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, d)
+
+
+def test_timing_and_order_of_observations_change_nothing():
+    plain, late = trained(made(), 18), []
+    draws = made()
+    for _ in range(6):  # three at a time, observed backwards, from a thread
+        batches = [next(draws) for _ in range(3)]
+        late += [(batch.indices, batch.weights) for batch in batches]
+        for batch in batches[::-1]:
+            thread = threading.Thread(target=draws.observe, args=(batch,), kwargs={"norms": NORMS[batch.indices]})
+            thread.start()
+            thread.join()
+    same(plain, late)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, isgd.shuffled_epochs(N, batch_size=M)], ids=["drawn", "epochs"])
+def test_a_saved_state_goes_on_bit_for_bit_and_hands_out_again_what_was_not_observed(sampler):
+    draws = made(sampler)
+    trained(draws, 7)
+    next(draws), next(draws)  # in a loader's queue when the run is killed
+    saved = pickle.loads(pickle.dumps(draws.state_dict()))
+    again = made(sampler)
+    again.load_state_dict(saved)
+    whole = trained(made(sampler), 20)
+    same(trained(again, 13), whole[7:])
+
+
+def test_epochs_are_epochs():
+    rows = trained(made(isgd.shuffled_epochs(N, batch_size=M)), N // M)
+    assert sorted(np.concatenate([indices for indices, _ in rows])) == list(range(N))
+
+
+def test_the_estimate_is_unbiased_and_draws_follow_the_norms():
+    draws = made(refresh_every=20)
+    trained(draws, 100)
+    rows = trained(draws, 1500)
+    means = np.array([np.mean(weights * NORMS[indices]) for indices, weights in rows])
+    assert abs(means.mean() - NORMS.mean()) < 5 * means.std() / np.sqrt(len(means))
+    counts = np.bincount(np.concatenate([indices for indices, _ in rows]), minlength=N)
+    assert np.corrcoef(counts, NORMS)[0, 1] > 0.8
+    assert means.std() < 0.7 * NORMS.std() / np.sqrt(M)
+    assert "parameter updates" in str(draws.report())
+
+
+def test_processes_get_their_parts_of_the_same_draws():
+    whole, parts = made(), []
+    observed: dict = {}
+    for place in range(2):
+        parts.append(made(shard=(place, 2), gather=lambda part: observed["whole"]))
+    for _ in range(12):
+        batch, mine = next(whole), [next(part) for part in parts]
+        np.testing.assert_array_equal(batch.indices, np.concatenate([part.indices for part in mine]))
+        np.testing.assert_array_equal(batch.weights, np.concatenate([part.weights for part in mine]))
+        observed["whole"] = NORMS[batch.indices]
+        whole.observe(batch, norms=observed["whole"])
+        for part, own in zip(parts, mine, strict=True):
+            part.observe(own, norms=NORMS[own.indices])
+
+
+def test_late_scores_are_known_at_the_next_refresh_and_lists_come_with_their_batches():
+    draws = made(refresh_every=1)
+    draws.record(np.arange(N), np.where(np.arange(N) < 3, 1e3, 1e-3))
+    trained(draws, 1)
+    next(draws), next(draws)  # they were drawn before
+    lists = draws.lists()
+    assert sum(i < 3 for i in next(lists)) >= M / 2
+    batch = draws.listed()
+    draws.observe(batch, scores=NORMS[batch.indices])  # waits for its turn
+    draws.record([2**40, -1], [1.0, 1.0])  # padding
+    with pytest.raises(ValueError, match="has been asked for"):
+        draws.listed()
+
+
+def test_misuse_is_told():
+    draws = made(timeout=0.05)
+    batches = [next(draws) for _ in range(3)]
+    with pytest.raises(TimeoutError, match="3 batches are handed out and none was observed"):
+        next(draws)
+    with pytest.raises(ValueError, match=r"norms of the 6 draws, got shape \(2,\)"):
+        draws.observe(batches[0], norms=np.ones(2))
+    draws.observe(batches[0], norms=np.ones(M))
+    with pytest.raises(ValueError, match="step 0 was observed before"):
+        draws.observe(batches[0], norms=np.ones(M))
+    scored = isgd.presampling(N, batch_size=M, scorer=lambda params, batch: batch)
+    for options, told in (
+        ({"shard": (0, 2)}, "gather="), ({"shard": (2, 2)}, "equal parts"), ({"shard": (0, 4)}, "equal parts"),
+        ({"ahead": 0}, "ahead"), ({"sampler": scored}, "presampling"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            made(**options)
+    with pytest.raises(TypeError, match="whole numbers"):
+        draws.record([0.5], [1.0])
+    with pytest.raises(ValueError, match="another sampler"):
+        made().load_state_dict(made(isgd.importance_sampler(N + 1, batch_size=M)).state_dict())
+    with pytest.raises(ValueError, match="ahead=2, here it is 3"):
+        made().load_state_dict(made(ahead=2).state_dict())

@@ -4,7 +4,7 @@ Command: python experiments/notebooks/run.py [NAME ...] [--store] (`make noteboo
 Time: about 4 minutes for all on two CPU cores.
 
 `--store` writes the outputs back into the files. The badge and the install cell are written then too, from the address
-and the version in pyproject.toml: that is the one place to change them. The install cell does nothing where the package
+and the version in the package: that is the one place to change them. The install cell does nothing where the package
 is installed already, so that here the notebooks run on this checkout.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 import nbclient
 import nbformat
 from nbformat import NotebookNode
+
+import isgd_jax
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -82,10 +84,12 @@ def badge(path: Path) -> str:
 
 def install() -> str:
     """The cell that installs the version the notebook was written for, where there is none."""
+    version = isgd_jax.__version__
+    at = "main" if "dev" in version else f"v{version}"
     return (
         "import importlib.util\n\n"
         'if importlib.util.find_spec("isgd_jax") is None:\n'
-        f'    %pip install --quiet "isgd_jax[train] @ git+{repository()}@v{project()["version"]}"'
+        f'    %pip install --quiet "isgd_jax[train] @ git+{repository()}@{at}"'
     )
 
 

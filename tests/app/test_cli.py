@@ -29,8 +29,9 @@ PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 
 def isgd(*arguments: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
     environment = os.environ | changes
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not so in the background
     return subprocess.Popen(
-        [sys.executable, "-c", "from isgd_jax.app.entry import main; main()", *arguments],
+        [sys.executable, "-c", f"{heard}; from isgd_jax.app.entry import main; main()", *arguments],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

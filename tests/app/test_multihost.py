@@ -27,7 +27,7 @@ from isgd_jax.app.run_dir import RunDir
 
 SETTINGS: dict[str, Any] = {
     "hidden": (16,), "batch_size": 32, "refresh_every": 20, "chunk_size": 128, "log_every": 20, "checkpoint_every": 20,
-    "learning_rate": 0.01, "heartbeat_timeout": 30,
+    "learning_rate": 0.01,
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_two_processes_make_the_run_of_one_and_the_loss_of_one_ends_both(tmp_pat
     began = time.monotonic()
     running[1].kill()
     outs = [process.communicate(timeout=200) for process in running]
-    assert time.monotonic() - began < 2 * SETTINGS["heartbeat_timeout"]
+    assert time.monotonic() - began < 60  # seconds of silence, after which a process counts as lost
     assert running[0].returncode in ENDED
     assert "another process was lost" in outs[0][1] or "another task died" in outs[0][1]
     saved = checkpoints.read(tmp_path / "two/checkpoints")
@@ -211,9 +211,7 @@ def test_a_process_that_never_comes_is_named(start: Callable[..., list[Member]],
 def test_another_command_is_refused_by_name_on_every_host(start: Callable[..., list[Member]]) -> None:
     port = free_port()
     members = start(0, 1, of=3, port=port) + start(2, of=3, port=port, seed=1)
-    expected = (
-        "the processes differ in --seed: 0 in process 0, but 1 in process 2; start the same command on every host"
-    )
+    expected = "the processes differ in seed=: 0 in process 0, but 1 in process 2; start the same command on every host"
     assert [member.says() for member in members] == [""] * 3  # none joins
     for member in members:
         code, told = member.end()
@@ -227,7 +225,7 @@ def test_other_data_and_another_number_of_processes_are_refused(start: Callable[
     data = start(0, port=port) + start(1, port=port, fingerprint="b")
     assert all("the fingerprint of the data set: 'a' in process 0, but 'b' in process 1" in x.end()[1] for x in data)
     numbers = start(0, of=2, port=other) + start(1, of=3, port=other)
-    assert all("differ in --num-processes: 2 in process 0, but 3 in process 1" in x.end()[1] for x in numbers)
+    assert all("differ in num_processes=: 2 in process 0, but 3 in process 1" in x.end()[1] for x in numbers)
 
 
 def test_what_differs_is_named_with_its_processes() -> None:
@@ -316,7 +314,7 @@ def test_where_no_cluster_is_found_the_flags_are_asked_for(start: Callable[..., 
     (member,) = start(0, num_processes=None)
     code, told = member.end()
     assert code == 1
-    assert "--distributed needs --coordinator, --num-processes and --process-id" in told
+    assert "distributed=True needs coordinator=, num_processes= and process_id=" in told
 
 
 def test_a_mistaken_place_is_found_before_anything_else(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from problems import small_config
 
 from isgd_jax.app import compare, data, plots, schedule, userfiles
+from isgd_jax.app.config import configure
 from isgd_jax.app.data import cifar10, flights, idx, spill, svhn
 from isgd_jax.app.html import run as page
 from isgd_jax.app.run_dir import RunDir
@@ -138,7 +139,7 @@ def read_records(folder: Path) -> None:
     records = list(run.records())
     lines = [record for record in records if record["event"] == "progress"]
     page._state(records)
-    page._tiles(lines, records)
+    page._tiles(lines, configure())
     page._progress_table(lines)
     page._spent(records)
     plots.others(lines)

@@ -12,9 +12,9 @@ Targets: at most 60 us a step in a scan and 150 us from Python, for N = 10^3 to 
 a new order at N = 10^6 at most 40 ms.
 
 Result (JAX 0.10.2, two CPU cores, one process, nine rounds, N = 1,000, some other load). More than the plain step, in a
-scan and from Python: steps of 0.1 ms 35 and 109 us; steps of 0.4 ms 61 and 55 us; steps of 15 ms 1.1 and 0.4
-ms, **missed**. N = 10^6 and refreshes have not been measured since; a stratified draw alone, beside the binary tree of before,
-takes 5.5 and 10.7 us at N = 10^3, 26 and 95 us at 10^6.
+scan and from Python: steps of 0.1 ms 35 and 109 us; steps of 0.4 ms 61 and 55 us; steps of 15 ms 1.1 and 0.4 ms, which
+is **missed**. N = 10^6 and refreshes have not been measured since; a stratified draw alone, beside the binary tree of
+before, takes 5.5 and 10.7 us at N = 10^3, 26 and 95 us at 10^6.
 """
 
 import argparse

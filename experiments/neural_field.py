@@ -55,15 +55,5 @@ def picture(file: Path, problem: str) -> None:
     print(f"wrote {file}")
 
 
-def main() -> None:
-    """A race on each picture and network, or a picture of where ours looks."""
-    options = race.arguments(__doc__, PROBLEMS, ARMS, seeds=5)
-    options.folder = options.folder or Path("runs/neural_field" + ("-x64" if options.x64 else ""))
-    if options.picture:
-        picture(options.picture, options.problems[0])
-    else:
-        race.main(options, FULL, QUICK, few=("uniform", "residual", "ours"))
-
-
 if __name__ == "__main__":
-    main()
+    race.main(__doc__, "runs/neural_field", PROBLEMS, ARMS, seeds=5, full=FULL, quick=QUICK, picture=picture)

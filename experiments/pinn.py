@@ -57,15 +57,5 @@ def picture(file: Path, problem: str) -> None:
     print(f"wrote {file}")
 
 
-def main() -> None:
-    """A race on each equation, or the picture of one."""
-    options = race.arguments(__doc__, PROBLEMS, ARMS, seeds=10)
-    options.folder = options.folder or Path("runs/pinn" + ("-x64" if options.x64 else ""))
-    if options.picture:
-        picture(options.picture, options.problems[0])
-    else:
-        race.main(options, FULL, QUICK, few=("uniform", "residual", "ours"))
-
-
 if __name__ == "__main__":
-    main()
+    race.main(__doc__, "runs/pinn", PROBLEMS, ARMS, seeds=10, full=FULL, quick=QUICK, picture=picture)

@@ -33,12 +33,14 @@ import optax
 from domains import arms, problems
 from isgd_jax.app.compare import Interval, paired_ratio
 
-__all__ = ["Grid", "Race", "arguments", "captured", "main"]
+__all__ = ["Grid", "Race", "Trial", "captured", "main"]
 
 Record = dict[str, Any]
 TUNING_SEED = 1_000
 LOOKS = 40
 """Errors are measured so many times a run."""
+FEW = ("uniform", "residual", "ours")
+"""The arms of the quick form."""
 LBFGS_POOL = 4
 """L-BFGS works on so many plain batches."""
 
@@ -341,7 +343,7 @@ def captured(
     return rows
 
 
-def arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], seeds: int) -> argparse.Namespace:
+def _arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], seeds: int) -> argparse.Namespace:
     """The options that both experiments have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=names, default=list(names))
@@ -354,13 +356,29 @@ def arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], seed
     return parser.parse_args()
 
 
-def main(options: argparse.Namespace, grid: Grid, quick: Grid, few: Sequence[str]) -> None:
-    """Race on each problem in turn."""
+def main(
+    doc: str | None,
+    folder: str,
+    names: Sequence[str],
+    rivals: Sequence[str],
+    *,
+    seeds: int,
+    full: Grid,
+    quick: Grid,
+    picture: Callable[[Path, str], None],
+) -> None:
+    """The command of an experiment: a race on each problem in turn, or the picture of the first."""
+    options = _arguments(doc, names, rivals, seeds)
+    if options.picture:
+        picture(options.picture, options.problems[0])
+        return
+    where = options.folder or Path(folder + ("-x64" if options.x64 else ""))
+    grid = full
     if options.x64:
         jax.config.update("jax_enable_x64", True)
     if options.quick:
-        grid, options.arms, options.seeds = quick, [name for name in options.arms if name in few], 3
-    races = [Race(name, options.arms, grid, options.seeds, options.folder) for name in options.problems]
+        grid, options.arms, options.seeds = quick, [name for name in options.arms if name in FEW], 3
+    races = [Race(name, options.arms, grid, options.seeds, where) for name in options.problems]
     print(f"at most {sum(race.planned() for race in races) / 60:.0f} minutes, compiling aside", flush=True)
     print(f"each arm tries rates {grid.rates}, batches x{grid.larger}, budgets of {grid.seconds} s", flush=True)
     for race in races:

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.types import Draw, Key
 
@@ -275,10 +276,8 @@ class IndexSampler:
         place, count = self._shard
         part = self.sampler.batch_size // count
         mine = slice(place * part, (place + 1) * part)
-        probs, mask = np.asarray(draw.probs)[mine], np.asarray(draw.mask)[mine]
-        target = np.asarray(draw.target)[mine]
-        weights = np.where(mask, target / np.where(mask, probs, 1.0), 0.0).astype(np.float32)
-        return IndexBatch(step, np.asarray(draw.indices, np.int64)[mine], weights, probs)
+        weights = np.asarray(_weights(draw.probs, draw.mask, draw.target))
+        return IndexBatch(step, np.asarray(draw.indices, np.int64)[mine], weights[mine], np.asarray(draw.probs)[mine])
 
     def _whole(self, what: str, given: Any, batch: IndexBatch) -> np.ndarray | None:
         if given is None:
@@ -299,6 +298,9 @@ class _Programs(NamedTuple):
     observe: Callable[..., SamplerState]
     record: Callable[..., SamplerState]
     refresh: Callable[..., SamplerState]
+
+
+_weights = jax.jit(draw_weights)
 
 
 @functools.lru_cache(maxsize=8)

@@ -47,6 +47,7 @@ from isgd_jax.sampling.groups import Groups
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
+    Examples,
     Ordering,
     Proposal,
     SamplerState,
@@ -250,10 +251,12 @@ class ImportanceSampler:
                 None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),
                 None if sketch is None else jnp.zeros(size, bool),
             ),
-            target=None if arrays.weights is None else on_mesh(arrays.weights),
+            examples=Examples(
+                None if arrays.weights is None else on_mesh(arrays.weights),
+                None if arrays.costs is None else cost.create(on_mesh(arrays.costs)),
+                self._blank_groups(arrays.ids),
+            ),
             fractions=fractions.create() if is_learnt else None,
-            costs=None if arrays.costs is None else cost.create(on_mesh(arrays.costs)),
-            groups=self._blank_groups(arrays.ids),
             **blank,
         )
         made = self.refresh(state).proposal
@@ -317,7 +320,7 @@ class ImportanceSampler:
         self._check_seconds(seconds)
         found = evidence.norms_of(draw, grads, norms, scores, axis_name=axis_name)
         if found.norms is not None:
-            unit = None if state.groups is None else self._unit(state, draw.indices)
+            unit = None if state.examples.groups is None else self._unit(state, draw.indices)
             state = evidence.learnt(state, draw, found.norms, unit)
             if state.monitor is not None:
                 watched = evidence.monitored(
@@ -388,8 +391,8 @@ class ImportanceSampler:
             max_age_seconds=options.max_age_seconds,
             min_trusted=options.min_trusted,
             example_weights=self._weights(state),
-            costs=None if state.costs is None else state.costs.each,
-            mix=None if state.groups is None else functools.partial(self._mixed, state, fraction),
+            costs=None if state.examples.costs is None else state.examples.costs.each,
+            mix=None if state.examples.groups is None else functools.partial(self._mixed, state, fraction),
         )
         law = samplers.prepare(made.probs, self._order(state, made.probs, key))
         if options.sampler == "without_replacement":
@@ -399,47 +402,51 @@ class ImportanceSampler:
         return self._counted(state._replace(proposal=following))
 
     def _weights(self, state: SamplerState) -> Float[Array, " n"] | None:
-        if state.groups is None or self.options.groups is None:
-            return state.target
-        return grouping.unit_weights(state.groups, self.options.groups, state.target)
+        if state.examples.groups is None or self.options.groups is None:
+            return state.examples.target
+        return grouping.unit_weights(state.examples.groups, self.options.groups, state.examples.target)
 
     def _mixed(self, state: SamplerState, fraction: Float[Array, ""], wanted: Float[Array, " n"]) -> Float[Array, " n"]:
         """The probabilities of a proposal over groups."""
-        assert state.groups is not None
+        assert state.examples.groups is not None
         assert self.options.groups is not None
         return grouping.drawn_by(
-            state.groups,
+            state.examples.groups,
             self.options.groups,
             wanted,
-            target=state.target,
-            costs=None if state.costs is None else state.costs.each,
+            target=state.examples.target,
+            costs=None if state.examples.costs is None else state.examples.costs.each,
             uniform_fraction=fraction,
             step=state.clock.step,
         )
 
     def _counted(self, state: SamplerState) -> SamplerState:
         """The state with the allocation and the expected costs of its new proposal."""
-        known, law, flat = state.groups, state.proposal.law, None
+        known, law, flat = state.examples.groups, state.proposal.law, None
         if known is not None:
             share = grouping.group_sums(samplers.probabilities(law), known.ids, known.sizes.shape[0])
             known = known._replace(allocation=share)
             flat = (share / jnp.maximum(known.sizes, 1.0))[known.ids]
-        costs = None if state.costs is None else cost.renewed(state.costs, law, flat)
-        return state._replace(costs=costs, groups=known)
+        costs = None if state.examples.costs is None else cost.renewed(state.examples.costs, law, flat)
+        return state._replace(examples=state.examples._replace(costs=costs, groups=known))
 
     def _target(self, state: SamplerState, indices: Int[Array, " m"], step: Int[Array, ""]) -> Float[Array, " m"]:
         """The factor [m] of each drawn gradient in what is estimated at a step."""
         shares = None if self.options.groups is None else grouping.shares_at(self.options.groups, step)
         unit = self._unit(state, indices)
-        return unit if shares is None or state.groups is None else unit * shares[state.groups.ids[indices]]
+        return (
+            unit
+            if shares is None or state.examples.groups is None
+            else unit * shares[state.examples.groups.ids[indices]]
+        )
 
     def _unit(self, state: SamplerState, indices: Int[Array, " m"]) -> Float[Array, " m"]:
         """The same but for the share of the group: a_n, 1/N, or one over the size of the group."""
-        if state.target is not None:
-            return state.target[indices]
-        if state.groups is None or self.options.groups is None or self.options.groups.shares is None:
+        if state.examples.target is not None:
+            return state.examples.target[indices]
+        if state.examples.groups is None or self.options.groups is None or self.options.groups.shares is None:
             return jnp.full(indices.shape, 1.0 / self.num_examples, jnp.float32)
-        return (1.0 / jnp.maximum(state.groups.sizes, 1.0))[state.groups.ids[indices]]
+        return (1.0 / jnp.maximum(state.examples.groups.sizes, 1.0))[state.examples.groups.ids[indices]]
 
     def _blank_groups(self, ids: Array | np.ndarray | None) -> grouping.GroupState | None:
         if ids is None or self.options.groups is None:
@@ -514,7 +521,7 @@ class ImportanceSampler:
 
         def anew() -> Int[Array, " n"]:
             keys, sketches, known = state.ordering
-            group = None if state.groups is None else state.groups.ids
+            group = None if state.examples.groups is None else state.examples.groups.ids
             if sketches is not None and known is not None:
                 start = own_key(state, state.version) if key is None else key
                 line = self._by_clusters(start, sketches, known, probs)

@@ -135,10 +135,12 @@ def learnt(
         state = state._replace(calibration=seen)
     if state.fractions is not None:
         state = state._replace(fractions=_fractions_after(state, state.fractions, draw, weights, wanted, proposed))
-    if state.groups is not None and unit is not None:
-        state = state._replace(groups=groups.observe(state.groups, draw, norms, unit, proposed))
+    if state.examples.groups is not None and unit is not None:
+        seen_groups = groups.observe(state.examples.groups, draw, norms, unit, proposed)
+        state = state._replace(examples=state.examples._replace(groups=seen_groups))
     if isinstance(state.gate, gate.Gate):  # with costs, of second moment times cost
-        judged, _ = gate.observe(state.gate, weights, proposal_weights * cost.ratio(state.costs), wanted, draw.mask)
+        dearer = proposal_weights * cost.ratio(state.examples.costs)
+        judged, _ = gate.observe(state.gate, weights, dearer, wanted, draw.mask)
         state = state._replace(gate=judged)
     return state
 
@@ -155,15 +157,15 @@ def _fractions_after(
     size, mask = state.table.scores.shape[0], draw.mask
     fraction = state.proposal.uniform_fraction
     alike = jnp.full(mask.shape, 1.0 / size, jnp.float32)
-    if state.groups is not None:
-        at = state.groups.ids[draw.indices]
-        share, members = state.groups.allocation[at], state.groups.sizes[at]
+    if state.examples.groups is not None:
+        at = state.examples.groups.ids[draw.indices]
+        share, members = state.examples.groups.allocation[at], state.examples.groups.sizes[at]
         mask = mask & (share > 0.0)
         alike = share / jnp.maximum(members, 1.0)
         wanted = wanted * jnp.sqrt(jnp.where(mask, 1.0 / (size * jnp.where(mask, alike, 1.0)), 0.0))
     relative = fractions.relative_scores(alike / proposed, fraction)
     grid = jnp.asarray(fractions.GRID, jnp.float32)
-    prices = None if state.costs is None else cost.of_fractions(state.costs, fraction, grid)
+    prices = None if state.examples.costs is None else cost.of_fractions(state.examples.costs, fraction, grid)
     return fractions.observe(known, weights, wanted, relative, mask, costs=prices)
 
 

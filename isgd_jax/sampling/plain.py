@@ -225,7 +225,7 @@ class _Epochs(_Still):
             lambda: lax.dynamic_slice_in_dim(_order(state), at, size),
             lambda: lax.dynamic_slice_in_dim(self._permutation(state, epoch), at, size),
         )
-        share, target = jnp.full(size, 1.0 / self.num_examples, jnp.float32), state.target
+        share, target = jnp.full(size, 1.0 / self.num_examples, jnp.float32), state.examples.target
         return Draw(
             indices,
             share,

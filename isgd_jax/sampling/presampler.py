@@ -208,7 +208,7 @@ class _Presampling(_Still):
 
     def _joined(self, state: SamplerState, parts: list[tuple[Draw, Array]], ahead: int | Array) -> Draw:
         draw, speedups = jax.tree.map(lambda *both: jnp.concatenate([jnp.atleast_1d(x) for x in both]), *parts)
-        step, target = state.clock.step + ahead, state.target
+        step, target = state.clock.step + ahead, state.examples.target
         size = self.num_examples
         return draw._replace(
             target=jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices],

@@ -15,7 +15,7 @@ from isgd_jax.sampling.state import SamplerState, check_state
 from isgd_jax.variance import monitor
 from isgd_jax.variance.rolling import Band
 
-__all__ = ["CostReport", "SamplerReport", "make_report"]
+__all__ = ["CostReport", "SamplerReport", "ScoreReport", "make_report"]
 
 TOP = 0.01
 """The part of the examples that is drawn most, of which the share of draws is told."""
@@ -32,6 +32,19 @@ class CostReport(NamedTuple):
     """Variance times cost of uniform draws; None without a monitor."""
     drawn: Band | None
     """The same of the draws as they are made."""
+
+
+class ScoreReport(NamedTuple):
+    """How much of the data has a score, and how fresh scores are."""
+
+    known_share: Float[Array, ""]
+    """Share of the examples that have a score at all."""
+    trusted_share: Float[Array, ""]
+    """Share of the scores that were fresh enough when the proposal was made."""
+    mean_age: Float[Array, ""]
+    """Versions since their scores were measured, over the examples that have one."""
+    quarantined: Int[Array, ""]
+    """Scores that came and were not recorded: they were not finite, or negative."""
 
 
 class SamplerReport(NamedTuple):
@@ -51,15 +64,9 @@ class SamplerReport(NamedTuple):
     top_share: Float[Array, ""]
     """Share of the draws that the 1 % of examples drawn most get."""
     uniform_fraction: Float[Array, ""]
-    trusted_share: Float[Array, ""]
-    """Share of scores that were fresh enough when the proposal was made."""
-    scored_share: Float[Array, ""]
-    """Share of the examples that have a score at all."""
-    mean_age: Float[Array, ""]
-    """Versions since their scores were measured, over the examples that have one."""
+    scores: ScoreReport
     gate_is_open: Bool[Array, ""]
     version: Int[Array, ""]
-    quarantined: Int[Array, ""]
     cost: CostReport | None = None
     """Where examples have costs."""
     groups: GroupReport | None = None
@@ -83,13 +90,13 @@ class SamplerReport(NamedTuple):
         rows += [
             ("uniform fraction", f"{float(self.uniform_fraction):.3g}"),
             ("draws of the top 1 %", f"{100 * float(self.top_share):.1f} %"),
-            ("examples scored", f"{100 * float(self.scored_share):.1f} %"),
-            ("scores trusted", f"{100 * float(self.trusted_share):.1f} %"),
-            ("mean age of scores", f"{float(self.mean_age):.4g} updates"),
+            ("examples scored", f"{100 * float(self.scores.known_share):.1f} %"),
+            ("scores trusted", f"{100 * float(self.scores.trusted_share):.1f} %"),
+            ("mean age of scores", f"{float(self.scores.mean_age):.4g} updates"),
             ("gate", "open" if bool(self.gate_is_open) else "shut: draws are uniform"),
         ]
-        if int(self.quarantined):
-            rows.append(("scores set aside", f"{int(self.quarantined):,} were not finite or negative"))
+        if int(self.scores.quarantined):
+            rows.append(("scores set aside", f"{int(self.scores.quarantined):,} were not finite or negative"))
         if self.variance is not None and int(self.num_measured) == 0:
             rows.append(("note", "no mean gradient was measured: variances are second moments"))
         width = 2 + max(len(label) for label, _ in rows)
@@ -141,12 +148,14 @@ def make_report(
             noise_scale=_noise_scale(found),
             top_share=jnp.where(is_open, _top_share(state.proposal.law), TOP),
             uniform_fraction=state.proposal.uniform_fraction,
-            trusted_share=state.proposal.trusted_share,
-            scored_share=count / num_examples,
-            mean_age=jnp.sum(ages) / jnp.maximum(count, 1.0),
+            scores=ScoreReport(
+                known_share=count / num_examples,
+                trusted_share=state.proposal.trusted_share,
+                mean_age=jnp.sum(ages) / jnp.maximum(count, 1.0),
+                quarantined=state.quarantined,
+            ),
             gate_is_open=is_open,
             version=state.version,
-            quarantined=state.quarantined,
             cost=_costs(state, found, is_open),
             groups=_grouped(state, groups),
             group_names=names,
@@ -156,9 +165,12 @@ def make_report(
 
 
 def _costs(state: SamplerState, found: monitor.Report | None, is_open: Bool[Array, ""]) -> CostReport | None:
-    if state.costs is None:
+    if state.examples.costs is None:
         return None
-    uniform, now = state.costs.uniform, jnp.where(is_open, state.costs.proposed, state.costs.uniform)
+    uniform, now = (
+        state.examples.costs.uniform,
+        jnp.where(is_open, state.examples.costs.proposed, state.examples.costs.uniform),
+    )
     if found is None:
         return CostReport(uniform, now, None, None)
     times = (Band(*(x * c for x in band)) for band, c in ((found.uniform, uniform), (found.drawn, now)))
@@ -166,9 +178,9 @@ def _costs(state: SamplerState, found: monitor.Report | None, is_open: Bool[Arra
 
 
 def _grouped(state: SamplerState, groups: Groups | None) -> GroupReport | None:
-    if groups is None or state.groups is None:
+    if groups is None or state.examples.groups is None:
         return None
-    return grouping.moments(state.groups, groups, state.target, state.clock.step)
+    return grouping.moments(state.examples.groups, groups, state.examples.target, state.clock.step)
 
 
 def _equivalent(found: monitor.Report | None, batch_size: int) -> Float[Array, ""]:

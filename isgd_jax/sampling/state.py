@@ -34,6 +34,7 @@ __all__ = [
     "FORMAT",
     "BatchSampler",
     "Clock",
+    "Examples",
     "Ordering",
     "Proposal",
     "SamplerState",
@@ -47,7 +48,7 @@ __all__ = [
     "own_key",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
 
 KEY_IMPL = "threefry2x32"
@@ -93,6 +94,15 @@ class SpeedupGate(NamedTuple):
     expected_speedup: Float[Array, ""]
 
 
+class Examples(NamedTuple):
+    """What each example counts for, costs, and belongs to: one number of it each, and what is derived from them."""
+
+    target: Float[Array, " n"] | None = None
+    """a_n of the target sum(a_n g_n); None for the mean of all gradients, or of groups that have shares."""
+    costs: Costs | None = None
+    groups: GroupState | None = None
+
+
 class SamplerState(NamedTuple):
     """The state of a sampler: made by ``init``, moved on by ``observe``, ``record`` and ``refresh``."""
 
@@ -105,14 +115,11 @@ class SamplerState(NamedTuple):
     """Scores that were not finite, or negative, and so were not recorded."""
     proposal: Proposal
     ordering: Ordering
-    target: Float[Array, " n"] | None = None
-    """a_n of the target sum(a_n g_n); None for the mean of all gradients, or of groups that have shares."""
+    examples: Examples = Examples()
     calibration: Calibration | None = None
     fractions: Mixtures | None = None
     gate: Gate | SpeedupGate | None = None
     monitor: Monitor | None = None
-    costs: Costs | None = None
-    groups: GroupState | None = None
 
     @property
     def version(self) -> Int[Array, ""]:

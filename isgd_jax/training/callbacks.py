@@ -91,7 +91,7 @@ class History(Callback):
         if found.variance is not None and int(found.num_measured):
             record["variance_ratio"] = _over(found.variance.drawn.value, found.variance.uniform.value)
             record["equivalent_batch"] = float(found.equivalent_batch)
-        record |= {"scored_share": float(found.scored_share), "mean_age": float(found.mean_age)}
+        record |= {"scored_share": float(found.scores.known_share), "mean_age": float(found.scores.mean_age)}
         return record | {"gate_is_open": bool(found.gate_is_open)}
 
 

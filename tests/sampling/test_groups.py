@@ -137,7 +137,7 @@ def test_neyman_s_allocation_is_within_five_percent_of_the_least_variance() -> N
     state = sampler.refresh(sampler.record(sampler.init(), np.arange(size), np.ones(size, np.float32), version=0))
     for at in range(3):
         state = period(state, jax.random.key(at))
-    share, price = np.asarray(state.groups.allocation), np.bincount(ids, weights=costs) / counts
+    share, price = np.asarray(state.examples.groups.allocation), np.bincount(ids, weights=costs) / counts
     moment = shares**2 * np.bincount(ids, weights=norms.astype(float) ** 2) / counts  # uniform within a group
     reached = (moment / share).sum() * (share * price).sum()
     assert reached <= 1.05 * np.sqrt(moment * price).sum() ** 2
@@ -155,9 +155,9 @@ def test_the_least_variance_per_cost_has_scores_over_the_root_of_costs() -> None
     best = SCORES / np.sqrt(COSTS)
     probs = 0.8 * best / best.sum() + 0.2 / N
     np.testing.assert_allclose(_probs(state), probs, rtol=1e-5)
-    assert float(state.costs.uniform) == pytest.approx(COSTS.mean(), rel=1e-6)
-    assert float(state.costs.proposed) == pytest.approx(probs @ COSTS, rel=1e-5)
-    found = cost.of_fractions(state.costs, jnp.float32(0.2), jnp.asarray([0.0, 0.2, 0.6]))
+    assert float(state.examples.costs.uniform) == pytest.approx(COSTS.mean(), rel=1e-6)
+    assert float(state.examples.costs.proposed) == pytest.approx(probs @ COSTS, rel=1e-5)
+    found = cost.of_fractions(state.examples.costs, jnp.float32(0.2), jnp.asarray([0.0, 0.2, 0.6]))
     exact = [((1 - x) * best / best.sum() + x / N) @ COSTS / COSTS.mean() for x in (0.0, 0.2, 0.6)]
     np.testing.assert_allclose(found, exact, rtol=1e-4)
 
@@ -186,7 +186,8 @@ def test_the_gate_judges_moment_times_cost() -> None:
         sampler = _sampler(costs=price, record_drawn=False, sampler="independent")
         state = _scored(sampler, scores)
         if price is not None:  # the proposal that costs do not know of
-            state = state._replace(costs=state.costs._replace(proposed=2.0 * state.costs.uniform))
+            dear = state.examples.costs._replace(proposed=2.0 * state.examples.costs.uniform)
+            state = state._replace(examples=state.examples._replace(costs=dear))
         draw = sampler.sample(jax.random.key(0), state)
         state = sampler.observe(state, draw, norms=jnp.asarray(scores)[draw.indices])
         stale, uniform = np.asarray(state.gate.window.values[0])

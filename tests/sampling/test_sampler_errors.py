@@ -155,7 +155,10 @@ def test_a_state_of_another_format_or_data_set_is_refused_by_name() -> None:
         key, strange = jax.random.key(0), state._replace(format=jnp.int32(FORMAT + 1))
         draw = Draw(jnp.arange(M), jnp.full(M, 1.0 / N), jnp.ones(M, bool))
         for call in (sampler.refresh, sampler.report, lambda state, s=sampler, d=draw: s.observe(state, d)):
-            with pytest.raises(ValueError, match="format 3, this version of isgd_jax reads format 2: begin with init"):
+            with pytest.raises(
+                ValueError,
+                match=f"format {FORMAT + 1}, this version of isgd_jax reads format {FORMAT}: begin with init",
+            ):
                 call(strange)
             with pytest.raises(ValueError, match="the state is of 9 examples, this sampler of 8"):
                 call(other.init())

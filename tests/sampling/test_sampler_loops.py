@@ -79,7 +79,7 @@ def test_the_loop_of_the_documentation(library: Callable[[], tuple[Any, Callable
     assert loss(own) < 0.7 * before
     assert isinstance(state, SamplerState)
     assert jax.tree.map(jax.typeof, state) == kind
-    assert float(sampler.report(state).scored_share) > 0.9
+    assert float(sampler.report(state).scores.known_share) > 0.9
 
 
 def test_an_nnx_optimizer_takes_the_draw_s_numbers() -> None:

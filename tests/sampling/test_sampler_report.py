@@ -71,9 +71,9 @@ def test_shares_and_ages_of_scores() -> None:
     state = sampler.record(state, np.arange(40, 100), np.ones(60, np.float32), version=5)
     state = sampler.refresh(state._replace(clock=state.clock._replace(version=jnp.int32(7))))
     report = sampler.report(state)
-    assert float(report.scored_share) == pytest.approx(0.5)
-    assert float(report.trusted_share) == pytest.approx(0.3)
-    assert float(report.mean_age) == pytest.approx((40 * 6 + 60 * 2) / 100)
+    assert float(report.scores.known_share) == pytest.approx(0.5)
+    assert float(report.scores.trusted_share) == pytest.approx(0.3)
+    assert float(report.scores.mean_age) == pytest.approx((40 * 6 + 60 * 2) / 100)
     assert (int(report.version), bool(report.gate_is_open)) == (7, True)
     text = str(report)
     for said in ("examples scored", "50.0 %", "30.0 %", "3.6 updates", "open"):
@@ -88,7 +88,11 @@ def test_before_anything_is_known_it_says_so_and_nothing_is_nan() -> None:
         isgd.shuffled_epochs(N, batch_size=M),
     ):
         report = sampler.report(sampler.init())
-        assert (float(report.equivalent_batch), float(report.noise_scale), float(report.mean_age)) == (0.0, 0.0, 0.0)
+        assert (float(report.equivalent_batch), float(report.noise_scale), float(report.scores.mean_age)) == (
+            0.0,
+            0.0,
+            0.0,
+        )
         assert float(report.top_share) == pytest.approx(0.01, rel=1e-5)
         assert not any(np.any(np.isnan(x)) for x in jax.tree.leaves(report))
         assert ("second moments" in str(report)) == (report.variance is not None)

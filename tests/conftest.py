@@ -1,12 +1,15 @@
 """Strictness for every test: shapes and types checked on public functions, no silent promotion, eight CPU devices."""
 
+import functools
 import gc
 import importlib
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from processes import forced
 
@@ -14,10 +17,28 @@ from processes import forced
 os.environ.setdefault("XLA_FLAGS", forced(8))
 os.environ.setdefault("NPROC", "16")
 
-from jaxtyping import install_import_hook
+import jaxtyping
+
+CHECKED_CLOSURES = 3
+whole_check, closures_made = jaxtyping.jaxtyped, Counter()
+
+
+def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
+    """A closure is checked the first few times it is made: to make a checked one takes 2 ms, and tracing makes many."""
+    if function is None:
+        return functools.partial(jaxtyped, typechecker=typechecker)
+    code = getattr(function, "__code__", None)
+    if code is not None and "<locals>" in function.__qualname__:
+        closures_made[code] += 1
+        if closures_made[code] > CHECKED_CLOSURES:
+            return function
+    return whole_check(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = jaxtyped  # what the hook decorates with
 
 importlib.import_module("isgd_jax.app.config")  # before the hook: it checks its own types, and its messages are tested
-install_import_hook("isgd_jax", "beartype.beartype")
+jaxtyping.install_import_hook("isgd_jax", "beartype.beartype")
 
 import tempfile
 from types import SimpleNamespace

@@ -1,9 +1,11 @@
 """What a state knows, for a person: variances with their bands, how draws are shared out, and how fresh scores are."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -136,41 +138,43 @@ def make_report(
 
     def report(state: SamplerState) -> SamplerReport:
         check_state(state, num_examples)
-        found = None if state.monitor is None else monitor.report(state.monitor)
-        known = state.table.versions != score_table.NEVER
-        ages = jnp.where(known, score_table.ages(state.table, state.version), 0).astype(jnp.float32)
-        count = jnp.sum(known, dtype=jnp.int32).astype(jnp.float32)
-        is_open = gates.is_open(state)
-        return SamplerReport(
-            variance=found,
-            num_measured=jnp.int32(0) if state.monitor is None else state.monitor.squares.seen,
-            equivalent_batch=_equivalent(found, batch_size),
-            noise_scale=_noise_scale(found),
-            top_share=jnp.where(is_open, _top_share(state.proposal.law), TOP),
-            uniform_fraction=state.proposal.uniform_fraction,
-            scores=ScoreReport(
-                known_share=count / num_examples,
-                trusted_share=state.proposal.trusted_share,
-                mean_age=jnp.sum(ages) / jnp.maximum(count, 1.0),
-                quarantined=state.quarantined,
-            ),
-            gate_is_open=is_open,
-            version=state.version,
-            cost=_costs(state, found, is_open),
-            groups=_grouped(state, groups),
-            group_names=names,
-        )
+        return _report(state, batch_size)._replace(groups=_grouped(state, groups), group_names=names)
 
     return report
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _report(state: SamplerState, batch_size: int) -> SamplerReport:
+    """All but the groups: one program, where a report from Python would compile each of a thousand operations."""
+    found = None if state.monitor is None else monitor.report(state.monitor)
+    known = state.table.versions != score_table.NEVER
+    ages = jnp.where(known, score_table.ages(state.table, state.version), 0).astype(jnp.float32)
+    count = jnp.sum(known, dtype=jnp.int32).astype(jnp.float32)
+    is_open = gates.is_open(state)
+    return SamplerReport(
+        variance=found,
+        num_measured=jnp.int32(0) if state.monitor is None else state.monitor.squares.seen,
+        equivalent_batch=_equivalent(found, batch_size),
+        noise_scale=_noise_scale(found),
+        top_share=jnp.where(is_open, _top_share(state.proposal.law), TOP),
+        uniform_fraction=state.proposal.uniform_fraction,
+        scores=ScoreReport(
+            known_share=count / known.shape[0],
+            trusted_share=state.proposal.trusted_share,
+            mean_age=jnp.sum(ages) / jnp.maximum(count, 1.0),
+            quarantined=state.quarantined,
+        ),
+        gate_is_open=is_open,
+        version=state.version,
+        cost=_costs(state, found, is_open),
+    )
 
 
 def _costs(state: SamplerState, found: monitor.Report | None, is_open: Bool[Array, ""]) -> CostReport | None:
     if state.examples.costs is None:
         return None
-    uniform, now = (
-        state.examples.costs.uniform,
-        jnp.where(is_open, state.examples.costs.proposed, state.examples.costs.uniform),
-    )
+    costs = state.examples.costs
+    uniform, now = costs.uniform, jnp.where(is_open, costs.proposed, costs.uniform)
     if found is None:
         return CostReport(uniform, now, None, None)
     times = (Band(*(x * c for x in band)) for band, c in ((found.uniform, uniform), (found.drawn, now)))

@@ -47,6 +47,7 @@ class Pair(NamedTuple):
 
 
 def exact(a: Float[Array, "..."]) -> Pair:
+    """A float32 as a pair."""
     return Pair(a, jnp.zeros_like(a))
 
 
@@ -81,6 +82,7 @@ def add(x: Pair, y: Pair) -> Pair:
 
 
 def negative(x: Pair) -> Pair:
+    """``-x``, without error."""
     return Pair(-x.hi, -x.lo)
 
 
@@ -103,6 +105,7 @@ def at_least(x: Pair, y: Pair) -> Bool[Array, "..."]:
 
 
 def where(condition: Bool[Array, "..."], x: Pair, y: Pair) -> Pair:
+    """Element by element, ``x`` where the condition holds, else ``y``; shapes broadcast."""
     return Pair(jnp.where(condition, x.hi, y.hi), jnp.where(condition, x.lo, y.lo))
 
 

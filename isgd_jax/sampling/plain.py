@@ -210,12 +210,14 @@ class _Epochs(_Still):
     """A permutation an epoch, kept in the state as the order of the line; the next one is made at its end."""
 
     def init(self, key: Key | None = None) -> SamplerState:
+        """The state with the permutation of the first epoch, from ``key``."""
         state = super().init(key)
         return _in_order(state, self._permutation(state, jnp.int32(0)))
 
     def sample(
         self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
     ) -> Draw:
+        """The next batch of the permutation, whatever the key; what no whole batch is left of waits for another epoch."""
         del key, params, data
         check_state(state, self.num_examples)
         size, step = self.batch_size, state.clock.step + ahead
@@ -236,6 +238,7 @@ class _Epochs(_Still):
         )
 
     def observe(self, state: SamplerState, draw: Draw, grads: Params = None, **given: Any) -> SamplerState:
+        """As `ImportanceSampler.observe`; the step that ends an epoch makes the permutation of the next one."""
         after = super().observe(state, draw, grads, **given)
         epoch = after.clock.step // self._num_batches
         order = lax.cond(

@@ -116,6 +116,7 @@ class _Presampling(_Still):
     score_cost: float
 
     def init(self, key: Key | None = None) -> SamplerState:
+        """The state before any candidate is scored: a batch promised to be worth itself."""
         return ImportanceSampler.init(self, key)._replace(gate=SpeedupGate(jnp.ones((), jnp.float32)))
 
     def candidates(self, key: Key, state: SamplerState) -> Draw:
@@ -176,6 +177,7 @@ class _Presampling(_Still):
         return self._joined(state, parts, ahead)
 
     def observe(self, state: SamplerState, draw: Draw, grads: Params = None, **given: Any) -> SamplerState:
+        """As `ImportanceSampler.observe`; the larger batch that the candidates promised moves the gate."""
         after = super().observe(state, draw, grads, **given)
         if draw.expected_speedup is None:
             return after

@@ -24,7 +24,7 @@ whole_check, closures_made = jaxtyping.jaxtyped, Counter()
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
-    """A closure is checked the first few times it is made: to make a checked one takes 2 ms, and tracing makes many."""
+    """A closure is checked the first times it is made: to make a checked one takes 2 ms, and tracing makes many."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     code = getattr(function, "__code__", None)

@@ -22,8 +22,8 @@ plain step           in a scan     from Python
 8 to 9 ms            690, 730      230, 410
 ===================  ============  =============
 
-So from Python the target is met below 1 ms; in a scan it is **missed** but for the smallest step and table: N costs 25 to
-40 us, cache misses of the tree that draws are made on and of the table; and the monitor's two products of gradients
+So from Python the target is met below 1 ms; in a scan it is **missed** but for the smallest step and table: N costs 25
+to 40 us, cache misses of the tree that draws are made on and of the table; and the monitor's two products of gradients
 read every parameter, which is 8 % of the largest step. A refresh at N = 10^6: without an order 9 ms, target met; with
 the last one 13, sorted by score 312, by labels and score 425, by clusters of 16 numbers 550 and of 128 numbers 930 ms.
 A state has 18 bytes an example, an order 8 more, clusters of 16 numbers 73.

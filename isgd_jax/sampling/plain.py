@@ -217,7 +217,7 @@ class _Epochs(_Still):
     def sample(
         self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
     ) -> Draw:
-        """The next batch of the permutation, whatever the key; what no whole batch is left of waits for another epoch."""
+        """The next batch of the permutation, whatever the key."""
         del key, params, data
         check_state(state, self.num_examples)
         size, step = self.batch_size, state.clock.step + ahead

@@ -2,6 +2,7 @@
 # make test     set up and run the tests          make test-fast   the quick ones
 # make lint     ruff and mypy                      make soak        long and random trials, by hand (SOAK_FAULTS=0:100: a part)
 # make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
+# make recipes    set up and run docs/recipes, each broken off and resumed      make recipes-torch   the one with torch
 # make notebooks  run all notebooks               make docs        the API reference, into build/api
 # make dist       the sdist and the wheel, checked, into dist/
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
                  { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
 
-.PHONY: train test test-fast test-optimized soak lint notebooks docs dist experiments-quick experiments clean
+.PHONY: train test test-fast test-optimized soak lint recipes recipes-torch notebooks docs dist experiments-quick experiments clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -39,6 +40,12 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+recipes: $(VENV)/.recipes
+	$(BIN)/python -m pytest docs/recipes -k "not torch"
+
+recipes-torch: $(VENV)/.recipes-torch
+	$(BIN)/python -m pytest docs/recipes -k torch
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python experiments/notebooks/run.py
@@ -103,4 +110,13 @@ $(VENV)/.flights: $(VENV)/.dev
 
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --editable ".[train,cluster,notebooks,docs,dev$(ACCELERATOR)]"
+	touch $@
+
+$(VENV)/.recipes: $(VENV)/.dev
+	$(PIP) --editable ".[train,dev,recipes$(ACCELERATOR)]"
+	touch $@
+
+# About 1 GB where pip finds a build of torch for CPUs, several with the CUDA libraries of the usual one.
+$(VENV)/.recipes-torch: $(VENV)/.recipes
+	$(PIP) --editable ".[train,dev,recipes,recipes-torch$(ACCELERATOR)]"
 	touch $@

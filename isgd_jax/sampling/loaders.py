@@ -276,8 +276,9 @@ class IndexSampler:
         place, count = self._shard
         part = self.sampler.batch_size // count
         mine = slice(place * part, (place + 1) * part)
-        weights = np.asarray(_weights(draw.probs, draw.mask, draw.target))
-        return IndexBatch(step, np.asarray(draw.indices, np.int64)[mine], weights[mine], np.asarray(draw.probs)[mine])
+        weights = _weights(draw.probs, draw.mask, draw.target)
+        indices, weights, probs = (np.array(x)[mine] for x in (draw.indices, weights, draw.probs))  # the caller's own
+        return IndexBatch(step, indices.astype(np.int64), weights, probs)
 
     def _whole(self, what: str, given: Any, batch: IndexBatch) -> np.ndarray | None:
         if given is None:

@@ -81,8 +81,10 @@ class SamplerReport(NamedTuple):
             names = {"uniform": "uniform", "stale": "in use, independent", "drawn": "drawn", "ideal": "ideal"}
             for field, label in names.items():
                 rows.append((f"variance of a draw, {label}", _told(getattr(self.variance, field))))
-            rows.append(("equivalent plain batch", f"{float(self.equivalent_batch):.4g}"))
-            rows.append(("gradient noise scale", f"{float(self.noise_scale):.4g}"))
+            for label, value in (
+                ("equivalent plain batch", self.equivalent_batch), ("gradient noise scale", self.noise_scale),
+            ):  # fmt: skip
+                rows.append((label, f"{float(value):.4g}" if float(value) > 0.0 else "not known yet"))
         if self.cost is not None:
             cost = f"{float(self.cost.cost):.4g}; uniform {float(self.cost.uniform_cost):.4g}"
             rows.append(("cost of a draw", cost))

@@ -43,7 +43,14 @@ class Verdict(NamedTuple):
 
 
 def create(size: int = 64) -> Gate:
-    """An open gate that judges by the last ``size`` steps."""
+    """An open gate that judges by the last ``size`` steps.
+
+    Args:
+        size: steps in the window, at least 2; a shorter one moves sooner and is wrong more often.
+
+    Raises:
+        ValueError: ``size`` is below 2.
+    """
     return Gate(rolling.create(size, 2), jnp.asarray(True), jnp.int32(0))
 
 
@@ -59,8 +66,22 @@ def observe(
 ) -> tuple[Gate, Verdict]:
     """Add a step, and decide.
 
-    ``weights`` 1/(N probs) [m] are those of the draws as they were made; ``proposal_weights`` 1/(N q) [m] those that
-    the proposal would have given, the same while the gate is open; ``norms`` [m] are fresh.
+    A step whose moments are not finite adds nothing to the evidence. The window is emptied at the first look after the
+    gate has shut, so that what shut it can still be read until then.
+
+    Args:
+        gate: what was seen so far.
+        weights: 1/(N probs) [m] of the draws as they were made.
+        proposal_weights: 1/(N q) [m] that the proposal would have given them; the same while the gate is open. Times
+            the cost of a draw over that of a uniform one, where costs differ.
+        norms: fresh norms [m], times N |a_n| where the target is weighted.
+        mask: false on padding [m]; None where there is none.
+        min_steps: looks before it may move, either way.
+        open_below: the ratio that the upper end of the band must be below to open. Below 1, so that a proposal that is
+            neither good nor bad does not make it flutter.
+
+    Returns:
+        The gate after the step, and the `Verdict`: its ratio is that of the evidence just judged.
     """
     uniform = weights * jnp.square(norms)
     stale = uniform * proposal_weights
@@ -79,6 +100,15 @@ def observe(
 
 
 def reason(is_open: bool, ratio: Band) -> str:
-    """In words, why the gate has moved."""
+    """In words, why the gate has moved.
+
+    >>> from isgd_jax.variance.rolling import Band
+    >>> reason(False, Band(1.3, 1.1, 1.5))
+    'STALE/UNIFORM is 1.30 [1.10, 1.50]: the scores do harm, draws are uniform'
+
+    Args:
+        is_open: whether it has opened; else it has shut.
+        ratio: what was judged, as the `Verdict` has it.
+    """
     band = f"STALE/UNIFORM is {float(ratio.value):.2f} [{float(ratio.low):.2f}, {float(ratio.high):.2f}]"
     return f"{band}: the scores help again" if is_open else f"{band}: the scores do harm, draws are uniform"

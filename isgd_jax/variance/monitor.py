@@ -53,7 +53,19 @@ STRETCHES = 16
 
 
 def create(size: int = 64, squares: int | None = None) -> Monitor:
-    """A monitor over the last ``size`` steps, and over so many measurements of ‖mean gradient‖² (as many, if None)."""
+    """A monitor over the last ``size`` steps, and over so many measurements of ‖mean gradient‖² (as many, if None).
+
+    It keeps 7 numbers of 16 times as many steps: the older ones do not enter the values, they tell how fast values
+    move.
+
+    Args:
+        size: steps that a value is the mean of, at least 2.
+        squares: measurements of ‖mean gradient‖² and of DRAWN that theirs is the mean of. Where every fourth step
+            measures them, a quarter of ``size`` spans the same time.
+
+    Raises:
+        ValueError: a window is shorter than 2.
+    """
     squares = squares or size
     return Monitor(rolling.create(STRETCHES * size, 7), rolling.create(squares, 1), rolling.create(squares, 1))
 
@@ -67,11 +79,22 @@ def observe(
     batch_grad_norm_sq: Float[Array, ""] | None = None,
     is_measured: Bool[Array, ""] | None = None,
 ) -> Monitor:
-    """Add a step: weights 1/(N probs) and fresh norms of its draws, and an unbiased estimate of ‖mean gradient‖².
+    """Add a step: what its draws tell of the second moments, and of ‖mean gradient‖² where it was measured.
 
-    The latter is `second_moments.mean_grad_norm_sq` for independent draws; for dependent ones take the inner product
-    of two half-batches drawn apart. Steps that did not measure it pass None, or ``is_measured`` false.
-    ``batch_grad_norm_sq`` is the squared norm of the weighted mean gradient of that very batch.
+    Args:
+        monitor: what was seen so far.
+        weights: 1/(N probs) [m] of the draws.
+        norms: fresh norms [m], times N |a_n| where the target is weighted.
+        mean_grad_norm_sq: an unbiased estimate of ‖mean gradient‖²: for independent draws
+            `second_moments.mean_grad_norm_sq`; for dependent ones the inner product of two half-batches that were drawn
+            independently. None where no step will ever have one; then the report holds second moments.
+        mask: false on padding [m]; None where there is none.
+        batch_grad_norm_sq: the squared norm of the weighted mean gradient of that very batch, for DRAWN: E‖batch mean‖²
+            is ‖mean gradient‖² + DRAWN/m.
+        is_measured: whether this step measured the two squares. None says yes, where they are given.
+
+    Raises:
+        ValueError: there are fewer than 2 draws, too few for pairs.
     """
     used = jnp.ones(norms.shape, bool) if mask is None else mask
     found = second_moments.from_draws(weights, norms, used)
@@ -97,7 +120,18 @@ def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:
 
 
 def report(monitor: Monitor) -> Report:
-    """What the windows say, with 95 % bands."""
+    """What the windows say, with 95 % bands.
+
+    Nothing seen is 0 with an infinite band. Before the second measurement of ‖mean gradient‖² the bands of the variances
+    are infinite; before the first, their values are second moments. Estimates are unbiased, so near convergence DRAWN,
+    say, may come out below 0.
+
+    Args:
+        monitor: as `observe` left it.
+
+    Returns:
+        The variances of one draw, in squares of the unit of the gradients; divide by m for those of a batch.
+    """
     steps = monitor.steps
     second, stale, mean_norm, noise_second, noise_stale, noise_norm, noise_both = steps.values.T
     recent = rolling.latest(steps, steps.values.shape[0] // STRETCHES)

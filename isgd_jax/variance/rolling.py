@@ -46,7 +46,13 @@ class Band(NamedTuple):
 
 
 def create(size: int, width: int) -> Window:
-    """A window over ``size`` steps of ``width`` numbers each."""
+    """A window over ``size`` steps of ``width`` numbers each.
+
+    It takes 4 size width bytes, and each step writes one row of it.
+
+    Raises:
+        ValueError: ``size`` is below 2.
+    """
     if size < 2:
         raise ArgumentError(f"a window needs at least 2 steps to know its own error, got {size}")
     return Window(jnp.zeros((size, width), jnp.float32), jnp.int32(0))
@@ -55,7 +61,14 @@ def create(size: int, width: int) -> Window:
 def push(window: Window, *values: Float[Array, ""], when: Bool[Array, ""] | None = None) -> Window:
     """The window with one more step; the oldest drops out. A step that measured anything not finite is left out.
 
-    So is one where ``when`` is false: it has measured nothing.
+    >>> window = push(push(create(2, 1), jnp.float32(3.0)), jnp.float32(jnp.nan))
+    >>> int(window.seen), float(means(window)[0])
+    (1, 3.0)
+
+    Args:
+        window: donate it, and the row is written in place.
+        values: the k numbers of the step, scalars.
+        when: where false, the step has measured nothing and is left out too.
     """
     row = jnp.stack([value.astype(jnp.float32) for value in values])
     sound = jnp.all(jnp.isfinite(row))
@@ -70,7 +83,12 @@ def filled(window: Window) -> Bool[Array, " w"]:
 
 
 def means(window: Window, recent: Bool[Array, " w"] | None = None) -> Float[Array, " k"]:
-    """The mean of each measurement over the steps in the window, or the recent ones; zero when there are none."""
+    """The mean [k] of each measurement over the steps in the window; zero when there are none.
+
+    Args:
+        window: the measurements.
+        recent: the rows to count [w] (`latest`), in place of all that hold a step.
+    """
     return _mean(window.values, (filled(window) if recent is None else recent)[:, None])
 
 
@@ -84,10 +102,20 @@ def band(
 ) -> Band:
     """The band of an estimate whose change with step t is ``influence[t] / w`` (the delta method).
 
-    Without ``noise`` it is a band for the mean over the window. With ``noise``, the variance that chance alone gives
-    each step's influence, it is a band for the value now: steps that differ by more than chance are moving. The value
-    may be that of the ``recent`` steps alone; how much steps move is told by all, a stretch as long as the recent one
-    at a time, in proportion to the ``level`` of the stretch if one is given.
+    Without ``noise`` it is a band for the mean over the window. With ``noise`` it is a band for the value *now*: what
+    steps differ by beyond chance is movement, and its variance is added. Half a band is Student's 97.5 % point times
+    the standard error; with fewer than two steps it is infinite.
+
+    Args:
+        window: tells which rows hold a step, and how old they are; its values are not read.
+        value: the estimate.
+        influence: of each step on it [w], in the unit of ``value``: the measurement itself for a mean,
+            (numerator - value · denominator) / mean denominator for a ratio.
+        noise: the variance [w] that chance alone gives each influence; None for the band of the mean.
+        recent: the rows that ``value`` was made of [w]; None for all. How much steps move is told by all rows, a
+            stretch as long as the recent one at a time.
+        level: the size of what is measured [w]. If given, movement in older stretches counts in proportion to it: a
+            loss that has fallen tenfold also moves a tenth as much.
     """
     used = filled(window) if recent is None else recent
     steps = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
@@ -142,14 +170,15 @@ def ages(window: Window) -> Int[Array, " w"]:
 
 
 def latest(window: Window, count: int) -> Bool[Array, " w"]:
-    """Which rows hold one of the last ``count`` steps."""
+    """Which rows [w] hold one of the last ``count`` steps; fewer where fewer were seen."""
     return filled(window) & (ages(window) < count)
 
 
 def band_of_series(window: Window) -> Band:
     """The first measurement now: its mean over the window, with a band that widens when it moves.
 
-    What chance alone gives a step is taken from the differences of successive steps.
+    What chance alone gives a step is taken from the differences of successive steps: half their mean square (von
+    Neumann 1941), which a slow drift hardly enters. The other measurements of the window are not read.
     """
     size, seen = window.values.shape[0], filled(window)
     oldest = jnp.where(window.seen > size, window.seen % size, 0)
@@ -161,14 +190,24 @@ def band_of_series(window: Window) -> Band:
 
 
 def less(first: Band, second: Band) -> Band:
-    """The difference of two estimates that know nothing of each other."""
+    """The difference of two estimates, with half-bands added in squares: right where their errors are independent.
+
+    >>> Band(*map(float, less(Band(5.0, 2.0, 8.0), Band(1.0, -3.0, 5.0))))
+    Band(value=4.0, low=-1.0, high=9.0)
+    """
     half = jnp.hypot(first.high - first.value, second.high - second.value)
     value = first.value - second.value
     return Band(value, value - half, value + half)
 
 
 def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]) -> Band:
-    """The ratio of two means, with the band of the means."""
+    """The ratio of two means, with the band of the means over the window (not of the value now).
+
+    Args:
+        window: tells which rows hold a step.
+        numerator: of each step [w].
+        denominator: of each step [w]; where its mean is not above zero, it is taken to be 1.
+    """
     value, scale = ratio_of_means(window, numerator, denominator)
     return band(window, value, (numerator - value * denominator) * scale)
 
@@ -179,7 +218,16 @@ def ratio_of_means(
     denominator: Float[Array, " w"],
     recent: Bool[Array, " w"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The ratio, and one over the mean of the denominator."""
+    """The ratio of two means, and one over the mean of the denominator, which scales influences on the ratio.
+
+    It is the ratio of sums, not the mean of ratios: unbiased but for a term in 1/w.
+
+    Args:
+        window: tells which rows hold a step.
+        numerator: of each step [w].
+        denominator: of each step [w]; where its mean is not above zero, it is taken to be 1.
+        recent: the rows to count [w] (`latest`), in place of all that hold a step.
+    """
     seen = filled(window) if recent is None else recent
     below = _mean(denominator, seen)
     scale = 1.0 / jnp.where(below > 0.0, below, 1.0)

@@ -36,24 +36,46 @@ class Moments(NamedTuple):
 
 
 def moments(norms: Float[Array, " n"], scores: Float[Array, " n"]) -> Moments:
-    """The second moments over all examples: of ``scores`` (or probabilities) drawn from, given the true ``norms``."""
+    """The second moments over all examples: the oracle that estimates from draws are compared with.
+
+    >>> [round(float(x), 2) for x in moments(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))]
+    [5.0, 5.0, 4.0]
+
+    Args:
+        norms: the true norms of the gradients [n].
+        scores: what is drawn from [n], scores or probabilities; any scale. A score of 0 beside a norm above 0 makes
+            STALE infinite: that example would never be drawn.
+    """
     square = jnp.square(norms)
     per_score = jnp.where(norms > 0.0, square / scores, 0.0)  # a norm of zero costs nothing, however rarely drawn
     return Moments(jnp.mean(square), jnp.mean(scores) * jnp.mean(per_score), jnp.square(jnp.mean(norms)))
 
 
 def trace_covariance(moments: Moments, mean_grad_norm_sq: Float[Array, ""] | float) -> Moments:
-    """UNIFORM, STALE and IDEAL: the second moments less ``mean_grad_norm_sq`` = ‖mean gradient‖²."""
+    """UNIFORM, STALE and IDEAL as variances of one draw: the second moments less ‖mean gradient‖².
+
+    Args:
+        moments: of `moments` or `from_draws`.
+        mean_grad_norm_sq: ‖mean gradient‖², exact or estimated. With an estimate a difference may be negative.
+    """
     return Moments(*(moment - mean_grad_norm_sq for moment in moments))
 
 
 def from_draws(
     weights: Float[Array, " m"], norms: Float[Array, " m"], mask: Bool[Array, " m"] | None = None
 ) -> Moments:
-    """Estimates from one batch: ``weights`` 1/(N probs) and fresh ``norms`` of the drawn examples [m].
+    """Estimates of the second moments from one batch that was drawn for training.
 
-    IDEAL is the square of a mean, so it is estimated over pairs of different draws (a U-statistic); it needs m >= 2.
-    Draws that depend on each other, stratified ones say, make it too small by at most STALE / (m - 1).
+    IDEAL is the square of a mean, so it is estimated over pairs of different draws (a U-statistic). Draws that depend
+    on each other, stratified ones say, make it too small by at most STALE / (m - 1).
+
+    Args:
+        weights: 1/(N probs) [m], of the probabilities that the draws were really made with.
+        norms: fresh norms of the drawn examples [m]. Old ones would estimate old moments.
+        mask: false on padding [m], which counts as zero: means are over m places, as ``probs`` are.
+
+    Raises:
+        ValueError: m is below 2.
     """
     size = _at_least_two(norms.shape[0])
     weighted = weights * norms if mask is None else jnp.where(mask, weights * norms, 0.0)
@@ -71,9 +93,19 @@ def mean_grad_norm_sq(
 ) -> Float[Array, ""]:
     """‖mean gradient‖² without bias, from the norm of one weighted batch mean of *independent* draws.
 
-    E‖batch mean‖² = ‖mean gradient‖² + (STALE moment - ‖mean gradient‖²) / m, solved for what is wanted; ``stale`` is
-    the moment of the same batch (`from_draws`), which makes this the mean inner product over pairs of draws. For
-    dependent draws take the inner product of two half-batches drawn apart.
+    E‖batch mean‖² = ‖mean gradient‖² + (STALE moment - ‖mean gradient‖²) / m, solved for what is wanted: the mean inner
+    product over pairs of draws. For dependent draws take the inner product of two half-batches drawn apart.
+
+    Args:
+        batch_grad_norm_sq: ‖mean of weight · gradient‖² of the batch.
+        stale: the STALE moment of the same batch (`from_draws`). That of another batch is unbiased too, and noisier.
+        num_draws: m.
+
+    Returns:
+        The estimate; it can be negative, and clipping it would be a bias.
+
+    Raises:
+        ValueError: ``num_draws`` is below 2.
     """
     size = _at_least_two(num_draws)
     return (size * batch_grad_norm_sq - stale) / (size - 1)

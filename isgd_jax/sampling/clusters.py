@@ -44,9 +44,23 @@ def by_cells(
 ) -> Int[Array, " n"]:
     """The order of cells of similar directions, chained by nearness; by score inside a cell.
 
-    About as many cells as draws in a batch. ``scores`` weigh the examples: those that are drawn most shape the cells.
-    Of more than ``sample`` examples, so many drawn by score shape them: five times faster, and as good. Examples that
-    are not ``known`` to have a sketch shape no cell, and come last.
+    O(n num_cells dims) for the assignment, and one sort; k-means over more than ``sample`` examples is done on so many
+    drawn by score: five times faster, and as good.
+
+    Args:
+        key: of the start of k-means.
+        sketches: of the gradients' directions [n, dims] (`isgd_jax.gradients.sketches`); finite.
+        scores: [n], at least 0. Those that are drawn most shape the cells; all zero counts as all alike.
+        num_cells: about as many as draws in a batch, 1 to n.
+        rounds: of k-means.
+        sample: examples that shape the cells.
+        known: which examples have a sketch [n]; the others shape no cell, and come last, by score. None where all have.
+
+    Returns:
+        The example at each place of the line, a permutation [n].
+
+    Raises:
+        ValueError: ``num_cells`` is not in 1..n.
     """
     if known is not None:
         every, shaping = scores, jnp.where(known, scores, 0.0)
@@ -67,7 +81,20 @@ def by_cells(
 def cells(
     key: Key, sketches: Float[Array, "n dims"], scores: Float[Array, " n"], *, num_cells: int, rounds: int
 ) -> Float[Array, "cells dims"]:
-    """Centres of the cells: weighted k-means, from ``num_cells`` examples drawn by score."""
+    """Centres of the cells: weighted k-means, from ``num_cells`` examples drawn by score.
+
+    A cell that loses all its examples keeps its centre.
+
+    Args:
+        key: of the start.
+        sketches: [n, dims].
+        scores: weights of the examples [n], at least 0; all zero counts as all alike.
+        num_cells: 1 to n.
+        rounds: of assignment and mean, O(n num_cells dims) each.
+
+    Raises:
+        ValueError: ``num_cells`` is not in 1..n.
+    """
     if not 0 < num_cells <= sketches.shape[0]:
         raise ArgumentError(f"num_cells must lie in 1..n={sketches.shape[0]}, got {num_cells}")
     weights = jnp.where(jnp.sum(scores) > 0.0, scores, 1.0)
@@ -98,7 +125,11 @@ def nearest(sketches: Float[Array, "n dims"], centres: Float[Array, "cells dims"
 
 
 def chain(centres: Float[Array, "cells dims"]) -> Int[Array, " cells"]:
-    """The cells in the order of a walk that always goes to the nearest cell not yet visited, from the longest."""
+    """The cells in the order of a walk that always goes to the nearest cell not yet visited, from the longest.
+
+    The nearest-neighbor heuristic of the traveling salesman, O(cells²) time and memory: it need not be the shortest
+    walk, only one whose steps are short.
+    """
     square = jnp.sum(jnp.square(centres), axis=1)
     distance = square[:, None] + square[None] - 2.0 * centres @ centres.T
     count = centres.shape[0]

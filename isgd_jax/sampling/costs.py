@@ -57,13 +57,23 @@ def check(costs: Array | np.ndarray | None, num_examples: int) -> None:
 
 
 def create(each: Float[Array, " n"]) -> Costs:
-    """Before the first proposal: draws are uniform."""
+    """Before the first proposal: draws are uniform.
+
+    Args:
+        each: costs [n] above 0, in the caller's unit, of any scale.
+    """
     mean = _mean(each)
     return Costs(each, mean, jnp.copy(mean), jnp.copy(mean))
 
 
 def renewed(costs: Costs, law: Law, flat: Float[Array, " n"] | None) -> Costs:
-    """The costs with expectations under this proposal; ``flat`` [n] is its uniform part, None where that is 1/N."""
+    """The costs with their expectations under a new proposal. O(n).
+
+    Args:
+        costs: of the examples.
+        law: the new proposal.
+        flat: probabilities [n] of its uniform part, where groups have shares; None where that is 1/N.
+    """
     proposed = _expected(costs.each, samplers.probabilities(law))
     return costs._replace(proposed=proposed, flat=costs.uniform if flat is None else _expected(costs.each, flat))
 

@@ -52,7 +52,12 @@ def exact(a: Float[Array, "..."]) -> Pair:
 
 
 def two_sum(a: Float[Array, "..."], b: Float[Array, "..."]) -> Pair:
-    """``a + b`` without error."""
+    """``a + b`` without error, by Knuth's six additions, in any order of size.
+
+    >>> total = two_sum(jnp.float32(1.0), jnp.float32(1e-9))
+    >>> float(total.hi), round(float(total.lo) * 1e9, 6)
+    (1.0, 1.0)
+    """
     total = a + b
     b_seen = total - a
     return Pair(total, (a - (total - b_seen)) + (b - b_seen))
@@ -114,6 +119,10 @@ def in_range(values: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Arra
 
     It is 1 unless the largest number is below 2^-32 or above 2^64. Devices flush numbers below 2^-126 to zero, so those
     are read from their bits. NaN stays NaN.
+
+    >>> scaled, scale = in_range(jnp.array([1e-40, 3e-40], jnp.float32))
+    >>> float(scale) == 2.0**100, round(float(scaled[1] / scaled[0]), 3)
+    (True, 3.0)
     """
     bits = lax.bitcast_convert_type(values, jnp.int32)  # of numbers of at least 0 they sort as the numbers do
     largest = jnp.max(jnp.where(bits < _EXPONENT * 255, bits, 0))

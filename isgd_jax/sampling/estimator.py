@@ -212,7 +212,11 @@ class ImportanceSampler:
     options: Options
 
     def functions(self, **more: Any) -> BatchSampler:
-        """The methods as they are handed out."""
+        """The methods as they are handed out.
+
+        Args:
+            more: further fields of `BatchSampler`, such as ``is_scored`` or presampling's two steps.
+        """
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
         reported = report.make_report(self.num_examples, self.batch_size, self.options.groups)
         more |= {"steps_per_update": self.options.steps_per_update}
@@ -274,6 +278,13 @@ class ImportanceSampler:
             params: not needed; so that all samplers are called alike.
             data: not needed.
             ahead: steps since the last ``observe``, for draws made before their turn.
+
+        Returns:
+            The draw with its target, the version of the parameters it is for, and whether its halves are independent. A
+            random number of draws (poisson) comes in m places, of which ``mask`` is false on the empty ones.
+
+        Raises:
+            ValueError: ``ahead`` is negative, or the state is of another run or format.
         """
         del params, data
         check_state(state, self.num_examples)
@@ -346,9 +357,16 @@ class ImportanceSampler:
     ) -> SamplerState:
         """Write scores that were measured besides, with the parameters of ``version``.
 
-        Ids outside 0..n-1 are padding. A score that is not finite, or negative, is counted in ``state.quarantined`` and
-        not written; one older than what is there is dropped, with its sketch. Nor is a sketch written that is not
-        finite.
+        A score that is not finite, or negative, is counted in ``state.quarantined`` and not written; one older than
+        what is there is dropped, with its sketch. Nor is a sketch written that is not finite.
+
+        Args:
+            state: of this sampler.
+            ids: the examples [c]. Those outside 0..n-1 are padding.
+            scores: one for each of the ids [c], in the unit of the others: norms, or anything in proportion to them.
+            version: parameter updates made when they were measured, as ``state.version`` counts.
+            sketches: [c, dims], where the order is made of sketches.
+            seconds: the caller's clock, where scores are distrusted by it.
 
         Raises:
             TypeError: ``ids`` are no whole numbers.
@@ -370,10 +388,17 @@ class ImportanceSampler:
         return state._replace(clock=state.clock._replace(seconds=jnp.asarray(seconds, jnp.float32)))
 
     def refresh(self, state: SamplerState, key: Key | None = None) -> SamplerState:
-        """The state with a proposal made of all that is known.
+        """The state with a proposal made of all that is known: scores, calibration, uniform fraction, costs and groups.
 
-        ``key`` starts the clusters; by default it comes from the state's seed and version. O(n), or O(n log n) where a
-        new order is due.
+        O(n), or O(n log n) where a new order is due. Draws made before and observed after stay unbiased, since each
+        carries its own ``probs``.
+
+        Args:
+            state: of this sampler; donate it.
+            key: of the start of the clusters; by default it comes from the state's seed and version.
+
+        Raises:
+            ValueError: the state is of another run or format.
         """
         check_state(state, self.num_examples)
         options, version = self.options, state.version
@@ -594,7 +619,17 @@ class ImportanceSampler:
 
 
 def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) -> Draw:
-    """Two half-batches, drawn independently, one after the other."""
+    """Two half-batches, drawn independently, one after the other; the second has one more where ``num_draws`` is odd.
+
+    ``probs`` are those of the half that an index was drawn in. Each half is unbiased by itself, so the mean over all m
+    draws is too, also where the two have other probabilities (poisson with m odd).
+
+    Args:
+        sampler: ``(key, law, *, num_draws) -> Draw``.
+        key: split between the halves.
+        law: prepared by `samplers.prepare`.
+        num_draws: m, at least 2.
+    """
     first, second = jax.random.split(key)
     parts = sampler(first, law, num_draws=num_draws // 2), sampler(second, law, num_draws=num_draws - num_draws // 2)
     return jax.tree.map(lambda *both: jnp.concatenate(both), *parts)
@@ -602,6 +637,12 @@ def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) 
 
 def share(draw: Draw, axis_name: str) -> Draw:
     """The part of a draw that this device handles: equal parts along the axis, inside ``pmap`` or ``shard_map``.
+
+    Scalars of the draw come whole. ``observe`` wants the whole draw again, with ``axis_name``.
+
+    Args:
+        draw: the same on all devices, as ``sample`` gives it from the same key and state.
+        axis_name: of the axis of devices; device d gets draws d m/D to (d + 1) m/D.
 
     Raises:
         ValueError: the draw cannot be cut into equal parts.
@@ -652,7 +693,17 @@ def _sketch_of(options: Options) -> GradientSketch | None:
 
 
 def check_options(options: Options, num_examples: int, batch_size: int) -> None:
-    """Refuse what no sampler can be made of, in the names of the arguments."""
+    """Refuse what no sampler can be made of, in the names of the arguments.
+
+    Args:
+        options: as `importance_sampler` was called.
+        num_examples: N, which every array among them must have as its length.
+        batch_size: m.
+
+    Raises:
+        TypeError: a number or an array is of the wrong type.
+        ValueError: a name is unknown, a shape does not fit, or a number is out of range.
+    """
     names = get_args(SamplerName)
     if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
         raise ArgumentError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")

@@ -46,7 +46,14 @@ class Fresh(NamedTuple):
 def blank(calibrate: bool, is_gated: bool, is_monitored: bool, num_draws: int) -> dict[str, Any]:
     """Nothing learnt yet, as fields of a `SamplerState`; the gate is open.
 
-    The monitor's window holds about 1,500 draws, in 12 to 64 steps.
+    The monitor's window holds about 1,500 draws, in 12 to 64 steps; that of ‖mean gradient‖² a quarter as many
+    measurements, at least 6, since every fourth step measures it.
+
+    Args:
+        calibrate: whether old scores are calibrated.
+        is_gated: whether draws are uniform while scores do harm.
+        is_monitored: whether variances are estimated.
+        num_draws: m.
     """
     steps = min(max(-(-DRAWS_IN_WINDOW // num_draws), FEWEST_STEPS), MOST_STEPS)
     return {
@@ -65,6 +72,14 @@ def norms_of(
     axis_name: str | None,
 ) -> Fresh:
     """The fresh norms and scores of the whole draw, in float32, from what this device has of it.
+
+    Args:
+        draw: the whole of it.
+        grads: per-example gradients, lazy or stacked; None where norms are given, or nothing is known.
+        norms: [k], of this device's part of the draw, in place of those of ``grads``. One that is negative or NaN
+            becomes NaN: it teaches nothing.
+        scores: [k], what the table gets in place of the norms.
+        axis_name: of the devices that each have a part; norms are then gathered.
 
     Raises:
         ValueError: they are not one a draw.
@@ -118,9 +133,14 @@ def places(state: SamplerState, draw: Draw) -> Int[Array, " m"]:
 def learnt(
     state: SamplerState, draw: Draw, norms: Float[Array, " m"], unit: Float[Array, " m"] | None = None
 ) -> SamplerState:
-    """The state after a step's fresh norms have been judged: all but the monitor.
+    """The state after a step's fresh norms have been judged: all but the monitor and the table.
 
-    ``unit`` are the unit weights of the drawn examples, where there are groups.
+    Args:
+        state: before the fresh scores of this step are written. The draw may be of an earlier proposal, or uniform: it
+            is judged by its own ``probs``.
+        draw: the whole of it.
+        norms: fresh ones [m]; NaN teaches nothing.
+        unit: the unit weights of the drawn examples [m], where there are groups.
     """
     size = state.table.scores.shape[0]
     proposed = samplers.probabilities_of(state.proposal.law, draw.indices)
@@ -172,7 +192,23 @@ def _fractions_after(
 def monitored(
     watched: Monitor, size: int, draw: Draw, grads: Params, norms: Float[Array, " m"], *, axis_name: str | None
 ) -> Monitor:
-    """The monitor after a step; what needs the mean gradient is left out where there are norms alone."""
+    """The monitor after a step; what needs the mean gradient is left out where there are norms alone.
+
+    ‖mean gradient‖² is measured at steps whose draw came in two independent halves: the inner product of the two
+    weighted half-means. Lazy gradients get it from their factors, without forming either mean, where no axis lies on
+    several devices.
+
+    Args:
+        watched: the monitor before.
+        size: N.
+        draw: the whole of it; one of a single draw tells no variance, and is passed over.
+        grads: per-example gradients, of this device's part; or None.
+        norms: fresh ones of the whole draw [m].
+        axis_name: of the devices that each have a part.
+
+    Raises:
+        TypeError: the draw has no target.
+    """
     if draw.probs.shape[0] < 2:
         return watched
     draw_scale = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)

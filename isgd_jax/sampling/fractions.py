@@ -78,7 +78,12 @@ def observe(
 
 
 def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
-    """The share whose moment, a standard error added, is the least."""
+    """The share whose moment, a standard error of its difference from the cautious one added, is the least.
+
+    Args:
+        mixtures: what was seen.
+        min_steps: evidence, in decayed steps, before which it is `CAUTIOUS`.
+    """
     steps = jnp.maximum(mixtures.steps, 1.0)
     mean = mixtures.excess / steps
     spread = jnp.maximum(mixtures.square / steps - jnp.square(mean), 0.0)
@@ -87,5 +92,10 @@ def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
 
 
 def relative_scores(proposal_weights: Float[Array, " m"], mixture: Float[Array, ""]) -> Float[Array, " m"]:
-    """Scores over their mean, from the weights 1/(N q) that a proposal with that ``mixture`` gives."""
+    """Scores over their mean [m], from the weights that a proposal gives: the inverse of the mixture.
+
+    Args:
+        proposal_weights: 1/(N q) [m].
+        mixture: the uniform share of that proposal. At 1 nothing can be told of the scores.
+    """
     return jnp.maximum((1.0 / proposal_weights - mixture) / jnp.maximum(1.0 - mixture, 1e-6), 0.0)

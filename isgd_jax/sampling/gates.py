@@ -18,7 +18,12 @@ def is_open(state: SamplerState) -> Bool[Array, ""]:
 
 
 def with_gate(state: SamplerState, opened: bool | Bool[Array, ""]) -> SamplerState:
-    """The state with its gate as it was at another step, for draws that were made then."""
+    """The state with its gate as it was at another step, for draws that were made then.
+
+    Args:
+        state: any; without a gate it is returned as it is.
+        opened: what the gate was, for draws by score or uniform ones.
+    """
     if not isinstance(state.gate, Gate):
         return state
     return state._replace(gate=state.gate._replace(is_open=jnp.asarray(opened)))

@@ -134,12 +134,19 @@ class GroupReport(NamedTuple):
 
 
 def as_groups(groups: Any) -> Groups | None:
-    """Groups, from an array of ids too."""
+    """What was given as ``groups=``, as `Groups`: an array of ids leaves the target as it is, and allocates as Neyman
+    does.
+    """
     return groups if groups is None or isinstance(groups, Groups) else Groups(groups)
 
 
 def check(groups: Groups | None, num_examples: int, *, is_weighted: bool) -> None:
     """Refuse groups that no sampler can be made of, in the names of the arguments.
+
+    Args:
+        groups: as given; None passes.
+        num_examples: N, which there must be as many ids as.
+        is_weighted: whether there are example weights, which shares of groups exclude.
 
     Raises:
         TypeError: ids are no whole numbers.
@@ -227,7 +234,12 @@ def _on_host(ids: Array | np.ndarray) -> np.ndarray:
 
 
 def create(ids: Int[Array, " n"], num_groups: int) -> GroupState:
-    """Before the first draw; the allocation is that of uniform draws."""
+    """The state before the first draw; the allocation is that of uniform draws, the sizes of the groups over N.
+
+    Args:
+        ids: the group of each example [n], 0 to G-1.
+        num_groups: G; groups that no id names have size 0.
+    """
     ids = ids.astype(jnp.int32)
     sizes = group_sums(jnp.ones(ids.shape, jnp.float32), ids, num_groups)
     nothing = jnp.zeros(num_groups, jnp.float32)
@@ -235,7 +247,19 @@ def create(ids: Int[Array, " n"], num_groups: int) -> GroupState:
 
 
 def shares_at(groups: Groups, step: Int[Array, ""]) -> Float[Array, " g"] | None:
-    """The shares [G] of the target at a step, which sum to one; NaN where they cannot; None where groups have none."""
+    """The shares [G] of the target at a step, which sum to one; None where groups have none.
+
+    >>> groups = Groups(jnp.array([0, 1, 1]), shares=lambda step: jnp.where(step < 10, 1.0, jnp.array([1.0, 3.0])))
+    >>> shares_at(groups, jnp.int32(0)).tolist(), shares_at(groups, jnp.int32(10)).tolist()
+    ([0.5, 0.5], [0.25, 0.75])
+
+    Args:
+        groups: what they are a part of.
+        step: steps observed so far, int32; where shares are a function, it is called with it.
+
+    Returns:
+        The shares; all NaN where one is negative or not finite, or all are zero, so that the update shows it.
+    """
     if groups.shares is None:
         return None
     shares = groups.shares(step) if callable(groups.shares) else groups.shares
@@ -246,7 +270,13 @@ def shares_at(groups: Groups, step: Int[Array, ""]) -> Float[Array, " g"] | None
 
 
 def unit_weights(state: GroupState, groups: Groups, target: Float[Array, " n"] | None) -> Float[Array, " n"]:
-    """The factor [n] of each gradient in its group's part of the target, before the group's share."""
+    """The factor [n] of each gradient in its group's part of the target, before the group's share.
+
+    Args:
+        state: the sizes of the groups.
+        groups: whether they have shares; then it is one over the size of the example's group.
+        target: example weights a_n [n], which come back as they are; None for the mean of all gradients.
+    """
     if target is not None:
         return target
     if groups.shares is None:
@@ -257,7 +287,14 @@ def unit_weights(state: GroupState, groups: Groups, target: Float[Array, " n"] |
 def target_shares(
     state: GroupState, groups: Groups, target: Float[Array, " n"] | None, step: Int[Array, ""]
 ) -> Float[Array, " g"]:
-    """The shares [G] of the target at a step; of absolute values, where weights have signs."""
+    """The shares [G] of the target at a step; of absolute values, where weights have signs.
+
+    Args:
+        state: the sizes of the groups, which are their shares where nothing else says so.
+        groups: their shares, or a schedule of them.
+        target: example weights a_n [n]: a group's share is then sum |a_n| over it, over that of all.
+        step: for a schedule.
+    """
     shares = shares_at(groups, step)
     if shares is not None:
         return shares
@@ -314,6 +351,20 @@ def allocated(
     Neyman's are proportional to share_g √(M_g / c_g), with M_g the second moment of unit weight times gradient within
     the group, and c_g the mean cost of a draw in it. M_g is measured on the draws; the scores say
     (sum of ``wanted``)² c_g, as far as they are right, and count for ten draws.
+
+    Args:
+        state: sizes, and what draws have shown.
+        groups: the rule: numbers are taken as they are, "target" and "neyman" get the uniform part and the floors.
+        sums: of what is ``wanted`` over each group [G], in any unit: what draws have shown says how large it is in
+            norms.
+        targets: the shares of the target [G]; NaN counts as the sizes.
+        costs: c_g [G]; 1 where costs do not differ.
+        uniform_fraction: the part of the allocation that follows the target instead of the rule; so no group that is
+            wanted starves while little is known of it.
+        step: for a schedule of shares, which also reserves a part in proportion to sizes for what it may want later.
+
+    Returns:
+        The shares; they sum to one, and where the floors allow it none is below its own.
     """
     if not isinstance(groups.allocation, str):
         fixed = jnp.asarray(groups.allocation).astype(jnp.float32)
@@ -374,7 +425,17 @@ def observe(
 
 
 def moments(state: GroupState, groups: Groups, target: Float[Array, " n"] | None, step: Int[Array, ""]) -> GroupReport:
-    """What each group got, and what it adds to the second moment of a draw."""
+    """What each group got, and what it adds to the second moment of a draw.
+
+    Args:
+        state: what draws have shown, with a half-life of a hundred steps.
+        groups: their shares.
+        target: example weights a_n [n], or None.
+        step: for a schedule of shares.
+
+    Returns:
+        The report. Second moments are in squares of the unit of the gradients; before the first draw, all 0.
+    """
     shares = shares_at(groups, step)
     known = jnp.where(state.steps > 0.0, state.moments / jnp.maximum(state.steps, 1e-6), 0.0)
     factor = jnp.ones_like(known) if shares is None else shares
@@ -388,7 +449,13 @@ def moments(state: GroupState, groups: Groups, target: Float[Array, " n"] | None
 
 
 def group_sums(values: Float[Array, " n"], ids: Int[Array, " n"], num_groups: int) -> Float[Array, " g"]:
-    """The sum over each group. In chunks: ten million float32 numbers added one by one would lose the last ones."""
+    """The sum over each group [G]. In chunks: ten million float32 numbers added one by one would lose the last ones.
+
+    Args:
+        values: one for each example [n].
+        ids: the group of each [n]; one outside 0..G-1 would be added to another chunk's sum, and `check` refuses it.
+        num_groups: G.
+    """
     num_chunks = -(-values.shape[0] // CHUNK)
     chunk = jnp.arange(values.shape[0], dtype=jnp.int32) // CHUNK
     parts = jax.ops.segment_sum(values, chunk * num_groups + ids, num_chunks * num_groups)

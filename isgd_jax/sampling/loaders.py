@@ -247,6 +247,12 @@ class IndexSampler:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from there: the next batch is the first that was not observed.
 
+        Batches that had been handed out and not observed are handed out again; observations that waited for their turn
+        are forgotten, and so is what `lists` gave.
+
+        Args:
+            saved: by `state_dict`, of a sampler made with the same arguments. The key is not in it: give the same one.
+
         Raises:
             ValueError: it was saved by another format, sampler or ``ahead``.
         """

@@ -84,7 +84,22 @@ def uniform_draws(
     example_weights: Float[Array | np.ndarray, " n"] | None = None,
     steps_per_update: int = 1,
 ) -> BatchSampler:
-    """Independent draws, all examples alike: SGD with replacement. The arguments are those of `shuffled_epochs`."""
+    """Independent draws, all examples alike: SGD with replacement.
+
+    Args:
+        num_examples: of the training set, N.
+        batch_size: draws in a step; it may exceed N.
+        monitor: estimate the variance of the draws, where ``observe`` gets gradients.
+        example_weights: a_n [n] of the target sum(a_n g_n); draws stay uniform.
+        steps_per_update: calls of ``observe`` that make one parameter update.
+
+    Returns:
+        The functions. ``record`` is a TypeError and ``refresh`` changes nothing: the proposal is what it is.
+
+    Raises:
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range, or an array has not one entry an example.
+    """
     check_sizes(num_examples, batch_size)
     check_weights(example_weights, num_examples)
     options = dataclasses.replace(_plain(monitor, example_weights, steps_per_update), sampler="uniform")

@@ -108,7 +108,15 @@ def trust(
     max_age: int | None = None,
     max_age_seconds: float | None = None,
 ) -> Bool[Array, " n"]:
-    """Which scores to believe: measured at all, and neither older than ``max_age`` versions nor ``max_age_seconds``."""
+    """Which scores to believe [n]: measured at all, and neither older than ``max_age`` nor ``max_age_seconds``.
+
+    Args:
+        table: scores with their versions and seconds.
+        version: of the parameters now, in updates.
+        seconds: the clock now, as the table's measurements read it.
+        max_age: in versions; a score of exactly this age is believed. None believes all that were measured.
+        max_age_seconds: the same by the clock.
+    """
     trusted = table.versions != tables.NEVER
     if max_age is not None:
         trusted &= tables.ages(table, version) <= max_age
@@ -118,7 +126,11 @@ def trust(
 
 
 def fill_untrusted(scores: Float[Array, " n"], trusted: Bool[Array, " n"]) -> Float[Array, " n"]:
-    """The scores [n], with the mean trusted score in the place of those not trusted; zeros when none is."""
+    """The scores [n], with the mean trusted score in the place of those not trusted; zeros when none is.
+
+    >>> fill_untrusted(jnp.array([1.0, 9.0, 3.0]), jnp.array([True, False, True])).tolist()
+    [1.0, 2.0, 3.0]
+    """
     filled, scale = _filled(scores, trusted)
     return jnp.where(trusted, scores, filled / scale)
 

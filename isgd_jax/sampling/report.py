@@ -135,7 +135,16 @@ def _groups_told(groups: GroupReport, names: tuple[str, ...] | None) -> str:
 def make_report(
     num_examples: int, batch_size: int, groups: Groups | None = None
 ) -> Callable[[SamplerState], SamplerReport]:
-    """The ``report`` of a sampler."""
+    """The ``report`` of a sampler: a function of its state, compiled once a batch size.
+
+    Args:
+        num_examples: N, which the state must be of.
+        batch_size: m, which the equivalent batch is a multiple of.
+        groups: as given to the sampler, for their shares and names.
+
+    Returns:
+        ``report(state)``, which changes nothing and raises a ValueError for the state of another run.
+    """
     names = None if groups is None or groups.names is None else tuple(groups.names)
 
     def report(state: SamplerState) -> SamplerReport:

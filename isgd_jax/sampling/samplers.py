@@ -161,14 +161,24 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
 
 
 def probabilities(law: Law) -> Float[Array, " n"]:
-    """The probability [n] of each example, as the examples are numbered."""
+    """The probability [n] of each example, as the examples are numbered.
+
+    They sum to one but for rounding, and are 1/n each where every mass is zero. A capped law gives inclusion
+    probabilities over its size.
+    """
     law = _whole(law)
     probs = _line_probabilities(law)
     return probs if law.positions is None else probs[law.positions]
 
 
 def probabilities_of(law: Law, indices: Int[Array, " m"]) -> Float[Array, " m"]:
-    """The probability [m] of each of these examples, NaN for indices outside 0..n-1: O(m)."""
+    """The probability [m] of each of these examples, NaN for indices outside 0..n-1: O(m).
+
+    Args:
+        law: as `prepare` made it.
+        indices: examples [m]; NaN, not an error, is what an index outside gets, since inside ``jax.jit`` it cannot be
+            seen.
+    """
     law, indices = _whole(law), replicated(indices)
     size, total = law.masses.shape[0], law.sums[0, 0, 0]
     is_there = (indices >= 0) & (indices < size)
@@ -204,13 +214,19 @@ def independent(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """The line cut into ``num_draws`` equal masses, one draw in each: never more variance than `independent`.
 
-    How much less depends on the order: neighbours on the line should have similar gradients. Arguments and errors are
-    those of `independent`. Source: Cochran, "Sampling Techniques", chapter 5, for strata; laying them along an order of
-    gradients is ours.
+    How much less depends on the order: neighbors on the line should have similar gradients. Each index is drawn once in
+    every whole stratum that its mass fills, so a mass above 1/m of the total is drawn again and again.
+    Source: Cochran, "Sampling Techniques", chapter 5, for strata; laying them along an order of gradients is ours.
 
     >>> draw = stratified(jax.random.key(0), jnp.array([0.5, 0.0, 0.5]), num_draws=2)
     >>> draw.indices.tolist(), draw.probs.tolist()
     ([0, 2], [0.5, 0.5])
+
+    Args:
+        key, law, num_draws: those of `independent`, and so are the errors.
+
+    Returns:
+        m draws in the order of the line, which is not that of the examples.
     """
     return on_line("stratified", key, law, num_draws=num_draws)
 
@@ -218,8 +234,14 @@ def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 def systematic(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """One random offset, then equal steps along the line: each index is drawn floor or ceil of its expected count.
 
-    Its variance is not bounded by that of `independent`: an order with the period of the step defeats it. Arguments and
-    errors are those of `independent`. Source: Madow, "On the theory of systematic sampling" (1949).
+    Its variance is not bounded by that of `independent`: an order with the period of the step defeats it, and no
+    estimate from one draw tells. Source: Madow, "On the theory of systematic sampling" (1949).
+
+    Args:
+        key, law, num_draws: those of `independent`, and so are the errors.
+
+    Returns:
+        m draws in the order of the line.
     """
     return on_line("systematic", key, law, num_draws=num_draws)
 
@@ -229,6 +251,14 @@ def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 
     A kept law is capped once, ``capped(law, num_draws=m)``, and then drawn from with `systematic` in O(m log n).
     Only a law with fewer than ``num_draws`` positive masses repeats an index.
+
+    Args:
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: m, 1 to n.
+
+    Returns:
+        The draw; ``probs`` are inclusion probabilities over m.
 
     Raises:
         TypeError: ``num_draws`` is no whole number.
@@ -241,9 +271,19 @@ def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """Every index decides for itself, with probability min(1, kappa q_n): a design of random size, masked. O(n).
 
-    ``num_draws`` is the room. The expected size is chosen so that the room is too small less than once in a million
-    draws (Chernoff's bound); a random excess is then left out, which shifts expected counts by less than 1e-6 of
-    themselves. Source: Hajek, "Sampling from a finite population" (1981).
+    The expected size is chosen so that the room is too small less than once in a million draws (Chernoff's bound); a
+    random excess is then left out, which shifts expected counts by less than 1e-6 of themselves. For 128 places it is
+    about 83. Source: Hajek, "Sampling from a finite population" (1981).
+
+    Args:
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: the room m, 1 to n; not the expected size.
+
+    Returns:
+        m places; ``mask`` is false on the empty ones, whose index and ``probs`` mean nothing. Sums of target/probs over
+            the
+        others, divided by m, estimate the target.
 
     Raises:
         TypeError: ``num_draws`` is no whole number.
@@ -262,7 +302,12 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
 
 
 def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
-    """Draws with replacement, all examples alike; of the law it only takes n.
+    """Draws with replacement, all examples alike.
+
+    Args:
+        key: of this draw alone.
+        law: of it only n is taken.
+        num_draws: m, at least 1; it may exceed n.
 
     Raises:
         TypeError: ``num_draws`` is no whole number.
@@ -278,7 +323,10 @@ def uniform_strata(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     """All examples alike, the law's line cut into ``num_draws`` equal parts, one draw in each; masses do not matter.
 
     Never more variance than `uniform`: what is left of a good order when its probabilities are not to be trusted.
-    Arguments and errors are those of `independent`. Source: ours.
+    Source: ours.
+
+    Args:
+        key, law, num_draws: those of `independent`, and so are the errors.
     """
     return on_line("stratified", key, law, num_draws=num_draws, is_open=jnp.asarray(False))
 
@@ -324,8 +372,18 @@ def on_line(
 def capped(law: LawLike, *, num_draws: int | float) -> Law:
     """The law with no mass above 1/num_draws of the new total, smaller masses as they are: inclusion probabilities.
 
+    A few rounds of O(n): each lowers the cap until no further mass is above it.
+
+    >>> probabilities(capped(jnp.array([0.8, 0.1, 0.1]), num_draws=2)).tolist()
+    [0.5, 0.25, 0.25]
+
+    Args:
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: the size, above 0 and at most n; an expected one need not be whole. ``num_draws`` times a probability
+            of the result is the probability that the example is in a draw.
+
     Raises:
-        ValueError: ``num_draws`` is not in 1..n.
+        ValueError: ``num_draws`` is out of range, or the law cannot be prepared.
     """
     law = _as_law(law)
     if not 0 < num_draws <= law.masses.shape[0]:

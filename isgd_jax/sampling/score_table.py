@@ -97,7 +97,13 @@ def record(
 
 
 def ages(table: ScoreTable, version: int | Int[Array, ""]) -> Int[Array, " n"]:
-    """Updates made since each example was scored; for one never scored ``version + 1``, older than any score."""
+    """Updates made since each example was scored; for one never scored ``version + 1``, older than any score.
+
+    Args:
+        table: of which only the versions are read.
+        version: of the parameters now, in updates. Negative ages are those of scores from a later version, such as a
+            worker sends when the run has been set back.
+    """
     return jnp.asarray(version, jnp.int32) - table.versions
 
 

@@ -177,7 +177,12 @@ def on_mesh(x: Array | np.ndarray) -> Array:
 
 
 def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:
-    """A key from the seed of the state and a number."""
+    """A key from the seed of the state and a number.
+
+    Args:
+        state: whose seed was given to ``init``.
+        count: such as the version or the epoch. The same number gives the same key, in a resumed run too.
+    """
     return jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), count)
 
 
@@ -187,7 +192,13 @@ def blank_clock() -> Clock:
 
 
 def advanced(clock: Clock, *, steps_per_update: int, seconds: float | Array | None) -> Clock:
-    """The clock after one more step."""
+    """The clock after one more step.
+
+    Args:
+        clock: before it.
+        steps_per_update: steps that make one version.
+        seconds: the caller's clock; None leaves the last reading.
+    """
     step = clock.step + 1
     now = clock.seconds if seconds is None else jnp.asarray(seconds, jnp.float32)
     return Clock(step, step // steps_per_update, now)

@@ -122,9 +122,9 @@ def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:
 def report(monitor: Monitor) -> Report:
     """What the windows say, with 95 % bands.
 
-    Nothing seen is 0 with an infinite band. Before the second measurement of ‖mean gradient‖² the bands of the variances
-    are infinite; before the first, their values are second moments. Estimates are unbiased, so near convergence DRAWN,
-    say, may come out below 0.
+    Nothing seen is 0 with an infinite band. Before the second measurement of ‖mean gradient‖² the bands of the
+    variances are infinite; before the first, their values are second moments. Estimates are unbiased, so near
+    convergence DRAWN, say, may come out below 0.
 
     Args:
         monitor: as `observe` left it.

@@ -52,11 +52,25 @@ class AllHosts(ClosesOnExit):
         return self._chunks.size
 
     def publish(self, params: Params, version: int) -> None:
-        """Score with these parameters, replicated over all devices, from now on."""
+        """Score with these parameters from now on.
+
+        Args:
+            params: replicated over all devices of all processes; each process takes its own copies, and nothing is
+                moved.
+            version: the same on all processes.
+        """
         self._inline.publish(_on_this_host(params), version)
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
-        """The next chunks, or all, scored by all."""
+        """The next chunks, or all, scored by all; a barrier, since every process waits for the others' scores.
+
+        Args:
+            wait: score all chunks at the published version; the turn does not move.
+
+        Raises:
+            RuntimeError: nothing was published yet.
+            ValueError: what the scorer returned cannot be scores.
+        """
         if wait:
             return self._score(list(range(len(self._chunks))))
         turn = [(self._cursor + i) % len(self._chunks) for i in range(self._per_collect)]

@@ -40,7 +40,17 @@ class Schedule(NamedTuple):
 
 
 def as_runs(chunks: Sequence[ScoredChunk], chunk_size: int) -> list[Run]:
-    """The chunks in short. Their order is given up: they are different examples."""
+    """The chunks in short, for the file that a replay reads. Their order is given up: they are different examples.
+
+    >>> import numpy as np
+    >>> chunks = [ScoredChunk(np.arange(at, at + 4), np.ones(4), 7) for at in (8, 4)]
+    >>> as_runs(chunks, 4)
+    [(7, 1, 2)]
+
+    Args:
+        chunks: that arrived together.
+        chunk_size: of their engine; a chunk is known by its first example over it.
+    """
     runs: list[Run] = []
     for version, chunk in sorted((c.version, int(c.ids[0]) // chunk_size) for c in chunks):
         if runs and runs[-1][0] == version and runs[-1][2] == chunk - 1:

@@ -54,7 +54,13 @@ class Chunks:
         return np.arange(start, min(start + self.size, self.num_examples))
 
     def batch(self, data: Batch, chunk: int) -> Batch:
-        """The rows of a chunk; the last example again is harmless padding."""
+        """The rows of a chunk, ``size`` of them; of a short last chunk the last example again is harmless padding.
+
+        Args:
+            data: a pytree of arrays with the leading axis of the data set; slices of NumPy arrays are views, not
+                copies.
+            chunk: 0 to ``len(self) - 1``.
+        """
         start = chunk * self.size
 
         def rows(leaf: Any) -> Any:
@@ -142,9 +148,11 @@ def _check_fits(name: str, array: np.ndarray, held: np.dtype) -> None:
 
 
 def unpadded(found: Any, count: int) -> Any:
-    """What a scorer returned, in host memory and without padding: the first ``count`` rows of each of its arrays.
+    """What a scorer returned, in host memory and without padding. It waits for the device.
 
-    What is no array with rows is left as it is, for `what_is_wrong` to refuse.
+    Args:
+        found: arrays, on any device; what is no array with rows is left as it is, for `what_is_wrong` to refuse.
+        count: rows of each array that are not padding.
     """
     return jax.tree.map(lambda x: rows[:count] if (rows := np.asarray(x)).ndim else rows, found)
 
@@ -153,6 +161,14 @@ def what_is_wrong(found: Any, count: int) -> str | None:
     """Why these cannot be the scores, or ``(scores, sketches)``, of ``count`` examples; None if they can.
 
     Values are not judged: whoever keeps the scores sets aside single ones that are not finite.
+
+    >>> import numpy as np
+    >>> what_is_wrong(np.ones((3, 1), np.float32), 3)
+    'expected [3] floating-point scores, got float32[3, 1]'
+
+    Args:
+        found: what a scorer returned, in host memory.
+        count: examples that were scored.
     """
     if isinstance(found, tuple):
         if len(found) != 2:

@@ -75,11 +75,19 @@ class Engine(Protocol):
     """
 
     def publish(self, params: Params, version: int) -> None:
-        """Score with these parameters from now on."""
+        """Score with these parameters from now on.
+
+        Args:
+            params: any pytree of arrays; copied, so the caller may donate its own at once.
+            version: parameter updates made so far. It comes back with every score, and must not go down.
+        """
         ...
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
-        """The chunks scored since the last call.
+        """The chunks scored since the last call; each is told once.
+
+        Args:
+            wait: until every chunk has been scored with the published version.
 
         Raises:
             RuntimeError: nothing was published yet.
@@ -115,7 +123,7 @@ class Resumable(Protocol):
         ...
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on from a saved `state`."""
+        """Go on from a saved `state`; scores that were not collected then are measured again."""
         ...
 
 
@@ -124,7 +132,14 @@ class Timed(Protocol):
     """An engine that can say beforehand what it costs."""
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
-        """What one publish and ``collect(wait=wait)`` are expected to cost training, measured; compilation left out."""
+        """What one publish and ``collect(wait=wait)`` are expected to cost training, measured; compilation left out.
+
+        It scores once or twice to measure, so it is asked before the run and not in it.
+
+        Args:
+            params: as they will be published; their values do not matter, their shapes do.
+            wait: whether training waits for all scores.
+        """
         ...
 
 

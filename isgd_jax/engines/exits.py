@@ -48,12 +48,21 @@ _open: "weakref.WeakSet[HasThreads]" = weakref.WeakSet()
 
 
 def close_at_exit(holder: HasThreads) -> None:
-    """Close it and wait for its threads when the program ends, unless nothing of it is left by then."""
+    """Close it and wait for its threads when the program ends, unless nothing of it is left by then.
+
+    It is held weakly: an engine that is dropped before needs nothing more. One whose threads do not end in `LIMIT`
+    seconds ends the process with exit code `STUCK`, and says so.
+    """
     _open.add(holder)
 
 
 def joined(threads: Sequence[threading.Thread], seconds: float) -> bool:
-    """Wait so long for all together; whether all have ended."""
+    """Wait for all threads together; whether all have ended.
+
+    Args:
+        threads: the calling thread, if it is one of them, is not waited for.
+        seconds: for all together, not for each; 0 looks without waiting.
+    """
     end = time.monotonic() + seconds
     for thread in threads:
         if thread is not threading.current_thread():

@@ -65,12 +65,20 @@ class InlineEngine(ClosesOnExit):
         return self._chunks.size
 
     def publish(self, params: Params, version: int) -> None:
-        """Score with these parameters from now on."""
+        """Score with these parameters from now on.
+
+        Args:
+            params: copied; to each device at the next `collect`.
+            version: which the scores carry.
+        """
         self._published = (jax.tree.map(jnp.copy, params), version)
         self._bytes += (len(self._devices) - 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
-        """Score the next chunks, or all, and return them.
+        """Score the next chunks and return them; this is when the engine works, and training waits for it.
+
+        Args:
+            wait: score all chunks; the turn does not move.
 
         Raises:
             RuntimeError: nothing was published yet.
@@ -85,6 +93,9 @@ class InlineEngine(ClosesOnExit):
 
     def score(self, turn: Sequence[int]) -> list[ScoredChunk]:
         """Score these chunks with the published parameters, whosever turn it is.
+
+        Args:
+            turn: numbers of chunks, in any order; they come back in it.
 
         Raises:
             RuntimeError: nothing was published yet.
@@ -123,7 +134,12 @@ class InlineEngine(ClosesOnExit):
         self._cursor = state["next"]
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
-        """How long a `collect` will take: one call is scored and timed, compilation left out."""
+        """How long a `collect` will take: one call is compiled, a second one timed and multiplied.
+
+        Args:
+            params: to score with.
+            wait: whether all chunks are scored, in place of those of one turn.
+        """
         width = len(self._devices)
         batch = self._batch([chunk % len(self._chunks) for chunk in range(width)])
         jax.device_get(self._scorer(params, batch))

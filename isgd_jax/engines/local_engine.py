@@ -39,7 +39,15 @@ class DeviceWorker:
         self._params: Params = None
 
     def load(self, shipment: Params, version: int) -> int:
-        """Put the parameters on this worker's device, and score with them from now on."""
+        """Put the parameters on this worker's device, and score with them from now on.
+
+        Args:
+            shipment: the pool's copy, on the trainer's device.
+            version: not looked at: what was loaded last is what scores.
+
+        Returns:
+            Their bytes.
+        """
         self._params = jax.device_put(shipment, self._device)
         return num_bytes(self._params)
 
@@ -49,7 +57,7 @@ class DeviceWorker:
         return item, self._scorer(self._params, batch)
 
     def finish(self, started: tuple[WorkItem, Any]) -> Any:
-        """The scores of a batch that was started, in the memory of the host."""
+        """The scores of a chunk that was started, in the memory of the host; waits for the device."""
         item, found = started
         return unpadded(found, len(self._job.chunks.ids(item.chunk)))
 
@@ -82,6 +90,10 @@ def local(
 
     Raises:
         ValueError: no device is left to score, or the data have no common leading axis.
+
+    Returns:
+        The engine; close it, or use it as a context manager. What its workers have scored by a step depends on their
+        speed, so such a run is repeated bit for bit only by `isgd_jax.engines.replay`.
     """
     devices = jax.local_devices()[1:] if devices is None else devices
     job = Job(scorer, data, Chunks(num_rows(data), chunk_size))
@@ -132,7 +144,13 @@ def num_bytes(tree: Any) -> int:
 
 
 def seconds_per_chunk(job: Job, device: jax.Device, params: Params) -> float:
-    """How long a device takes for a chunk, measured, compilation left out."""
+    """How long a device takes for a chunk, measured once after compiling; the transfer of the batch is left out.
+
+    Args:
+        job: what is scored; its first chunk is.
+        device: who scores.
+        params: to score with, anywhere.
+    """
     scorer, held = jax.jit(job.scorer), jax.device_put(params, device)
     batch = jax.device_put(job.chunks.batch(job.data, 0), device)
     jax.block_until_ready(scorer(held, batch))

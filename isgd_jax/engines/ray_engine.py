@@ -72,7 +72,11 @@ class ScoringActor:
     """The actor: one process, one device, one version of the parameters."""
 
     def prepare(self, make_job: MakeJob) -> str:
-        """Load the data; returns the fingerprint of the training set. Called first, again after each restart."""
+        """Load the data; called first, and again after each restart, since Ray's new process knows nothing.
+
+        Returns:
+            The fingerprint of the data set, which the trainer compares with its own.
+        """
         self._job, fingerprint = make_job()
         self._device = jax.local_devices()[0]
         self._scorer = jax.jit(self._job.scorer)
@@ -86,7 +90,11 @@ class ScoringActor:
         return num_bytes(self._params)
 
     def score(self, item: WorkItem) -> Any:
-        """The ``scores [c]`` of a chunk, or ``(scores, sketches [c, dims])``."""
+        """The ``scores [c]`` of a chunk, or ``(scores, sketches [c, dims])``.
+
+        Raises:
+            RuntimeError: the item is of another version than the parameters here, as after a restart that nobody saw.
+        """
         if item.version != self._version:
             raise RuntimeError(f"asked to score at version {item.version}, but holds {self._version}")
         batch = jax.device_put(self._job.chunks.batch(self._job.data, item.chunk), self._device)
@@ -323,7 +331,16 @@ def actor_pool(
 
 
 def fingerprint_of(data: Batch) -> str:
-    """Of shapes, types and bytes: what tells whether two processes have the same data in the same order."""
+    """Of shapes, types and bytes: what tells whether two processes have the same data in the same order.
+
+    BLAKE2b over everything, about a second per gigabyte.
+
+    Args:
+        data: a pytree of arrays in host memory; the names of its leaves count too.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree.leaves_with_path(data):
         array = np.ascontiguousarray(leaf)
@@ -357,7 +374,15 @@ def _loaded_job(
 
 
 def connect(address: str | None, num_workers: int) -> bool:
-    """Join the Ray at the address, or start one of this host; says whether it was started.
+    """Join the Ray at the address, or start one of this host; whether it was started, and so is to be stopped.
+
+    A Ray that this process is connected to already is used as it is, whatever the address. One that is started listens
+    on the loopback interface and asks for a token that is made for it, and gets as many CPUs as there are workers, at
+    least.
+
+    Args:
+        address: of a running cluster, "auto", or None to start one.
+        num_workers: for which there must be a place.
 
     Raises:
         ConnectionError: there is no Ray at the address.
@@ -455,6 +480,10 @@ def places(num_workers: int, free: Mapping[str, float]) -> Places:
 
     >>> places(3, {"CPU": 8.0, "GPU": 2.0}).needs
     [{'num_gpus': 1}, {'num_gpus': 1}, {'num_cpus': 1}]
+
+    Args:
+        num_workers: actors to place.
+        free: what Ray has left, by kind: "TPU", "GPU", "CPU".
     """
     asks: dict[str, dict[str, Any]] = {"TPU": {"resources": {"TPU": 1}}, "GPU": {"num_gpus": 1}, "CPU": {"num_cpus": 1}}
     room = [ask for kind, ask in asks.items() for _ in range(math.floor(free.get(kind, 0.0)))]

@@ -35,7 +35,12 @@ class ReplayEngine(ClosesOnExit):
         return self._inline.chunk_size
 
     def publish(self, params: Params, version: int) -> None:
-        """Score all that will arrive with this version."""
+        """Score all that will arrive with this version.
+
+        Args:
+            params: to score with now; those of a version that no score of the schedule carries are not needed.
+            version: as in the earlier run.
+        """
         wanted = self._schedule.chunks_of(version)
         self._inline.publish(params, version)
         for chunk, scored in zip(wanted, self._inline.score(wanted), strict=True):
@@ -98,5 +103,8 @@ def replay(
         data: its training set.
         schedule: which chunks arrived when: `Schedule`.
         devices: who scores; all local ones by default.
+
+    Raises:
+        ValueError: the data have no common leading axis.
     """
     return ReplayEngine(InlineEngine(scorer, data, chunk_size=schedule.chunk_size, devices=devices), schedule)

@@ -119,10 +119,21 @@ def grad_norm(
 
 
 def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = "auto") -> Scorer:
-    """The norm of the step the optimiser would make of each example: ``‖g · scale‖``.
+    """The norm of the step the optimizer would make of each example: ``‖g · scale‖``.
 
-    The scorer's parameters are the pair ``(params, scale)``. For Adam the scale is ``1 / (√v + ε)``, with the second
-    moments ``v`` of ``optax.tree.get(opt_state, "nu")``. Ours.
+    For Adam the scale is ``1 / (√v + ε)``, with the second moments ``v`` of ``optax.tree.get(opt_state, "nu")``. It
+    ranks examples by how far they would move the parameters; the variance it lessens is that of the step, not of the
+    gradient. Ours.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
+
+    Returns:
+        A scorer whose parameters are the pair ``(params, scale)``, two trees of the same shapes: publish both together.
+
+    Raises:
+        ValueError: ``microbatch_size`` is no positive integer.
     """
 
     def score(scaled_params: tuple[Params, PyTree], batch: Batch) -> Scores:
@@ -133,7 +144,12 @@ def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto
 
 
 def under(*names: str) -> Select:
-    """Parameters with one of these names on their path: ``grad_norm(loss_fn, select=under("Dense_3", "Dense_4"))``."""
+    """Parameters with one of these names on their path: ``grad_norm(loss_fn, select=under("Dense_3", "Dense_4"))``.
+
+    >>> is_chosen = under("Dense_1")
+    >>> is_chosen(("params", "Dense_1", "kernel")), is_chosen(("params", "Dense_10", "kernel"))
+    (True, False)
+    """
     return lambda path: any(name in path for name in names)
 
 
@@ -143,7 +159,13 @@ def normalisation(path: tuple[str, ...]) -> bool:
 
 
 def loss(loss_fn: LossFn) -> Scorer:
-    """The loss of each example (which must not be negative): one forward pass."""
+    """The loss of each example as its score: one forward pass.
+
+    It is in no fixed proportion to the norm; `experiments/benchmarks/ranks.py` measures how alike they rank.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``, not negative; a negative score is set aside where it is recorded.
+    """
 
     def score(params: Params, batch: Batch) -> Scores:
         return jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
@@ -163,7 +185,11 @@ def logit_bound(
     """The norm of the loss's gradient with respect to the logits: one forward pass.
 
     Up to a constant of the network, an upper bound on the norm of the whole gradient (Katharopoulos & Fleuret,
-    arXiv 1803.00942, equation 20).
+    arXiv 1803.00942, equation 20). The constant does not matter, since only ratios of scores do.
+
+    Args:
+        logits_fn: ``(params, example) -> logits``, a pytree of arrays.
+        loss_of_logits: ``(logits, example) -> scalar``; cross-entropy with ``example["label"]`` by default.
     """
 
     def one(params: Params, example: Example) -> Float[Array, ""]:

@@ -23,7 +23,7 @@ def sharded(scorer: SketchingScorer, devices: Sequence[jax.Device] | None = None
 
 
 def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """``scorer`` mapped over ``devices`` (all local ones) with `jax.pmap`, a slice of the batch on each.
+    """``scorer`` mapped over ``devices`` with `jax.pmap`, a slice of the batch on each.
 
     Guarantees:
 
@@ -35,6 +35,10 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     * parameters that are split over a mesh stay split: then the batch is split over the whole mesh, by `jax.jit`.
 
     Call it outside `jax.jit`: it places arrays on devices itself.
+
+    Args:
+        scorer: ``(params, batch) -> scores [b]``, or ``(scores [b], sketches [b, dims])``, not jitted.
+        devices: who scores; all local ones by default. One device alone is plain `jax.jit`.
 
     Raises:
         TypeError: when called inside a jax transformation.

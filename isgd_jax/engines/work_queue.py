@@ -112,7 +112,15 @@ class WorkQueue:
         self._newest = max(self._newest, version)
 
     def next_item(self, worker: str, version: int) -> WorkItem | None:
-        """The next chunk for a worker that holds parameters of this version; None if there is nothing to score."""
+        """The next chunk for a worker that holds parameters of this version; None if there is nothing to score.
+
+        Chunks whose worker is late or gone come first, then those in turn. O(1) as a rule, O(chunks) where most are
+        out.
+
+        Args:
+            worker: its name, for `requeue`.
+            version: of the parameters that it holds, which may be older than the published ones.
+        """
         self._release_late()
         if not (self._busy[self._cursor] < version or (self._busy < version).any()):
             return None
@@ -133,9 +141,17 @@ class WorkQueue:
             self._release(chunk)
 
     def complete(self, item: WorkItem, found: Any, *, fingerprint: str = "") -> str | None:
-        """Bring back the ``scores [c]`` of an item, or ``(scores, sketches [c, dims])``; if refused, what is wrong.
+        """Bring back what a worker found of an item; what comes twice, or late, changes nothing.
 
         Scores that are not finite are not refused: the table sets single ones aside and counts them.
+
+        Args:
+            item: as it was handed out.
+            found: ``scores [c]``, or ``(scores, sketches [c, dims])``, NumPy arrays without padding.
+            fingerprint: of the worker's data set.
+
+        Returns:
+            None, or what is wrong with the result, which is then not used.
         """
         wrong = self._what_is_wrong(item, found, fingerprint)
         if wrong is not None:

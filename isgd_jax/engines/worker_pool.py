@@ -130,6 +130,9 @@ class WorkerPool(ClosesOnExit):
 
         Raises:
             ValueError: it has another data set, or a name that is taken.
+
+        Args:
+            worker: served by a thread of its own from now on. Its name tells it from the others.
         """
         with self._changed:
             if worker.name in self._workers:
@@ -147,7 +150,12 @@ class WorkerPool(ClosesOnExit):
         return self._queue.chunk_size
 
     def publish(self, params: Params, version: int) -> None:
-        """Score with these parameters from now on; returns before anybody does."""
+        """Score with these parameters from now on; returns before anybody does.
+
+        Args:
+            params: copied by ``ship``; a worker takes the newest ones when it next looks, and older ones are dropped.
+            version: must not go down.
+        """
         published = Published(self._ship(params), version)
         with self._changed:
             self._published = published
@@ -155,7 +163,18 @@ class WorkerPool(ClosesOnExit):
             self._changed.notify_all()
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
-        """What has been scored since the last call; with ``wait``, all chunks at the published version."""
+        """What has been scored since the last call; with ``wait``, all chunks at the published version.
+
+        Args:
+            wait: until all are there. Otherwise nothing is waited for, and there may be nothing.
+
+        Returns:
+            Chunks in the order in which they came in; with ``wait`` in that of the examples.
+
+        Raises:
+            RuntimeError: nothing was published yet, or ``wait`` and the engine is closed.
+            WorkersGone: ``wait``, and no worker is left, or none has sent anything for the pool's time-out.
+        """
         with self._changed:
             if self._published is None:
                 raise RuntimeError("nothing to score with: call publish(params, version) before collect()")
@@ -194,7 +213,12 @@ class WorkerPool(ClosesOnExit):
             self._queue.cursor = state["next"]
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
-        """What shipping the parameters takes the trainer; where it waits, a sweep of all workers as well."""
+        """What shipping the parameters takes the trainer; where it waits, a sweep of all workers as well.
+
+        Args:
+            params: to ship; twice, of which the second is timed.
+            wait: whether training waits for a sweep.
+        """
         jax.block_until_ready(self._ship(params))
         began = time.monotonic()
         jax.block_until_ready(self._ship(params))

@@ -65,6 +65,16 @@ class DivergedError(IsgdError, FloatingPointError):
 def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
     """The value of the argument ``name`` as an int, refused if it is no count: True, 1.5 and NaN are none.
 
+    >>> check_whole("batch_size", 0, least=1)
+    Traceback (most recent call last):
+    isgd_jax.errors.ArgumentError: batch_size must be 1 or more, got 0
+
+    Args:
+        name: of the argument, as the caller knows it; the error begins with it.
+        value: anything that Python can take for an index, NumPy's integers too.
+        least: the smallest that is allowed.
+        most: the largest; None where there is none.
+
     Raises:
         ArgumentTypeError: it is no whole number.
         ArgumentError: it is less than ``least``, or more than ``most``.
@@ -99,7 +109,10 @@ class Wrong(NamedTuple):
 
 
 def seen(values: Any) -> np.ndarray | None:
-    """The values on the host; None while they are traced, or lie on devices of other processes."""
+    """The values on the host; None while they are traced, or lie on devices of other processes.
+
+    It waits for the device and reads: for arguments that are looked at once, not for what a step makes.
+    """
     import jax  # here, so that a command can refuse its arguments before JAX is set up
 
     if isinstance(values, jax.core.Tracer):
@@ -111,7 +124,15 @@ def seen(values: Any) -> np.ndarray | None:
 
 
 def first_wrong(is_right: Callable[[np.ndarray], Any], values: Any) -> Wrong | None:
-    """The first value that is not right; None where all are, or where they cannot be seen."""
+    """The first value that is not right; None where all are, or where they cannot be seen.
+
+    >>> first_wrong(lambda x: x > 0, np.array([1.0, -2.0, 0.0]))
+    Wrong(value=np.float64(-2.0), at=1)
+
+    Args:
+        is_right: ``values -> booleans``, of the values' shape or one that broadcasts to it.
+        values: an array, or what NumPy makes one of.
+    """
     found = seen(values)
     if found is None:
         return None

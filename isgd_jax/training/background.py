@@ -80,6 +80,11 @@ class Refresher:
 
         Raises:
             ValueError: the steps of the caller are not those of the state.
+
+        Args:
+            step: of the caller's loop, from 0. Called before the draw of each step, also where nothing is due.
+            params: the newest; copied where they are published.
+            state: of the sampler.
         """
         is_due = step % self.every == 0
         if self.engine is not None and self.publishes(step):
@@ -96,7 +101,13 @@ class Refresher:
         return self.every - step % self.every
 
     def rehearse(self, state: SamplerState, *, chunks: int) -> SamplerState:
-        """What a refresh does beside collecting, with so many chunks of ones, and forgets: to be compiled and timed."""
+        """What a refresh does beside collecting, with chunks of ones, and forgets: to be compiled and timed before the
+        run.
+
+        Args:
+            state: copied, so it stays the caller's.
+            chunks: how many are recorded, as many as a refresh is expected to bring.
+        """
         copied, known = jax.tree.map(jnp.copy, state), state.ordering.sketches
         size = min(getattr(self.engine, "chunk_size", 1), self.sampler.num_examples)
         sketches = None if known is None else np.zeros((size, known.shape[1]), np.float32)

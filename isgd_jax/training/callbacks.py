@@ -30,7 +30,12 @@ class Callback:
         """After a refresh of the proposal, before the step it is for."""
 
     def stepped(self, run: "Run", info: Any) -> None:
-        """After each step; ``run.step`` counts it. ``info`` (`StepInfo`) lies on the device."""
+        """After each step; ``run.step`` counts it.
+
+        Args:
+            run: whose ``state`` is that after the step. It will be donated to the next: copy what is to be kept.
+            info: `StepInfo`, on the device. Reading it waits for the step, so read it seldom.
+        """
 
     def end(self, run: "Run") -> None:
         """After the last step, or when a callback has stopped the run (``run.stop(reason)``)."""

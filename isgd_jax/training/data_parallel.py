@@ -59,7 +59,10 @@ class DataParallel:
         self.shard_params = shard_params
 
     def replicate(self, tree: Tree) -> Tree:
-        """Arrays of the host, or of one device, on every device."""
+        """Arrays of the host, or of one device, on every device.
+
+        Copies, so that donating them does not cost the caller its own. Of several processes each gives the same values.
+        """
         return jax.tree.map(self._copied, tree)
 
     def split(self, batch: Tree) -> Tree:
@@ -75,7 +78,12 @@ class DataParallel:
         return jax.lax.with_sharding_constraint(tree, self._parts(tree))
 
     def made(self, make: Callable[..., Tree], *args: Any) -> Tree:
-        """``make(*args)``, parameters or what is shaped like them, made where they belong: never whole on a device."""
+        """``make(*args)``, parameters or what is shaped like them, made where they belong: never whole on a device.
+
+        Args:
+            make: pure; it is traced, and compiled with the placement of its results.
+            args: small things such as a key.
+        """
         return jax.jit(make, out_shardings=self._parts(jax.eval_shape(make, *args)))(*args)
 
     def place(self, params: Tree) -> Tree:
@@ -120,7 +128,11 @@ def local_copy(tree: Tree) -> Tree:
 
 
 def agree(number: float) -> float:
-    """The largest of the numbers that the processes have; called by all at the same step."""
+    """The largest of the numbers that the processes have; called by all at the same step.
+
+    Float32: seconds of a run keep milliseconds for some hours. With one process the number is returned as it is; with
+    several it is a barrier: one that does not call it leaves the others waiting.
+    """
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.float32(number)).max())

@@ -65,7 +65,11 @@ class Run:
     stopped: Any = field(default=None)
 
     def stop(self, reason: Any) -> None:
-        """End the run after this step."""
+        """End the run after this step.
+
+        Args:
+            reason: anything but None; it comes back as ``FitResult.stopped``.
+        """
         self.stopped = reason
 
     def advance(self, state: TrainState, seconds: float) -> tuple[TrainState, Any]:

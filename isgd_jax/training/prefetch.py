@@ -48,9 +48,17 @@ class Prefetch:
         self._is_open: bool | None = None
 
     def next(self, step: int, state: SamplerState, steps_left: int) -> tuple[Draw, Batch]:
-        """The draws of ``step`` and their examples. The proposal stays for ``steps_left`` steps, this one included.
+        """The draws of ``step`` and their examples; waits for the thread that fetches them.
 
         A step asked for out of turn, or again, begins a block anew.
+
+        Args:
+            step: asked for one after the other.
+            state: of the sampler, with the proposal and the gate of the block where one begins; not kept.
+            steps_left: for how many steps the proposal stays, this one included: no block reaches further.
+
+        Returns:
+            The draw [m], on the device, and its batch, NumPy arrays on the host.
 
         Raises:
             OSError: the examples cannot be read.

@@ -73,7 +73,11 @@ class Problem:
         return int(jax.tree.leaves(self.train)[0].shape[0])
 
     def init(self, key: Key) -> Params:
-        """The parameters to start from: copies, since training donates them."""
+        """The parameters to start from: copies, since training donates them.
+
+        Raises:
+            TypeError: what the function of the key made are no arrays.
+        """
         made = self.params(key) if callable(self.params) else self.params
         _check_params(made)
         return jax.tree.map(jnp.array, made)
@@ -94,7 +98,14 @@ class Problem:
         return self.metrics or ({} if self.needs_key else {"loss": self.loss_fn})
 
     def evaluator(self, *, batch_size: int = 1024) -> Callable[[Params, Batch], dict[str, Float[Array, ""]]]:
-        """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices."""
+        """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices.
+
+        Args:
+            batch_size: examples at a time, which bounds the memory; the means do not depend on it but for rounding.
+
+        Returns:
+            A function that compiles once for each number of examples; its means are float32 scalars, by name.
+        """
         functions = dict(self.measured())
 
         @jax.jit
@@ -131,7 +142,12 @@ class Problem:
         return score
 
     def published(self, key: Key) -> Callable[[Params, int], Any]:
-        """What the scorer is told at a refresh: parameters, what is frozen and, for randomness, bits of a key."""
+        """What the scorer is told at a refresh: parameters, what is frozen and, for randomness, bits of a key.
+
+        Args:
+            key: folded with the step, so that each refresh scores other random pictures, and a resumed run the same
+                ones.
+        """
 
         def make(params: Params, step: int) -> Any:
             bits = jax.random.key_data(jax.random.fold_in(key, step)) if self.is_random else None
@@ -140,7 +156,15 @@ class Problem:
         return make
 
     def pictures(self, keys: Array | None, batch: Batch) -> tuple[Batch, Array | None]:
-        """A batch as the loss sees it: augmented, with a key an example."""
+        """A batch as the loss sees it: augmented, with a key an example.
+
+        Args:
+            keys: one for each example [b], or None where nothing is random. Augmentation and loss get the same one.
+            batch: examples [b].
+
+        Returns:
+            The batch, and the keys where the loss needs them, else None.
+        """
         if self.augment is not None and keys is not None:
             batch = jax.vmap(self.augment)(keys, batch)
         return batch, keys if self.needs_key else None

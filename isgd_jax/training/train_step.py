@@ -220,6 +220,14 @@ def _keys(step_key: Key, count: int) -> Array:
 def check_chain(tx: optax.GradientTransformation, params: Params, num_draws: int) -> None:
     """See, from shapes alone, that an optimizer takes one gradient for each draw and gives one update.
 
+    Traced, not run: nothing is compiled, and parameters of any size cost no memory. It cannot see what a transformation
+    does with the numbers, such as clipping before the reweighting.
+
+    Args:
+        tx: the Optax chain.
+        params: of the model, or their shapes.
+        num_draws: m.
+
     Raises:
         ValueError: it does not begin with the reweighting.
     """

@@ -38,7 +38,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class OneHot:
-    """Row ``t`` has a one at ``indices[b, k, t]``, zeros elsewhere; zeros only, where the index is ``size`` or more."""
+    """Row ``t`` has a one at ``indices[b, k, t]``, zeros elsewhere; zeros only, where the index is ``size`` or more.
+
+    The left factor of an embedding's gradient, δ scattered to the rows that were looked up: T integers stand for a
+    matrix of T·size numbers, and rows that no index names cost nothing.
+    """
 
     indices: Any
     size: int
@@ -81,7 +85,11 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of ``image`` [b, k, c, *spatial, i]: written out, ``[b, k, (c, *positions), (*kernel, i)]``."""
+    """The windows of ``image`` [b, k, c, *spatial, i]: written out, ``[b, k, (c, *positions), (*kernel, i)]``.
+
+    The left factor of a convolution's kernel gradient. The image is kept once, where the windows would hold each entry
+    as often as the kernel covers it: nine times for 3 by 3.
+    """
 
     image: Any
     window: Window
@@ -101,7 +109,12 @@ Factor: TypeAlias = Any
 
 
 def written_out(factor: Factor, dtype: Any = jnp.float32) -> Array:
-    """Any factor as the array ``[b, k, t, i]`` it stands for."""
+    """Any factor as the array ``[b, k, t, i]`` it stands for: what its compressed form saves is paid here.
+
+    Args:
+        factor: an array, which is returned as it is, a `OneHot` or `Windows`.
+        dtype: of the ones of a `OneHot`; other factors keep their own.
+    """
     if isinstance(factor, OneHot):
         return jax.nn.one_hot(factor.indices, factor.size, dtype=dtype)
     if isinstance(factor, Windows):
@@ -131,7 +144,13 @@ _WIDE = 64
 
 
 def einsum(spec: str, *arrays: Array, precision: Any) -> Array:
-    """`jnp.einsum` that sums in float32 or wider, whatever the factors are."""
+    """`jnp.einsum` that sums in float32 or wider, whatever the factors are.
+
+    Args:
+        spec: as `jnp.einsum` takes it.
+        arrays: of any floating types, also different ones.
+        precision: of the products of float32, a `jax.lax.Precision`.
+    """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=wide(jnp.result_type(*arrays)))
 
@@ -154,7 +173,15 @@ def conjugate(factor: Factor) -> Factor:
 
 
 def products(left: Factor, right: Array, precision: Any) -> Array:
-    """``Σ_t left · right`` for each example: [b, k, i, o]."""
+    """``Σ_t left · right`` for each example: the contraction done, [b, k, i, o].
+
+    b·k·t·i·o multiplications, and an array as large as b parameters; of a `OneHot` b·k·t·o additions.
+
+    Args:
+        left: a factor [b, k, t, i].
+        right: [b, k, t, o].
+        precision: of the matrix products.
+    """
     if isinstance(left, OneHot):
         return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
     if isinstance(left, Windows):
@@ -164,7 +191,16 @@ def products(left: Factor, right: Array, precision: Any) -> Array:
 
 
 def total(left: Factor, right: Array, precision: Any) -> Array:
-    """``Σ_bt left · right``, over all examples: [k, i, o]."""
+    """``Σ_bt left · right``, over all examples: [k, i, o]. The ordinary gradient, at its ordinary cost.
+
+    b·k·t·i·o multiplications in one matrix product, whose result is of the size of the parameter: no example's own
+    product is formed. Of windows it is the ordinary convolution that XLA differentiates to; of a `OneHot` a scatter.
+
+    Args:
+        left: a factor [b, k, t, i].
+        right: [b, k, t, o]; the weights of examples are to be in it already.
+        precision: of the matrix products.
+    """
     if isinstance(left, OneHot):
         rows, values = (jnp.moveaxis(x, 0, 1) for x in (left.indices, right))
         flat = values.reshape(values.shape[0], -1, values.shape[-1])
@@ -214,7 +250,19 @@ def _both(one: Array, other: Array) -> Any:
 
 
 def likeness(one: Factor, other: Factor, precision: Any) -> Array:
-    """Inner products of the rows of two left factors: [b, k, t, s]."""
+    """Inner products of the rows of two left factors, ``Σ_i one[t, i] · other[s, i]``: [b, k, t, s].
+
+    Half of a Gram norm: ‖Σ_t x_t ⊗ δ_t‖² = Σ_ts (x_t·x_s)(δ_t·δ_s). b·k·t·s·i multiplications; of two `OneHot` a
+    comparison of indices, of one a look-up.
+
+    Args:
+        one: a factor [b, k, t, i].
+        other: [b, k, s, i], conjugated already where it is complex.
+        precision: of the matrix products.
+
+    Returns:
+        The products; of two `OneHot` booleans.
+    """
     if isinstance(one, OneHot) and isinstance(other, OneHot):
         rows, columns = one.indices[..., :, None], other.indices[..., None, :]
         return (rows == columns) & (rows < one.size)
@@ -238,7 +286,16 @@ def row_sizes(factor: Factor) -> Array:
 
 
 def pulled(left: Factor, tree: Array, precision: Any) -> Array:
-    """``left`` applied to an array [k, i, o]: [b, k, t, o]."""
+    """``left`` applied to an array [k, i, o] that all examples share: [b, k, t, o].
+
+    What an inner product of each example's gradient with one given tree needs: ⟨Σ_t x_t ⊗ δ_t, W⟩ = Σ_t (x_t W)·δ_t, a
+    forward pass of the layer with W as its weights, b·k·t·i·o multiplications and nothing of the size of b parameters.
+
+    Args:
+        left: a factor [b, k, t, i].
+        tree: [k, i, o].
+        precision: of the matrix products.
+    """
     if isinstance(left, OneHot):
         rows = jax.vmap(lambda at: jax.vmap(lambda x, r: x.at[r].get(mode="fill", fill_value=0))(tree, at))
         return rows(left.indices)

@@ -38,7 +38,17 @@ class LeafPlan:
         return [x for term in self.terms for x in (term.left, term.right)] + [part.value for part in self.formed]
 
     def leaf(self, each: Iterator[Any], once: Iterator[Any], b: int, joint: bool) -> Any:
-        """The lazy leaf of a batch: takes its own values from those of each example, and from those of all."""
+        """The lazy leaf of a batch.
+
+        Args:
+            each: values of one example's program mapped over the batch, [b, ...]; this leaf takes its own, in order.
+            once: values that no example changes; likewise.
+            b: examples in the batch.
+            joint: whether to form the product now, where that costs less than what will be asked of the factors.
+
+        Returns:
+            A `Factored`, or a plain stacked array [b, *shape] where nothing is left to contract.
+        """
         terms = stacked_terms([Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms])
         formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
         if formed is not None and shared is None and not terms:
@@ -71,7 +81,13 @@ class Plan:
     grads_tree: Any
 
     def run(self, shared: Sequence[Any], batch: Any, joint: bool) -> tuple[tuple[Any, Any], Any]:
-        """``(losses, aux), grads`` of a batch: one forward and one backward pass, mapped over the examples."""
+        """``(losses, aux), grads`` of a batch: one forward and one backward pass, mapped over the examples.
+
+        Args:
+            shared: the arguments of the loss but the example, as it was traced with.
+            batch: examples with a leading axis b.
+            joint: see `LeafPlan.leaf`.
+        """
         arguments, examples = jax.tree.leaves(shared), jax.tree.leaves(batch)
         wanted = [*self.result, *(node for leaf in self.leaves for node in leaf.nodes)]
 
@@ -89,7 +105,21 @@ class Plan:
 def make_plan(
     loss_fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, shared: Sequence[Any], batch: Any
 ) -> Plan:
-    """Trace the gradient of ONE example and cut it."""
+    """Trace the gradient of ONE example and cut it before the last contraction of each parameter.
+
+    Shapes alone are used, so the plan holds for any batch size, and jit compiles it with the step.
+
+    Args:
+        loss_fn: ``(*shared, example) -> scalar``, or with ``has_aux`` a pair ``(scalar, aux)``.
+        argnums: which of the shared arguments are differentiated.
+        has_aux: whether the loss returns more.
+        shared: arrays or their shapes.
+        batch: examples with a leading axis b; of it one is traced.
+
+    Raises:
+        TypeError: there is no real or complex number to differentiate.
+        ValueError: the loss is no scalar, or an array of the batch has no leading axis.
+    """
     example = jax.tree.map(_without_batch_axis, batch)
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)

@@ -80,12 +80,17 @@ def last_layer_sketch(
 ) -> LayerSketch:
     """How an order by clusters sees the examples of a model: by the gradient of the layer nearest to the loss.
 
+    Only shapes are looked at: nothing is computed, and the sketch holds no parameters.
+
     Args:
         loss_fn: ``(params, example) -> scalar``.
         params: of the model; only shapes matter.
         example: one item of the data set, without a batch axis.
         dims: numbers an example; their order costs ``4 * dims`` bytes an example of memory.
         key: of the random projection, by default ``jax.random.key(0)``.
+
+    Returns:
+        The sketch; its ``dims`` may be a little less than asked for, a product of two whole numbers.
 
     Source: ours; Johnson & Lindenstrauss (1984) for the projections.
     """
@@ -98,12 +103,33 @@ def last_layer_sketch(
 
 
 def last_layer(key: Key, loss_fn: LossFn, params: Params, example: Example, *, dims: int = 128) -> Sketch:
-    """``(params, batch) -> [b, dims or a little less]``, of the gradient of the layer nearest to the loss."""
+    """``(params, batch) -> [b, dims or a little less]``, of the gradient of the layer nearest to the loss.
+
+    A forward pass and the backward pass of the last layer, whose gradient x ⊗ δ is not formed: δ is
+    projected to √dims numbers where it is longer, x to as many as make dims with them, and the sketch is their product.
+
+    Args:
+        key: of the random projection; sketches of the same key compare.
+        loss_fn: ``(params, example) -> scalar``.
+        params: of the model; only shapes matter.
+        example: one item of the data set, without a batch axis.
+        dims: numbers an example.
+    """
     return last_layer_sketch(loss_fn, params, example, dims=dims, key=key).of_batch
 
 
 def of_gradient(key: Key, leaf: Any, *, dims: int) -> Float[Array, "b dims"]:
-    """The sketch of one leaf's directions: of its factors, where it has two plain ones."""
+    """The sketch of one leaf's directions: of its factors, where it has two plain ones.
+
+    Args:
+        key: of the projection.
+        leaf: per-example gradients of one parameter, lazy or stacked. One that is several terms, or complex, is formed
+            and projected whole.
+        dims: numbers an example; from factors a little less.
+
+    Returns:
+        [b, dims], in float32, of unit gradients shrunk; rows of zeros where a gradient is zero.
+    """
     if not _is_plain(leaf):
         return project(key, lazy.stack(leaf), dims=dims)
     left, right = leaf.terms[0].left, leaf.terms[0].right
@@ -132,9 +158,15 @@ def _normalized(product: Float[Array, "b ..."], leaf: Any) -> Float[Array, "b di
 
 
 def project(key: Key, grads: PyTree, *, dims: int = 128) -> Float[Array, "b dims"]:
-    """Random projections of the directions of stacked gradients, a tree of arrays [b, ...]: unit gradients, shrunk.
+    """Random projections of the directions of stacked gradients: of each gradient over its norm.
 
-    Give it the gradients of a part of the parameters (``isgd_jax.stack`` of lazy ones), and the same key each time.
+    The projection is a matrix [p, dims] of normal numbers, made anew at each call from the key: for parts of a model,
+    not for millions of parameters.
+
+    Args:
+        key: the same each time.
+        grads: a tree of arrays [b, ...] (``isgd_jax.stack`` of lazy ones); complex numbers count as two.
+        dims: numbers an example; inner products are kept to about 1/√dims.
     """
     flat = jnp.concatenate([_real_rows(leaf) for leaf in jax.tree.leaves(grads)], axis=1)
     squares = sum_squares(flat)
@@ -152,7 +184,16 @@ def _real_rows(leaf: Array) -> Float[Array, "b p"]:
 
 
 def nearest_to_loss(loss_fn: LossFn, params: Params, example: Example) -> int:
-    """The place among the leaves of the matrix whose gradient takes the shortest program: the last layer's."""
+    """The place among the leaves of the matrix whose gradient takes the shortest program: the last layer's.
+
+    Programs are traced and counted, one for each leaf, and none is run. Vectors and scalars are taken only where there
+    is no matrix; of equals the last one is.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        params: of the model; only shapes matter.
+        example: one item of the data set.
+    """
     leaves, structure = jax.tree.flatten(params)
 
     def length(place: int) -> tuple[bool, int, int]:

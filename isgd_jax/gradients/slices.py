@@ -15,7 +15,12 @@ __all__ = ["by_slices"]
 def by_slices(function: Callable[[Any], Any], batch: Any, size: int | None) -> Any:
     """``function(batch)``, called on ``size`` examples at a time.
 
-    The result may be any pytree; the rows of its arrays must depend on one example each.
+    Two programs at most: one for slices of ``size``, run in turn by `jax.lax.map`, and one for what is left over.
+
+    Args:
+        function: of a batch; the rows of the arrays it returns must depend on one example each.
+        batch: a pytree with one leading axis b.
+        size: examples at a time; None, or b and more, calls the function once.
     """
     b = jax.tree.leaves(batch)[0].shape[0]
     if size is None or size >= b:

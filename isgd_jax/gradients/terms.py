@@ -48,7 +48,13 @@ Axes: TypeAlias = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True)
 class Outer:
-    """One contraction, ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out by ``axes``."""
+    """One contraction, ``G[b, k, (w, i), o] = Σ_t left[b, k, t, (w, i)] · right[b, k, t, o]``, laid out by ``axes``.
+
+    A dense layer has one row an example where it sees one vector, T where it sees a sequence: ``left`` are its inputs,
+    ``right`` the slopes of its outputs. k are axes that inputs and slopes share, such as the groups of a convolution or
+    the heads of a layer with a matrix each; they are not multiplied with each other. What the gradient would hold, i·o
+    numbers an example, are t·(i + o) here.
+    """
 
     left: Factor
     right: Any
@@ -74,8 +80,22 @@ _NEVER_SAFE = 1e30
 def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     """Squared norms of the sum of the terms, pair by pair; the sums of the pairs' sizes, where these can cancel.
 
+    ‖Σ_t x_t ⊗ δ_t‖² = Σ_ts (x_t·x_s)(δ_t·δ_s): b·k·t²·(i + o) multiplications for a term of t rows, against b·k·t·i·o
+    to form the product, so it is the cheaper way for short sequences and wide layers; `costs` decides. With one row it
+    is ‖x‖²‖δ‖², and nothing can cancel. Several terms of one parameter, from a weight that is used twice, bring the
+    inner products between them.
+
     The right factors carry the size of the left one's rows, over the scale. Rows of the left factors multiply each
     other as they are: where any that counts is out of range, sizes are so large that the caller forms the products.
+
+    Args:
+        terms: of one parameter, laid out alike.
+        precision: of the matrix products. Less than the highest shows where pairs cancel: the rounding of the largest
+            pair may be all that is left.
+
+    Returns:
+        The squares, over the scale of each example, with ``sizes`` = Σ |pair| where pairs can cancel: their rounding is
+        about sizes · 2^-24.
     """
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
@@ -150,14 +170,29 @@ def _rows_squares(left: OneHot, right: Array, precision: Any) -> Float[Array, " 
 
 
 def weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b"], precision: Any) -> Array:
-    """The weighted sum over examples, laid out as the parameter, which has this ``shape``."""
+    """The weighted sum over examples, laid out as the parameter: one ordinary backward pass of the layer.
+
+    Args:
+        term: of the parameter.
+        shape: the parameter's.
+        weights: [b]; they are multiplied into the right factor.
+        precision: of the matrix products.
+    """
     right = term.right.astype(wide(term.right.dtype))
     right = right * weights.astype(right.dtype)[:, None, None, None]
     return fold(total(term.left, right, precision), term.axes, shape)
 
 
 def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
-    """Real inner products of the one term's products with the other's, between all pairs of examples."""
+    """Real inner products of the one term's products with the other's, between all pairs of examples: [b, b].
+
+    b²·k·t·s·(i + o) multiplications: the rows of all examples are taken for those of one.
+
+    Args:
+        one: of a parameter.
+        other: of the same parameter, laid out alike.
+        precision: of the matrix products.
+    """
     b = one.right.shape[0]
     others = conjugate(as_one_example(other.right))
     rights = einsum("zkto,zkso->zkts", as_one_example(one.right), others, precision=precision)
@@ -167,7 +202,13 @@ def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
 
 
 def inner_term(term: Outer, other: Array, precision: Any) -> Float[Array, " b"]:
-    """The real inner product of each example's product with one array shaped like the parameter."""
+    """The real inner product [b] of each example's product with one array, without forming any product.
+
+    Args:
+        term: of the parameter.
+        other: an array shaped like the parameter, such as a mean gradient.
+        precision: of the matrix products.
+    """
     slopes = pulled(term.left, unfold(conjugate(other), term.axes), precision)
     return jnp.real(einsum("bkto,bkto->b", slopes, term.right, precision=precision))
 
@@ -205,7 +246,13 @@ def _sum_last(array: Array) -> Array:
 
 
 def fold(folded: Array, axes: Axes, shape: tuple[int, ...]) -> Array:
-    """``[..., k, i, o]`` laid out as the parameter: ``[..., *shape]``."""
+    """``[..., k, i, o]`` laid out as the parameter: ``[..., *shape]``. Transposes and reshapes alone.
+
+    Args:
+        folded: with any leading axes, such as that of the batch.
+        axes: how the parameter's axes are divided among k, i and o.
+        shape: the parameter's.
+    """
     lead, order = folded.shape[:-3], _by_role(axes)
     split = folded.reshape(*lead, *(axes[place][0] for place in order))
     places = [len(lead) + order.index(place) for place in range(len(axes))]

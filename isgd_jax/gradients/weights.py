@@ -24,9 +24,15 @@ def is_probability(probs: Float[Array, " m"]) -> Bool[Array, " m"]:
 def draw_weights(
     probs: Float[Array, " m"], mask: Bool[Array, " m"] | None, wanted: Float[Array, " m"] | float
 ) -> Float[Array, " m"]:
-    """The weight ``wanted / probs`` [m] of each draw, 0 where masked; ``wanted`` is 1/N for the mean of all.
+    """The weight ``wanted / probs`` [m] of each draw, 0 where masked.
 
-    NaN where ``probs`` is no probability: a step that cannot be right shows.
+    >>> draw_weights(jnp.array([0.25, 0.5, 0.0]), jnp.array([True, True, False]), 1 / 2).tolist()
+    [2.0, 1.0, 0.0]
+
+    Args:
+        probs: of the draws [m]. One that is no probability gives NaN: a step that cannot be right shows.
+        mask: false on padding [m], or None.
+        wanted: the factor of each gradient in what is estimated [m], or 1/N for the mean of all.
     """
     used = probs if mask is None else jnp.where(mask, probs, 1.0)
     weights = jnp.where(is_probability(used), wanted / used, jnp.nan)

@@ -57,6 +57,12 @@ def test_every_module_is_in_a_folder() -> None:
     assert {parts_of(path)[0] for path in module_files()} - set(PLACE_OF) == set()
 
 
+def test_no_duration_is_taken_from_the_systems_clock() -> None:
+    """Which may be set back: what takes it says when something was, and nothing more."""
+    taken = {"/".join(parts_of(path)) for path in module_files() if "time.time(" in path.read_text()}
+    assert taken == {"app/tensorboard"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", module_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_to_the_left(path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from test_cli import SMALL, finished, isgd
-from test_readers import NAMES, fuzz, readers
+from test_readers import READERS, fed, fuzz
 
 from isgd_jax.app.run_dir import RunDir
 
@@ -71,8 +71,8 @@ FED = 10_000
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("failed_reads")
+@pytest.mark.parametrize("name", READERS)
 def test_readers_refuse_whatever_they_cannot_read(tmp_path: Path, name: str) -> None:
-    reader = next(reader for reader in readers(tmp_path) if reader.name == name)
-    (tmp_path / "at").mkdir()
-    print(f"{name}: {fuzz(reader, tmp_path / 'at', examples=FED):,} of {FED:,} refused")
+    reader, folder = fed(tmp_path, name)
+    print(f"{name}: {fuzz(reader, folder, examples=FED):,} of {FED:,} refused")

@@ -4,7 +4,9 @@ Orbax's stores say when a file is missing, but read most flipped bits back as ot
 nodes, not the arrays. So each checkpoint carries a checksum of every array, and of all that is said beside them.
 """
 
+import datetime
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -20,12 +22,37 @@ import orbax.checkpoint as ocp
 
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
-__all__ = ["Checkpoints", "Restored", "Saved", "into", "read"]
+__all__ = ["Checkpoints", "Restored", "Saved", "checksums", "into", "read"]
 
 Tree = TypeVar("Tree")
 
 
 Found = TypeVar("Found")
+
+
+class _Step(ocp.path.step.Metadata):
+    """A checkpoint's step and place. Orbax reads the moment as well, before anything else, where a damaged file of one
+    checkpoint would take all of them away; nothing here goes by age."""
+
+    @property
+    def commit_timestamp(self) -> datetime.datetime:
+        return datetime.datetime.min
+
+
+class _Steps(ocp.path.step.NameFormat[_Step]):
+    """Checkpoints in folders that are called by their steps, as Orbax's standard has it."""
+
+    _standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator[_Step]:
+        return (_Step(found.step, found.path) for found in self._standard.find_all(base_path))
+
+    def find_step(self, base_path: Any, step: int) -> _Step:
+        found = self._standard.find_step(base_path, step)
+        return _Step(found.step, found.path)
 
 
 class Restored(NamedTuple):
@@ -56,6 +83,7 @@ class Checkpoints:
 
     Raises:
         OSError: the folder cannot be written to.
+        ArgumentError: Orbax cannot write to a folder of this name.
     """
 
     def __init__(self, folder: Path, *, identity: dict[str, str], processes: set[int] | None = None) -> None:
@@ -66,7 +94,11 @@ class Checkpoints:
             primary_host=0, active_processes=processes, barrier_sync_key_prefix=None if processes is None else "isgd"
         )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=True, create=False, multiprocessing_options=members
+            max_to_keep=2,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=members,
+            step_name_format=_Steps(),
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -88,7 +120,7 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         record = _sealed(
-            {"identity": self._identity, "arrays": _describe(tree), "sums": _checksums(tree), "notes": notes}
+            {"identity": self._identity, "arrays": _describe(tree), "sums": checksums(tree), "notes": notes}
         )
         arrays = ocp.args.StandardSave(jax.tree.map(self._copy, tree))
         with self._writing():
@@ -145,7 +177,7 @@ class Checkpoints:
         folder = Path(self._manager.directory)
         aside = folder / f"damaged-{step}"
         shutil.rmtree(aside, ignore_errors=True)
-        (folder / str(step)).rename(aside)
+        shutil.move(folder / str(step), aside)  # some file systems of containers rename no folder: EXDEV
         self._manager.reload()
         return (
             f"the checkpoint of step {step} is damaged ({reason}) and was set aside as {aside}: "
@@ -212,7 +244,7 @@ def read(folder: Path, *, only: Sequence[str] = ()) -> Saved | None:
     if not folder.is_dir():
         return None
     handlers: Any = {"arrays": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, step_name_format=_Steps())
     with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers) as manager:
         steps = manager.all_steps()
         if not steps:
@@ -297,6 +329,12 @@ def _check_same_arrays(theirs: dict[str, str], ours: dict[str, str]) -> None:
 def _check_writable(folder: Path) -> None:
     """Before the first step rather than at the first save."""
     try:
+        os.fsencode(folder.absolute()).decode()
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"checkpoints cannot be written to {str(folder.absolute())!r}: Orbax needs a name in UTF-8; name another"
+        ) from error
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -359,7 +397,7 @@ def _seal(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _checksums(tree: Any) -> dict[str, int]:
+def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of each array's bytes, by its place."""
     return {_place(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -383,6 +421,6 @@ def _check_sums(tree: Any, record: dict[str, Any]) -> None:
     Raises:
         DamagedFileError: an array has other bytes.
     """
-    for place, found in _checksums(tree).items():
+    for place, found in checksums(tree).items():
         if record["sums"].get(place) != found:
             raise DamagedFileError(f"{place} has other bytes than were saved")

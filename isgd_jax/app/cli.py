@@ -1,13 +1,16 @@
 """The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
 
+import _thread
 import dataclasses
 import functools
+import io
 import logging
 import operator
 import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,7 @@ from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.help import WIDTH, first_page
 from isgd_jax.app.presets import PRESETS
-from isgd_jax.app.run_dir import RunDir, write_whole
+from isgd_jax.app.run_dir import RunDir, write_named, write_whole
 from isgd_jax.errors import ArgumentError, IsgdError
 
 __all__ = ["main"]
@@ -93,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with 0, 128 + a signal's number, or a sentence about what went wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding cannot say is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = _parse(arguments)
         sys.exit(_run(command))
@@ -105,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except EXPECTED_ERRORS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + signal.SIGPIPE)
+        if (reason := _unwritable_output()) is not None:
+            sys.exit(f"isgd: cannot write to standard output ({reason}): send it elsewhere; a run goes on by --resume")
         if os.environ.get("ISGD_TRACEBACK"):
             raise
         sys.exit(f"isgd: {in_flags(_one_sentence(error))}")
@@ -118,6 +126,22 @@ def _nobody_reads() -> bool:
     if is_gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return is_gone
+
+
+def _unwritable_output() -> str | None:
+    """Why what we print cannot be written, as on a full disk; then what is still to be written goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return error.strerror
+    return None
+
+
+def _at_home(argument: str) -> str:
+    """``--run-dir=~/x`` with the home folder in it, as shells give it only where an argument begins with the tilde."""
+    flag, equals, value = argument.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else argument
 
 
 def _run(command: Command) -> int:
@@ -196,9 +220,8 @@ def report(command: Report) -> int:
             print(f"isgd: the figures were not written into {run.path} ({error})", file=sys.stderr)
     together = Path(os.path.commonpath([run.path.resolve() for run in folders]))
     content = run_page(folders)
-    if command.out:
-        Path(command.out).write_text(content, encoding="utf-8")
-    print(command.out or write_whole(together / "report.html", content))
+    written = write_named(Path(command.out), content) if command.out else write_whole(together / "report.html", content)
+    print(written)
     return 0
 
 
@@ -213,13 +236,17 @@ def _leave_failures_to_us() -> None:
 
     After the first failure Orbax closes its event loop. Calls that end later find it closed and say so, each through
     `sys.unraisablehook`; nobody waits for them any more.
+
+    Ctrl-C that falls into a callback which cannot raise, such as XLA's at each garbage collection, comes again.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     shown = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # by then the callback has returned
+        elif str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 
     sys.unraisablehook = hook

@@ -1,8 +1,9 @@
-"""What the script `isgd` calls first: Ctrl-C is one line from the start, also while the command is still imported."""
+"""What the script `isgd` calls first: Ctrl-C is one line at any moment, also while modules are still imported."""
 
 import os
 import signal
 from types import FrameType
+from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -13,16 +14,28 @@ def main() -> None:
     Raises:
         SystemExit: always, as `isgd_jax.app.cli.main` does.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where who started us has it ignored
-        signal.signal(signal.SIGINT, _leave)
-    from isgd_jax.app import cli
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where who started us has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        from isgd_jax.app import cli
 
-    signal.signal(signal.SIGINT, before)
-    cli.main()
+        cli.main()
+    except KeyboardInterrupt:
+        if os.environ.get("ISGD_TRACEBACK"):
+            raise
+        _leave(signal.SIGINT)
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """At once: nothing is begun yet, and an import that is interrupted may raise anything."""
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; but leave at once amid an import, which may abort, or raise or make anything of it."""
+    here = frame
+    while here is not None:
+        if here.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _leave(signum)
+        here = here.f_back
+    raise KeyboardInterrupt
+
+
+def _leave(signum: int) -> NoReturn:
     os.write(2, b"isgd: interrupted\n")
     os._exit(128 + signum)

@@ -5,7 +5,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from isgd_jax.errors import CannotImportError
+from isgd_jax.errors import ArgumentError, CannotImportError
 
 __all__ = ["locked"]
 
@@ -25,13 +25,15 @@ def locked(file: Path, *, when_busy: Callable[[], None]) -> Iterator[bool]:
 
     Raises:
         OSError: the file cannot be written.
+        ArgumentError: it is a link.
         ImportError: ``filelock`` is not installed.
     """
     try:
         import filelock
     except ModuleNotFoundError as error:
         raise CannotImportError("writing to a folder alone needs filelock: pip install 'isgd_jax[train]'") from error
-    lock = filelock.FileLock(file)
+    # Where there are no locks filelock would take a file's presence for one, which a killed process leaves for ever.
+    lock = filelock.FileLock(file, fallback_to_soft=False)
     is_held = True
     try:
         lock.acquire(timeout=0)
@@ -41,6 +43,8 @@ def locked(file: Path, *, when_busy: Callable[[], None]) -> Iterator[bool]:
     except NotImplementedError:
         is_held = False
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ArgumentError(f"{file} is a link, and a lock must be a file of its own: remove it") from error
         if error.errno not in _CANNOT_LOCK:
             raise
         is_held = False

@@ -123,9 +123,9 @@ def fit(
     with multihost.joined(config, dataset.fingerprint):
         work = task.make(config.model, dataset, model=model, loss=loss)
         folder, devices = _run_dir(config, resume), _devices(config)
-        parts = build.build(config, work, replayed=_replayed(config, work), make_job=make_job)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(folder.alone())
+            stack.enter_context(folder.alone())  # before an engine, such as Ray, is started for nothing
+            parts = build.build(config, work, replayed=_replayed(config, work), make_job=make_job)
             if parts.engine is not None:
                 stack.callback(parts.engine.close)
             stop = stack.enter_context(stop_on_signals())

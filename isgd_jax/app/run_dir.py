@@ -12,14 +12,26 @@ import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import isgd_jax
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config, TrainingConfig
 from isgd_jax.app.locks import locked
 from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
 
-__all__ = ["MEASURED", "Record", "RunDir", "Unwritten", "is_number", "read_json", "write_whole"]
+__all__ = [
+    "MEASURED",
+    "Holder",
+    "Record",
+    "RunDir",
+    "Unwritten",
+    "is_number",
+    "make_folder",
+    "read_json",
+    "write_named",
+    "write_whole",
+    "writing",
+]
 
 _LOCK, _HOLDER = ".lock", ".holder.json"
 
@@ -35,6 +47,14 @@ MEASURED = frozenset(
     }
 )  # fmt: skip
 """Fields of a line of progress that are numbers, or None where nothing was measured. So are ``sd_*``, ``share_*``."""
+
+
+class Holder(NamedTuple):
+    """Who says that it writes to a run's folder: a process that was killed says so for ever."""
+
+    host: str
+    is_alive: bool | None
+    """Whether it still runs; None if it is on another host, where we cannot look."""
 
 
 class RunDir:
@@ -65,15 +85,19 @@ class RunDir:
 
         Raises:
             FileExistsError: the folder holds something already, or another process is making it.
-            PermissionError: it cannot be written to.
+            OSError: it cannot be made, or not be written to.
         """
         named = config.recording.run_dir
         if named is not None:
             return cls._create(Path(named), config)
         name = _default_name(config)
         for count in itertools.count(1):  # another run may have begun in the same second
-            with contextlib.suppress(FileExistsError):
-                return cls._create(Path(name if count == 1 else f"{name}-{count}"), config)
+            path = Path(name if count == 1 else f"{name}-{count}")
+            try:
+                return cls._create(path, config)
+            except FileExistsError:
+                if not os.path.lexists(path):  # what stands in the way is above it
+                    raise
         raise AssertionError("names do not end")
 
     @classmethod
@@ -81,14 +105,12 @@ class RunDir:
         run = cls(path)
         run._check_new()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             with run.alone():
                 run._check_new()  # once more, alone
                 run.write_config(config)
         except RunInUseError:
             run._refuse_new()
-        except PermissionError as error:
-            raise PermissionError(f"cannot write to {path}: choose a run_dir where you may write") from error
         return run
 
     def _check_new(self) -> None:
@@ -100,8 +122,7 @@ class RunDir:
 
     def _refuse_new(self) -> NoReturn:
         raise FileExistsError(
-            f"{self.path} is there already: go on with it by resume={self.path} (in Python: fit(config, resume=True)), "
-            "or name another run_dir"
+            f"{self.path} is there already: go on with it by resume={self.path}, or name another run_dir"
         )
 
     @contextlib.contextmanager
@@ -112,9 +133,12 @@ class RunDir:
             RunInUseError: another process is within it; the message has its host, its number, and since when.
             OSError: the folder cannot be written to.
         """
-        with locked(self.path / _LOCK, when_busy=self._refuse_second):
-            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-            self.write(_HOLDER, _pretty({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        with contextlib.ExitStack() as stack:
+            with writing(self.path / _LOCK):
+                stack.enter_context(locked(self.path / _LOCK, when_busy=self._refuse_second))
+            since, pid = time.strftime("%Y-%m-%d %H:%M:%S %Z"), os.getpid()
+            holder = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid), "since": since}
+            self.write(_HOLDER, _pretty(holder))
             try:
                 yield
             finally:
@@ -128,15 +152,16 @@ class RunDir:
             who = "another process is writing to it"
         raise RunInUseError(f"{self.path} is in use: {who}; wait for it, or stop it")
 
-    def holder(self) -> dict[str, Any] | None:
-        """Who says that it writes to the folder: host, pid, since. None if nobody does, or it cannot be read.
-
-        A process that was killed says so for ever: see whether it is alive.
-        """
+    def holder(self) -> Holder | None:
+        """Who says that it writes to the folder. None if nobody does, or it cannot be read."""
         try:
-            return read_json(self.own(_HOLDER))
+            found = read_json(self.own(_HOLDER))
         except (OSError, ArgumentError):
             return None
+        host, pid = str(found.get("host")), found.get("pid")
+        if host != socket.gethostname():
+            return Holder(host, None)
+        return Holder(host, isinstance(pid, int) and _is_alive(pid, found.get("started")))
 
     def own(self, name: str) -> Path:
         """The path of something in the folder, for reading.
@@ -192,8 +217,10 @@ class RunDir:
         """Refuse to go on with other settings than the run was started with.
 
         Raises:
-            ValueError: a field that decides the parameters differs, or the run is a replay.
+            ValueError: a field that decides the parameters differs, or the run is a replay; or its checkpoints are, or
+                lie behind, a link that leads out of the folder, where old ones would be deleted.
         """
+        self.own_checkpoints()
         if config.refresh.replay is not None:
             raise ArgumentError(
                 f"{self.path} is a replay, which is not resumed: begin it anew, it gives the same again"
@@ -272,7 +299,7 @@ class RunDir:
         Raises:
             OSError: it cannot be written, such as on a full disk; a line cut short is dropped when it is read.
         """
-        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, event: str | None = None) -> Iterator[Record]:
@@ -320,17 +347,37 @@ class Unwritten(RunDir):
         return iter(())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        OSError: it cannot be made, or a file or a link that leads nowhere has its name; the message says what to do.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise FileExistsError(f"cannot make the folder {path}: {error.filename} is none; name another") from error
+    except OSError as error:
+        raise type(error)(
+            f"cannot make the folder {path} ({error.strerror or error}): name one where you may write"
+        ) from error
+
+
 def write_whole(target: Path, content: str | bytes) -> Path:
     """Write a file whole or not at all; where there is a link of this name, the file takes its place.
+
+    Args:
+        target: the file, in a folder that is there.
+        content: of text, what UTF-8 cannot say (bytes of a file's name that are none) is written as an escape.
 
     Raises:
         OSError: the folder cannot be written to; what was there stays.
     """
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with _writing(target):
+        with writing(target):
             with partial.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(_encoded(content))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -339,9 +386,26 @@ def write_whole(target: Path, content: str | bytes) -> Path:
     return target
 
 
+def write_named(target: Path, content: str | bytes) -> Path:
+    """Write a file that a person named: as `write_whole` does, but a pipe or device of this name stays one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if target.is_file() or not target.exists():
+        return write_whole(target, content)
+    with writing(target):
+        target.write_bytes(_encoded(content))
+    return target
+
+
 @contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """A disk says only that it is full, not where: name the file, and what to do."""
+def writing(file: Path) -> Iterator[None]:
+    """A disk says only that it is full, not where: name the file, and what to do.
+
+    Raises:
+        OSError: what was raised inside, of the same type.
+    """
     try:
         yield
     except OSError as error:
@@ -350,9 +414,39 @@ def _writing(file: Path) -> Iterator[None]:
         ) from error
 
 
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode(errors="backslashreplace") if isinstance(content, str) else content
+
+
 def _is_ours_aside(path: Path) -> bool:
     """Whether this is left of a run that was killed before it wrote its configuration."""
     return path.name in (_LOCK, _HOLDER) or path.name.endswith(".partial")
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this host began, in ticks since a boot that is named: numbers of processes are used again.
+
+    None where the system does not say, or there is no such process.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+        return f"{boot} {after_name.split()[19]}"
+    except (OSError, IndexError):
+        return None
+
+
+def _is_alive(pid: int, started: object) -> bool:
+    """Whether a process of this host still runs, and is the one that began then."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return started is None or _start_of(pid) in (started, None)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

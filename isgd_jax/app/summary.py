@@ -1,7 +1,5 @@
 """What someone who looks at a run for ten seconds wants to know: its state, a row of key numbers, what is unusual."""
 
-import os
-import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,9 +59,9 @@ def state_of(run: RunDir, records: Sequence[Record]) -> str:
     holder = run.holder()
     if holder is None:
         return "killed" if records else "empty"
-    if holder.get("host") != socket.gethostname():
-        return f"on {holder.get('host')}?"
-    return "running" if _is_alive(holder.get("pid")) else "killed"
+    if holder.is_alive is None:
+        return f"on {holder.host}?"
+    return "running" if holder.is_alive else "killed"
 
 
 def shut_stretches(records: Sequence[Record]) -> list[tuple[int, int]]:
@@ -109,15 +107,3 @@ def unusual(records: Sequence[Record], *, batch_size: int) -> list[str]:
 
 def _last(lines: Sequence[Record], field: str) -> float | None:
     return next((float(line[field]) for line in reversed(lines) if is_number(line.get(field))), None)
-
-
-def _is_alive(pid: object) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -1,11 +1,13 @@
 """The numbers of every line of progress, for a tracker: TensorBoard events without TensorFlow, or any other."""
 
 import importlib.util
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.run_dir import Record, make_folder, writing
 from isgd_jax.errors import CannotImportError
 from isgd_jax.training.callbacks import Log
 
@@ -52,7 +54,17 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class Events:
-    """An observer of `isgd_jax.app.run.fit`: scalars ``progress/<field>`` by step, warnings as text."""
+    """An observer of `isgd_jax.app.run.fit`: scalars ``progress/<field>`` by step, warnings as text.
+
+    Each line of progress is on disk when the call returns: no thread and no queue stand between, as in tensorboardX's
+    own `SummaryWriter`, where a full disk ends the thread and the next call waits for ever.
+
+    Args:
+        folder: where the file of events goes.
+
+    Raises:
+        OSError: at a call, the file cannot be written; it is named.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -60,20 +72,34 @@ class Events:
 
     def __call__(self, record: Record) -> None:
         event, step = record["event"], record.get("step", 0)
-        if event == "resumed":
-            self._open(purge_step=step + 1)
+        if event not in ("resumed", "progress", "warning", "finished", "stopped"):
+            return
+        with writing(self._folder / "events.out.tfevents"):
+            self._write(event, step, record)
+
+    def _write(self, event: str, step: int, record: Record) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        if event == "resumed":  # TensorBoard forgets what came from this step on
+            self._add(step + 1, file_version="brain.Event:2")
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
         elif event == "progress":
             for name, value in _numbers(record).items():
-                self._open().add_scalar(f"progress/{name}", value, step)
-            self._open().flush()
+                self._add(step, summary=summary.scalar(f"progress/{name}", value))
         elif event == "warning":
-            self._open().add_text("warning", record["text"], step)
-        elif event in ("finished", "stopped"):
-            self._open().close()
+            self._add(step, summary=summary.text("warning", record["text"]))
+        if self._writer is not None:
+            self._writer.flush()
+        if self._writer is not None and event in ("finished", "stopped"):
+            self._writer.close()
+            self._writer = None
 
-    def _open(self, purge_step: int | None = None) -> Any:
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+
         if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-        return self._writer
+            make_folder(self._folder)
+            self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))

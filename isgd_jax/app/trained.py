@@ -84,6 +84,7 @@ def load(run: str | Path, *, model: models.Model | None = None) -> Trained:
     saved = checkpoints.read(folder.own_checkpoints(), only=("state/params",))
     if saved is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: wait for the first")
+    folder.own(data.INPUTS_FILE)
     inputs = data.read_inputs(folder.path)
     if model is None:
         num_classes = folder.environment().get("num_classes")

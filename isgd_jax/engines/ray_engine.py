@@ -395,6 +395,12 @@ def connect(address: str | None, num_workers: int) -> bool:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # from jax: what is forked is replaced at once
             return _connect(address, num_workers)
+    except SystemExit:  # Ray's own handlers of SIGTERM, which are in force while it starts, leave with 1 or 15
+        ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray's own handler prints a stack trace

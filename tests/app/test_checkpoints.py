@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import shutil
@@ -12,7 +13,9 @@ import pytest
 
 from isgd_jax.app import checkpoints as checkpoints_module
 from isgd_jax.app.checkpoints import Checkpoints
-from isgd_jax.errors import DamagedFileError
+from isgd_jax.app.config import configure
+from isgd_jax.app.run_dir import RunDir
+from isgd_jax.errors import ArgumentError, DamagedFileError
 
 IDENTITY = {"data set": "abc"}
 
@@ -149,9 +152,15 @@ def empty(step: Path) -> None:
     step.mkdir()
 
 
+def damage_moment(step: Path) -> None:
+    """JSON, but not the form in which Orbax has the moment of saving: it looks there before anything else."""
+    (step / "_CHECKPOINT_METADATA").write_text("[]")
+    damage_record(step)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("failed_reads")
-@pytest.mark.parametrize("damage", [damage_record, damage_arrays, empty])
+@pytest.mark.parametrize("damage", [damage_record, damage_arrays, empty, damage_moment])
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_told(tmp_path: Path, damage) -> None:
     saved(tmp_path, (1, 2)).close()
     damage(tmp_path / "2")
@@ -187,7 +196,42 @@ def test_checkpoints_that_are_discarded_are_gone(tmp_path: Path) -> None:
     assert not (tmp_path / "2").exists()
 
 
+@pytest.mark.usefixtures("failed_reads")
+def test_a_damaged_checkpoint_is_set_aside_where_folders_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the lower layers of a container's file system."""
+    saved(tmp_path, (1, 2)).close()
+    damage_record(tmp_path / "2")
+    again = Checkpoints(tmp_path, identity=IDENTITY)
+
+    def across(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", across)
+        assert again.restore(tree()).notes == {"cursor": 1}
+    again.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "damaged-2"]
+    assert files_of(tmp_path / "damaged-2")
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_files_are_made_as_the_mask_has_it(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with RunDir.create(configure(run_dir=str(tmp_path / "run"))).alone():
+            saved(tmp_path / "run" / "checkpoints").close()
+    finally:
+        os.umask(before)
+    wanted = 0o600 if mask == 0o077 else 0o660
+    modes = {path.name: path.stat().st_mode & 0o666 for path in (tmp_path / "run").rglob("*")}
+    assert {name: mode for name, mode in modes.items() if mode & ~0o004 != wanted or mode & mask} == {}
+
+
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write checkpoints to .*file/checkpoints \(Not a directory\): make room"):
         Checkpoints(tmp_path / "file" / "checkpoints", identity=IDENTITY)
+    with pytest.raises(ArgumentError, match=r"cannot be written to '.*r\\udcff': Orbax needs a name in UTF-8"):
+        Checkpoints(tmp_path / "r\udcff", identity=IDENTITY)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import isgd_jax
-from isgd_jax.app.cli import FIRST_PAGES, _parse, main
+from isgd_jax.app.cli import FIRST_PAGES, _at_home, _leave_failures_to_us, _parse, main
 from isgd_jax.app.config import Config, configure
 from isgd_jax.app.gone import IN_PYTHON
 from isgd_jax.app.run_dir import RunDir
@@ -81,14 +81,56 @@ def test_ctrl_c_before_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err == "isgd: interrupted\n"
 
 
-def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> None:
-    """In the place of tyro stands a module whose import is interrupted."""
-    (tmp_path / "tyro.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in iter(int, 1): pass"
+@pytest.mark.parametrize("imported", ["tyro", "jax"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, imported: str) -> None:
+    """In the place of one stands a module whose import is interrupted, and which makes something else of that."""
+    (tmp_path / f"{imported}.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    for _ in iter(int, 1): pass\n"
+        "except BaseException:\n    os.abort()\n"
     )
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = isgd("train", cwd=tmp_path, PYTHONPATH=paths)
     assert finished(process) == (130, "", "isgd: interrupted\n")
+
+
+def test_ctrl_c_in_a_callback_that_cannot_raise_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    _leave_failures_to_us()
+
+    class Collected:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def collect_and_wait() -> None:
+        Collected()
+        time.sleep(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collect_and_wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_standard_output_cannot_take(tmp_path: Path) -> None:
+    """A full disk behind it ends the command with a sentence; a name that its encoding has not is written as it can."""
+    RunDir.create(configure(run_dir=str(tmp_path / "r\u00fcn")))
+    command = [sys.executable, "-c", "from isgd_jax.app.cli import main; main()", "runs", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    told = "isgd: cannot write to standard output (No space left on device): send it elsewhere"
+    assert (done.returncode, done.stderr.startswith(told), done.stderr.count("\n")) == (1, True, 1), done.stderr
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "r\\xfcn" in done.stdout
+
+
+def test_a_tilde_after_a_flags_equals_sign_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    asked = ["--run-dir=~/x", "--data-dir=a/~", "~"]
+    assert [_at_home(argument) for argument in asked] == ["--run-dir=/home/somebody/x", *asked[1:]]
 
 
 def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(
@@ -246,18 +288,23 @@ def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_p
     assert said("--version") == f"isgd_jax {isgd_jax.__version__}\n"
 
 
+NAMES = ("done", "gone", "on", "bad", "again", "huge")
+
+
 def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that has finished, one whose process is gone, one that a living process writes, one that is damaged."""
+    """One that has finished, one whose process is gone, one that a living process writes, one that is damaged; one
+    whose process is gone and its number used again, and one with a number that no process has."""
     line = {"event": "progress", "seconds": 90.0, "loss": 0.5, "test_loss": 0.25, "test_error": 0.125,
             "sd_uniform": 2.0, "sd_drawn": 1.0, "variance_ratio": 0.5, "share_scoring": 0.25,
             "trusted_share": 1.0}  # fmt: skip
-    made = {name: RunDir.create(configure(run_dir=str(tmp_path / name))) for name in ("done", "gone", "on", "bad")}
+    made = {name: RunDir.create(configure(run_dir=str(tmp_path / name))) for name in NAMES}
     for run in made.values():
         run.append(line | {"step": 100})
     made["done"].append({"event": "gate", "step": 100, "at": 50, "is_open": False, "reason": "harm"})
     made["done"].append({"event": "finished", "step": 100, "seconds": 90.0, "spent": {}})
-    for name, pid in {"gone": 2**22 - 1, "on": os.getpid()}.items():
-        made[name].write(".holder.json", json.dumps({"host": socket.gethostname(), "pid": pid, "since": "now"}))
+    for name, pid in {"gone": 2**22 - 1, "on": os.getpid(), "again": os.getpid(), "huge": 2**63}.items():
+        holder = {"host": socket.gethostname(), "pid": pid, "since": "now"}
+        made[name].write(".holder.json", json.dumps(holder | ({"started": "before"} if name == "again" else {})))
     (tmp_path / "bad" / "config.json").write_text("{")
     before = sorted(tmp_path.rglob("*"))
 
@@ -269,7 +316,8 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
 
     listed = {row.split()[0]: row.split()[1:] for row in said("runs", str(tmp_path)).splitlines()}
     assert listed["done"] == ["finished", "100", "exact", "0.25", "12.5%", "0.25", "25%", "1.5"]
-    assert (listed["gone"][0], listed["on"][0], listed["bad"][0]) == ("killed", "running", "damaged")
+    states = {"gone": "killed", "on": "running", "bad": "damaged", "again": "killed", "huge": "killed"}
+    assert {name: listed[name][0] for name in states} == states
     watched = said("watch", str(tmp_path / "done"))
     for text in ("done: finished, update 100", "equivalent plain batch", "128", "the gate was shut for 50%"):
         assert text in watched

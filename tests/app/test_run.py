@@ -25,6 +25,7 @@ from isgd_jax.app.run import FORMAT, fit
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines import scorers
 from isgd_jax.engines.local_engine import DeviceWorker
+from isgd_jax.errors import RunInUseError
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.state import FORMAT as SAMPLER_FORMAT
 from isgd_jax.training.train_step import TrainState
@@ -133,6 +134,13 @@ def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join(timeout=120)
     assert [record["event"] for record in RunDir(tmp_path / "run").records()][-1] == "finished"
+
+
+def test_a_second_resume_is_refused_before_anything_is_made_for_it(tmp_path: Path) -> None:
+    """Such as a Ray; here a file of scores, which is not there, would be read."""
+    config = small_config(tmp_path / "run", mode="static", static_scores=str(tmp_path / "nowhere.npy"))
+    with RunDir.create(config).alone(), pytest.raises(RunInUseError):
+        fit(config, dataset=blobs(), resume=True)
 
 
 def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

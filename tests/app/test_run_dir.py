@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from problems import small_config
 
+from isgd_jax.app import run_dir
 from isgd_jax.app.config import configure
-from isgd_jax.app.run_dir import RunDir
+from isgd_jax.app.run_dir import RunDir, write_named
 from isgd_jax.errors import ArgumentError, RunInUseError
+
+APP = Path(run_dir.__file__).parent
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
@@ -92,8 +95,13 @@ def test_a_folder_one_may_not_write_to_is_one_sentence(tmp_path: Path, monkeypat
     def forbidden(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot make the folder .*file/run \(Not a directory\): name one"):
+        RunDir.create(configure(run_dir=str(tmp_path / "file" / "run")))
     monkeypatch.setattr(Path, "mkdir", forbidden)  # as root every folder is writable
-    with pytest.raises(PermissionError, match="choose a run_dir where you may write"):
+    with pytest.raises(
+        PermissionError, match=r"cannot make the folder .*run \(Permission denied\): name one where you"
+    ):
         RunDir.create(configure(run_dir=str(tmp_path / "run")))
 
 
@@ -189,6 +197,41 @@ def test_reading_a_run_follows_no_link_out_of_it(tmp_path: Path, name: str) -> N
         reads.get(name, run.own_checkpoints)()
 
 
+def test_a_run_whose_checkpoints_or_lock_lie_elsewhere_is_not_gone_on_with(tmp_path: Path) -> None:
+    """There old checkpoints would be deleted, and by some versions of filelock a file be emptied."""
+    config = configure(run_dir=str(tmp_path / "run"))
+    run = RunDir.create(config)
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    run.checkpoints.symlink_to(tmp_path / "checkpoints")
+    with pytest.raises(ArgumentError, match=r"checkpoints is a link that leads out of the run's folder"):
+        run.check_resumable(config)
+    (tmp_path / "precious").write_text("precious")
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ArgumentError, match=r"\.lock is a link, and a lock must be a file of its own"), run.alone():
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_person_named_is_written_whole_and_a_pipe_stays_one(tmp_path: Path) -> None:
+    assert write_named(tmp_path / "page", "a name that is no UTF-8: \udcff").read_text().endswith(r": \udcff")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_named(tmp_path / "pipe", "content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    with pytest.raises(OSError, match=r"cannot write .*\(Is a directory\)"):
+        write_named(tmp_path, "content")
+
+
+def test_one_function_writes_the_files_of_the_command() -> None:
+    """Whole or not at all, with the file's name where the disk is full; what is spilled has its own."""
+    other = re.compile(r"\.write_(text|bytes)\(|open\([^)]*[\"'][wxa]b?[\"']|(np\.save|savefig)\(\w*(path|file|out)")
+    sources = {str(file.relative_to(APP)): file.read_text() for file in APP.rglob("*.py")}
+    found = {name: len(other.findall(source)) for name, source in sources.items() if other.search(source)}
+    assert found == {"run_dir.py": 2, "data/spill.py": 1}
+
+
 def test_links_within_a_run_are_followed(tmp_path: Path) -> None:
     run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     (run.path / "config.json").rename(run.path / "renamed")
@@ -214,3 +257,7 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     made = [RunDir.create(configure(mode="uniform")).path.name for _ in range(3)]
     first = "digits-uniform-20300101-000000"
     assert made == [first, f"{first}-2", f"{first}-3"]
+    (tmp_path / "runs").rename("before")
+    (tmp_path / "runs").symlink_to("nowhere")  # looking for a free name beneath it would never end
+    with pytest.raises(FileExistsError, match=r"cannot make the folder runs/digits.*: runs is none; name another"):
+        RunDir.create(configure(mode="uniform"))

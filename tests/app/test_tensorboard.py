@@ -1,6 +1,7 @@
 """TensorBoard events, read back record by record as the format has them."""
 
 import importlib.util
+import os
 import struct
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_a_resumed_run_takes_the_place_of_what_it_does_again(tmp_path: Path) -> 
     started, written = events(tmp_path)
     assert started == (21, "session", 1.0)  # SessionLog.START: TensorBoard forgets what came from step 21 on
     assert written == (30, "progress/loss", 0.75)
+
+
+def test_a_full_disk_is_one_sentence_at_once(tmp_path: Path) -> None:
+    observe = tensorboard.Events(tmp_path)
+    observe({"event": "progress", "step": 10, "loss": 0.5})
+    (written,) = tmp_path.iterdir()
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), observe._writer._py_recordio_writer._writer.fileno())
+    with pytest.raises(
+        OSError, match=r"cannot write .*events.out.tfevents \(No space left on device\): make room there"
+    ):
+        observe({"event": "progress", "step": 20} | {f"field-{i}": 0.5 for i in range(100)})  # no queue holds so many
+    assert written.exists()
 
 
 def test_without_tensorboardx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ def test_the_model_of_a_run_predicts_from_raw_inputs(tmp_path: Path, capsys: pyt
     assert predict.run(predict.Predict(run_dir, str(tmp_path / "x.npy"))) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "x-outputs.npy"), logits)
     assert f"outputs [{len(inputs)}, {logits.shape[1]}]" in capsys.readouterr().out
+    assert predict.run(predict.Predict(run_dir, str(tmp_path / "x.npy"), out=str(tmp_path / "outputs"))) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "outputs"), logits)  # of the very name
     with pytest.raises(ValueError, match=r"expected 'features' of shape \[n, .* as the run was trained on; got"):
         model(inputs[:, :1])
     (tmp_path / "x.npy").write_text("no array")

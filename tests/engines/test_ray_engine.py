@@ -253,6 +253,25 @@ print("let in")
 """
 
 
+def test_sigterm_while_ray_starts_goes_to_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handlers, in force meanwhile, end the program with exit code 1 or 15."""
+    heard: list[int] = []
+
+    def start(address: str | None, num_workers: int) -> bool:
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(ray_engine, "_connect", start)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with pytest.raises(SystemExit):
+            ray_engine.connect(None, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
 def test_a_ray_of_this_host_alone_lets_no_stranger_in(build: Callable[..., Any]) -> None:
     """It asks for a token, which is on no command line, and listens on the loopback interface."""
     build()

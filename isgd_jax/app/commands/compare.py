@@ -14,7 +14,7 @@ from isgd_jax.app import compare
 from isgd_jax.app.config import Config
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
-from isgd_jax.app.run_dir import write_whole
+from isgd_jax.app.run_dir import make_folder, write_whole
 from isgd_jax.errors import ArgumentError
 
 __all__ = ["Compare", "parse_arms", "run"]
@@ -84,7 +84,7 @@ def run(command: Compare) -> int:
     out = folder(command)
     if out is None:
         return 0
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     paths = [*compare.draw(study, out), out / "comparison.md", out / "comparison.html"]
     write_whole(paths[-2], compare.markdown(rows) + "\n")
     write_whole(paths[-1], comparison_page(study, rows, title=out.resolve().name))

@@ -1,14 +1,19 @@
 """`isgd predict`: the outputs of a run's model for inputs in a file."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from isgd_jax.app.run_dir import write_named
 from isgd_jax.errors import ArgumentError
 
-__all__ = ["Predict", "run"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Predict", "read_inputs", "run"]
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,44 @@ def run(command: Predict) -> int:
     Raises:
         FileNotFoundError: there is no such file, run or checkpoint.
         ValueError: the inputs are not those of the model, or a file is damaged.
+        OSError: the outputs cannot be written.
     """
     import numpy as np
 
     from isgd_jax.app import trained
 
     file = Path(command.inputs)
-    try:
-        found = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ArgumentError(f"{file} cannot be read ({error}): expected a .npy or .npz file") from error
-    inputs = found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    inputs = read_inputs(file)
     model = trained.load(command.folder)
-    outputs = model(inputs)
+    outputs, content = model(inputs), io.BytesIO()
+    np.save(content, outputs)
     out = Path(command.out) if command.out else file.with_name(f"{file.stem}-outputs.npy")
-    np.save(out, outputs)
+    write_named(out, content.getvalue())
     print(f"{out}: outputs {list(outputs.shape)}, of the parameters at update {model.step:,}")
     return 0
+
+
+def read_inputs(file: Path) -> "np.ndarray | dict[str, np.ndarray]":
+    """The inputs in a file: the array of a .npy file, or those of a .npz file by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArgumentError: it is damaged, of another kind, or holds other things than numbers of examples.
+    """
+    import numpy as np
+
+    try:
+        found = np.load(file, allow_pickle=False)
+        inputs = found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except (FileNotFoundError, PermissionError, IsADirectoryError, MemoryError):
+        raise
+    except Exception as error:  # NumPy and zipfile raise whatever they stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArgumentError(f"{file} cannot be read ({reason}): expected a .npy or .npz file of numbers") from error
+    for name, array in inputs.items() if isinstance(inputs, dict) else [("the array", inputs)]:
+        if array.dtype.kind not in "biuf" or array.ndim == 0:
+            raise ArgumentError(
+                f"{name} in {file} must be numbers [n, ...], one row for each example; got "
+                f"{array.dtype}{list(array.shape)}"
+            )
+    return inputs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isgd_jax.app.config import DataConfig, ModelConfig, ScoringConfig, TrainingConfig
-from isgd_jax.app.run_dir import RunDir, write_whole
+from isgd_jax.app.run_dir import RunDir, make_folder, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,7 +125,7 @@ def write(found: "Findings", out: Path, what: str) -> list[Path]:
     from isgd_jax.app.html import probe_page
     from isgd_jax.app.probe import figures_of
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     paths = []
     with figures.style():
         for name, drawn in figures_of(found.spread.norms, found.by_age, found.periods).items():

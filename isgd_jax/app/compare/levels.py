@@ -43,12 +43,19 @@ def first_seen(curve: list[Record], level: Level, against: str = "step") -> floa
     """The step (or another field) of the first line of progress at or below a level; infinite if there is none.
 
     Raises:
-        ValueError: the run has no such field.
+        ArgumentError: the run has no such field, or the line that reaches the level has not.
     """
     for name in (level.field, against):
         if curve and not any(line.get(name) is not None for line in curve):
             raise ArgumentError(f"the lines of progress have no {name!r}; they have {', '.join(_fields(curve))}")
-    return next((float(line[against]) for line in curve if level.reached(line)), math.inf)
+    reached = next((line for line in curve if level.reached(line)), None)
+    if reached is None:
+        return math.inf
+    if reached.get(against) is None:
+        raise ArgumentError(
+            f"the line of progress of step {reached['step']}, which reaches {level}, has no {against!r}"
+        )
+    return float(reached[against])
 
 
 def common(curves: Sequence[list[Record]], fields: Sequence[str] = FIELDS) -> tuple[Level, ...]:
@@ -67,7 +74,7 @@ def _rounded_up(value: float) -> float:
     >>> _rounded_up(0.07071), _rounded_up(0.5), _rounded_up(0.0)
     (0.071, 0.5, 0.0)
     """
-    if value <= 0:
+    if value < 1e-300:  # below which a unit of two digits less is none
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(round(value / unit, 9)) * unit:.3g}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from isgd_jax.app.compare.study import Curve, Study
+from isgd_jax.app.run_dir import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,8 +106,7 @@ def draw(study: Study, folder: Path) -> list[Path]:
     with figures.style():
         paths = []
         for name, drawn in all_figures(study).items():
-            paths.append(folder / f"{name}.png")
-            paths[-1].write_bytes(figures.png(drawn))
+            paths.append(write_whole(folder / f"{name}.png", figures.png(drawn)))
     return paths
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.app.run_dir import Record, RunDir, read_json, write_whole
+from isgd_jax.app.run_dir import Record, RunDir, make_folder, read_json, write_whole
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
 __all__ = ["Arm", "Curve", "Fit", "Say", "Study", "group", "read", "train"]
@@ -78,7 +78,7 @@ def train(
     """
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     _check_names(arms)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     configs = {
         (name, seed): arm.config.replace(seed=seed, run_dir=str(folder / f"{name}-{seed}"))
         for seed in seeds

@@ -25,7 +25,7 @@ from isgd_jax.app.data.files import locate
 from isgd_jax.app.data.recipe import Recipe, Splits
 from isgd_jax.app.data.sources import read
 from isgd_jax.app.data.spill import CannotSpillError, spilled
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, IsgdError
 
 __all__ = ["is_prepared", "load_prepared", "open_folder", "read_split", "told_if_damaged"]
 
@@ -111,7 +111,8 @@ def load_prepared(
         if not prepare:
             raise FileNotFoundError(f"{recipe.name} is not prepared in {data_dir}, and is not for a look at a run")
         _prepare(recipe, folder, data_dir=data_dir, raw_dir=raw_dir)
-    sources = open_folder(folder, trusted=prepare).as_data_source()
+    with told_if_damaged(folder):
+        sources = open_folder(folder, trusted=prepare).as_data_source()
     splits = {split: read_split(split, source, folder, on_disk=on_disk) for split, source in sources.items()}
     _check(recipe, splits, where=folder)
     return splits
@@ -160,12 +161,12 @@ def open_folder(folder: Path, *, trusted: bool = True) -> tfds.core.DatasetBuild
     """
     if not trusted:
         _check_features(folder)
-    with told_if_damaged(folder, (Exception,)):  # each of TFDS's parsers has errors of its own
+    with told_if_damaged(folder):
         return tfds.builder_from_directory(folder)
 
 
 def _check_features(folder: Path) -> None:
-    with told_if_damaged(folder, (OSError, ValueError, RecursionError)):
+    with told_if_damaged(folder):
         found = json.loads((folder / "features.json").read_bytes())
     for name in _class_names(found):
         if not name.startswith(_TFDS_FEATURES):
@@ -182,11 +183,18 @@ def _class_names(tree: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def told_if_damaged(folder: Path, errors: tuple[type[Exception], ...] = (RuntimeError, OSError)) -> Iterator[None]:
-    """ArrayRecord checks what it reads, and complains in several lines and its own words."""
+def told_if_damaged(folder: Path) -> Iterator[None]:
+    """ArrayRecord checks what it reads, and each of TFDS's parsers has errors of its own, in several lines.
+
+    Raises:
+      ArgumentError: it is damaged.
+      PermissionError: as inside.
+    """
     try:
         yield
-    except errors as error:
+    except (IsgdError, PermissionError, MemoryError):
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ArgumentError(
             f"the data set prepared in {folder} cannot be read ({reason}); delete that folder and try again"
@@ -222,6 +230,8 @@ def _told_if_unwritable(recipe: Recipe, data_dir: Path) -> Iterator[None]:
 
 
 def _check(recipe: Recipe, splits: Splits, *, where: Path | str) -> None:
+    if any("label" not in arrays for arrays in splits.values()):
+        raise ArgumentError(f"{recipe.name}: expected an input and a label in {where}, got {sorted(splits['train'])}")
     got = {split: len(arrays["label"]) for split, arrays in splits.items()}
     if got != dict(recipe.counts):
         raise ArgumentError(f"{recipe.name}: expected {dict(recipe.counts)} examples in {where}, got {got}")

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from isgd_jax.app.data.dataset import Dataset, from_arrays
-from isgd_jax.app.data.prepare import open_folder, read_split
+from isgd_jax.app.data.prepare import open_folder, read_split, told_if_damaged
 from isgd_jax.errors import ArgumentError
 
 __all__ = ["load_folder"]
@@ -45,15 +45,16 @@ def load_folder(name: str, folder: Path, *, on_disk: bool = False, trusted: bool
       ValueError: it is damaged, of another kind, or names a module that it may not.
     """
     builder = open_folder(folder, trusted=trusted)
-    input_key, label_key = _keys(name, builder.info)
-    parts = _parts(name, set(builder.info.splits))
-    try:
-        sources = builder.as_data_source(split=parts)
-    except NotImplementedError as error:
-        raise ArgumentError(
-            f"{name} in {folder} is prepared as {builder.info.file_format.value}; prepare it once more with "
-            "download_and_prepare(file_format='array_record')"
-        ) from error
+    with told_if_damaged(folder):
+        input_key, label_key = _keys(name, builder.info)
+        num_classes, parts = builder.info.features[label_key].num_classes, _parts(name, set(builder.info.splits))
+        try:
+            sources = builder.as_data_source(split=parts)
+        except NotImplementedError as error:
+            raise ArgumentError(
+                f"{name} in {folder} is prepared as {builder.info.file_format.value}; prepare it once more with "
+                "download_and_prepare(file_format='array_record')"
+            ) from error
     pairs = {part: _Pairs(source, input_key, label_key) for part, source in sources.items()}
     splits = {part: read_split(part, source, folder, on_disk=on_disk) for part, source in pairs.items()}
     return from_arrays(
@@ -61,7 +62,7 @@ def load_folder(name: str, folder: Path, *, on_disk: bool = False, trusted: bool
         splits["test"],
         valid=splits.get("valid"),
         name=name,
-        num_classes=builder.info.features[label_key].num_classes,
+        num_classes=num_classes,
         input_key=input_key,
     )
 

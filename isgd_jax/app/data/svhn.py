@@ -10,14 +10,29 @@ import numpy as np
 from isgd_jax.app.data.recipe import RawFile, Recipe, Splits, hold_out
 from isgd_jax.errors import ArgumentError
 
-__all__ = ["SVHN_CROPPED", "read_mat"]
+__all__ = ["SVHN_CROPPED", "parsed", "read_mat"]
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
-    """Images [n, 32, 32, 3] and labels [n] of one ``.mat`` file, which keeps examples last and calls zero 10."""
+    """Images [n, 32, 32, 3] and labels [n] of one ``.mat`` file, which keeps examples last and calls zero 10.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ArgumentError: it is damaged, or of another kind.
+    """
+    _check_parses(path)
+    return parsed(path)
+
+
+def parsed(path: Path) -> dict[str, np.ndarray]:
+    """`read_mat` of a file on which SciPy's parser is known to come to an end: of some damaged files it never returns.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ArgumentError: it is damaged, or of another kind.
+    """
     from scipy.io import loadmat
 
-    _check_parses(path)
     try:
         content = loadmat(path, variable_names=["X", "y"])
         images, labels = np.moveaxis(content["X"], -1, 0), content["y"].reshape(-1)

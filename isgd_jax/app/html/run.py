@@ -118,7 +118,8 @@ def _spent(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     ends = [record for record in records if isinstance(record.get("spent"), dict)]
     if not ends:
         return []
-    rows = account(ends[-1]["spent"], ends[-1].get("seconds") or 0.0)
+    spent = {task: float(seconds) for task, seconds in ends[-1]["spent"].items()}
+    rows = account(spent, float(ends[-1].get("seconds") or 0))
     return [(task, duration(seconds), percent(share)) for task, seconds, share in rows]
 
 

@@ -1,6 +1,5 @@
 """The command `isgd`. It parses first and imports jax after, so that `--help` is instant and mistakes are cheap."""
 
-import _thread
 import dataclasses
 import functools
 import io
@@ -111,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except EXPECTED_ERRORS as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + signal.SIGPIPE)
-        if (reason := _unwritable_output()) is not None:
+        if isinstance(error, OSError) and (reason := _unwritable_output(error)) is not None:
             sys.exit(f"isgd: cannot write to standard output ({reason}): send it elsewhere; a run goes on by --resume")
         if os.environ.get("ISGD_TRACEBACK"):
             raise
@@ -128,13 +127,15 @@ def _nobody_reads() -> bool:
     return is_gone
 
 
-def _unwritable_output() -> str | None:
+def _unwritable_output(error: OSError) -> str | None:
     """Why what we print cannot be written, as on a full disk; then what is still to be written goes nowhere."""
+    if error.errno is None or error.filename is not None:  # of a file, with a sentence of its own
+        return None
     try:
-        sys.stdout.flush()
-    except OSError as error:
+        print(flush=True)
+    except OSError as again:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return error.strerror
+        return again.strerror
     return None
 
 
@@ -245,7 +246,8 @@ def _leave_failures_to_us() -> None:
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # by then the callback has returned
+            main_thread = threading.main_thread().ident  # in 0.05 s the callback has returned
+            threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
         elif str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 

@@ -60,6 +60,7 @@ class Part:
                 raise ArgumentTypeError(
                     f"{name} must be {_in_words(hint)}; got {value!r} of type {type(value).__name__}"
                 )
+            must(self, name, not (isinstance(value, str) and "\0" in value), "a text without the character NUL")
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             each = value if isinstance(value, tuple) else (value,)

@@ -152,12 +152,23 @@ class Contraction:
         return term, [term.out[start:stop] for start, stop in groups]
 
     def rearranged(self, groups: Sequence[Sequence[Axis]]) -> Contraction:
-        """Each dimension made of the given axes; axes left out are summed over."""
+        """Each dimension made of the given axes; axes left out are summed over. A transposition of the result costs
+        nothing here.
+        """
         shape = tuple(math.prod(axis.size for axis in group) for group in groups)
         return replace(self, out=tuple(axis for group in groups for axis in group), shape=shape)
 
     def changed(self, axis: Axis, size: int, function: Callable[[Array, int], Array]) -> Contraction | None:
-        """``function(array, place)`` along ``axis``, then ``size`` long; None if both factors have the axis."""
+        """``function(array, place)`` along ``axis``, then ``size`` long; None if both factors have the axis.
+
+        A slice, a reversal or a padding of the result is one of the factor that holds the axis, which is the smaller
+        array.
+
+        Args:
+            axis: of one factor alone; a view that it belongs to is written out.
+            size: of the axis afterwards.
+            function: of the factor's array and the place of the axis in it; linear, and the same for all other axes.
+        """
         mine = [side for side in (self.left, self.right) if axis in side.axes]
         if len(mine) != 1:
             return None
@@ -224,7 +235,11 @@ class Canonical:
 
 
 def canonical(term: Contraction) -> Canonical:
-    """A viewed factor becomes the left one; without views, the one that holds the first axis of the result."""
+    """A viewed factor becomes the left one; without views, the one that holds the first axis of the result.
+
+    Axes of the result that both factors have become k, those of one i or o; axes that are summed over become t. Nothing
+    is multiplied: factors are transposed and reshaped, and summed over what only one of them has.
+    """
     left, right = _summed(term.left, term.right, term), _summed(term.right, term.left, term)
     shared = [a for a in term.out if a in left.axes and a in right.axes]
     first = next(a for a in term.out if a not in shared)

@@ -76,14 +76,24 @@ class Shape(NamedTuple):
 
 
 def gram(terms: Sequence[Shape]) -> float:
-    """The squared norm of a sum of terms, pair by pair."""
+    """Operations for the squared norm of a sum of terms, pair by pair: 2·b·k·t·s·(i + o) for two terms of t and s rows.
+
+    Windows are counted with the traffic of writing them out, one-hot rows with nothing for i.
+
+    >>> gram([Shape(b=1, k=1, t=1, i=100, o=10)]), product([Shape(b=1, k=1, t=1, i=100, o=10)])
+    (220.0, 18000.0)
+    """
     pairs = [(a, b) for place, a in enumerate(terms) for b in terms[place:]]
     operations = sum(2 * a.b * a.k * a.t * b.t * (a.o + min(a.columns, b.columns)) for a, b in pairs)
     return operations + sum((_traffic(2 * term.b * term.windows) for term in terms), start=0.0)
 
 
 def product(terms: Sequence[Shape]) -> float:
-    """The same by forming the products, all at once or a few at a time."""
+    """Operations for the same by forming the products, all at once or a few at a time, whichever is less.
+
+    2·b·k·t·i·o to contract, and the traffic of writing and reading b·k·i·o numbers: within the cache where they fit or
+    are made in slices, which costs a fifth more arithmetic; beyond it otherwise.
+    """
     contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
     return min(contractions + _traffic(2 * formed), SLICED * contractions + NEAR * 2 * formed)
 
@@ -99,14 +109,21 @@ def prefers_gram(terms: Sequence[Shape]) -> bool:
 
 
 def prefers_formed(terms: Sequence[Shape]) -> bool:
-    """Whether norms and a mean together are cheaper from products formed once than each in its own best way."""
+    """Whether norms and a mean together are cheaper from products formed once than each in its own best way.
+
+    Formed, the contraction is paid once and its result is read for both; apart, it is paid by the mean, and the norm
+    pays for its pairs. One-hot rows are never formed: the product is the whole table.
+    """
     contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
     apart = min(gram(terms) if prefers_gram(terms) else product(terms), product(terms)) + contractions
     return contractions + _traffic(2 * formed) * 1.5 < apart and all(term.factor != "OneHot" for term in terms)
 
 
 def prefers_batch_gram(terms: Sequence[Shape]) -> bool:
-    """Whether inner products between all pairs of examples are cheaper from pairs of rows than from products."""
+    """Whether inner products between all pairs of examples are cheaper from pairs of rows than from products.
+
+    b²·k·t·s·(i + o) against the contraction and b²·k·i·o. Terms of different kinds of factors are not compared by rows.
+    """
     if any(term.factor != terms[0].factor for term in terms):
         return False
     b, apart = terms[0].b, _pairs_of_rows(terms)
@@ -126,7 +143,7 @@ def _pairs_of_rows(terms: Sequence[Shape]) -> int:
 
 
 def slice_size(terms: Sequence[Shape]) -> int | None:
-    """How many examples to form at a time; None for all of them."""
+    """How many examples to form at a time, so that their products stay within the cache; None for all of them."""
     one = sum(term.product + term.windows for term in terms)
     windows = any(term.windows for term in terms)
     return None if terms[0].b * one <= (SLICE if windows else CACHE) else max(1, SLICE // max(one, 1))

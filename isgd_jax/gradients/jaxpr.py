@@ -159,6 +159,11 @@ def emit(name: str, function: Callable[..., Any], *inputs: Node) -> Value:
     """A value computed from others: how the cut adds its own small operations to a program.
 
     Of equal functions of the same values, the same one: a function that compares by what it does is computed once.
+
+    Args:
+        name: in messages and reports.
+        function: of as many arrays, to one array; it is traced for its shape, and run with the program.
+        inputs: values and constants.
     """
     known = next((x.emitted for x in inputs if isinstance(x, Value)), {})
     key = (function, *map(_identity, inputs))
@@ -195,7 +200,14 @@ def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node
 
 
 def operations(wanted: Sequence[Node]) -> list[Op]:
-    """The operations behind the wanted values, each after those it depends on (no recursion: programs are deep)."""
+    """The operations behind the wanted values, each after those it depends on (no recursion: programs are deep).
+
+    Args:
+        wanted: values; of constants and inputs there is nothing to do.
+
+    Returns:
+        In an order in which they can be run.
+    """
     order: dict[Op, None] = {}
     stack = [(node.op, False) for node in reversed(wanted) if node.op is not None]
     while stack:
@@ -215,7 +227,15 @@ def sources(wanted: Sequence[Node]) -> set[Node]:
 
 
 def dependent(inputs: Sequence[Value], wanted: Sequence[Node]) -> list[bool]:
-    """Which of the wanted values depend on any of the inputs."""
+    """Which of the wanted values depend on any of the inputs.
+
+    Args:
+        inputs: of the program, such as those of the example.
+        wanted: values of it.
+
+    Returns:
+        For each of the wanted. What does not depend on the example is computed once for a whole batch.
+    """
     touched: set[Node] = set(inputs)
     for op in operations(wanted):
         if not touched.isdisjoint(op.inputs):

@@ -380,7 +380,7 @@ def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> 
 
 
 def is_factored(x: Any) -> bool:
-    """Whether a leaf is lazy; for ``is_leaf`` of `jax.tree.map`."""
+    """Whether a leaf is lazy; for ``is_leaf`` of `jax.tree.map`, which would otherwise walk into its factors."""
     return isinstance(x, Factored)
 
 

@@ -63,14 +63,28 @@ def over(x: Array, scale: Array) -> Array:
 
 
 def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:
-    """The squared norm of each row of an array (float32 or wider, real or complex) over its own scale."""
+    """The squared norm of each row of an array over its own scale: exact where a plain sum of squares would be 0 or
+    infinite.
+
+    >>> squares = sum_squares(jnp.array([[3e-25, 4e-25]], jnp.float32))
+    >>> print(root(squares), jnp.sum(jnp.square(jnp.float32(4e-25))))
+    [5.e-25] 0.0
+
+    Args:
+        array: [b, ...], float32 or wider, real or complex.
+    """
     axes = tuple(range(1, array.ndim))
     scale = power_of_two(largest(array, axes))
     return Squares(scale, jnp.sum(abs_square(over(array, scale.reshape(-1, *(1 for _ in axes)))), axis=axes))
 
 
 def together(parts: Sequence[Squares]) -> Squares:
-    """The sum of squares that each have a scale of their own."""
+    """The sum of squares that each have a scale of their own, over the largest of them.
+
+    Args:
+        parts: of the leaves of a tree, say; at least one. Sizes are kept if any part has them; of the others, which
+            cannot cancel, the squares count as sizes.
+    """
     if len(parts) == 1:
         return parts[0]
     scales = _stacked([part.scale for part in parts])

@@ -131,7 +131,12 @@ def make_sampler(config: Config, work: Task, *, sketch: LayerSketch | None = Non
 
 
 def learning_steps(config: Config, num_examples: int) -> int:
-    """Updates before calibrated scores are used: two sweeps of the data by whoever scores."""
+    """Updates before calibrated scores are used: two sweeps of the data by whoever scores.
+
+    Args:
+        config: its refresh period, and how much is scored at each.
+        num_examples: of the training set.
+    """
     sweeps = -(-1 // config.share_scored(num_examples))
     return int(2 * sweeps * config.refresh.refresh_every)
 
@@ -174,7 +179,12 @@ def engine_scorer(config: Config, work: Task, sketch: LayerSketch | None = None)
 
 
 def published(augment: str | None, seed: int) -> Callable[[Params, int], Any]:
-    """What the scorer is told at a refresh: the parameters and, to augment by, a key of this refresh's own."""
+    """What the scorer is told at a refresh: the parameters and, to augment by, a key of this refresh's own.
+
+    Args:
+        augment: the name of the augmentation, or None.
+        seed: of the run; a resumed run scores the same pictures.
+    """
     if augment is None:
         return lambda params, at: params
     key = jax.random.fold_in(jax.random.key(seed), PICTURES)
@@ -184,8 +194,13 @@ def published(augment: str | None, seed: int) -> Callable[[Params, int], Any]:
 def example_weights(path: str | None, num_examples: int) -> Float[Array, " n"] | None:
     """a_n [n] of a weighted target, from the user's file.
 
+    Args:
+        path: a .npy file, as ``--example-weights`` names it, or None.
+        num_examples: of the training set, and so of the file.
+
     Raises:
-        ValueError: the file does not fit the data.
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not fit the data, or holds numbers that are not finite.
     """
     if path is None:
         return None
@@ -195,7 +210,21 @@ def example_weights(path: str | None, num_examples: int) -> Float[Array, " n"] |
 def worker_job(
     config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
 ) -> tuple[Job, str]:
-    """What a worker on another host does to be ready: it loads the data itself; also the fingerprint of what it has."""
+    """What a worker on another host does to be ready: it loads the data itself.
+
+    Args:
+        config: of the run; ``data_dir`` and ``raw_dir`` are looked for on the worker's host.
+        dataset: given from Python, and sent; None loads it by its name, which may download it there.
+        model: given from Python, or None for that of the configuration.
+        loss: likewise.
+
+    Returns:
+        The job, and the fingerprint of the data it has: the trainer refuses a worker with another one.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+        ValueError: the data are damaged, or the model does not suit them.
+    """
     if dataset is None:
         dataset = data.load(config.data.dataset, data_dir=config.data.data_dir, raw_dir=config.data.raw_dir)
     work = task.make(config.model, dataset, model=model, loss=loss)
@@ -206,7 +235,14 @@ def worker_job(
 def job_elsewhere(
     config: Config, dataset: data.Dataset | None, model: models.Model | None, loss: task.OutputLoss | None
 ) -> Callable[[], tuple[Job, str]]:
-    """`worker_job`, to be called in another process: folders are named from the root, as it works in another one."""
+    """`worker_job`, to be called in another process: folders are named from the root, as it works in another one.
+
+    Args:
+        config: of the run.
+        dataset: given from Python, or None; it travels with the call.
+        model: likewise.
+        loss: likewise.
+    """
     data_dir = config.data.data_dir or os.environ.get("TFDS_DATA_DIR")
     config = config.replace(data_dir=_absolute(data_dir), raw_dir=_absolute(config.data.raw_dir))
     return functools.partial(worker_job, config, dataset, model, loss)

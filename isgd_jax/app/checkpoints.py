@@ -158,7 +158,11 @@ class Checkpoints:
         return Restored(tree, notes, remarks)
 
     def discard_from(self, step: int) -> None:
-        """Delete the checkpoints of ``step`` and later ones: the loss of their parameters is not finite."""
+        """Delete the checkpoints of ``step`` and later ones: the loss of their parameters is not finite.
+
+        Args:
+            step: updates made at the first bad one. Earlier checkpoints stay, and the run can go on from them.
+        """
         self._manager.wait_until_finished()
         for at in self._manager.all_steps():
             if at >= step:
@@ -289,10 +293,14 @@ def _pruned(tree: Any, only: Sequence[str], here: str) -> Any:
 
 
 def into(template: Tree, tree: Any) -> Tree:
-    """The arrays of ``tree``, nested dicts and lists as `read` gives them, in the shape of ``template``.
+    """The arrays of ``tree`` in the shape of ``template``; dtypes are those on disk.
+
+    Args:
+        template: a pytree of arrays or their shapes: named tuples, dicts, lists.
+        tree: nested dicts and lists as `read` gives them. What the template does not name is left out.
 
     Raises:
-        ValueError: an array is missing or has another shape.
+        ValueError: an array is missing or has another shape; the message names it.
     """
 
     def find(path: tuple[Any, ...], leaf: Any) -> Any:

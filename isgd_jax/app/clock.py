@@ -44,7 +44,18 @@ class Clock:
 
 
 def account(spent: Mapping[str, float], seconds: float) -> list[tuple[str, float, float]]:
-    """Where the ``seconds`` of a run went, the most first: task, seconds, share. What no task counted is the last."""
+    """Where the seconds of a run went, the most first.
+
+    >>> account({"updates": 6.0, "scoring": 3.0}, 10.0)
+    [('updates', 6.0, 0.6), ('scoring', 3.0, 0.3), ('starting, and the rest', 1.0, 0.1)]
+
+    Args:
+        spent: seconds by task.
+        seconds: of the whole run.
+
+    Returns:
+        Task, seconds, share of the whole; what no task counted is the last.
+    """
     counted = [("planning and compiling" if task == "planning" else task, spent[task]) for task in spent]
     counted = sorted(counted, key=lambda item: -item[1])
     rest = max(0.0, seconds - sum(amount for _, amount in counted))
@@ -56,6 +67,10 @@ def middle_seconds(*runs: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of one call of each, compilation left out: medians, taken in turn so that a busy spell strikes all.
 
     Each is called once unseen before it is timed: a large call leaves the next one caches and memory to fill again.
+
+    Args:
+        runs: functions without arguments, whose results are waited for. One that donates must keep its own state.
+        repeats: of the round; each costs two calls of every function.
     """
     for run in runs:
         jax.block_until_ready(run())  # compiles

@@ -25,7 +25,14 @@ class Fit(NamedTuple):
 
 
 def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
-    """Build ``evaluate(params, data) -> Fit``, jitted; the data passes through in slices."""
+    """Build ``evaluate(params, data) -> Fit``, jitted; the data passes through in slices.
+
+    Args:
+        task: its loss, and its logits where it has classes.
+
+    Returns:
+        A function that compiles once for each number of examples.
+    """
 
     @jax.jit
     def evaluate(params: Params, batch: Batch) -> Fit:

@@ -73,6 +73,12 @@ class Part:
 def must(part: Any, name: str, holds: bool, expected: str) -> None:
     """Refuse the field ``name`` of ``part`` unless ``holds``.
 
+    Args:
+        part: of the configuration, which has the field.
+        name: of the field, as Python knows it; `isgd_jax.app.flags` makes the flag of it.
+        holds: what must be true.
+        expected: what was expected, as it stands after "must be".
+
     Raises:
         ValueError: "``name`` must be ``expected``; got" and its value.
     """

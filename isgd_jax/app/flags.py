@@ -68,6 +68,10 @@ def in_flags(text: str) -> str:
     'there is no Ray at --address here:1, or leave out --address'
     >>> in_flags("hold must be device with distributed=True; the engine is not asked")
     '--hold must be device with --distributed; the engine is not asked'
+
+    Args:
+        text: a message. Names are known by their form: ``name=``, a name with an underscore, or one before "must". What
+            is no name of a field stays as it is.
     """
     return _NAMED.sub(_flag, text)
 

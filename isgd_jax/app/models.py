@@ -179,6 +179,12 @@ def init(model: Model, key: Key, example: Input, *, num_classes: int | None = No
       - a model that needs random numbers when applied (dropout that is not deterministic) is refused;
       - with ``num_classes``, a model whose output for one example is not of shape [num_classes] is refused.
 
+    Args:
+        model: anything with Linen's ``init`` and ``apply``, for ONE example.
+        key: the same gives the same parameters.
+        example: its inputs, without a batch axis; only shapes matter to most models.
+        num_classes: what the output is checked against; None where it is no vector of logits.
+
     Raises:
         ValueError: one of these is refused.
         TypeError: ``model.init`` does not return a dict with ``params``.

@@ -12,6 +12,13 @@ def make(training: TrainingConfig, num_examples: int) -> optax.GradientTransform
     """The chain of a configuration, for the per-example gradients of draws from ``num_examples``.
 
     Decoupled weight decay (Loshchilov and Hutter 2019) stands behind the reweighting: it is no part of it.
+
+    Args:
+        training: optimizer, rate, schedule.
+        num_examples: of the training set: the 1/N of the reweighting, and what an epoch is.
+
+    Returns:
+        The chain. Its state is a pair: the reweighting's, and the optimizer's.
     """
     return optax.chain(importance_weighting(num_examples), behind(training, num_examples))
 

@@ -81,10 +81,14 @@ class RunDir:
 
     @classmethod
     def create(cls, config: Config) -> "RunDir":
-        """Make the folder of a new run and write its configuration.
+        """Make the folder of a new run and write its configuration, ``config.json``.
+
+        Args:
+            config: its ``run_dir`` names the folder; without, it is ``runs/<dataset>-<mode>-<time>``, with a number
+                where that is taken.
 
         Raises:
-            FileExistsError: the folder holds something already, or another process is making it.
+            FileExistsError: the folder holds something already, or another process is making it; what to do is said.
             OSError: it cannot be made, or not be written to.
         """
         named = config.recording.run_dir
@@ -166,6 +170,9 @@ class RunDir:
     def own(self, name: str) -> Path:
         """The path of something in the folder, for reading.
 
+        Args:
+            name: from the folder on, such as "checkpoints/100"; it need not exist.
+
         Raises:
             ArgumentError: it is a link, or lies behind one, that leads out of the folder.
         """
@@ -215,6 +222,10 @@ class RunDir:
 
     def check_resumable(self, config: Config) -> None:
         """Refuse to go on with other settings than the run was started with.
+
+        Args:
+            config: of the resumed run. It may make more steps (where the rate is constant), write other things more
+                often, lie in other folders, and have other workers.
 
         Raises:
             ValueError: a field that decides the parameters differs, or the run is a replay; or its checkpoints are, or
@@ -303,7 +314,17 @@ class RunDir:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, event: str | None = None) -> Iterator[Record]:
-        """The lines of metrics.jsonl, those of one kind if ``event`` is given; a last line cut short is left out."""
+        """The lines of metrics.jsonl as they are read, one by one, so that a long file takes no memory.
+
+        A last line cut short, as a kill leaves it, is left out. Without a file there are none.
+
+        Args:
+            event: of one kind alone, such as "progress", "refresh", "gate", "finished".
+
+        Raises:
+            ArgumentError: a line is damaged, or the file is a link that leads out of the folder; the message names the
+                line.
+        """
         if not self.own("metrics.jsonl").is_file():
             return
         with self.metrics.open("rb") as lines:
@@ -319,6 +340,9 @@ class RunDir:
         """Drop the lines written after ``step``: the resumed run will write them again.
 
         A refresh comes before the step it is numbered with, so that of ``step`` itself will be made again too.
+
+        Args:
+            step: of the checkpoint that the run goes on from. The file is written anew, whole or not at all.
         """
         last = {"refresh": step - 1}
         records = (record for record in self.records() if record["step"] <= last.get(record["event"], step))
@@ -365,6 +389,8 @@ def make_folder(path: Path) -> None:
 
 def write_whole(target: Path, content: str | bytes) -> Path:
     """Write a file whole or not at all; where there is a link of this name, the file takes its place.
+
+    It is written beside, brought to the disk, and renamed.
 
     Args:
         target: the file, in a folder that is there.

@@ -30,7 +30,16 @@ class SharedCheckpoints:
         return None if step < 0 else step
 
     def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-        """Save arrays that are the same on all processes."""
+        """Save arrays that are the same on all processes; process 0 writes, and nobody waits for it.
+
+        Args:
+            step: updates made so far.
+            tree: the arrays, whole on each process.
+            notes: what else the run needs to go on, as JSON can hold it.
+
+        Raises:
+            OSError: in process 0 alone: the disk is full or not writable.
+        """
         if self._own is not None:
             self._own.save(step, jax.tree.map(np.asarray, tree), notes)
 

@@ -53,7 +53,12 @@ def has_ended(records: Sequence[Record]) -> bool:
 
 
 def state_of(run: RunDir, records: Sequence[Record]) -> str:
-    """One word: finished, stopped, running; killed, where nobody on this host writes to it any more; else unknown."""
+    """One word: finished, stopped, running; killed, where nobody on this host writes to it any more; else "on HOST?".
+
+    Args:
+        run: its folder; of it the file that says who writes is read.
+        records: of its metrics.jsonl, oldest first; "empty" is a run without any that nobody writes to.
+    """
     if has_ended(records):
         return str(records[-1]["event"])
     holder = run.holder()
@@ -80,7 +85,16 @@ def shut_stretches(records: Sequence[Record]) -> list[tuple[int, int]]:
 
 
 def unusual(records: Sequence[Record], *, batch_size: int) -> list[str]:
-    """What a person should look at, in words; nothing where all is as it should be."""
+    """What a person should look at, in words; nothing where all is as it should be.
+
+    Warnings of the run itself, and what its numbers show: a gate that was shut, variance above that of uniform draws,
+    scoring that takes more than half the time, scores that are too old, workers that stopped, a held-out loss that
+    rises.
+
+    Args:
+        records: of its metrics.jsonl, oldest first.
+        batch_size: draws in a step.
+    """
     lines = [record for record in records if record["event"] == "progress"]
     found, last = [str(record.get("text")) for record in records if record["event"] == "warning"], lines[-1:]
     numbers, shut = key_numbers(lines, batch_size=batch_size), shut_stretches(records)

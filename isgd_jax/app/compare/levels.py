@@ -40,7 +40,14 @@ def levels(*texts: str) -> tuple[Level, ...]:
 
 
 def first_seen(curve: list[Record], level: Level, against: str = "step") -> float:
-    """The step (or another field) of the first line of progress at or below a level; infinite if there is none.
+    """The step of the first line of progress at or below a level; infinite if there is none.
+
+    It is that of a line, so it is late by up to ``log_every`` steps, for all arms alike.
+
+    Args:
+        curve: lines of progress, oldest first. Without any, the answer is infinite.
+        level: of a loss or an error.
+        against: the field that counts what was needed: "step", or "train_seconds".
 
     Raises:
         ArgumentError: the run has no such field, or the line that reaches the level has not.

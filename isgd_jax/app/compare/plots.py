@@ -41,7 +41,15 @@ class Quartiles(NamedTuple):
 def quartiles(curves: list[Curve], field: str, against: str = "step") -> Quartiles | None:
     """Quartiles over runs, as far as all of them go: beyond the shortest run the others alone would mislead.
 
-    Between two lines of progress a run is a straight line. None if no run has measured the field.
+    Between two lines of progress a run is a straight line.
+
+    Args:
+        curves: one a seed.
+        field: whose quartiles.
+        against: the field along the axis, "step" or "train_seconds".
+
+    Returns:
+        None if no run has measured the field.
     """
     known = [
         [line for line in curve if line.get(field) is not None and line.get(against) is not None] for curve in curves
@@ -100,7 +108,15 @@ def all_figures(study: Study) -> dict[str, "Figure"]:
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
-    """Write each of `all_figures` as a PNG into a folder; their paths."""
+    """Write each of `all_figures` as a PNG into a folder, over what is there.
+
+    Args:
+        study: the curves of all arms.
+        folder: it must exist.
+
+    Returns:
+        The paths written.
+    """
     from isgd_jax.app import figures
 
     with figures.style():

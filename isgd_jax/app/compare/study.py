@@ -69,8 +69,20 @@ def train(
 ) -> Study:
     """Train what is missing, seed by seed, and read everything.
 
-    A run that is whole is left alone, one that was stopped goes on. With ``levels`` a run ends when it has reached all
-    of them. One whose loss becomes infinite or NaN ends there, and the others go on.
+    A run that is whole is left alone, one that was stopped goes on. One whose loss becomes infinite or NaN ends there,
+    and the others go on. In the folder are ``study.json`` with the names of the arms, and the folder of a run for each
+    arm and seed, ``NAME-SEED``.
+
+    Args:
+        arms: by name; configurations are checked against those of runs that are there, before anything is trained.
+        seeds: how many, from 0 on, or which.
+        folder: it is made if need be.
+        levels: a run ends when it has reached all of them; without any it makes all its steps.
+        say: a sentence to a person, when a run begins and ends.
+        observe: is given each record of each run.
+
+    Returns:
+        The curves of all runs.
 
     Raises:
         ValueError: the folder holds an arm of this name with another configuration, or a name cannot be a folder's.

@@ -68,7 +68,21 @@ def load(
 def load_recipe(
     recipe: Recipe, *, data_dir: Path, raw_dir: Path | None = None, on_disk: bool = False, prepare: bool = True
 ) -> Dataset:
-    """Like `load`, for a recipe."""
+    """A data set by its recipe, as `load` gives it by its name.
+
+    Args:
+        recipe: what it is, and where its original files come from.
+        data_dir: where it lies prepared by TFDS, or is prepared first.
+        raw_dir: where the original files are; None looks in ``data_dir``, and downloads what is missing.
+        on_disk: map the training set from a file beside it, in place of reading it into memory.
+        prepare: False reads what lies there, and writes and downloads nothing.
+
+    Raises:
+        ImportError: TFDS is not installed.
+        FileNotFoundError: it is not prepared, and may not be.
+        ValueError: a file is damaged.
+        OSError: ``data_dir`` cannot be written to, or a download failed.
+    """
     _require_tfds()
     from isgd_jax.app.data.prepare import load_prepared
 

@@ -90,6 +90,11 @@ def held(where: str, array: Any) -> np.ndarray:
 def check_like_train(split: str, arrays: Arrays, train: Arrays) -> None:
     """A model that takes a training example takes this split's.
 
+    Args:
+        split: its name, for messages.
+        arrays: of the split, as `converted` made them.
+        train: those of the training set.
+
     Raises:
         ValueError: keys, types or shapes differ from those of ``train``.
     """
@@ -100,6 +105,11 @@ def check_like_train(split: str, arrays: Arrays, train: Arrays) -> None:
 
 def check_labels(where: str, labels: np.ndarray, *, num_classes: int) -> None:
     """Whole numbers in ``[0, num_classes)``, of any shape.
+
+    Args:
+        where: the split and its key, for messages.
+        labels: at least one.
+        num_classes: how many there are.
 
     Raises:
         TypeError: they are not whole numbers.

@@ -165,7 +165,12 @@ def is_measured(dtype: np.dtype) -> bool:
 
 
 def check_standardized(split: str, arrays: Arrays, inputs: Inputs) -> None:
-    """Standardized numbers are numbers still.
+    """Standardized numbers are numbers still: finite in float32.
+
+    Args:
+      split: its name, for messages.
+      arrays: of the split, not standardized yet; whole columns are read once, in blocks.
+      inputs: mean and standard deviation of the training set.
 
     Raises:
       ValueError: some are too large, beside the mean and the standard deviation, for float32.

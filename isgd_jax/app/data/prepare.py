@@ -119,7 +119,18 @@ def load_prepared(
 
 
 def read_split(split: str, source: Any, folder: Path, *, on_disk: bool) -> dict[str, np.ndarray]:
-    """A split in memory; the training set, if asked, mapped from a copy beside what TFDS prepared in ``folder``."""
+    """A split in memory; the training set, if asked, mapped from a copy beside what TFDS prepared.
+
+    Args:
+      split: its name; only "train" is mapped.
+      source: random access to its examples, as TFDS has it.
+      folder: what TFDS prepared; the copy goes to ``mapped`` in it, and is made once.
+      on_disk: whether to map.
+
+    Raises:
+      ValueError: the examples are damaged.
+      CannotSpillError: there is no room for the copy; the message says which ways there are.
+    """
     told = _Told(source, folder)
     if not on_disk or split != "train":
         return read(told)

@@ -10,7 +10,13 @@ __all__ = ["comparison_page"]
 
 
 def comparison_page(study: compare.Study, rows: Sequence[compare.Row], title: str) -> str:
-    """One page of a study, as HTML."""
+    """One page of a study, as HTML: whole in itself, with figures as SVG and no script.
+
+    Args:
+        study: the curves of all arms.
+        rows: of its table.
+        title: of the page; it is escaped, as all that comes from files is.
+    """
     with figures.style():
         pictures = inline(all_figures(study), "study")
     return render(

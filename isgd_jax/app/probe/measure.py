@@ -141,6 +141,20 @@ def ageing(
 
     The scores and the norms are those of the ``sample``; the steps draw from the whole training set, with the batch
     size and the optimizer that are probed.
+
+    Args:
+        probed: what is trained, and how; its uniform share is that of the proposals.
+        params: that are scored at first; they are not changed.
+        opt_state: of the chain at these parameters; None begins anew.
+        sample: examples whose norms are measured again at each age [n, ...].
+        ages: steps, in any order.
+        key: of the steps' draws.
+
+    Returns:
+        Trace of the covariance with old scores over that of uniform draws, for each age; above 1 they do harm.
+
+    Raises:
+        FloatingPointError: gradients are no longer finite after some steps.
     """
     loss_fn, scorer = probed.problem.loss_fn, sharded(probed.scorer)
     probs, _ = proposal.smooth(jnp.asarray(scorer(params, sample)), mixture=probed.mixture)

@@ -14,7 +14,13 @@ __all__ = ["figures_of"]
 
 
 def figures_of(norms: np.ndarray, by_age: Mapping[int, float], table: Sequence[Period]) -> dict[str, Figure]:
-    """The figures by name."""
+    """The figures by name: "norms", "ageing", "periods".
+
+    Args:
+        norms: of the sampled examples [n].
+        by_age: STALE/UNIFORM by age, 0 and at least one more.
+        table: what each refresh period would gain and cost.
+    """
     return {"norms": plots.norms_figure(norms), "ageing": _ageing(by_age), "periods": _periods(table)}
 
 

@@ -3,7 +3,7 @@
 # make lint     ruff and mypy                      make soak        long and random trials, by hand (SOAK_FAULTS=0:100: a part)
 # make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
 # make recipes    set up and run docs/recipes, each broken off and resumed      make recipes-torch   the one with torch
-# make notebooks  run all notebooks               make docs        the API reference, into build/api
+# make notebooks  run all notebooks               make docs        the site, into build/site
 # make dist       the sdist and the wheel, checked, into dist/
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
 
@@ -51,7 +51,8 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python experiments/notebooks/run.py
 
 docs: $(VENV)/.dev
-	$(BIN)/python docs/build.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+	@echo build/site/index.html
 
 dist: $(VENV)/.python
 	$(PIP) build twine

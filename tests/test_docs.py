@@ -1,25 +1,29 @@
-"""The pages under docs/ and the README: code runs, commands parse, links lead somewhere, the reference builds."""
+"""The pages under docs/ and the README: code runs, commands parse, links lead somewhere, the site builds."""
 
+import html.parser
 import os
 import re
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
 from processes import forced
+from test_own_loops import NAMES as EXAMPLES
 
+import isgd_jax
 from isgd_jax.app import cli
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "recipes").glob("*.md")])
 PAGES = [ROOT / "README.md", *GUIDES]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def page_id(path: Path) -> str:
-    return path.stem
+    return str(path.relative_to(ROOT / "docs" if ROOT / "docs" in path.parents else ROOT).with_suffix(""))
 
 
 def code_of(page: Path) -> str:
@@ -56,14 +60,19 @@ for page in sys.argv[1:]:
 """
 
 
+WITH_CODE = [page for page in GUIDES if code_of(page)]
+PARTS = 4
+
+
 @pytest.mark.slow
-def test_the_code_of_each_guide_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    """In one process, each page in a namespace and a folder of its own."""
-    pages = [page for page in GUIDES if code_of(page)]
-    for page in pages:
-        (tmp_path / f"{page.stem}.py").write_text(code_of(page))
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_code_of_each_guide_runs_from_top_to_bottom(part: int, tmp_path: Path) -> None:
+    """Some pages in one process, each in a namespace and a folder of its own."""
+    pages = {page_id(page).replace("/", "-"): code_of(page) for page in WITH_CODE[part::PARTS]}
+    for name, code in pages.items():
+        (tmp_path / f"{name}.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", ALL, *(page.stem for page in pages)],
+        [sys.executable, "-c", ALL, *pages],
         cwd=tmp_path, env=os.environ | {"XLA_FLAGS": forced(1)},  # one device, as a reader
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
@@ -124,11 +133,62 @@ def test_a_command_that_does_not_exist_is_found() -> None:
         cli._parse(["train", "--no-such-flag", "1"])
 
 
+def test_what_a_page_includes_is_a_whole_file_or_an_example_that_is_run() -> None:
+    whole = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    for page in GUIDES:
+        for directive, name in re.findall(
+            r"^```\{(literalinclude|include)\} (\S+)", page.read_text(), flags=re.MULTILINE
+        ):
+            path = (page.parent / name).resolve()
+            assert path.name in whole if directive == "include" else path.stem in EXAMPLES, f"{page.name}: {name}"
+            assert path.is_file()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
+    missing = [name for name in isgd_jax.__all__ if not re.search(rf"(?<![\w.])(isgd\.|isgd_jax\.)?{name}\b", shown)]
+    assert missing == []
+
+
+class Links(html.parser.HTMLParser):
+    """What a page links to, and the places of a page that can be linked to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.to, self.places = set[str](), set[str]()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("href", "src"):
+                self.to.add(value or "")
+            elif name in ("id", "name"):
+                self.places.add(value or "")
+
+
+def broken_links(site: Path) -> list[str]:
+    """Links within a site that lead nowhere, and pictures or scripts that come from elsewhere."""
+    pages = {page: Links(page) for page in site.rglob("*.html")}
+    broken = []
+    for page, links in pages.items():
+        for link in links.to:
+            url = urllib.parse.urlsplit(link)
+            if url.scheme or link.startswith("//"):
+                continue
+            path = (page.parent / urllib.parse.unquote(url.path)).resolve() if url.path else page
+            place = urllib.parse.unquote(url.fragment)
+            if not path.is_file() or (path in pages and place not in {"", *pages[path].places}):
+                broken.append(f"{page.relative_to(site)}: {link}")
+    return broken
+
+
 @pytest.mark.slow
-def test_the_reference_builds_without_a_warning(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "build.py", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=250
-    )
+def test_the_site_builds_without_a_warning_and_without_a_broken_link(tmp_path: Path) -> None:
+    command = ["-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "docs", str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "importance_weighting" in (tmp_path / "isgd_jax.html").read_text()
-    assert "stratified" in (tmp_path / "isgd_jax" / "sampling" / "samplers.html").read_text()
+    assert broken_links(tmp_path) == []
+    assert "isgd_jax.importance_sampler" in (tmp_path / "reference" / "samplers.html").read_text()
+    index = tmp_path / "index.html"
+    index.write_text(index.read_text() + '<a href="nowhere.html">')
+    assert broken_links(tmp_path) == ["index.html: nowhere.html"]

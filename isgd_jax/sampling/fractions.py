@@ -59,7 +59,7 @@ def observe(
     Args:
         mixtures: what was seen so far.
         weights: 1/(N probs) [m] of the draws.
-        norms: fresh ones [m], times N |a_n| where the target is weighted.
+        norms: fresh ones [m], times ``N |a_n|`` where the target is weighted.
         relative: scores over their mean [m], as they were when the proposal was made (`relative_scores`).
         mask: false for padding.
         half_life: of the evidence, in steps.

@@ -214,7 +214,7 @@ def _first_state(
         state = TrainState(params, tx.init(params), sampler.init(sampler_key))
         return state if parallel is None else parallel.replicate(state)
     check_chain(tx, jax.eval_shape(problem.init, init_key), sampler.batch_size)
-    makes = callable(problem.params)
+    makes = problem.makes_params
     params = parallel.made(problem.init, init_key) if makes else parallel.place(problem.params)
     return TrainState(params, parallel.made(tx.init, params), parallel.replicate(sampler.init(sampler_key)))
 

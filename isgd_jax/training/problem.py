@@ -57,7 +57,7 @@ class Problem:
     def __post_init__(self) -> None:
         for name, data in {"train": self.train, **self.held_out}.items():
             _check_data(name, data)
-        if not callable(self.params):
+        if not self.makes_params:
             _check_params(self.params)
         if self.hold not in ("device", "host"):
             raise ArgumentError(f'hold must be "device" or "host", got {self.hold!r}')
@@ -72,13 +72,18 @@ class Problem:
         """Examples in the training data."""
         return int(jax.tree.leaves(self.train)[0].shape[0])
 
+    @property
+    def makes_params(self) -> bool:
+        """Whether ``params`` is a function of a key. Modules of Equinox are callable too, but pytrees."""
+        return callable(self.params) and jax.tree_util.all_leaves([self.params])
+
     def init(self, key: Key) -> Params:
         """The parameters to start from: copies, since training donates them.
 
         Raises:
             TypeError: what the function of the key made are no arrays.
         """
-        made = self.params(key) if callable(self.params) else self.params
+        made = self.params(key) if self.makes_params else self.params
         _check_params(made)
         return jax.tree.map(jnp.array, made)
 
@@ -177,8 +182,10 @@ class Problem:
 def _check_params(params: Params) -> None:
     leaves = jax.tree.leaves(params)
     wrong = next((x for x in leaves if not hasattr(x, "dtype") or not hasattr(x, "shape")), None)
-    if not leaves or wrong is not None:
+    is_module = any(f"{kind.__module__}.{kind.__name__}" == "flax.nnx.module.Module" for kind in type(params).__mro__)
+    if not leaves or wrong is not None or is_module:
         got = "no leaves at all" if wrong is None else f"a leaf of type {type(wrong).__name__}"
+        got = f"the module {type(params).__name__}" if is_module else got
         raise ArgumentTypeError(
             f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (flax.nnx.split, "
             "equinox.partition), and close the rest over in loss_fn"

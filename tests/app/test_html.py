@@ -77,7 +77,11 @@ def make_run(
     if scores is not None:
         versions = np.where(scores > 0, 17, -1).astype(np.int32)
         checkpoints = Checkpoints(run.checkpoints, identity={"data set": dataset.fingerprint if dataset else "other"})
-        checkpoints.save(20, {"state": {"sampler": {"table": {"scores": scores, "versions": versions}}}}, {})
+        sampler = {
+            "table": {"scores": scores, "versions": versions},
+            "proposal": {"law": {"masses": np.float32(3.0) * (scores + 1)}},
+        }
+        checkpoints.save(20, {"state": {"sampler": sampler}}, {})
         checkpoints.close()
     return run
 
@@ -105,9 +109,9 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path: Path, pi
     page = Page(source)
     for said in ("mine", "finished at update 20", "held-out error", "50.0 %", "3 scores were not finite", "TPU_0"):
         assert said in page.text, said
-    for name in ("loss", "error", "variance", "ratio", "scores", "time", "norms"):
+    for name in ("loss", "error", "variance", "ratio", "scores", "time", "norms", "weights"):
         assert f"run0-{name}" in page.attributes("id")
-    assert sum(tag == "svg" for tag, _ in page.tags) == 7
+    assert sum(tag == "svg" for tag, _ in page.tags) == 8
     links = page.attributes("href") + page.attributes("src") + page.attributes("xlink:href")
     assert all(link.startswith(("#", "data:")) for link in links)
     assert "script" not in [tag for tag, _ in page.tags]
@@ -123,6 +127,7 @@ def test_the_hardest_examples_are_those_with_the_largest_scores(tmp_path: Path, 
     assert [hard.label for hard in found.hardest] == [2, 0, 0]
     assert [hard.age for hard in found.hardest] == [3, 3, 3]
     assert (found.step, len(found.known), found.num_examples, found.remarks) == (20, 10, 12, [])
+    assert found.probs == pytest.approx((SCORES + 1) / (SCORES + 1).sum())
     assert found.hardest[0].times_mean == pytest.approx(8.0 / SCORES[SCORES > 0].mean())
     picture = found.hardest[0].picture
     assert picture is not None

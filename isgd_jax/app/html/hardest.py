@@ -38,6 +38,8 @@ class Scores(NamedTuple):
     step: int
     known: np.ndarray
     num_examples: int
+    probs: np.ndarray | None
+    """That examples are drawn with [n], in the order of their line; None where the checkpoint does not say."""
     hardest: list[Hard]
     remarks: list[str]
     """Why labels and pictures are missing, if they are; which checkpoints were damaged."""
@@ -53,8 +55,9 @@ def scores(run: RunDir, *, count: int = 24) -> Scores | None:
     Raises:
         ArgumentError: every checkpoint is damaged, or behind a link that leads out of the folder.
     """
-    saved = checkpoints.read(run.own_checkpoints(), only=("state/sampler/table",))
-    found = None if saved is None else saved.tree.get("state", {}).get("sampler", {}).get("table")
+    saved = checkpoints.read(run.own_checkpoints(), only=("state/sampler/table", "state/sampler/proposal/law/masses"))
+    state = {} if saved is None else saved.tree.get("state", {}).get("sampler", {})
+    found = state.get("table")
     if saved is None or not isinstance(found, dict) or not {"scores", "versions"} <= set(found):
         return None
     measured = np.flatnonzero(found["versions"] != score_table.NEVER)
@@ -71,7 +74,9 @@ def scores(run: RunDir, *, count: int = 24) -> Scores | None:
     if dataset is not None:
         hardest = [_seen(hard, dataset) for hard in hardest]
     remarks = [*saved.remarks, *([] if remark is None else [remark])]
-    return Scores(saved.step, values, len(found["scores"]), hardest, remarks)
+    masses = state.get("proposal", {}).get("law", {}).get("masses")
+    probs = None if masses is None else np.asarray(masses, np.float64) / np.sum(masses, dtype=np.float64)
+    return Scores(saved.step, values, len(found["scores"]), probs, hardest, remarks)
 
 
 def _age(saved: checkpoints.Saved, found: dict[str, Any], i: int) -> int:

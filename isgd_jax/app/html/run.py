@@ -30,6 +30,8 @@ CAPTIONS = {
     "time": "Measuring these numbers is left out when runs are compared by their seconds.",
     "others": "Everything else the run wrote down.",
     "norms": "UNIFORM over IDEAL is at least the square of the root mean square over the mean.",
+    "weights": "Of the proposal at the newest checkpoint. Large weights belong to examples that are seldom drawn: "
+    "they hurt only where such an example turns out to have a large gradient.",
 }
 
 
@@ -53,6 +55,8 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
         drawn = plots.all_figures(lines, shut=shut_stretches(records))
         if scored is not None:
             drawn["norms"] = plots.norms_figure(scored.known, what="score, as last measured")
+            if scored.probs is not None:
+                drawn["weights"] = plots.weights_figure(scored.probs)
         pictures = inline(drawn, f"run{i}")
     return {
         "id": f"run{i}",

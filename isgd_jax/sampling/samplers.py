@@ -281,9 +281,8 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         num_draws: the room m, 1 to n; not the expected size.
 
     Returns:
-        m places; ``mask`` is false on the empty ones, whose index and ``probs`` mean nothing. Sums of target/probs over
-            the
-        others, divided by m, estimate the target.
+        m places; ``mask`` is false on the empty ones, whose index and ``probs`` mean nothing. Sums of target/probs
+        over the others, divided by m, estimate the target.
 
     Raises:
         TypeError: ``num_draws`` is no whole number.

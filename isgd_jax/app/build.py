@@ -145,8 +145,13 @@ def make_scorer(name: str, work: Task) -> tuple[Scorer, FreshScores | None]:
     """A scorer, and what a step takes for the fresh scores of what it has drawn: None is norms.
 
     Args:
-        name: one of `isgd_jax.app.config.SCORERS`, or ``pkg.module:fn``.
+        name: one of `isgd_jax.app.config.SCORERS`, or ``pkg.module:fn``, a function of the loss that returns a scorer;
+            the module is imported here.
         work: whose loss is scored; ``logit_bound`` takes its logits.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: it has no such name.
     """
     if name == "grad_norm":
         return scorers.grad_norm(work.loss_fn), None

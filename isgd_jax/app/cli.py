@@ -169,7 +169,24 @@ def _run(command: Command) -> int:
 
 
 def train(command: Train) -> int:
-    """Run `isgd train`; returns the exit code, 128 + the signal if one stopped the run."""
+    """Run `isgd train`: train, or go on, and show it as it goes.
+
+    A new run makes its folder; with ``--resume`` its own is written to, and ``--run-dir`` must not name another one.
+    Before code that lies in a folder's configuration is imported, it is named.
+
+    Args:
+        command: as it was parsed.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        ValueError, TypeError: a flag does not fit the data, the model or the run.
+        FileExistsError: the folder of a new run holds something.
+        FileNotFoundError: there is no run to go on with, or no file that a flag names.
+        OSError: the folder cannot be written to.
+        FloatingPointError: the loss is no longer finite; checkpoints from before stay.
+    """
     from rich.console import Console
     from rich.logging import RichHandler
 

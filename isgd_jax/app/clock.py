@@ -20,7 +20,12 @@ class Clock:
         self.spent = defaultdict[str, float](float)
 
     def go_on_from(self, elapsed: float, spent: dict[str, float]) -> None:
-        """Add the time of an earlier part of the run, and what it was spent on."""
+        """Add the time of an earlier part of the run, and what it was spent on.
+
+        Args:
+            elapsed: seconds of the run up to its checkpoint.
+            spent: of them, by task.
+        """
         self._began -= elapsed
         for task, seconds in spent.items():
             self.spent[task] += seconds
@@ -30,7 +35,11 @@ class Clock:
 
     @contextmanager
     def spending(self, on: str) -> Iterator[None]:
-        """Count the time inside as spent on this. The caller sees to it that the device has finished by the end."""
+        """Count the time inside as spent on a task, an error included.
+
+        Args:
+            on: the task. The caller sees to it that the device has finished by the end: JAX returns before it has.
+        """
         start = self()
         try:
             yield

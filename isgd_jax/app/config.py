@@ -368,7 +368,14 @@ class Config:
                  f"device with {other}, which needs the data there")  # fmt: skip
 
     def share_scored(self, num_examples: int) -> float:
-        """The share of the data set scored at each refresh; 0 where nothing is."""
+        """The share of the data set scored at each refresh; 0 where nothing is.
+
+        All of it in exact mode. In relaxed mode ``refresh_share``; with ``score_budget``, as much as takes this part of
+        the time, a score thought to cost as much as an example of a step.
+
+        Args:
+            num_examples: of the training set.
+        """
         refresh = self.refresh
         if self.sampling.mode != "relaxed":
             return 1.0 if self.sampling.is_scored else 0.0

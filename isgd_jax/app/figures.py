@@ -107,9 +107,13 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for a page that defines our colours as ``--<hex>``, such as ``--0072b2``.
+    """The figure as an SVG element for a page that defines our colors as ``--<hex>``, such as ``--0072b2``.
 
-    ``name`` keeps the ids of one figure apart from those of others on the page; the same figure gives the same text.
+    The same figure gives the same text: neither a date nor random ids are in it.
+
+    Args:
+        figure: drawn in our colors, which follow the page's theme; others stay as they are.
+        name: keeps the ids of one figure apart from those of others on the page.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):

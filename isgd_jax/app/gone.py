@@ -64,8 +64,12 @@ def refuse_gone(arguments: Sequence[str]) -> None:
 def without_gone(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a run of any version, without those of options that went and had not been chosen.
 
+    Args:
+        values: of a flat configuration, as 0.1 wrote it.
+
     Raises:
-        ValueError: one of them had been chosen.
+        ValueError: one of them had been chosen: the run cannot be gone on with as it was, and is not read as if it
+            could.
     """
     for name, value in values.items():
         if name in GONE and value != _UNCHOSEN.get(name, value):

@@ -119,7 +119,10 @@ _FACTORIES: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
 def by_name(name: str, num_classes: int | None, **options: Any) -> Model:
     """The model called "mlp" or "cnn", or what the user's ``factory(num_classes)`` at "pkg.module:factory" returns.
 
-    ``num_classes`` is None where the data have no classes; then only a factory of the user's will do.
+    Args:
+        name: of the model. A module that it names is imported, from the current folder too.
+        num_classes: None where the data have no classes; then only a factory of the user's will do.
+        options: more that the factory takes, by name.
 
     Raises:
         ValueError: there is no model of this name.

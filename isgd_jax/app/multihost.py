@@ -39,7 +39,13 @@ _LOSS = re.compile("Gloo|NCCL|heartbeat|coordination service|UNAVAILABLE|DEADLIN
 def joined(config: Config, fingerprint: str) -> Iterator[None]:
     """Inside, this process is one of those of a run with ``distributed``; without, nothing happens.
 
-    After an error the interpreter does not wait for the others when it exits: they may hang.
+    After an error the interpreter does not wait for the others when it exits: they may hang. The exit code is then 75
+    where others did not come or were lost, so that a scheduler may try again, and else 1.
+
+    Args:
+        config: where the others are, and how long to wait for them; all else in it must be the same in each process,
+            but for folders.
+        fingerprint: of the data set, which must be the same too.
 
     Raises:
         TimeoutError: not all processes came in time.

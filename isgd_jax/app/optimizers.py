@@ -26,7 +26,10 @@ def make(training: TrainingConfig, num_examples: int) -> optax.GradientTransform
 def behind(training: TrainingConfig, num_examples: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer alone: the second part of the chain, for mean gradients.
 
-    Its rate decays, if it does, over the updates that are to be made on a data set of ``num_examples``.
+    Args:
+        training: optimizer, rate, schedule.
+        num_examples: of the training set. A rate that decays does so over the updates to be made on it: then a run that
+            is resumed cannot be made longer.
     """
     rate: optax.ScalarOrSchedule = training.learning_rate
     if training.schedule == "cosine":

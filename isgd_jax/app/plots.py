@@ -27,10 +27,19 @@ SHOWN = {
 
 
 def draw(run: RunDir) -> list[Path]:
-    """Draw loss.png, variance.png, error.png of what has classes, and of runs with scores scores.png, into its folder.
+    """Draw the figures of a run into its folder, from its metrics.jsonl: a run that goes on is drawn as it stands.
+
+    loss.png and variance.png always, error.png of what has classes, scores.png of runs with scores.
+
+    Args:
+        run: its folder.
 
     Returns:
         Their paths. Each file is written whole or not at all.
+
+    Raises:
+        ArgumentError: metrics.jsonl is damaged; the line is named.
+        OSError: the folder cannot be written to.
     """
     with figures.style():
         records = list(run.records())
@@ -92,6 +101,11 @@ def norms_figure(norms: np.ndarray, *, what: str = "norm of the gradient of an e
     """How scores [n] are spread: a histogram of their logarithms, with the mean and the root mean square.
 
     The distance between the two is the gain: UNIFORM over IDEAL is at least the square of their ratio.
+
+    Args:
+        norms: at least 0. Zeros have no place on the axis and count in the shares; what lies six decades below the mean
+            is drawn into the first bar.
+        what: the label of the axis.
     """
     figure = Figure()
     axes = figure.subplots()

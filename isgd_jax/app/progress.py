@@ -39,7 +39,19 @@ class Measures:
         self._report = jax.jit(monitor.report)
 
     def at(self, state: TrainState, train_data: Batch) -> Record:
-        """Everything, of the state as it is."""
+        """Everything that a line of progress has, of the state as it is; it waits for the device.
+
+        Args:
+            state: after the last step. Where parameters lie in parts over devices they are put together here.
+            train_data: of which the loss is measured with ``full_train_loss`` alone: a sweep of the data.
+
+        Returns:
+            Numbers by name; None for what was not measured or is not finite, since JSON knows no NaN.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: what the user's ``measure`` returned are no numbers, or have names of the
+                run's own; told at the first line, before the first update.
+        """
         measured: Record = {}
         here, train = local_copy((state, train_data))
         splits = {"test": self._test_data} | ({"train": train} if self._config.recording.full_train_loss else {})

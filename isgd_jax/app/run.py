@@ -268,7 +268,15 @@ class Recorder(Callback):
         return ClockedRefresher(made, self._clock)
 
     def begin(self, run: Run) -> None:
-        """Take up a checkpoint, write what the run is, and tell the plan; the first line of progress is of step 0."""
+        """Take up a checkpoint, write what the run is, and tell the plan; the first line of progress is of step 0.
+
+        Written are ``inputs.json``, ``environment.json`` and, of a resumed run, ``config.json``. To plan, a few steps
+        and a refresh are compiled and timed; their results are thrown away.
+
+        Raises:
+            ArgumentError: the checkpoint is of another model, optimizer or data set.
+            DamagedFileError: there are checkpoints, and all are damaged.
+        """
         is_restored = self._resume and self._restore(run)
         if self._resume:
             self._folder.write_config(self._config)
@@ -319,7 +327,11 @@ class Recorder(Callback):
             self._ask(run)
 
     def end(self, run: Run) -> None:
-        """Save the last step, and draw the figures."""
+        """Save the last step, and draw the figures.
+
+        Raises:
+            OSError: the last checkpoint, a record or a figure cannot be written; what was written before stays.
+        """
         self._warn(*_notices(self._parts.engine))
         self._save(run)
         self._checkpoints.wait()

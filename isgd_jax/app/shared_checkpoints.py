@@ -80,7 +80,15 @@ class SharedCheckpoints:
 
 
 def of_run(folder: Path, *, identity: dict[str, str]) -> Checkpoints | SharedCheckpoints:
-    """The checkpoints of a run, of one process or several."""
+    """The checkpoints of a run, of one process or several.
+
+    Args:
+        folder: where they are, of process 0; it is made if need be.
+        identity: what must be equal for a checkpoint to belong to the run, by name.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     return (Checkpoints if jax.process_count() == 1 else SharedCheckpoints)(folder, identity=identity)
 
 

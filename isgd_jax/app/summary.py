@@ -70,7 +70,15 @@ def state_of(run: RunDir, records: Sequence[Record]) -> str:
 
 
 def shut_stretches(records: Sequence[Record]) -> list[tuple[int, int]]:
-    """From which step to which the gate was shut: from its records; one that is still shut lasts to the last step."""
+    """From which step to which the gate was shut: from its records; one that is still shut lasts to the last step.
+
+    >>> gate = [{"event": "gate", "step": 100, "at": 64, "is_open": False}, {"event": "progress", "step": 200}]
+    >>> shut_stretches(gate)
+    [(64, 200)]
+
+    Args:
+        records: of metrics.jsonl, oldest first.
+    """
     stretches, since = list[tuple[int, int]](), None
     for record in records:
         if record["event"] == "gate":

@@ -25,7 +25,12 @@ def require_tensorboard() -> None:
 
 
 def with_events(folder: Path, observe: Callable[[Record], None]) -> Callable[[Record], None]:
-    """An observer that also writes events into ``folder``; a resumed run takes the place of what it does again."""
+    """An observer that also writes events into ``folder``; a resumed run takes the place of what it does again.
+
+    Args:
+        folder: of the run; TensorBoard finds the file by its name, ``events.out.tfevents...``.
+        observe: is called after the event is on disk.
+    """
     events = Events(folder)
 
     def both(record: Record) -> None:

@@ -72,7 +72,13 @@ class Window(NamedTuple):
         return list(itertools.product(*map(range, self.kernel)))
 
     def slice(self, padded: Array, offset: tuple[int, ...], first: int) -> Array:
-        """What the kernel's entry ``offset`` meets at every position."""
+        """What the kernel's entry ``offset`` meets at every position.
+
+        Args:
+            padded: the image, as `pad` makes it.
+            offset: of the entry, one number for each spatial axis.
+            first: the first of the spatial axes.
+        """
         starts, limits, strides = [0] * padded.ndim, list(padded.shape), [1] * padded.ndim
         for axis, (k, step, count, stride) in enumerate(
             zip(offset, self.step, self.positions, self.stride, strict=True)

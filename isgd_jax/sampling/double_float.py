@@ -110,7 +110,13 @@ def at_least(x: Pair, y: Pair) -> Bool[Array, "..."]:
 
 
 def where(condition: Bool[Array, "..."], x: Pair, y: Pair) -> Pair:
-    """Element by element, ``x`` where the condition holds, else ``y``; shapes broadcast."""
+    """Element by element, one pair or the other; shapes broadcast.
+
+    Args:
+        condition: where it holds, ``x``.
+        x: a pair.
+        y: another.
+    """
     return Pair(jnp.where(condition, x.hi, y.hi), jnp.where(condition, x.lo, y.lo))
 
 

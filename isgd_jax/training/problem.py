@@ -88,7 +88,13 @@ class Problem:
         return jax.tree.map(jnp.array, made)
 
     def loss(self, params: Params, frozen: Any, example: tuple[Example, Key | None]) -> Float[Array, ""]:
-        """The loss, in the form that training differentiates: of an example with its key."""
+        """The loss, in the form that training differentiates.
+
+        Args:
+            params: what is differentiated by.
+            frozen: left out of the call where the problem has none.
+            example: the example as the loss sees it, with its key, or None where the loss needs none (`pictures`).
+        """
         example, key = example
         arguments = (params, example) if frozen is None else (params, frozen, example)
         return self.loss_fn(*arguments, key) if self.needs_key else self.loss_fn(*arguments)

@@ -67,6 +67,9 @@ class Compare:
 def run(command: Compare) -> int:
     """Run `isgd compare`: train or read, then print the table and write figures and page; returns the exit code.
 
+    Into the folder of the study, or ``--out``, go a PNG for each measured field, ``comparison.md`` and
+    ``comparison.html``, over what is there; where single runs are read without ``--out``, nothing is written.
+
     Raises:
         ValueError: arms or levels are mistaken, or differ from what the folder holds.
         FileNotFoundError: a folder to read is no study's and no run's.
@@ -120,7 +123,12 @@ def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -
 
 
 def read(folders: Sequence[str]) -> compare.Study:
-    """The study in one folder, or the runs in several."""
+    """The study in one folder, or the runs in several; nothing is written.
+
+    Raises:
+        FileNotFoundError: a folder is no study's and no run's.
+        ValueError: the records of a run are damaged, or two runs of an arm have the same seed.
+    """
     paths = [Path(folder) for folder in folders]
     if len(paths) == 1 and not (paths[0] / "config.json").is_file():
         return compare.read(paths[0])
@@ -136,6 +144,10 @@ def folder(command: Compare) -> Path | None:
 
 def parse_arms(texts: Sequence[str], base: Config) -> dict[str, compare.Arm]:
     """Arms as a person writes them, ``"NAME: FLAGS"``, on top of the flags they share.
+
+    Args:
+        texts: one an arm; flags are split as a shell does.
+        base: what the arms have in common. Seed and folder are chosen for each run, and refused here.
 
     Raises:
         ValueError: a text is not of that form, a name comes twice, or a flag is not one of `isgd train`.

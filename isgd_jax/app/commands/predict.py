@@ -36,10 +36,12 @@ class Predict:
 def run(command: Predict) -> int:
     """Run `isgd predict`: write the outputs; returns the exit code.
 
+    The inputs are read without pickle. The file of the outputs, ``--out`` or the name of the inputs with
+    ``-outputs.npy``, is written over. The model that the run's configuration names is imported, and is named before.
+
     Raises:
         FileNotFoundError: there is no such file, run or checkpoint.
         ValueError: the inputs are not those of the model, or a file is damaged.
-        OSError: the outputs cannot be written.
     """
     import numpy as np
 

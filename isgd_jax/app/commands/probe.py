@@ -73,6 +73,9 @@ class Probe:
 def run(command: Probe) -> int:
     """Run `isgd probe`: measure, print the tables and the verdict, write figures and page; returns the exit code.
 
+    Into the folder go ``norms.png``, ``ageing.png``, ``periods.png``, ``probe.json`` and ``probe.html``. They are
+    written when all is measured; in the folder of a run, below ``probe/``.
+
     Raises:
         ValueError: an argument is out of range, or the checkpoint is of another model or data set.
         FileNotFoundError: the run has no checkpoint.

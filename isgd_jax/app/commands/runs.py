@@ -50,6 +50,10 @@ def run(command: Runs) -> int:
 def rows(folder: Path) -> list[tuple[str, ...]]:
     """The cells of each run in a folder, as `HEADS` names them, the newest first.
 
+    Args:
+        folder: of it, folders with a ``config.json`` are runs, one level down. One whose files cannot be read is a line
+            too, "damaged".
+
     Raises:
         FileNotFoundError: there is no such folder, or no run in it.
     """

@@ -105,10 +105,14 @@ def view(name: str, state: str, records: Sequence[Record], *, batch_size: int) -
 
 
 def sparkline(values: Sequence[object]) -> str:
-    """The last numbers as bars; by their logarithms where they span more than a decade. What is no number is left out.
+    """The last 48 numbers as bars, by their logarithms where they span more than a decade.
+
+    What is no number is left out.
 
     >>> sparkline([1, 2, 3, None, 8])
     '▁▂▃█'
+    >>> sparkline([0.001, 0.01, 0.1, 1.0])
+    '▁▃▆█'
     """
     numbers = [float(value) for value in values if is_number(value) and math.isfinite(value)][-_POINTS:]
     if not numbers:

@@ -66,7 +66,12 @@ def first_seen(curve: list[Record], level: Level, against: str = "step") -> floa
 
 
 def common(curves: Sequence[list[Record]], fields: Sequence[str] = FIELDS) -> tuple[Level, ...]:
-    """For each field that all runs measured, the lowest level that all of them reached, rounded up to two digits."""
+    """For each field that all runs measured, the lowest level that all of them reached, rounded up to two digits.
+
+    Args:
+        curves: lines of progress of each run.
+        fields: losses and errors, in the order of the answer; one that a run has not measured is left out.
+    """
     seen = [[[line[field] for line in curve if line.get(field) is not None] for curve in curves] for field in fields]
     return tuple(
         Level(field, _rounded_up(max(map(min, runs))))

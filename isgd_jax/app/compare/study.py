@@ -128,10 +128,16 @@ def read(folder: Path) -> Study:
 def group(folders: Iterable[Path]) -> Study:
     """Runs that were made one by one: those whose configurations differ in the seed alone are one arm.
 
-    An arm is called by the fields in which it differs from the others, such as ``mode=exact``.
+    An arm is called by the fields in which it differs from the others, such as ``mode=exact``. What decides nothing
+    about the parameters (folders, how often is recorded) makes no other arm.
+
+    Args:
+        folders: of runs, of which only configurations and records are read; the first is of the arm that others are
+            compared to.
 
     Raises:
-        ValueError: an arm has the same seed twice.
+        FileNotFoundError: a folder is not that of a run.
+        ValueError: an arm has the same seed twice, or a file is damaged.
     """
     arms: dict[str, dict[int, Curve]] = {}
     configs = {folder: RunDir(folder).read_config().flat() for folder in folders}

@@ -156,7 +156,16 @@ def from_source(
 
 
 def fingerprint(arrays: Arrays) -> str:
-    """SHA-256 over names, types, shapes and bytes: which example is number 17 is part of it."""
+    """SHA-256 over names, types, shapes and bytes: which example is number 17 is part of it.
+
+    It is what a checkpoint, a worker and a replay are compared by. Arrays that are mapped are read once, whole.
+
+    Args:
+        arrays: of the training set, as `isgd_jax.app.data.checks.converted` made them.
+
+    Returns:
+        64 hexadecimal digits; the order of the names does not matter.
+    """
     digest = hashlib.sha256()
     for key in sorted(arrays):
         array = np.ascontiguousarray(arrays[key])

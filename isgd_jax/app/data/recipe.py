@@ -51,6 +51,10 @@ def hold_out(arrays: Mapping[str, np.ndarray], count: int) -> tuple[dict[str, np
     """Splits off ``count`` examples, the same ones for ever: (kept, held out), both in their old order.
 
     The raw stream of a bit generator is the one thing that NumPy promises to keep from version to version.
+
+    Args:
+        arrays: with the leading axis of ``label``.
+        count: how many to hold out; which ones depends on nothing but the number of examples.
     """
     size = len(arrays["label"])
     held = np.zeros(size, bool)

@@ -115,7 +115,13 @@ def is_image(array: np.ndarray) -> bool:
 
 
 def data_uri(image: np.ndarray, *, white: float) -> str:
-    """A picture as PNG in a data URI, stretched from 0, or its least value if that is less, up to ``white``."""
+    """A picture as PNG in a data URI, so that the page needs no file beside it.
+
+    Args:
+        image: [height, width] or [height, width, 1, 3 or 4], of any numbers.
+        white: the value that is drawn white; black is 0, or the least value of the picture if that is less. What is
+            beyond is cut.
+    """
     from PIL import Image
 
     black = min(0.0, float(image.min()))

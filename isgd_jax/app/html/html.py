@@ -18,7 +18,12 @@ NOTHING = "-"
 
 
 def render(template: str, **context: Any) -> str:
-    """A template of the folder ``templates/`` as text; everything that is not a figure is escaped."""
+    """A template of the folder ``templates/`` as text; everything that is not a figure is escaped.
+
+    Args:
+        template: the name of its file.
+        context: what it names. A name that it uses and that is missing is an error, not an empty place.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("isgd_jax.app.html"),
         autoescape=True,
@@ -37,7 +42,11 @@ def inline(drawn: Mapping[str, Figure], where: str) -> dict[str, Markup]:
 
 
 def number(value: Any) -> str:
-    """A number in at most four digits that count, whole numbers whole; anything else as it is; nothing as a dash."""
+    """A number in at most four digits that count, whole numbers whole; anything else as it is; nothing as a dash.
+
+    >>> number(0.000123456), number(12345), number(None)
+    ('0.0001235', '12,345', '-')
+    """
     if value is None:
         return NOTHING
     if not is_number(value):
@@ -51,7 +60,11 @@ def percent(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
+    """Seconds as a person says them.
+
+    >>> duration(5.25), duration(3725.0)
+    ('5.2 s', '1:02:05')
+    """
     if seconds is None:
         return NOTHING
     if abs(seconds) >= timedelta.max.total_seconds():

@@ -38,8 +38,15 @@ CAPTIONS = {
 def run_page(runs: Sequence[RunDir]) -> str:
     """One page of these runs, as HTML. A run that is still going on, or was stopped, is shown as it stands.
 
+    Nothing is written, and nothing imported or downloaded that a run's files name; what is missing, or damaged, beside
+    the records and the configuration is said in its place.
+
+    Args:
+        runs: their folders, at least one; they may be a stranger's.
+
     Raises:
         FileNotFoundError: a folder is not that of a run.
+        ValueError: its configuration or its records are damaged.
     """
     sections = [_section(run, i) for i, run in enumerate(runs)]
     return render("run.html", title=sections[0]["name"] if len(sections) == 1 else "Runs", sections=sections)

@@ -192,7 +192,14 @@ class Steps:
 
 
 def run_plain(probed: Probed, params: Params, *, num_steps: int, key: Key) -> tuple[Params, Any]:
-    """Parameters and optimizer state after ``num_steps`` steps of plain SGD from ``params``; ``key`` draws them."""
+    """Parameters and optimizer state after so many steps of plain SGD, with uniform draws.
+
+    Args:
+        probed: what is trained, and how.
+        params: the first; they are not changed.
+        num_steps: of them.
+        key: of the draws, folded with the number of each step.
+    """
     steps = Steps(probed)
     first = (params, steps.tx.init(params))
     [(_, state)] = _after(steps, first, jax.device_put(probed.problem.train), [num_steps], key)

@@ -306,6 +306,7 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
         holder = {"host": socket.gethostname(), "pid": pid, "since": "now"}
         made[name].write(".holder.json", json.dumps(holder | ({"started": "before"} if name == "again" else {})))
     (tmp_path / "bad" / "config.json").write_text("{")
+    (tmp_path / "odd" / "config.json").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
 
     def said(*arguments: str) -> str:
@@ -316,7 +317,8 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
 
     listed = {row.split()[0]: row.split()[1:] for row in said("runs", str(tmp_path)).splitlines()}
     assert listed["done"] == ["finished", "100", "exact", "0.25", "12.5%", "0.25", "25%", "1.5"]
-    states = {"gone": "killed", "on": "running", "bad": "damaged", "again": "killed", "huge": "killed"}
+    states = {"gone": "killed", "on": "running", "bad": "damaged", "again": "killed", "huge": "killed",
+              "odd": "unreadable"}  # fmt: skip
     assert {name: listed[name][0] for name in states} == states
     watched = said("watch", str(tmp_path / "done"))
     for text in ("done: finished, update 100", "equivalent plain batch", "128", "the gate was shut for 50%"):

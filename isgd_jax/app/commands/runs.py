@@ -62,7 +62,14 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
     found = [path.parent for path in folder.glob("*/config.json")]
     if not found:
         raise FileNotFoundError(f"{folder} holds no runs: no folder in it has a config.json")
-    return [_row(path) for path in sorted(found, key=lambda path: -(path / "config.json").stat().st_mtime)]
+    return [_row(path) for path in sorted(found, key=_began, reverse=True)]
+
+
+def _began(path: Path) -> float:
+    try:
+        return (path / "config.json").stat().st_mtime
+    except OSError:  # it has just been removed
+        return 0.0
 
 
 def _row(path: Path) -> tuple[str, ...]:
@@ -71,6 +78,8 @@ def _row(path: Path) -> tuple[str, ...]:
         config, records = run.read_config(), list(run.records())
     except (ArgumentError, TypeError):
         return path.name, "damaged", *["-"] * (len(HEADS) - 2)
+    except OSError:
+        return path.name, "unreadable", *["-"] * (len(HEADS) - 2)
     numbers = key_numbers([r for r in records if r["event"] == "progress"], batch_size=config.training.batch_size)
     return (
         path.name,

@@ -138,6 +138,8 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
     """
     _check_masses(probs)
     law, indices, probs = _whole(law), replicated(indices), replicated(probs)
+    if not indices.shape[0]:
+        return law
     size = law.masses.shape[0]
     at = jnp.where((indices >= 0) & (indices < size), indices.astype(jnp.int32), size)
     if law.positions is not None:
@@ -150,14 +152,16 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
     blocks = node[:, None] * BRANCHES + jnp.arange(BRANCHES, dtype=jnp.int32)[None]
     totals, sums = _block_totals(lambda place: _mass_at(masses, blocks * BLOCK + place), blocks.shape), law.sums
     for depth in reversed(range(len(levels))):
-        sums = sums.at[levels[depth].start + node].set(_running(totals))
+        nodes = _running(totals)
+        sums = sums.at[levels[depth].start + node].set(nodes)
         if depth:
             node = node // BRANCHES
             children = node[:, None] * BRANCHES + jnp.arange(BRANCHES, dtype=jnp.int32)[None]
             last = sums[levels[depth].start + jnp.minimum(children, len(levels[depth]) - 1), -1]
             is_there = children < len(levels[depth])
             totals = Pair(*(jnp.where(is_there, last[..., word], 0.0) for word in (0, 1)))
-    return law._replace(masses=masses, sums=_with_header(sums, law.scale))
+    # The total as it was added up: read back from the tree, it would cost XLA two copies of the whole of it.
+    return law._replace(masses=masses, sums=sums.at[0, 0].set(nodes[0, -1]))
 
 
 def probabilities(law: Law) -> Float[Array, " n"]:

@@ -284,6 +284,20 @@ def test_duplicates_in_an_update() -> None:
     jax.tree.map(np.testing.assert_array_equal, law, samplers.prepare(jnp.ones(20).at[3].set(5.0)))
 
 
+def test_a_donated_law_is_changed_in_place() -> None:
+    """No array as large as one of the law is copied by the compiled program; an empty change is none."""
+    size = 100_003
+    law = jax.eval_shape(lambda x: samplers.prepare(x, x.astype(jnp.int32)), jax.ShapeDtypeStruct((size,), jnp.float32))
+    given = (jax.ShapeDtypeStruct((7,), kind) for kind in (jnp.int32, jnp.float32))
+    text = jax.jit(samplers.update, donate_argnums=0).lower(law, *given).compile().as_text()
+    large = [f"[{','.join(map(str, leaf.shape))}]" for leaf in law]
+    assert all(shape in text for shape in large)
+    copied = [line for line in text.splitlines() if " copy(" in line and any(x in line for x in large)]
+    assert copied == []
+    law = samplers.prepare(jnp.ones(20))
+    jax.tree.map(np.testing.assert_array_equal, samplers.update(law, jnp.zeros(0, jnp.int32), jnp.zeros(0)), law)
+
+
 def test_probabilities_are_in_the_order_of_the_examples() -> None:
     masses = log_normal(50, 1.0)
     law = samplers.prepare(jnp.asarray(masses), samplers.order_by(jnp.asarray(masses)))

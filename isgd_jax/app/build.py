@@ -224,7 +224,7 @@ def worker_job(
         loss: likewise.
 
     Returns:
-        The job, and the fingerprint of the data it has: the trainer refuses a worker with another one.
+        The job, and the fingerprint of the data it has; the trainer refuses a worker with another one.
 
     Raises:
         FileNotFoundError: the data are not there.

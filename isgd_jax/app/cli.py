@@ -178,7 +178,7 @@ def train(command: Train) -> int:
         command: as it was parsed.
 
     Returns:
-        The exit code: 0, or 128 + the number of the signal that stopped the run.
+        The exit code, 0 or 128 + the number of the signal that stopped the run.
 
     Raises:
         ValueError, TypeError: a flag does not fit the data, the model or the run.

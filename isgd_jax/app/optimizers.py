@@ -18,7 +18,7 @@ def make(training: TrainingConfig, num_examples: int) -> optax.GradientTransform
         num_examples: of the training set: the 1/N of the reweighting, and what an epoch is.
 
     Returns:
-        The chain. Its state is a pair: the reweighting's, and the optimizer's.
+        The chain, whose state is the pair of the reweighting's and the optimizer's.
     """
     return optax.chain(importance_weighting(num_examples), behind(training, num_examples))
 

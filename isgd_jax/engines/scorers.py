@@ -130,7 +130,8 @@ def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto
         microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
 
     Returns:
-        A scorer whose parameters are the pair ``(params, scale)``, two trees of the same shapes: publish both together.
+        A scorer whose parameters are the pair ``(params, scale)``, two trees of the same shapes; publish both
+        together.
 
     Raises:
         ValueError: ``microbatch_size`` is no positive integer.

@@ -94,8 +94,8 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
             pair may be all that is left.
 
     Returns:
-        The squares, over the scale of each example, with ``sizes`` = Σ |pair| where pairs can cancel: their rounding is
-        about sizes · 2^-24.
+        The squares, over the scale of each example; where pairs can cancel also ``sizes``, the sum of the pairs without
+        their signs, of which the rounding is about 2^-24.
     """
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):

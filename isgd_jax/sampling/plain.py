@@ -94,7 +94,8 @@ def uniform_draws(
         steps_per_update: calls of ``observe`` that make one parameter update.
 
     Returns:
-        The functions. ``record`` is a TypeError and ``refresh`` changes nothing: the proposal is what it is.
+        The functions. Since the proposal is what it is, ``record`` is a TypeError and ``refresh`` changes
+        nothing.
 
     Raises:
         TypeError: a number is of the wrong type.

@@ -227,7 +227,9 @@ def stratified(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     ([0, 2], [0.5, 0.5])
 
     Args:
-        key, law, num_draws: those of `independent`, and so are the errors.
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: m, at least 1; errors are those of `independent`.
 
     Returns:
         m draws in the order of the line, which is not that of the examples.
@@ -242,7 +244,9 @@ def systematic(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     estimate from one draw tells. Source: Madow, "On the theory of systematic sampling" (1949).
 
     Args:
-        key, law, num_draws: those of `independent`, and so are the errors.
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: m, at least 1; errors are those of `independent`.
 
     Returns:
         m draws in the order of the line.
@@ -329,7 +333,9 @@ def uniform_strata(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     Source: ours.
 
     Args:
-        key, law, num_draws: those of `independent`, and so are the errors.
+        key: of this draw alone.
+        law: prepared by `prepare`, or probabilities [n].
+        num_draws: m, at least 1; errors are those of `independent`.
     """
     return on_line("stratified", key, law, num_draws=num_draws, is_open=jnp.asarray(False))
 

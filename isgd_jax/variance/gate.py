@@ -81,7 +81,7 @@ def observe(
             neither good nor bad does not make it flutter.
 
     Returns:
-        The gate after the step, and the `Verdict`: its ratio is that of the evidence just judged.
+        The gate after the step, and the `Verdict` with the ratio that has just been judged.
     """
     uniform = weights * jnp.square(norms)
     stale = uniform * proposal_weights

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from isgd_jax.app.task import Task
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.types import Batch, Params
 
 __all__ = ["EVAL_BATCH", "Fit", "make_evaluate"]
@@ -34,7 +35,6 @@ def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
         A function that compiles once for each number of examples.
     """
 
-    @jax.jit
     def evaluate(params: Params, batch: Batch) -> Fit:
         def one(example: Batch) -> tuple[Array, Array]:
             return task.loss_fn(params, example), _is_wrong(task, params, example)
@@ -42,7 +42,7 @@ def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
         losses, wrong = jax.lax.map(one, batch, batch_size=EVAL_BATCH)
         return Fit(jnp.mean(losses), jnp.mean(wrong))
 
-    return evaluate
+    return CapturingJit(evaluate)
 
 
 def _is_wrong(task: Task, params: Params, example: Batch) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
 from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 __all__ = ["TRIES", "DeviceWorker", "Job", "device_pool", "local", "num_bytes", "seconds_per_chunk"]
@@ -35,7 +36,7 @@ class DeviceWorker:
     def __init__(self, device: jax.Device, job: Job, *, fingerprint: str = "") -> None:
         self.name = f"{device.platform}:{device.id}"
         self.fingerprint = fingerprint
-        self._device, self._job, self._scorer = device, job, jax.jit(job.scorer)
+        self._device, self._job, self._scorer = device, job, CapturingJit(job.scorer)
         self._params: Params = None
 
     def load(self, shipment: Params, version: int) -> int:
@@ -151,7 +152,7 @@ def seconds_per_chunk(job: Job, device: jax.Device, params: Params) -> float:
         device: who scores.
         params: to score with, anywhere.
     """
-    scorer, held = jax.jit(job.scorer), jax.device_put(params, device)
+    scorer, held = CapturingJit(job.scorer), jax.device_put(params, device)
     batch = jax.device_put(job.chunks.batch(job.data, 0), device)
     jax.block_until_ready(scorer(held, batch))
     began = time.monotonic()

@@ -54,6 +54,7 @@ from isgd_jax.engines.contract import ScoredChunk, WorkersGone
 from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -79,7 +80,7 @@ class ScoringActor:
         """
         self._job, fingerprint = make_job()
         self._device = jax.local_devices()[0]
-        self._scorer = jax.jit(self._job.scorer)
+        self._scorer = CapturingJit(self._job.scorer)
         self._params: Params = None
         self._version: int | None = None
         return fingerprint

@@ -2,6 +2,9 @@
 
 The best score is the norm of the example's gradient (Alain et al., arXiv 1511.06481). The others are cheaper and rank
 examples alike, more or less: `experiments/benchmarks/ranks.py` measures how much.
+
+A loss with more arguments, ``loss_fn(params, frozen, example)``, makes a scorer with as many: ``scorer(params, frozen,
+batch)``. Only the first is differentiated.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.batching import in_microbatches
 from isgd_jax.gradients.per_example import per_example_grads
-from isgd_jax.types import Batch, Example, LossFn, Params, Scorer, Scores, SketchingScorer
+from isgd_jax.types import Example, Params, Scorer, Scores, SketchingScorer
 
 __all__ = [
     "GradientSketch",
@@ -51,7 +54,7 @@ class GradientSketch(Protocol):
 
 @overload
 def grad_norm(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     *,
     sketch: None = None,
     select: Select | None = None,
@@ -62,7 +65,7 @@ def grad_norm(
 
 @overload
 def grad_norm(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     *,
     sketch: GradientSketch,
     select: None = None,
@@ -72,7 +75,7 @@ def grad_norm(
 
 
 def grad_norm(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     *,
     sketch: GradientSketch | None = None,
     select: Select | None = None,
@@ -82,7 +85,7 @@ def grad_norm(
     """The exact norm of each example's gradient; with a sketch, also where it points, of the same backward pass.
 
     Args:
-        loss_fn: ``(params, example) -> scalar``.
+        loss_fn: ``(params, example) -> scalar``, or with more arguments in between, which the scorer then takes too.
         sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
             ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
         select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
@@ -96,21 +99,21 @@ def grad_norm(
     if sketch is not None and select is not None:
         raise ArgumentError("a sketch needs the gradients of all parameters: give either sketch= or select=")
 
-    def score(params: Params, batch: Batch) -> Any:
+    def score(params: Params, *args: Any) -> Any:
         chosen, rebuild = _selected(params, select)
         if not chosen:
-            return jnp.zeros(jax.tree.leaves(batch)[0].shape[0])
+            return jnp.zeros(jax.tree.leaves(args[-1])[0].shape[0])
 
-        def part_loss(chosen: list[Any], example: Example) -> Float[Array, ""]:
-            return loss_fn(rebuild(chosen), example)
+        def part_loss(chosen: list[Any], *rest: Any) -> Float[Array, ""]:
+            return loss_fn(rebuild(chosen), *rest)
 
         grads = per_example_grads(part_loss, joint=False)
-        found = grads(chosen, batch)
+        found = grads(chosen, *args)
         norms, cancelled = lazy.unguarded_norms(found, precision=precision)
 
         def over() -> Scores:
             safe = partial(lazy.product_norms, precision=precision)
-            return in_microbatches(lambda chosen, some: safe(grads(chosen, some)), _SLICE)(chosen, batch)
+            return in_microbatches(lambda *some: safe(grads(*some)), _SLICE)(chosen, *args)
 
         norms = norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
         return norms if sketch is None else (norms, sketch.of_grads(found))
@@ -118,7 +121,9 @@ def grad_norm(
     return in_microbatches(score, microbatch_size)
 
 
-def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto"] | None = "auto") -> Scorer:
+def preconditioned_norm(
+    loss_fn: Callable[..., Any], *, microbatch_size: int | Literal["auto"] | None = "auto"
+) -> Scorer:
     """The norm of the step the optimizer would make of each example: ``‖g · scale‖``.
 
     For Adam the scale is ``1 / (√v + ε)``, with the second moments ``v`` of ``optax.tree.get(opt_state, "nu")``. It
@@ -137,9 +142,9 @@ def preconditioned_norm(loss_fn: LossFn, *, microbatch_size: int | Literal["auto
         ValueError: ``microbatch_size`` is no positive integer.
     """
 
-    def score(scaled_params: tuple[Params, PyTree], batch: Batch) -> Scores:
+    def score(scaled_params: tuple[Params, PyTree], *args: Any) -> Scores:
         params, scale = scaled_params
-        return lazy.scaled_norms(per_example_grads(loss_fn, joint=False)(params, batch), scale)
+        return lazy.scaled_norms(per_example_grads(loss_fn, joint=False)(params, *args), scale)
 
     return in_microbatches(score, microbatch_size)
 
@@ -159,17 +164,17 @@ def normalisation(path: tuple[str, ...]) -> bool:
     return any("norm" in name.lower() or name.lower().startswith("ln") for name in path)
 
 
-def loss(loss_fn: LossFn) -> Scorer:
+def loss(loss_fn: Callable[..., Any]) -> Scorer:
     """The loss of each example as its score: one forward pass.
 
     It is in no fixed proportion to the norm; `experiments/benchmarks/ranks.py` measures how alike they rank.
 
     Args:
-        loss_fn: ``(params, example) -> scalar``, not negative; a negative score is set aside where it is recorded.
+        loss_fn: as for `grad_norm`, not negative; a negative score is set aside where it is recorded.
     """
 
-    def score(params: Params, batch: Batch) -> Scores:
-        return jax.vmap(loss_fn, in_axes=(None, 0))(params, batch)
+    def score(*args: Any) -> Scores:
+        return jax.vmap(loss_fn, in_axes=_last_alone(args))(*args)
 
     return score
 
@@ -180,7 +185,7 @@ def softmax_cross_entropy(logits: Float[Array, " c"], example: Example) -> Float
 
 
 def logit_bound(
-    logits_fn: Callable[[Params, Example], Any],
+    logits_fn: Callable[..., Any],
     loss_of_logits: Callable[[Any, Example], Float[Array, ""]] = softmax_cross_entropy,
 ) -> Scorer:
     """The norm of the loss's gradient with respect to the logits: one forward pass.
@@ -189,18 +194,23 @@ def logit_bound(
     arXiv 1803.00942, equation 20). The constant does not matter, since only ratios of scores do.
 
     Args:
-        logits_fn: ``(params, example) -> logits``, a pytree of arrays.
+        logits_fn: ``(params, example) -> logits``, a pytree of arrays; or with more arguments in between.
         loss_of_logits: ``(logits, example) -> scalar``; cross-entropy with ``example["label"]`` by default.
     """
 
-    def one(params: Params, example: Example) -> Float[Array, ""]:
-        slopes = jax.grad(loss_of_logits)(logits_fn(params, example), example)
+    def one(*args: Any) -> Float[Array, ""]:
+        slopes = jax.grad(loss_of_logits)(logits_fn(*args), args[-1])
         return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(slopes)))
 
-    def score(params: Params, batch: Batch) -> Scores:
-        return jax.vmap(one, in_axes=(None, 0))(params, batch)
+    def score(*args: Any) -> Scores:
+        return jax.vmap(one, in_axes=_last_alone(args))(*args)
 
     return score
+
+
+def _last_alone(args: tuple[Any, ...]) -> tuple[int | None, ...]:
+    """Of which arguments each example has its own: of the batch."""
+    return (*[None] * (len(args) - 1), 0)
 
 
 def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isgd_jax.errors import ArgumentTypeError
+from isgd_jax.gradients.captured import CapturingJit, captured, passing
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
 __all__ = ["sharded"]
@@ -32,12 +33,15 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     * sketches, where ``scorer`` returns ``(scores, sketches)``, come home with them;
     * parameters are copied to the devices once, however often they are used: passing the same arrays again, or arrays
       already replicated over the devices, copies nothing;
-    * parameters that are split over a mesh stay split: then the batch is split over the whole mesh, by `jax.jit`.
+    * parameters that are split over a mesh stay split: then the batch is split over the whole mesh, by `jax.jit`;
+    * large arrays that the scorer captures, such as frozen weights, are copied to the devices once, and are not written
+      into the program.
 
     Call it outside `jax.jit`: it places arrays on devices itself.
 
     Args:
-        scorer: ``(params, batch) -> scores [b]``, or ``(scores [b], sketches [b, dims])``, not jitted.
+        scorer: ``(params, batch) -> scores [b]``, or ``(scores [b], sketches [b, dims])``, not jitted; or with more
+            arguments before the batch.
         devices: who scores; all local ones by default. One device alone is plain `jax.jit`.
 
     Raises:
@@ -45,14 +49,15 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:
-        return jax.jit(scorer)
+        return CapturingJit(scorer)
     mesh = Mesh(np.array(devices), ("devices",))
-    mapped = jax.pmap(scorer, "devices", in_axes=(None, 0), devices=devices)
+    mapped = _Mapped(scorer, devices)
     replicate = _Replicator(NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("devices"))
-    whole = jax.jit(scorer)
+    whole = CapturingJit(scorer)
 
-    def score(params: Params, batch: Batch) -> Any:
+    def score(*args: Any) -> Any:
+        *params, batch = args
         _check_concrete(params, batch)
         over = _mesh_of(params)
         if over is not None:
@@ -61,14 +66,35 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         each = -(-size // len(devices))
         rows = np.minimum(np.arange(each * len(devices)), size - 1)  # the last example, again, is harmless padding
         slices = jax.tree.map(lambda x: x[rows].reshape(len(devices), each, *x.shape[1:]), batch)
-        found = jax.device_get(mapped(replicate(params), jax.device_put(slices, split)))
+        found = jax.device_get(mapped(replicate(params), jax.device_put(slices, split), replicate.sharding))
         joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
         return _bring_home(joined, params, batch)
 
     return score
 
 
-def _mesh_of(params: Params) -> Mesh | None:
+class _Mapped:
+    """A scorer under `jax.pmap`, a slice of the batch for each device."""
+
+    def __init__(self, scorer: Any, devices: Sequence[jax.Device]):
+        self._jitted, self._devices = jax.jit(scorer), list(devices)
+        self._mapped: Any = None
+        self._copies: list[jax.Array] = []
+
+    def __call__(self, shared: Sequence[Any], slices: Batch, everywhere: NamedSharding) -> Any:
+        """The scores [devices, each], of arguments on every device and slices [devices, each, ...]."""
+        if self._mapped is None:
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
+            found = captured(self._jitted, *shared, one)
+            call = passing(self._jitted, found)
+            self._copies = jax.device_put(found, everywhere)
+            self._mapped = jax.pmap(
+                lambda whole, part: call(whole[0], *whole[1], part), "devices", in_axes=(None, 0), devices=self._devices
+            )
+        return self._mapped((self._copies, list(shared)), slices)
+
+
+def _mesh_of(params: Sequence[Any]) -> Mesh | None:
     """The mesh over which parameters are split, if they are."""
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and not leaf.is_fully_replicated:
@@ -81,14 +107,14 @@ def _is_on_one(x: Any) -> bool:
     return isinstance(x, jax.Array) and x.committed and len(x.devices()) == 1
 
 
-def _scored_over(mesh: Mesh, scorer: Any, params: Params, batch: Batch) -> Any:
+def _scored_over(mesh: Mesh, scorer: Any, params: Sequence[Any], batch: Batch) -> Any:
     """The scores of a batch, split over all devices of a mesh, by parameters that stay where they are."""
     size = jax.tree.leaves(batch)[0].shape[0]
     rows = np.minimum(np.arange(-(-size // mesh.size) * mesh.size), size - 1)  # the last example, again, as padding
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(lambda x: jax.device_put(x, whole) if _is_on_one(x) else x, params)
-    found = jax.device_get(scorer(params, jax.device_put(jax.tree.map(lambda x: x[rows], batch), split)))
+    found = jax.device_get(scorer(*params, jax.device_put(jax.tree.map(lambda x: x[rows], batch), split)))
     return jax.tree.map(lambda x: x[:size], found)
 
 
@@ -96,7 +122,7 @@ class _Replicator:
     """Copies parameters to all devices, and remembers the last ones: many batches are scored between two publishes."""
 
     def __init__(self, sharding: NamedSharding):
-        self._sharding = sharding
+        self.sharding = sharding
         self._leaves: list[Any] = []
         self._copies: list[jax.Array] = []
 
@@ -113,17 +139,17 @@ class _Replicator:
         return same and all(isinstance(x, jax.Array) for x in leaves)
 
     def _copy(self, x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(self._sharding, x.ndim):
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(self.sharding, x.ndim):
             return x
-        return jax.device_put(jnp.copy(x), self._sharding)  # the caller may donate its own
+        return jax.device_put(jnp.copy(x), self.sharding)  # the caller may donate its own
 
 
-def _check_concrete(params: Params, batch: Batch) -> None:
+def _check_concrete(params: Sequence[Any], batch: Batch) -> None:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, batch))):
         raise ArgumentTypeError("a sharded scorer places arrays on devices itself: call it outside jit, vmap and grad")
 
 
-def _bring_home(found: Any, params: Params, batch: Batch) -> Any:
+def _bring_home(found: Any, params: Any, batch: Batch) -> Any:
     """Plain arrays on the device the inputs were committed to, else on the default one."""
     arrays = [x for x in jax.tree.leaves((batch, params)) if isinstance(x, jax.Array)]
     homes = {next(iter(x.devices())) for x in arrays if x.committed and len(x.devices()) == 1}

@@ -10,7 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -25,8 +25,10 @@ from isgd_jax.gradients.lazy import spec_of
 
 __all__ = ["AUTO_BYTES", "Scoring", "in_microbatches"]
 
-Scoring = Callable[[Any, Any], Any]
-"""``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone."""
+Scoring = Callable[..., Any]
+"""``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone.
+
+There may be more arguments, the same for all examples: the batch is the last."""
 
 _TRACED = 64
 
@@ -38,7 +40,7 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
     """``score``, on some examples of a batch at a time.
 
     Args:
-        score: a pure function ``(params, batch) -> rows``.
+        score: a pure function ``(params, batch) -> rows``, or with more arguments before the batch.
         size: so many at a time; "auto": as many as keep intermediate values within `AUTO_BYTES`; None: all at once.
 
     Returns:
@@ -53,38 +55,39 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
         raise ArgumentError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
     fitting: dict[str, int] = {}
 
-    def scored(params: Any, batch: Any) -> Any:
+    def scored(*args: Any) -> Any:
+        *shared, batch = args
         b = jax.tree.leaves(batch)[0].shape[0]
         if size is None or b == 1:
-            return score(params, batch)
+            return score(*args)
         if size != "auto":
-            return _sliced(score, params, batch, size)
-        traced, rows = jax.make_jaxpr(score, return_shape=True)(params, batch)
+            return _sliced(score, shared, batch, size)
+        traced, rows = jax.make_jaxpr(score, return_shape=True)(*args)
         if _bytes(traced.jaxpr) <= AUTO_BYTES:  # what was traced to be looked at is what runs: tracing takes seconds
-            found = jaxpr_as_fun(traced)(*jax.tree.leaves((params, batch)))
+            found = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
             return jax.tree.unflatten(jax.tree.structure(rows), found)
         key = str(traced.in_avals)
         if key not in fitting:
-            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, params, batch)))
-        return _sliced(score, params, batch, fitting[key])
+            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, shared, batch)))
+        return _sliced(score, shared, batch, fitting[key])
 
     return scored
 
 
-def _sliced(score: Scoring, params: Any, batch: Any, size: int) -> Any:
+def _sliced(score: Scoring, shared: Sequence[Any], batch: Any, size: int) -> Any:
     """Slice i has the examples i, i + count, i + 2 count, ...: of each device's part, where a mesh splits the batch."""
     b = jax.tree.leaves(batch)[0].shape[0]
     if size >= b:
-        return score(params, batch)
+        return score(*shared, batch)
     split = next((x for x in jax.tree.leaves(batch) if any(name is not None for name in spec_of(x))), None)
     if split is not None:  # rows come out split as they came in
         slices = jax.sharding.auto_axes(partial(_in_turn, score), out_sharding=PartitionSpec(spec_of(split)[0]))
         with jax.sharding.use_abstract_mesh(jax.typeof(split).sharding.mesh):
-            return slices(params, batch, size=size)
-    return _in_turn(score, params, batch, size=size)
+            return slices(shared, batch, size=size)
+    return _in_turn(score, shared, batch, size=size)
 
 
-def _in_turn(score: Scoring, params: Any, batch: Any, *, size: int) -> Any:
+def _in_turn(score: Scoring, shared: Sequence[Any], batch: Any, *, size: int) -> Any:
     b = jax.tree.leaves(batch)[0].shape[0]
     count = -(-b // size)
     size = -(-b // count)  # slices of one size: the last examples again are harmless padding
@@ -92,20 +95,20 @@ def _in_turn(score: Scoring, params: Any, batch: Any, *, size: int) -> Any:
     columns = jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1:]), padded)
 
     def slice_(i: Any) -> Any:
-        return score(params, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), columns))
+        return score(*shared, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 1, keepdims=False), columns))
 
     rows = lax.map(slice_, jnp.arange(count, dtype=jnp.int32))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size * count, *x.shape[2:])[:b], rows)
 
 
-def _bytes_an_example(score: Scoring, params: Any, batch: Any) -> int:
+def _bytes_an_example(score: Scoring, shared: Sequence[Any], batch: Any) -> int:
     """By how much the intermediate values grow with an example more: a line through two sizes, as wholes may slice."""
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (params, batch))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (shared, batch))
 
     def of(b: int) -> int:
         examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), shapes[1])
-        return _bytes(jax.make_jaxpr(score)(shapes[0], examples).jaxpr)
+        return _bytes(jax.make_jaxpr(score)(*shapes[0], examples).jaxpr)
 
     return (of(2 * _TRACED) - of(_TRACED)) // _TRACED
 

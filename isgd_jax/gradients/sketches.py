@@ -41,7 +41,7 @@ class LayerSketch:
     """
 
     key: Key
-    loss_fn: LossFn
+    loss_fn: Callable[..., Any]
     place: int
     """Of the layer's matrix among the leaves of the parameters."""
     axes: Any
@@ -60,32 +60,32 @@ class LayerSketch:
             _of_product(self.key, jax.vmap(lambda one: unfold(one, self.axes))(formed), self.width), formed
         )
 
-    def of_batch(self, params: Params, batch: Batch) -> Float[Array, "b dims"]:
-        """The sketches of the gradients that these examples would have."""
-        return of_gradient(self.key, self._layer_grads(params, batch), dims=self.width)
+    def of_batch(self, params: Params, *args: Any) -> Float[Array, "b dims"]:
+        """The sketches of the gradients that the examples of a batch, the last argument, would have."""
+        return of_gradient(self.key, self._layer_grads(params, *args), dims=self.width)
 
-    def _layer_grads(self, params: Params, batch: Batch) -> Any:
+    def _layer_grads(self, params: Params, *args: Any) -> Any:
         structure: Any = jax.tree.structure(params)
         values = jax.tree.leaves(params)
 
-        def loss_of_layer(layer: Any, example: Example) -> Float[Array, ""]:
+        def loss_of_layer(layer: Any, *rest: Any) -> Float[Array, ""]:
             others = [*values[: self.place], layer, *values[self.place + 1 :]]
-            return self.loss_fn(jax.tree.unflatten(structure, others), example)
+            return self.loss_fn(jax.tree.unflatten(structure, others), *rest)
 
-        return per_example_grads(loss_of_layer, joint=False)(values[self.place], batch)
+        return per_example_grads(loss_of_layer, joint=False)(values[self.place], *args)
 
 
 def last_layer_sketch(
-    loss_fn: LossFn, params: Params, example: Example, *, dims: int = 128, key: Key | None = None
+    loss_fn: Callable[..., Any], params: Params, *args: Any, dims: int = 128, key: Key | None = None
 ) -> LayerSketch:
     """How an order by clusters sees the examples of a model: by the gradient of the layer nearest to the loss.
 
     Only shapes are looked at: nothing is computed, and the sketch holds no parameters.
 
     Args:
-        loss_fn: ``(params, example) -> scalar``.
+        loss_fn: ``(params, example) -> scalar``, or with more arguments in between.
         params: of the model; only shapes matter.
-        example: one item of the data set, without a batch axis.
+        args: one item of the data set, without a batch axis, after whatever else the loss takes.
         dims: numbers an example; their order costs ``4 * dims`` bytes an example of memory.
         key: of the random projection, by default ``jax.random.key(0)``.
 
@@ -95,11 +95,12 @@ def last_layer_sketch(
     Source: ours; Johnson & Lindenstrauss (1984) for the projections.
     """
     key = jax.random.key(0) if key is None else key
-    made = LayerSketch(key, loss_fn, nearest_to_loss(loss_fn, params, example), None, dims, dims)
+    *frozen, example = args
+    made = LayerSketch(key, loss_fn, nearest_to_loss(loss_fn, params, *args), None, dims, dims)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), jax.eval_shape(lambda x: x, example))
-    layer = jax.eval_shape(made._layer_grads, params, batch)
+    layer = jax.eval_shape(made._layer_grads, params, *frozen, batch)
     axes = layer.terms[0].axes if _is_plain(layer) else None
-    return replace(made, axes=axes, dims=jax.eval_shape(made.of_batch, params, batch).shape[1])
+    return replace(made, axes=axes, dims=jax.eval_shape(made.of_batch, params, *frozen, batch).shape[1])
 
 
 def last_layer(key: Key, loss_fn: LossFn, params: Params, example: Example, *, dims: int = 128) -> Sketch:
@@ -183,24 +184,24 @@ def _real_rows(leaf: Array) -> Float[Array, "b p"]:
     return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
 
 
-def nearest_to_loss(loss_fn: LossFn, params: Params, example: Example) -> int:
+def nearest_to_loss(loss_fn: Callable[..., Any], params: Params, *args: Any) -> int:
     """The place among the leaves of the matrix whose gradient takes the shortest program: the last layer's.
 
     Programs are traced and counted, one for each leaf, and none is run. Vectors and scalars are taken only where there
     is no matrix; of equals the last one is.
 
     Args:
-        loss_fn: ``(params, example) -> scalar``.
+        loss_fn: ``(params, example) -> scalar``, or with more arguments in between.
         params: of the model; only shapes matter.
-        example: one item of the data set.
+        args: one item of the data set, after whatever else the loss takes.
     """
     leaves, structure = jax.tree.flatten(params)
 
     def length(place: int) -> tuple[bool, int, int]:
-        def loss(leaf: Array, others: list[Array], example: Example) -> Array:
-            return loss_fn(jax.tree.unflatten(structure, [*others[:place], leaf, *others[place + 1 :]]), example)
+        def loss(leaf: Array, others: list[Array], *rest: Any) -> Array:
+            return loss_fn(jax.tree.unflatten(structure, [*others[:place], leaf, *others[place + 1 :]]), *rest)
 
-        closed = jax.make_jaxpr(jax.grad(loss))(leaves[place], leaves, example)  # shapes are enough
+        closed = jax.make_jaxpr(jax.grad(loss))(leaves[place], leaves, *args)  # shapes are enough
         return leaves[place].ndim < 2, _count(closed.jaxpr), -place
 
     return min(range(len(leaves)), key=length)

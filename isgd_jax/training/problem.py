@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.types import Batch, Example, Key, Params
 
 __all__ = ["NOTHING", "Problem"]
@@ -32,7 +33,8 @@ class Problem:
         train: a pytree of arrays with leading axis n, on the device or on the host (NumPy, memory-mapped). Integers
             stay integers, and nothing is standardized: that is the loss's business.
         held_out: more such pytrees, by name; measured, never trained on.
-        frozen: arrays that the loss needs and nobody trains, such as a pretrained base: passed, not baked in.
+        frozen: arrays that the loss needs and nobody trains, such as a pretrained base. What the loss captures is
+            passed to the program too, not written into it.
         needs_key: the loss draws random numbers, such as dropout.
         augment: ``(key, example) -> example``: another picture of an example at each draw.
         metrics: ``(params, example) -> scalar`` by name (with ``frozen`` in between), measured on held-out data; by
@@ -119,7 +121,6 @@ class Problem:
         """
         functions = dict(self.measured())
 
-        @jax.jit
         def evaluate(params: Params, frozen: Any, data: Batch) -> dict[str, Array]:
             extra = () if frozen is None else (frozen,)
 
@@ -130,7 +131,8 @@ class Problem:
             values = jax.lax.map(one, data, batch_size=min(batch_size, size))
             return jax.tree.map(jnp.mean, values)
 
-        return lambda params, data: evaluate(params, self.frozen, data)
+        program = CapturingJit(evaluate)
+        return lambda params, data: program(params, self.frozen, data)
 
     def scorer(self, make: Callable[..., Any] | None = None) -> Callable[[Any, Batch], Any]:
         """What an engine scores with: exact norms, of one random picture of each example where there are pictures.
@@ -142,13 +144,15 @@ class Problem:
         """
         from isgd_jax.engines.scorers import grad_norm  # a scorer is made only where somebody scores
 
-        plain = (make or grad_norm)(self._loss_of_pair)
+        norms: Any = grad_norm(self.loss) if make is None else None
+        others: Any = None if make is None else make(self._loss_of_pair)
 
         def score(published: tuple[Params, Any, Array | None], batch: Batch) -> Any:
             params, frozen, bits = published
             size = jax.tree.leaves(batch)[0].shape[0]
             keys = None if bits is None else jax.random.split(jax.random.wrap_key_data(bits), size)
-            return plain((params, frozen), self.pictures(keys, batch))
+            seen = self.pictures(keys, batch)
+            return norms(params, frozen, seen) if norms else others((params, frozen), seen)
 
         return score
 

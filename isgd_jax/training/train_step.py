@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.per_example import per_example_value_and_grad
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
@@ -54,7 +55,7 @@ class StepInfo(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The jitted functions of a run. The state is donated."""
+    """The jitted functions of a run, their arguments given by position. The state is donated."""
 
     step: Callable[..., tuple[TrainState, StepInfo]]
     """``(state, frozen, data, key, seconds)``: draws, gathers from the data on the device, learns."""
@@ -77,6 +78,7 @@ def make_steps(
     Guarantees:
         * Each function compiles once: steps, proposals and clocks of one shape share one program.
         * One backward pass gives the update, the fresh scores of the drawn examples, and all that is monitored.
+        * Large arrays that the loss captures are arguments of the program, not written into it.
         * The draw of step t depends on ``fold_in(key, t)`` and the sampler's state alone: resuming needs no saved key.
         * With uniform probabilities the update is that of plain SGD on the same indices.
         * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which needs no norms and
@@ -97,9 +99,9 @@ def make_steps(
     """
     made = _Step(problem, sampler, optax.with_extra_args_support(tx), parallel, fresh_scores)
     return Steps(
-        jax.jit(made.step, donate_argnames="state"),
+        CapturingJit(made.step, donate_argnums=(0,)),
         jax.jit(made.draw_ahead, static_argnames="num_steps"),
-        jax.jit(made.step_drawn, donate_argnames="state"),
+        CapturingJit(made.step_drawn, donate_argnums=(0,)),
     )
 
 

@@ -13,6 +13,7 @@ from isgd_jax.app.clock import middle_seconds
 from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import DivergedError
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
+from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.reweight import importance_weighting
 from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
@@ -184,7 +185,7 @@ class Steps:
             updates, inner = optimizer.update(grads, inner, params)
             return optax.apply_updates(params, updates), (reweighting, inner)
 
-        self.plain = jax.jit(plain)
+        self.plain = CapturingJit(plain)
 
     def reweighted(self, sampler: BatchSampler) -> Callable[..., tuple[TrainState, StepInfo]]:
         """The step of training by this sampler, ``(state, frozen, data, key, seconds)``; the state is donated."""

@@ -156,7 +156,7 @@ class SamplingConfig(Part):
     calibrate: InPython[Switch] = "on"
     gate: InPython[Switch] = "on"
     additive: InPython[Amount] = 0.0
-    candidates: Count = 4
+    candidates: InPython[Count] = 4
     static_scores: str | None = None
     example_weights: str | None = None
     augment: str | None = None
@@ -299,6 +299,8 @@ class HostsConfig(Part):
             reach it.
         num_processes: Processes in all, one a host (--distributed).
         process_id: Which of them this is, from 0 (--distributed). Process 0 alone writes the folder of the run.
+        shard_params: Keep an equal part of each parameter and of the optimizer's state on each device, for models that
+            are too large for one (--distributed).
         heartbeat_timeout: Seconds without a sign of life after which a process counts as lost and the others end
             (--distributed).
         initialization_timeout: Seconds to wait until all processes are there (--distributed).
@@ -308,6 +310,7 @@ class HostsConfig(Part):
     coordinator: str | None = None
     num_processes: Count | None = None
     process_id: Number | None = None
+    shard_params: bool = False
     heartbeat_timeout: InPython[Count] = 60
     initialization_timeout: InPython[Count] = 300
 
@@ -315,6 +318,7 @@ class HostsConfig(Part):
         super().__post_init__()
         for name in ("coordinator", "num_processes", "process_id"):
             must(self, name, getattr(self, name) is None or self.distributed, "left out unless distributed=True")
+        must(self, "shard_params", self.distributed or not self.shard_params, "left out unless distributed=True")
         must(self, "coordinator", self.coordinator is None or bool(re.fullmatch(r".+:\d+", self.coordinator)),
              "host:port of process 0")  # fmt: skip
         if self.process_id is not None and self.num_processes is not None:
@@ -450,11 +454,11 @@ def _names(part: type) -> tuple[str, ...]:
 _PARTS = {each.name: _names(type(getattr(Config(), each.name))) for each in dataclasses.fields(Config)}
 _PART_OF = {name: part for part, names in _PARTS.items() for name in names}
 
-PER_HOST = frozenset({"data_dir", "raw_dir", "run_dir", *_PARTS["hosts"]})
+PER_HOST = frozenset({"data_dir", "raw_dir", "run_dir", *_PARTS["hosts"]}) - {"shard_params"}
 """Fields in which the processes of a run may differ."""
 
 _WRITES = {"log_every", "checkpoint_every", "tensorboard"}
-MAY_CHANGE_ON_RESUME = PER_HOST | _WRITES | {"steps", "epochs", "scorers", "address"}
+MAY_CHANGE_ON_RESUME = PER_HOST | _WRITES | {"steps", "epochs", "scorers", "address", "shard_params"}
 """Fields that decide how far a run goes and what it writes, but not the parameters at a given step."""
 
 

@@ -36,8 +36,9 @@ _UNCHOSEN: dict[str, Any] = {
 something that went along with it (`priorities`, `probe_size`) decided nothing by itself, and is not asked for."""
 
 IN_PYTHON = (
-    "additive", "calibrate", "chunk_patience", "gate", "heartbeat_timeout", "initialization_timeout", "initializer",
-    "max_age_seconds", "min_trusted", "order", "publish_every", "refetch_every", "score_budget", "score_memory",
+    "additive", "calibrate", "candidates", "chunk_patience", "gate", "heartbeat_timeout", "initialization_timeout",
+    "initializer", "max_age_seconds", "min_trusted", "order", "publish_every", "refetch_every", "score_budget",
+    "score_memory",
 )  # fmt: skip
 """Fields of the configuration that had flags once: runs have them as before, and Python sets them."""
 

@@ -14,7 +14,7 @@ from isgd_jax.app.config import Config
 from isgd_jax.app.run_dir import MEASURED, Record
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import score_table
-from isgd_jax.training.data_parallel import local_copy
+from isgd_jax.training.data_parallel import DataParallel, local_copy
 from isgd_jax.training.train_step import TrainState
 from isgd_jax.types import Batch
 from isgd_jax.variance import monitor
@@ -38,12 +38,13 @@ class Measures:
         self._evaluate = evaluation.make_evaluate(work)
         self._report = jax.jit(monitor.report)
 
-    def at(self, state: TrainState, train_data: Batch) -> Record:
+    def at(self, state: TrainState, train_data: Batch, parallel: DataParallel | None = None) -> Record:
         """Everything that a line of progress has, of the state as it is; it waits for the device.
 
         Args:
-            state: after the last step. Where parameters lie in parts over devices they are put together here.
+            state: after the last step. Parameters that lie in parts over devices stay so, in ``measure`` too.
             train_data: of which the loss is measured with ``full_train_loss`` alone: a sweep of the data.
+            parallel: the devices that train, if there are several.
 
         Returns:
             Numbers by name; None for what was not measured or is not finite, since JSON knows no NaN.
@@ -53,7 +54,11 @@ class Measures:
                 run's own; told at the first line, before the first update.
         """
         measured: Record = {}
-        here, train = local_copy((state, train_data))
+        if parallel is not None and parallel.shard_params:
+            here, train = state._replace(sampler=local_copy(state.sampler)), train_data
+            self._test_data = parallel.replicate(self._test_data)  # copied once: then it is there
+        else:
+            here, train = local_copy((state, train_data))
         splits = {"test": self._test_data} | ({"train": train} if self._config.recording.full_train_loss else {})
         for name, split in splits.items():
             fit = self._evaluate(here.params, split)

@@ -138,6 +138,7 @@ def fit(
                 key=jax.random.key(config.training.seed),
                 engine=parts.engine,
                 devices=devices,
+                shard_params=config.hosts.shard_params,
                 callbacks=[recorder],
                 fresh_scores=parts.fresh_scores,
                 make_refresher=recorder.make_refresher,
@@ -355,9 +356,7 @@ class Recorder(Callback):
             self._record("resumed")
             return False
         saved, notes, remarks = self._checkpoints.restore({"state": run.state})
-        run.state = saved["state"] if run.parallel is None else run.parallel.replicate(saved["state"])
-        if run.parallel is None:
-            run.state = jax.device_put(run.state)
+        run.state = jax.device_put(saved["state"]) if run.parallel is None else run.parallel.placed(saved["state"])
         if run.prefetch is not None and notes["prefetch"] is not None:
             run.prefetch.load_state_dict(notes["prefetch"])
         if isinstance(self._parts.engine, Resumable):
@@ -384,7 +383,7 @@ class Recorder(Callback):
         elapsed = self._clock() - clock_before
         self._clock.spent.update(self._spent())
         with self._clock.spending("measuring"):
-            measured = self._measures.at(run.state, run.data)
+            measured = self._measures.at(run.state, run.data, run.parallel)
         rate = (self._step - step_before) / elapsed if self._step > step_before else None
         shares = self._clock.shares("scoring", "updating", "measuring")
         training = {"train_seconds": round(self._clock.spent["scoring"] + self._clock.spent["updating"], 3)}

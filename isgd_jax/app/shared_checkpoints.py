@@ -16,7 +16,8 @@ __all__ = ["SharedCheckpoints", "of_run"]
 class SharedCheckpoints:
     """Checkpoints that process 0 alone writes and reads: the others get what they hold over the network.
 
-    So the folder need not be on storage that all hosts see.
+    So the folder need not be on storage that all hosts see. Arrays that are split over devices are gathered one at a
+    time: no device holds more than one whole array, and the memory of each host holds them all.
     """
 
     def __init__(self, folder: Path, *, identity: dict[str, str]) -> None:
@@ -30,18 +31,19 @@ class SharedCheckpoints:
         return None if step < 0 else step
 
     def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-        """Save arrays that are the same on all processes; process 0 writes, and nobody waits for it.
+        """Save arrays of all processes, which all call it; process 0 writes, and nobody waits for it.
 
         Args:
             step: updates made so far.
-            tree: the arrays, whole on each process.
+            tree: the arrays, whole on each process or split over the devices of all.
             notes: what else the run needs to go on, as JSON can hold it.
 
         Raises:
             OSError: in process 0 alone: the disk is full or not writable.
         """
+        tree = jax.tree.map(_whole, tree)
         if self._own is not None:
-            self._own.save(step, jax.tree.map(np.asarray, tree), notes)
+            self._own.save(step, tree, notes)
 
     def restore(self, template: Any) -> Restored:
         """The newest whole checkpoint, as NumPy arrays on every process.
@@ -54,7 +56,7 @@ class SharedCheckpoints:
             DamagedFileError: there are, and all are damaged.
             ArgumentError: the checkpoint is of another model, optimizer or data set.
         """
-        arrays, beside = jax.tree.map(np.asarray, template), b""
+        arrays, beside = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template), b""
         if self._own is not None:
             arrays, *found = self._own.restore(arrays)
             beside = json.dumps(found).encode()
@@ -92,6 +94,13 @@ def of_run(folder: Path, *, identity: dict[str, str]) -> Checkpoints | SharedChe
     return (Checkpoints if jax.process_count() == 1 else SharedCheckpoints)(folder, identity=identity)
 
 
+def _whole(x: Any) -> np.ndarray:
+    """An array in the memory of the host; a collective where no process holds all of it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def _of_first(tree: Any) -> Any:
     """What process 0 has, on all: NumPy arrays of equal shapes."""
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.broadcast_one_to_all(x)), tree)

@@ -35,6 +35,7 @@ class AllHosts(ClosesOnExit):
     Guarantees:
         * `collect` returns the same chunks with the same bits, in the same order, on every process.
         * Each process scores with its own devices (`jax.pmap`); only scores and sketches cross the network.
+        * Parameters that are split over the devices of all stay split: then all score each chunk together.
 
     Args:
         inline: the engine of this process, over its devices. All processes have as many devices.
@@ -45,6 +46,7 @@ class AllHosts(ClosesOnExit):
         self._inline, self._chunks, self._per_collect = inline, inline.chunks, per_collect
         self._rank, self._size = jax.process_index(), jax.process_count()
         self._cursor = self._bytes = 0
+        self._is_split = False
 
     @property
     def chunk_size(self) -> int:
@@ -56,10 +58,11 @@ class AllHosts(ClosesOnExit):
 
         Args:
             params: replicated over all devices of all processes; each process takes its own copies, and nothing is
-                moved.
+                moved. Those that are split over the devices stay split.
             version: the same on all processes.
         """
-        self._inline.publish(_on_this_host(params), version)
+        self._is_split = _is_split(params)
+        self._inline.publish(params if self._is_split else _on_this_host(params), version)
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
         """The next chunks, or all, scored by all; a barrier, since every process waits for the others' scores.
@@ -97,6 +100,8 @@ class AllHosts(ClosesOnExit):
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
         """What this process needs for its share."""
+        if _is_split(params):  # all are timed together, at one chunk after the other
+            return self._inline.seconds_per_collect(params, wait=wait) * (1 if wait else self._size)
         seconds = self._inline.seconds_per_collect(_on_this_host(params), wait=wait)
         return seconds / self._size if wait else seconds
 
@@ -105,6 +110,8 @@ class AllHosts(ClosesOnExit):
         self._inline.close()
 
     def _score(self, turn: list[int]) -> list[ScoredChunk]:
+        if self._is_split:
+            return self._inline.score(turn)
         each = -(-len(turn) // self._size)
         dealt = [[turn[min(i * self._size + rank, len(turn) - 1)] for i in range(each)] for rank in range(self._size)]
         mine = self._inline.score(dealt[self._rank])
@@ -125,6 +132,10 @@ class AllHosts(ClosesOnExit):
             return np.pad(rows, [(0, self._chunks.size - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
         return jax.tree.map(padded, Scored(chunk.scores, chunk.sketches))
+
+
+def _is_split(params: Params) -> bool:
+    return any(not x.is_fully_replicated for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
 
 
 def _on_this_host(params: Params) -> Params:

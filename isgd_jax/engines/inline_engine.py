@@ -184,7 +184,8 @@ def inline(
     """An engine that scores between two steps, on the devices that train: ``collect`` is when it works.
 
     Where JAX runs in several processes, each scores its part of the chunks on its own devices, and all know all scores;
-    parameters must then be replicated, and every process must make the same calls.
+    parameters must then be replicated, and every process must make the same calls. Parameters that are split over all
+    devices stay split, and all processes score each chunk together.
 
     >>> import jax.numpy as jnp
     >>> import isgd_jax as isgd

@@ -6,6 +6,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isgd_jax.errors import ArgumentTypeError
@@ -48,7 +49,7 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         TypeError: when called inside a jax transformation.
     """
     devices = list(devices or jax.local_devices())
-    if len(devices) == 1:
+    if len(devices) == 1 and jax.process_count() == 1:
         return CapturingJit(scorer)
     mesh = Mesh(np.array(devices), ("devices",))
     mapped = _Mapped(scorer, devices)
@@ -113,9 +114,19 @@ def _scored_over(mesh: Mesh, scorer: Any, params: Sequence[Any], batch: Batch) -
     rows = np.minimum(np.arange(-(-size // mesh.size) * mesh.size), size - 1)  # the last example, again, as padding
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(lambda x: jax.device_put(x, whole) if _is_on_one(x) else x, params)
-    found = jax.device_get(scorer(*params, jax.device_put(jax.tree.map(lambda x: x[rows], batch), split)))
-    return jax.tree.map(lambda x: x[:size], found)
+    params = jax.tree.map(lambda x: _laid(x, whole) if _is_on_one(x) else x, params)
+    found = scorer(*params, jax.tree.map(lambda x: _laid(x[rows], split), batch))
+    if mesh.is_multi_process:
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return jax.tree.map(lambda x: np.asarray(x)[:size], found)
+
+
+def _laid(x: Any, where: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of all."""
+    if not where.mesh.is_multi_process:
+        return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 class _Replicator:

@@ -90,8 +90,19 @@ class DataParallel:
         """Arrays of the host, such as those of a checkpoint, where parameters of their shape belong."""
         if not self.shard_params:
             return self.replicate(params)
-        # Copies: the caller's own arrays are not to be lost where the state is donated.
-        return jax.device_put(jax.tree.map(jnp.copy, params), self._parts(params))
+        return jax.tree.map(lambda x: self._laid(x, self._part(jnp.shape(x))), params)
+
+    def placed(self, state: Any) -> Any:
+        """A state of training from the memory of the host: parameters and optimizer in parts, the sampler everywhere.
+
+        Args:
+            state: a named tuple of ``params``, ``opt_state`` and ``sampler``.
+        """
+        return state._replace(
+            params=self.place(state.params),
+            opt_state=self.place(state.opt_state),
+            sampler=self.replicate(state.sampler),
+        )
 
     def _parts(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: self._part(jnp.shape(x)), tree)
@@ -105,12 +116,16 @@ class DataParallel:
         return NamedSharding(self._everywhere.mesh, PartitionSpec(*[None] * longest, AXIS))
 
     def _copied(self, x: Any) -> jax.Array:
+        return self._laid(x, self._everywhere)
+
+    def _laid(self, x: Any, where: NamedSharding) -> jax.Array:
+        """A copy there, also of the caller's own, which is not to be lost where the state is donated."""
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         if isinstance(x, jax.Array) and self.num_processes == 1:
-            return jax.device_put(jnp.copy(x), self._everywhere)
+            return jax.device_put(jnp.copy(x), where)
         host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, self._everywhere, lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def local_copy(tree: Tree) -> Tree:

@@ -117,7 +117,7 @@ def fit(
             is drawn. The caller closes it.
         devices: that train, each with an equal part of the batch; one by default.
         shard_params: each device holds an equal part of the parameters and of the optimizer's state, for models that
-            are too large for one; of processes there is one then, and ``engine`` is None or ``inline``.
+            are too large for one; ``engine`` is then None or ``inline``.
         callbacks: in place of the lines of text that are printed by default; an empty list is silent.
         refresh_every: steps between two refreshes of the proposal.
         fresh_scores: what the table gets of the drawn examples, ``(losses, gradients) -> scores``; norms by default.
@@ -192,10 +192,6 @@ def _parallel(batch_size: int, devices: Sequence[jax.Device] | None, shard_param
         if shard_params:
             raise ArgumentError("shard_params=True needs devices= to put the parts on, such as jax.devices()")
         return None
-    if shard_params and jax.process_count() > 1:
-        raise ArgumentError(
-            f"shard_params=True is for one process with several devices; there are {jax.process_count()}"
-        )
     return DataParallel(batch_size, devices, shard_params=shard_params)
 
 

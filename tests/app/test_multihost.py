@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,50 @@ def test_parts_of_one_process_make_the_same_run(tmp_path: Path, mode: str, monke
     expected, got = progress(tmp_path / "whole")[-1], progress(tmp_path / "parts")[-1]
     for name in ("loss", "test_loss", "sd_stale", "max_weight"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_parameters_in_parts_are_measured_scored_saved_and_taken_up_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one process with 8 devices: the numbers of one device, and no parameter that can be cut is whole on any."""
+    changes: dict[str, Any] = {"batch_size": 16, "steps": 10, "log_every": 10, "mode": "exact", "hidden": (16,)}
+    fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    monkeypatch.setattr("isgd_jax.app.run.multihost.joined", lambda config, fingerprint: nullcontext())
+    changes |= {"distributed": True, "shard_params": True}
+
+    def measure(state: Any) -> dict[str, float]:
+        kernel = max(jax.tree.leaves((state.params, state.opt_state)), key=lambda x: x.size)
+        return {"largest": max(part.data.size for part in kernel.addressable_shards) / kernel.size}
+
+    first = small_config(tmp_path / "parts", **changes | {"steps": 5})
+    fit(first, dataset=blobs(), measure=measure)
+    resumed = fit(first.replace(steps=10), dataset=blobs(), measure=measure, resume=True)
+    assert resumed.step == 10
+    assert not any(x.is_fully_replicated for x in jax.tree.leaves(resumed.params) if x.shape[0] % 8 == 0)
+    expected, got = progress(tmp_path / "whole")[-1], progress(tmp_path / "parts")[-1]
+    assert got["largest"] == 1 / 8
+    for name in ("test_loss", "sd_stale", "test_error"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_model_in_parts_on_two_processes_makes_the_run_of_one(tmp_path: Path) -> None:
+    """2 x 2 devices, each with a quarter of every parameter; the checkpoint is taken up by one process, unsplit."""
+    fit(configure(**SETTINGS, data_dir=str(tmp_path / "data"), run_dir=str(tmp_path / "one"), steps=60))
+    running = processes(
+        tmp_path, "--run-dir", "two", "--data-dir", "data", "--steps", "40", "--shard-params", devices=2
+    )
+    outs = [process.communicate(timeout=400) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outs
+    resumed = RunDir(tmp_path / "two").read_config()
+    fit(resumed.replace(steps=60, run_dir=str(tmp_path / "two"), data_dir=str(tmp_path / "data")), resume=True)
+    expected, got = (progress(tmp_path / name) for name in ("one", "two"))
+    assert [record["step"] for record in got] == [0, 20, 40, 60]
+    for name in ("loss", "test_loss", "sd_stale"):
+        pairs = [(theirs[name], ours[name]) for theirs, ours in zip(got, expected, strict=True) if ours[name]]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
 
 
 @pytest.mark.slow

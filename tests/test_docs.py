@@ -102,7 +102,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert missing + [name for name in named if not (ROOT / name).exists()] == []
 
 
-def tests_named(text: str) -> list[tuple[str, str]]:
+def named_tests(text: str) -> list[tuple[str, str]]:
     """File and test of each name of a test in a page, ``file.py: test`` or, of the file named last, ``test`` alone."""
     found, file = list[tuple[str, str]](), ""
     for name in re.findall(r"`((?:[\w/]+\.py)?(?:: )?(?:test_\w+)?)`", text):
@@ -116,8 +116,8 @@ def tests_named(text: str) -> list[tuple[str, str]]:
 def test_each_promise_names_a_test_that_exists() -> None:
     page = (ROOT / "docs" / "faults.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith("| test |")]
-    assert [row for row in rows if not tests_named(row)] == []
-    for file, test in tests_named(page):
+    assert [row for row in rows if not named_tests(row)] == []
+    for file, test in named_tests(page):
         (path, *others) = [path for path in (ROOT / "tests").rglob("*.py") if str(path).endswith(f"/{file}")]
         assert not others, file
         assert not test or f"def {test}(" in path.read_text(), f"{file} has no {test}"

@@ -55,6 +55,29 @@ def test_the_loop_of_ones_own_learns_and_so_does_fit_and_arrays_of_ones_own_are_
     assert last.split() == ["100", "True"]
 
 
+MESH = """
+import jax
+import jax.numpy as jnp
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.set_mesh(jax.make_mesh((4, 2), ("rows", "columns")))
+
+square = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.P("rows", "columns"))
+assert str(jax.typeof(square)) == "float32[8@rows,4@columns]"
+"""
+"""As the guide to sharding in JAX's documentation begins, in our words: a mesh for all that follows, axes explicit."""
+
+
+def test_the_loop_runs_unchanged_after_the_first_block_of_jax_s_guide_to_sharding(tmp_path: Path) -> None:
+    """The mesh is set for all that follows: the parameters are those of one device."""
+    told = "\nprint(*[float(abs(x).sum()) for x in jax.tree.leaves(params)])\n"
+    plain, meshed = (
+        [float(x) for x in run(f"{code}{told}", tmp_path).splitlines()[-1].split()] for code in (LOOP, MESH + LOOP)
+    )
+    assert len(plain) == 4
+    assert meshed == pytest.approx(plain, rel=1e-4)
+
+
 def test_importing_the_package_is_light_and_the_core_needs_no_extra(tmp_path: Path) -> None:
     names = ["per_example_grads", "importance_weighting", "samplers", "proposal", "sharded", "norms"]
     extras = ["tensorflow_datasets", "orbax", "matplotlib", "tyro", "ray", "flax"]

@@ -1,10 +1,15 @@
 """Scorers: ``(params, batch) -> scores[b]``, how much each example is worth drawing.
 
-The best score is the norm of the example's gradient (Alain et al., arXiv 1511.06481). The others are cheaper and rank
+The best score is the norm of the example's gradient (Alain et al., arXiv 1511.06481). Others are cheaper and rank
 examples alike, more or less: `experiments/benchmarks/ranks.py` measures how much.
 
 A loss with more arguments, ``loss_fn(params, frozen, example)``, makes a scorer with as many: ``scorer(params, frozen,
 batch)``. Only the first is differentiated.
+
+`validation_product`, `excess_loss` and `token_norms` come from methods that *select* data. With any score here, draws
+weighted by ``target / probs`` keep the estimate unbiased, also where scores are zero, since the uniform fraction of the
+proposal draws every example. To take the ``k`` best and leave out the rest, as those methods do, changes the objective:
+a bias, whichever score it is by.
 """
 
 from collections.abc import Callable
@@ -26,14 +31,18 @@ from isgd_jax.types import Example, Params, Scorer, Scores, SketchingScorer
 
 __all__ = [
     "GradientSketch",
+    "Negative",
     "Select",
+    "excess_loss",
     "grad_norm",
     "logit_bound",
     "loss",
     "normalisation",
     "preconditioned_norm",
     "softmax_cross_entropy",
+    "token_norms",
     "under",
+    "validation_product",
 ]
 
 _SLICE = 8
@@ -41,6 +50,10 @@ _SLICE = 8
 
 Select: TypeAlias = Callable[[tuple[str, ...]], bool]
 """Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
+
+Negative: TypeAlias = Literal["zero", "absolute", "keep"]
+"""What becomes of scores below zero, by which nothing can be drawn: zero (the uniform fraction alone draws these),
+their absolute value, or themselves, for who selects and does not draw."""
 
 
 @runtime_checkable
@@ -179,6 +192,121 @@ def loss(loss_fn: Callable[..., Any]) -> Scorer:
     return score
 
 
+def validation_product(
+    loss_fn: Callable[..., Any], *, negative: Negative = "zero", microbatch_size: int | Literal["auto"] | None = "auto"
+) -> Scorer:
+    """By how much a small step on each example lowers a validation loss: ⟨gradient of the example, of that loss⟩.
+
+    Draws by it stay unbiased for the training loss, but their variance is not made small: an example whose gradient is
+    large and orthogonal to the validation gradient scores 0. To keep the ``k`` best (``negative="keep"``), as `GREATS`
+    does, is a bias toward the validation set, which is its purpose. Only its first-order term is here: `GREATS` also
+    takes off what selected examples have in common, which `isgd_jax.gram` tells.
+
+    The scorer's parameters are the pair ``(params, validation_gradient)``, the second a tree like the first:
+    ``jax.grad`` of the mean validation loss, made anew as often as scores are.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        negative: what becomes of scores below zero.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
+
+    Raises:
+        ValueError: an option is unknown; when called, the trees of the pair differ.
+
+    Source: Wang et al., "GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration" (NeurIPS
+    2024), section 3; the product without the gradients is ours.
+    """
+    as_scores = _signed(negative)
+
+    def score(pair: tuple[Params, Params], *args: Any) -> Scores:
+        params, gradient = pair
+        return as_scores(lazy.inner(per_example_grads(loss_fn, joint=False)(params, *args), gradient))
+
+    return in_microbatches(score, microbatch_size)
+
+
+def excess_loss(
+    loss_fn: Callable[..., Any], *, reference_loss_fn: Callable[..., Any] | None = None, negative: Negative = "zero"
+) -> Scorer:
+    """The loss of each example less that of a reference model: high where there is something left to learn.
+
+    Draws by it stay unbiased. To keep the ``k`` best (``negative="keep"``), as RHO-LOSS does, is a bias, toward what
+    the reference has learnt and this model has not.
+
+    The scorer's parameters are the pair ``(params, reference_params)``: two forward passes. Losses of the reference
+    that were computed before are part of the example, one forward pass:
+    ``scorers.loss(lambda params, example: jnp.maximum(loss_fn(params, example) - example["reference_loss"], 0.0))``.
+
+    Args:
+        loss_fn: ``(params, example) -> scalar``.
+        reference_loss_fn: of the reference, ``(reference_params, example) -> scalar``; None takes ``loss_fn``.
+        negative: what becomes of scores below zero.
+
+    Raises:
+        ValueError: ``negative`` is unknown.
+
+    Source: Mindermann et al., "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
+    arXiv 2206.07137, equation 3.
+    """
+    as_scores, other = _signed(negative), reference_loss_fn or loss_fn
+
+    def score(pair: tuple[Params, Params], *args: Any) -> Scores:
+        params, reference = pair
+        of_each = partial(jax.vmap, in_axes=(None, *_last_alone(args)))
+        return as_scores(of_each(loss_fn)(params, *args) - of_each(other)(reference, *args))
+
+    return score
+
+
+def token_norms(
+    losses_fn: Callable[..., Float[Array, " t"]],
+    masks: Float[Array, "k t"] | None = None,
+    *,
+    microbatch_size: int | Literal["auto"] | None = "auto",
+) -> Callable[..., Float[Array, "b k"]]:
+    """The norm of the gradient of each token's loss, or of each part of a sequence that a mask keeps.
+
+    One score a token, where other scorers have one an example: for a sampler whose items are pairs of a sequence and a
+    token, ``scores.reshape(-1)`` are those of the items ``sequence * k + part``. Draws of these pairs with
+    ``target / probs`` stay unbiased for the sum over all; to keep only the tokens with the largest scores is a bias.
+
+    A backward pass for each mask: masks of spans cost less than one for each token.
+
+    Args:
+        losses_fn: ``(params, example) -> [t]``, the loss of each token.
+        masks: a row [t] for each part, which weighs the losses of its tokens; None: a part for each token.
+        microbatch_size: so many pairs of example and mask at a time; "auto": as many as need some 512 MiB.
+
+    Returns:
+        ``(params, batch) -> [b, k]``; exact norms.
+
+    Raises:
+        ValueError: ``microbatch_size`` is no positive integer; when called, the masks do not fit the tokens.
+    """
+
+    def part_loss(*args: Any) -> Float[Array, ""]:
+        *others, (example, mask) = args
+        return jnp.sum(mask * losses_fn(*others, example))
+
+    of_parts: Callable[..., Scores] = grad_norm(part_loss, microbatch_size=microbatch_size)
+
+    def score(*args: Any) -> Float[Array, "b k"]:
+        *others, batch = args
+        size = jax.tree.leaves(batch)[0].shape[0]
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        losses = jax.eval_shape(losses_fn, *others, example)
+        if len(losses.shape) != 1 or (masks is not None and masks.shape[1:] != losses.shape):
+            told = "none" if masks is None else f"masks of shape {masks.shape}"
+            raise ArgumentError(
+                f"losses_fn must return the loss of each token, [t], and masks be [k, t]; got {losses.shape} and {told}"
+            )
+        rows = jnp.eye(losses.shape[0], dtype=losses.dtype) if masks is None else masks.astype(losses.dtype)
+        pairs = jax.tree.map(lambda x: jnp.repeat(x, len(rows), axis=0), batch), jnp.tile(rows, (size, 1))
+        return of_parts(*others, pairs).reshape(size, len(rows))
+
+    return score
+
+
 def softmax_cross_entropy(logits: Float[Array, " c"], example: Example) -> Float[Array, ""]:
     """The loss that classifiers have, in nats: ``example["label"]`` is the index of the right class."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
@@ -211,6 +339,18 @@ def logit_bound(
 def _last_alone(args: tuple[Any, ...]) -> tuple[int | None, ...]:
     """Of which arguments each example has its own: of the batch."""
     return (*[None] * (len(args) - 1), 0)
+
+
+def _signed(negative: Negative) -> Callable[[Scores], Scores]:
+    """What becomes of scores below zero."""
+    ways: dict[str, Callable[[Scores], Scores]] = {
+        "zero": lambda scores: jnp.maximum(scores, 0.0),
+        "absolute": jnp.abs,
+        "keep": lambda scores: scores,
+    }
+    if negative not in ways:
+        raise ArgumentError(f"negative must be one of {', '.join(map(repr, ways))}, got {negative!r}")
+    return ways[negative]
 
 
 def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:

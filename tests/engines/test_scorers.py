@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import images, mlp, mlp_loss
+from sampling_problem import unchecked
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
@@ -100,3 +102,60 @@ def test_a_sketch_of_chosen_parameters_is_refused(key):
     sketch = isgd.last_layer_sketch(mlp_loss, params, jax.tree.map(lambda x: x[0], batch))
     with pytest.raises(ValueError, match="either sketch= or select="):
         scorers.grad_norm(mlp_loss, sketch=sketch, select=scorers.under("2"))
+
+
+def _rows(loss_fn, params, batch):
+    """One `jax.grad` an example, flat, in float64."""
+    grad = jax.jit(jax.grad(loss_fn))
+    examples = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(jax.tree.leaves(batch)[0]))]
+    return np.stack([np.concatenate([np.ravel(x) for x in jax.tree.leaves(grad(params, e))]) for e in examples])
+
+
+@pytest.mark.parametrize("negative", ["zero", "absolute", "keep"])
+def test_validation_product_is_that_of_one_gradient_an_example(key, negative):
+    params, batch = mlp(key, [6, 4]), images(key, 8, 6, num_classes=4)
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.fold_in(key, 1), x.shape), params)
+    products = _rows(mlp_loss, params, batch) @ np.concatenate([np.ravel(x) for x in jax.tree.leaves(direction)])
+    expected = {"zero": np.maximum(products, 0), "absolute": np.abs(products), "keep": products}[negative]
+    assert products.min() < 0 < products.max()
+    found = jax.jit(scorers.validation_product(mlp_loss, negative=negative))((params, direction), batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_excess_loss_is_the_difference_and_draws_by_scores_of_zero_stay_unbiased(key):
+    params, batch = mlp(key, [6, 4]), images(key, 8, 6, num_classes=4)
+    other = jax.tree.map(lambda x: 0.5 * x, params)
+    mine, theirs = (jax.vmap(mlp_loss, (None, 0))(p, batch) for p in (params, other))
+    kept = scorers.excess_loss(mlp_loss, negative="keep")((params, other), batch)
+    np.testing.assert_allclose(kept, mine - theirs, rtol=1e-5, atol=1e-6)
+    scores = scorers.excess_loss(mlp_loss, reference_loss_fn=lambda p, e: 2.0 + 0.0 * e["x"][0])((params, None), batch)
+    np.testing.assert_allclose(scores, np.maximum(mine - 2.0, 0.0), rtol=1e-5, atol=1e-6)
+    assert float(scores.min()) == 0.0 < float(scores.max())
+    sampler = isgd.fixed(scores, batch_size=4, sampler="systematic")
+    draws = jax.jit(jax.vmap(sampler.sample, (0, None)))(jax.random.split(key, 4_000), sampler.init())
+    counted = np.bincount(np.ravel(draws.indices), weights=np.ravel(draws.target / draws.probs), minlength=8)
+    np.testing.assert_allclose(counted / 16_000, np.full(8, 1 / 8), rtol=0.2)  # five standard errors of the rarest
+
+
+def test_token_norms_are_those_of_one_gradient_a_token(key):
+    keys = jax.random.split(key, 3)
+    params = {"embed": jax.random.normal(keys[0], (7, 5)), "out": jax.random.normal(keys[1], (5, 7))}
+    batch = {"tokens": jax.random.randint(keys[2], (3, 5), 0, 7)}
+
+    def losses_fn(params, example):
+        hidden = jnp.cumsum(jnp.tanh(params["embed"][example["tokens"][:-1]]), axis=0)
+        return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["out"], example["tokens"][1:])
+
+    masks = jnp.concatenate([jnp.eye(4), jnp.array([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.0]])])
+    pairs = {"tokens": jnp.repeat(batch["tokens"], 6, axis=0), "mask": jnp.tile(masks, (3, 1))}
+    expected = np.linalg.norm(_rows(lambda p, e: jnp.sum(e["mask"] * losses_fn(p, e)), params, pairs), axis=1)
+    found = jax.jit(scorers.token_norms(losses_fn, masks))(params, batch)
+    np.testing.assert_allclose(found, expected.reshape(3, 6), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(scorers.token_norms(losses_fn))(params, batch), found[:, :4], rtol=1e-4)
+
+
+def test_selection_scores_refuse_what_they_do_not_know(key):
+    with unchecked(), pytest.raises(ValueError, match="negative must be one of 'zero', 'absolute', 'keep', got 'no'"):
+        scorers.excess_loss(mlp_loss, negative="no")
+    with unchecked(), pytest.raises(ValueError, match=r"masks be \[k, t\]; got \(\) and none"):
+        scorers.token_norms(mlp_loss)(mlp(key, [6, 4]), images(key, 8, 6, num_classes=4))

@@ -26,6 +26,7 @@ from .sampling import candidates as candidates
 from .sampling import clusters as clusters
 from .sampling import loaders as loaders
 from .sampling import proposal as proposal
+from .sampling import rollouts as rollouts
 from .sampling import samplers as samplers
 from .sampling import score_table as score_table
 from .sampling.estimator import importance_sampler as importance_sampler

@@ -3,6 +3,7 @@ from . import candidates as candidates
 from . import clusters as clusters
 from . import loaders as loaders
 from . import proposal as proposal
+from . import rollouts as rollouts
 from . import samplers as samplers
 from . import score_table as score_table
 from .estimator import importance_sampler as importance_sampler

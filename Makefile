@@ -67,7 +67,7 @@ dist: $(VENV)/.python
 
 # Seconds of one device are told on one core, where there is a way to ask for it.
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c 0)
-BENCHMARKS := estimators watching balanced ranks sampling norms loaders
+BENCHMARKS := estimators watching balanced ranks sampling lengths norms loaders
 
 # Both go on where they were stopped, but for the benchmarks; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev
@@ -89,6 +89,7 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/fashion_mnist.py
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py
 	$(ONE_CORE) $(BIN)/python experiments/neural_field.py
+	$(BIN)/python experiments/prompts.py
 	for file in $(BENCHMARKS); do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
 	$(BIN)/python experiments/benchmarks/engines.py speed
 	$(BIN)/python experiments/benchmarks/engines.py speed --engine cluster --scorers 1 2 3 --refresh 50

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import paper
+import prompts
 import pytest
+from benchmarks import lengths
 from selection import contest, problems, rivals
 
 from isgd_jax.sampling import score_table
@@ -194,6 +196,49 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     np.testing.assert_allclose(square, jnp.sum(jnp.square(jnp.mean(flat, axis=0))), rtol=1e-4)
     found = paper.spreads(norms, square, {"stale": norms})
     assert found["full_sd_stale"] == pytest.approx(found["full_sd_ideal"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uniform", "pilots", "ours", "skip"])
+def test_ways_to_share_out_rollouts_are_unbiased_but_for_skipping(name: str) -> None:
+    # 4,000 steps at one memory, within 5 standard errors of 1/N for each prompt; of skipping, many prompts are not.
+    bandit = prompts.Problem(jnp.zeros((SIZE, 64)), jnp.zeros(SIZE, jnp.int32), jnp.zeros(SIZE))
+    arm, worth = (
+        prompts.ARMS[name][0](bandit, prompts.ARMS[name][1][1]),
+        jnp.arange(SIZE, dtype=jnp.float32) % 7.0 + 0.1,
+    )
+    memory = arm.init()
+    if name == "ours":
+        memory = memory._replace(scores=worth, version=jnp.zeros(SIZE, jnp.int32))
+    if name == "skip":
+        memory = memory._replace(alike=worth)
+
+    def pilot(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.random.bernoulli(key, 0.5, indices.shape).astype(jnp.float32), worth[indices]
+
+    def step(key: jax.Array) -> jax.Array:
+        chosen = arm.choose(key, memory, jnp.int32(0), pilot)[0]
+        return jnp.zeros(SIZE).at[chosen.indices].add(chosen.weights)
+
+    found = jax.jit(jax.vmap(step))(jax.random.split(jax.random.key(0), 4_000))
+    off = jnp.abs(found.mean(axis=0) - 1 / SIZE) > 5 * found.std(axis=0) / np.sqrt(4_000) + 1e-6
+    assert int(off.sum()) > SIZE // 2 if name == "skip" else not off.any()
+
+
+def test_a_return_is_reached_where_the_mean_of_five_looks_is() -> None:
+    curve = [0.0, 1.0, 0.0, *[0.95] * 5, 0.0]
+    assert prompts.arrival(curve, 0.9) == 8 * prompts.LOOK_EVERY * prompts.ROLLOUTS
+    assert prompts.arrival(curve, 0.96) == prompts.arrival(curve[:4], 0.5) == float("inf")
+
+
+def test_chunks_hold_each_drawn_sequence_once_and_padding_counts() -> None:
+    data = lengths.Corpus((), np.array([0, 1, 5, 5, 2]), np.arange(5), np.array([16, 20, 400, 512, 33]))
+    indices = np.array([4, 0, 2, 0, 3, 1, 2])
+    made = list(lengths.chunks(data, indices))
+    assert [place for place, _ in made] == [0, 1, 2, 5, 5, 5]
+    assert all((data.where[indices[positions]] == place).all() for place, positions in made)
+    np.testing.assert_array_equal(np.sort(np.concatenate([positions for _, positions in made])), np.arange(7))
+    assert lengths.tokens_computed(data, indices) == 3 * 256 + 3 * 512
 
 
 @pytest.mark.slow

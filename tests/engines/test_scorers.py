@@ -122,6 +122,7 @@ def test_validation_product_is_that_of_one_gradient_an_example(key, negative):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_excess_loss_is_the_difference_and_draws_by_scores_of_zero_stay_unbiased(key):
     params, batch = mlp(key, [6, 4]), images(key, 8, 6, num_classes=4)
     other = jax.tree.map(lambda x: 0.5 * x, params)
@@ -137,6 +138,7 @@ def test_excess_loss_is_the_difference_and_draws_by_scores_of_zero_stay_unbiased
     np.testing.assert_allclose(counted / 16_000, np.full(8, 1 / 8), rtol=0.2)  # five standard errors of the rarest
 
 
+@pytest.mark.slow
 def test_token_norms_are_those_of_one_gradient_a_token(key):
     keys = jax.random.split(key, 3)
     params = {"embed": jax.random.normal(keys[0], (7, 5)), "out": jax.random.normal(keys[1], (5, 7))}

@@ -32,6 +32,7 @@ from .sampling import score_table as score_table
 from .sampling.estimator import importance_sampler as importance_sampler
 from .sampling.estimator import share as share
 from .sampling.groups import Groups as Groups
+from .sampling.places import quasi_random as quasi_random
 from .sampling.plain import fixed as fixed
 from .sampling.plain import shuffled_epochs as shuffled_epochs
 from .sampling.plain import uniform_draws as uniform_draws

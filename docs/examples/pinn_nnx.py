@@ -48,18 +48,13 @@ def condition(params, point):
 
 
 def draw_inside(key, count):
-    return jax.random.uniform(
-        key, (count, 2), minval=jnp.array([0.0, -1.0]), maxval=jnp.array([1.0, 1.0])
-    )
+    unit = isgd.quasi_random(key, count, 2)
+    return unit * jnp.array([1.0, 2.0]) - jnp.array([0.0, 1.0])
 
 
 def draw_border(key, count):
     """A half of the points at t = 0, a half at x = -1 or 1."""
-    which, where = jax.random.split(key)
-    which, where = (
-        jax.random.uniform(which, (count,)),
-        jax.random.uniform(where, (count,)),
-    )
+    which, where = isgd.quasi_random(key, count, 2).T
     t = jnp.where(which < 0.5, 0.0, where)
     x = jnp.where(which < 0.5, 2.0 * where - 1.0, jnp.where(which < 0.75, -1.0, 1.0))
     return jnp.stack([t, x], axis=1)

@@ -9,6 +9,7 @@ from . import score_table as score_table
 from .estimator import importance_sampler as importance_sampler
 from .estimator import share as share
 from .groups import Groups as Groups
+from .places import quasi_random as quasi_random
 from .plain import fixed as fixed
 from .plain import shuffled_epochs as shuffled_epochs
 from .plain import uniform_draws as uniform_draws

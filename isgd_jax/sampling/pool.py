@@ -17,6 +17,8 @@ Guarantees:
 * at any parameters the estimate is unbiased for the mean over the pool, as that of `isgd_jax.importance_sampler` is for
   a data set; and since points come without regard to what is known of them, it is unbiased over pools for the mean over
   the domain (at parameters that were not fitted to the very pool, as between two turns they are, a little);
+* draws are made along a curve through space (``order="place"``), so those of a step are spread as the proposal is:
+  neighbors have similar gradients, and stratified draws then have less variance than their norms alone give;
 * points are redrawn *in turn*, never by score: replacing what scores low would move the mean to what scores high;
 * the score of a new point is a guess until it is drawn; a wrong guess costs variance, never bias;
 * the state is one pytree of arrays, points included: saved and donated as a whole, it goes on bit for bit;
@@ -29,16 +31,17 @@ field's custom (Wu et al. 2023, arXiv 2207.10289).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
-from isgd_jax.sampling import score_table
-from isgd_jax.sampling.estimator import importance_sampler
+from isgd_jax.sampling import places, samplers, score_table
+from isgd_jax.sampling.estimator import GradientSketch, OrderName, importance_sampler
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, own_key
 from isgd_jax.types import Draw, Key
 
@@ -91,6 +94,7 @@ def pool_sampler(
     num_points: int,
     batch_size: int,
     redraw: float = 0.1,
+    order: Literal["place"] | OrderName | GradientSketch | Array | np.ndarray = "place",
     cells: Callable[[Points], Int[Array, " n"]] | None = None,
     **options: Any,
 ) -> PoolSampler:
@@ -104,14 +108,17 @@ def pool_sampler(
     (64, 2)
 
     Args:
-        draw_points: ``(key, count) -> points``, independent draws from what the loss is averaged over: uniform in the
-            domain for an integral. A pytree of arrays with leading axis ``count``, which is a Python int.
+        draw_points: ``(key, count) -> points``, each from what the loss is averaged over: uniform in the domain for an
+            integral. They may be independent, or, with less variance, spread evenly (`isgd_jax.quasi_random`). A pytree
+            of arrays with leading axis ``count``, which is a Python int.
         num_points: in the pool, N: as many as can be scored again and again; thousands.
         batch_size: draws in a step, m. A loss of several terms has a pool for each, and this is its share.
         redraw: the share of the pool that each ``refresh`` replaces, 0 to 1; 0 keeps the first pool.
+        order: along which draws are stratified. "place": a Hilbert curve through the box of the points' coordinates,
+            best for up to about ten; else as for `isgd_jax.importance_sampler`.
         cells: ``points [n, ...] -> numbers of cells [n]``, 0 to n - 1: which points are neighbors, so that a new one
             begins with the mean score of its cell. `grid_cells` by default; cells of sketches do as well.
-        options: those of `isgd_jax.importance_sampler`, such as ``order`` or ``uniform_fraction``.
+        options: those of `isgd_jax.importance_sampler`, such as ``uniform_fraction``.
 
     Returns:
         The functions, `PoolSampler`.
@@ -136,14 +143,16 @@ def pool_sampler(
                 f"{name} belong to given examples, and the points of a pool change: make one pool for each group, with "
                 "its share of the batch"
             )
-    if hasattr(options.get("order"), "__array__"):
+    if hasattr(order, "__array__"):
         raise ArgumentError(
-            'order is an array: it orders given examples, and the points of a pool change. Take "score", "index" or a '
-            "sketch of gradients"
+            'order is an array: it orders given examples, and the points of a pool change. Take "place", "score", '
+            '"index" or a sketch of gradients'
         )
-    inner = importance_sampler(num_points, batch_size=batch_size, **options)
+    is_by_place = isinstance(order, str) and order == "place"
+    line = np.arange(num_points) if is_by_place else order  # to be replaced by where the points are
+    inner = importance_sampler(num_points, batch_size=batch_size, order=line, **options)
     num_redrawn = math.ceil(redraw * num_points - 1e-9)  # 0.07 of 100 are 7, whatever the product rounds to
-    made = _Pool(draw_points, inner, num_redrawn, grid_cells if cells is None else cells)
+    made = _Pool(draw_points, inner, num_redrawn, grid_cells if cells is None else cells, is_by_place)
     return PoolSampler(
         num_points, batch_size, made.init, made.sample, made.take, made.observe, made.record, made.refresh, made.report
     )
@@ -159,18 +168,16 @@ def grid_cells(points: Points) -> Int[Array, " n"]:
     Returns:
         Numbers 0 to n - 1 [n], equal for points in the same cell.
     """
-    numbers = [leaf for leaf in jax.tree.leaves(points) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    if not numbers:
+    at = places.coordinates(points)
+    if at is None:
         return jnp.zeros(jax.tree.leaves(points)[0].shape[0], jnp.int32)
-    leaves = [leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in numbers]
-    places = jnp.concatenate(leaves, axis=1)
-    size, dims = places.shape
+    size, dims = at.shape
     along = max(1, int((size / PER_CELL) ** (1.0 / max(dims, 1))))
-    low, high = jnp.min(places, axis=0), jnp.max(places, axis=0)
-    inside = (places - low[None]) / jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)[None]
-    at = jnp.clip((inside * along).astype(jnp.int32), 0, along - 1)
+    low, high = jnp.min(at, axis=0), jnp.max(at, axis=0)
+    inside = (at - low[None]) / jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)[None]
+    cells = jnp.clip((inside * along).astype(jnp.int32), 0, along - 1)
     digits = min(dims, int(math.log(size, along))) if along > 1 else 0  # so that numbers stay below n
-    return jnp.sum(at[:, :digits] * (along ** jnp.arange(digits, dtype=jnp.int32))[None], axis=1, dtype=jnp.int32)
+    return jnp.sum(cells[:, :digits] * (along ** jnp.arange(digits, dtype=jnp.int32))[None], axis=1, dtype=jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,7 @@ class _Pool:
     inner: BatchSampler
     num_redrawn: int
     cells: Callable[[Points], Int[Array, " n"]]
+    is_by_place: bool
 
     def init(self, key: Key) -> PoolState:
         """A first pool, of which nothing is scored.
@@ -190,7 +198,13 @@ class _Pool:
         """
         pool_key, own = jax.random.split(key)
         points = self._drawn(pool_key, self.inner.num_examples)
-        return PoolState(points, self.inner.init(own), jnp.int32(0))
+        state = PoolState(points, self.inner.init(own), jnp.int32(0))
+        if not self.is_by_place:
+            return state
+        known = self._ordered(points, state.sampler)
+        size = self.inner.num_examples
+        law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), samplers.order_by(known.ordering.keys))
+        return state._replace(sampler=known._replace(proposal=known.proposal._replace(law=law)))
 
     def sample(self, key: Key, state: PoolState, *, ahead: int | Array = 0) -> Draw:
         """The draw of this step, or of the step ``ahead`` from now: indices into the pool, and their probabilities."""
@@ -240,12 +254,20 @@ class _Pool:
         ids = (state.turn + jnp.arange(count, dtype=jnp.int32)) % size
         fresh = self._drawn(key, count)
         points = jax.tree.map(lambda old, new: old.at[ids].set(new.astype(old.dtype)), state.points, fresh)
-        known = _forgotten(state.sampler, ids)
+        known = self._ordered(points, _forgotten(state.sampler, ids))
         guessed, is_known = self._of_cells(points, known, ids) if score is None else (score(fresh), jnp.asarray(True))
         # Where nothing is known of any point, nothing is guessed: such a version counts as never scored.
         version = jnp.where(is_known, known.version, score_table.NEVER)
         known = self.inner.record(known, ids, guessed, version=version, seconds=known.clock.seconds)
         return PoolState(points, known, (state.turn + count) % size)
+
+    def _ordered(self, points: Points, known: SamplerState) -> SamplerState:
+        """The state whose line runs through space as the points lie now; a line of another kind is left alone."""
+        if not self.is_by_place:
+            return known
+        at = places.coordinates(points)
+        keys = jnp.zeros(self.inner.num_examples, jnp.int32) if at is None else places.along_hilbert_curve(at)
+        return known._replace(ordering=known.ordering._replace(keys=keys))
 
     def _of_cells(self, points: Points, known: SamplerState, ids: Int[Array, " k"]) -> tuple[Float[Array, " k"], Array]:
         """The mean score of the measured points in each new point's cell, and whether any point is measured."""

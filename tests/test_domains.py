@@ -124,3 +124,5 @@ def test_fastest_is_said_only_where_the_interval_is_under_one():
     assert race.arrival(record, 0.01) == math.inf
     assert race.arrival_by_price(record, 0.05, 0.2) == 4.0
     assert race.error_at(record, 2.5) == 0.04
+    assert race.error_at_price(record, 4.0, 0.2) == 0.04
+    assert race.error_at_price(record, 1.0, 0.2) == math.inf

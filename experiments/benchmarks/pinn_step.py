@@ -1,16 +1,18 @@
-"""What a step of a physics-informed network costs with pools, draws, norms, monitor and refreshes, in plain steps.
+"""What a step of a physics-informed network costs with draws, refreshes and norms of new points, in plain steps.
 
-Burgers' equation with a term inside, one at t = 0 and one at both ends (768, 128 and 128 points from pools of 32,768
-and 4,096), network 2-64x3-1, Adam. The plain step has as many new uniform points. Blocks of as many steps as lie
-between two refreshes, each with one of them, in turn with the plain one; medians of ratios, in fresh processes.
+The arms of the races (`domains/arms.py`): pools of 16 batches, all of whose points are new, and scored, each 100 steps.
+Burgers' equation with a term inside, one at t = 0 and one at both ends (768, 128 and 128 points), network 2-64x3-1,
+Adam. The plain step has as many new uniform points. Blocks of as many steps as lie between two refreshes, each with one
+of them, in turn with the plain one of the same derivatives; medians of ratios, in fresh processes.
 
 Target     at most 1.15 plain steps.
 
 Command    python experiments/benchmarks/pinn_step.py [--processes 3]
-Time       two minutes a process
+Time       three minutes a process
 
-Result (JAX 0.10.2, one process, a busy machine): ours 1.38 to 1.59 plain steps by nested reverse differentiation,
-**missed**, and 0.98 to 1.05 by nested forward; draws by residual, which need no norms, 1.13 to 1.20 and 1.09.
+Result     Not measured yet in this form. With norms in every step, a monitor and pools of 32,768 and 4,096 points (JAX
+           0.10.2, one process, a busy machine) a step was 1.38 to 1.59 plain ones by nested reverse differentiation,
+           **missed**, and 0.98 to 1.05 by nested forward, whose plain step is dearer.
 """
 
 import argparse
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from domains import arms, problems
 
 ARMS = ("uniform", "ours", "residual")
-DERIVATIVES = {"nested reverse": jax.grad, "nested forward": jax.jacfwd}
+DERIVATIVES = {"two nested jvp": None, "nested reverse": jax.grad, "nested forward": jax.jacfwd}
 
 
 def domain(derivative: Any) -> problems.Domain:

@@ -4,8 +4,9 @@ Unbiased for the integral of the loss over the domain:
 
 * ``uniform``: new uniform points at every step;
 * ``sobol``: the points of one scrambled Sobol sequence in turn (of a list of pixels: shuffled epochs);
-* ``residual``: `isgd_jax.pool_sampler`, drawn in proportion to the residual's size in place of the gradient's norm;
-* ``ours``: `isgd_jax.pool_sampler` as it is;
+* ``ours``: `isgd_jax.pool_sampler`, all of its points new every `REFRESH` steps, and drawn in proportion to the norms
+  of their gradients as they were then;
+* ``residual``: the same by the residual's size;
 * ``edges``: photographs alone, pixels drawn once and for all in proportion to the size of their color's slope.
 
 Not unbiased, they train another loss on purpose:
@@ -37,8 +38,10 @@ __all__ = ["ARMS", "Arm", "arm"]
 
 Array = jax.Array
 Memory = Any
-REFRESH = 200
+REFRESH = 100
 """Steps between two refreshes of pools."""
+POOL = 16
+"""Batches in a pool."""
 RESAMPLE = 1_000
 """Steps between two times that ``rad`` and ``rar_d`` change their points."""
 SOBOL = 1 << 17
@@ -50,7 +53,7 @@ class Arm:
     """How the points of each term are chosen: pure functions around a memory of the arm's own."""
 
     domain: Domain
-    larger: int = 1
+    larger: float = 1
     """Batches are so many times a plain one."""
 
     refresh_every = 0
@@ -58,7 +61,7 @@ class Arm:
 
     def size(self, term: Term) -> int:
         """Points of a batch."""
-        return min(term.batch * self.larger, term.pool)
+        return min(round(term.batch * self.larger), term.pool)
 
     def init(self, key: Array) -> Memory:
         """What is remembered before the first step."""
@@ -131,55 +134,78 @@ class Sobol(Arm):
         return memory[name][at], None
 
 
-class Residual(Arm):
-    """Unbiased draws from pools, by the size of the residual."""
+class Pools(Arm):
+    """Unbiased draws from pools of new points, each scored once, when it comes: the same for both kinds of score."""
 
     refresh_every = REFRESH
 
     def pool(self, name: str) -> isgd.PoolSampler:
-        """The sampler of a term."""
+        """The sampler of a term: all of its points are new at each refresh, and spread evenly."""
         term = self.domain.terms[name]
-        if term.all_points is None:
-            return isgd.pool_sampler(term.draw, num_points=term.pool, batch_size=self.size(term), redraw=0.1)
-        everything = term.all_points
+        size = self.size(term)
         return isgd.pool_sampler(
-            lambda key, count: everything[:count], num_points=len(everything), batch_size=self.size(term), redraw=0.0
+            lambda key, count: term.spread(isgd.quasi_random(key, count, term.dims)),
+            num_points=POOL * size,
+            batch_size=size,
+            redraw=1.0,
+            uniform_fraction=0.1,
+            calibrate=False,
+            gate=False,
+            monitor=False,
         )
 
     def init(self, key: Array) -> Memory:
         return {name: self.pool(name).init(jax.random.fold_in(key, i)) for i, name in enumerate(self.domain.terms)}
 
     def refresh(self, params: Any, memory: Memory, key: Array) -> Memory:
-        return {name: self.pool(name).refresh(state) for name, state in memory.items()}
+        after = {}
+        for name, state in memory.items():
+            after[name] = self.pool(name).refresh(state, score=self._scorer(params, self.domain.terms[name]))
+        return after
+
+    def _scorer(self, params: Any, term: Term) -> Callable[[Array], Array]:
+        """Of points [k], a batch at a time: what is computed of one stays in the cache."""
+
+        def score(points: Array) -> Array:
+            parts = points.reshape(-1, self.size(term), points.shape[-1])
+            return jax.lax.map(lambda part: self.scores(params, term, part), parts).ravel()
+
+        return score
+
+    def scores(self, params: Any, term: Term, points: Array) -> Array:
+        """What new points [k] are drawn in proportion to."""
+        raise NotImplementedError
 
     def gradient(self, params: Any, memory: Memory, key: Array, step: Array) -> tuple[Any, Memory]:
-        def loss(params: Any) -> tuple[Array, Memory]:
-            total, after = jnp.zeros(()), {}
-            for i, (name, term) in enumerate(self.domain.terms.items()):
-                pool = self.pool(name)
-                draw = pool.sample(jax.random.fold_in(key, i), memory[name])
-                found = jax.vmap(term.residual, (None, 0))(params, pool.take(memory[name], draw))
-                squares = jnp.square(found) if found.ndim == 1 else jnp.sum(jnp.square(found), axis=-1)
-                total += term.weight * jnp.mean(draw.target / draw.probs * squares)
-                sizes = jax.lax.stop_gradient(jnp.sqrt(squares))
-                after[name] = pool.observe(memory[name], draw, norms=sizes)
-            return total, after
+        draws = {
+            name: self.pool(name).sample(jax.random.fold_in(key, i), memory[name])
+            for i, name in enumerate(self.domain.terms)
+        }
 
-        return jax.grad(loss, has_aux=True)(params)
+        def loss(params: Any) -> Array:
+            total = jnp.zeros(())
+            for name, draw in draws.items():
+                points = self.pool(name).take(memory[name], draw)
+                losses = jax.vmap(loss_of(self.domain.terms[name]), (None, 0))(params, points)
+                total += jnp.mean(draw.target / draw.probs * losses)
+            return total
+
+        after = {name: self.pool(name).observe(memory[name], draw) for name, draw in draws.items()}
+        return jax.grad(loss)(params), after
 
 
-class Ours(Residual):
-    """Unbiased draws from pools, by the norms of gradients."""
+class Residual(Pools):
+    """By the size of the residual."""
 
-    def gradient(self, params: Any, memory: Memory, key: Array, step: Array) -> tuple[Any, Memory]:
-        total, after = jax.tree.map(jnp.zeros_like, params), {}
-        for i, (name, term) in enumerate(self.domain.terms.items()):
-            pool = self.pool(name)
-            draw = pool.sample(jax.random.fold_in(key, i), memory[name])
-            grads = isgd.per_example_grads(loss_of(term))(params, pool.take(memory[name], draw))
-            total = jax.tree.map(jnp.add, total, isgd.weighted_mean(grads, draw.target / draw.probs))
-            after[name] = pool.observe(memory[name], draw, grads)
-        return total, after
+    def scores(self, params: Any, term: Term, points: Array) -> Array:
+        return self.size_of_residual(params, term, points)
+
+
+class Ours(Pools):
+    """By the norms of gradients."""
+
+    def scores(self, params: Any, term: Term, points: Array) -> Array:
+        return isgd.norms(isgd.per_example_grads(loss_of(term))(params, points))
 
 
 class Rad(Arm):
@@ -328,7 +354,7 @@ ARMS: dict[str, Callable[..., Arm]] = {
 }
 
 
-def arm(name: str, domain: Domain, larger: int = 1) -> Arm:
+def arm(name: str, domain: Domain, larger: float = 1) -> Arm:
     """An arm by its name."""
     return ARMS[name](domain, larger)
 

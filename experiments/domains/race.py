@@ -49,7 +49,7 @@ class Trial(NamedTuple):
     """What is tuned."""
 
     rate: float
-    larger: int
+    larger: float
     seconds: float
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Grid(NamedTuple):
     """All that each arm tries."""
 
     rates: tuple[float, ...]
-    larger: tuple[int, ...]
+    larger: tuple[float, ...]
     seconds: tuple[float, ...]
 
     def trials(self) -> list[Trial]:
@@ -80,7 +80,7 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(problem: str, name: str, larger: int) -> Programs:
+def programs(problem: str, name: str, larger: float) -> Programs:
     """Compiled on first use."""
     domain = problems.domain(problem)
     arm = arms.arm(name, domain, larger)
@@ -143,7 +143,7 @@ def _lbfgs_steps(domain: problems.Domain) -> Callable[..., Any]:
     return finish
 
 
-def price(problem: str, name: str, larger: int, blocks: int = 5) -> float:
+def price(problem: str, name: str, larger: float, blocks: int = 5) -> float:
     """Seconds of a step, refreshes included; compiles what is not."""
     made, key = programs(problem, name, larger), jax.random.key(TUNING_SEED)
     arm, carry = arms.arm(name, problems.domain(problem), larger), None
@@ -167,7 +167,7 @@ class Race:
         self.problem, self.names, self.grid, self.seeds = problem, tuple(names), grid, seeds
         self.folder = folder / problem.replace("/", "-")
         self.level = problems.domain(problem).levels[1]
-        self.prices: dict[tuple[str, int], float] = {}
+        self.prices: dict[tuple[str, float], float] = {}
 
     def planned(self) -> float:
         """Seconds of all cells, as far as they are not done."""
@@ -176,7 +176,7 @@ class Race:
         known = sum(json.loads(file.read_text()).get("seconds", 0.0) for file in self.folder.glob("run-*.json"))
         return max(0.0, tuning + longest * len(self.names) * self.seeds - known)
 
-    def price(self, name: str, larger: int) -> float:
+    def price(self, name: str, larger: float) -> float:
         """Of an arm's step, measured once a folder."""
         if (name, larger) not in self.prices:
             found = self._cell(f"price-{name}-{larger}", lambda: {"price": price(self.problem, name, larger)})
@@ -280,6 +280,12 @@ def error_at(record: Record, seconds: float) -> float:
     return next((error for _, at, error in reversed(record["curve"]) if at <= seconds * 1.02), math.inf)
 
 
+def error_at_price(record: Record, budget: float, seconds_a_step: float) -> float:
+    """The last error measured in so many seconds, each step at the arm's price."""
+    reached = (error for step, _, error in reversed(record["curve"]) if step * seconds_a_step <= budget * 1.02)
+    return next(reached, math.inf)
+
+
 def table(problem: str, found: dict[str, list[Record]], prices: dict[str, float]) -> list[str]:
     """What came out, in lines of text."""
     lines = []
@@ -301,6 +307,21 @@ def table(problem: str, found: dict[str, list[Record]], prices: dict[str, float]
                 f"{np.median(priced):9.1f}  {ends:.4f}"
             )
         lines.append("  " + verdict(times))
+    return lines + errors_by_price(problem, found, prices)
+
+
+def errors_by_price(problem: str, found: dict[str, list[Record]], prices: dict[str, float]) -> list[str]:
+    """Errors at the end of the shortest budget, by steps alone: what a busy machine does to seconds is left out."""
+    budget = min(records[0]["curve"][-1][0] * prices[name] for name, records in found.items())
+    last = {
+        name: np.array([error_at_price(record, budget, prices[name]) for record in records])
+        for name, records in found.items()
+    }
+    lines = [f"{problem}: error after {budget:.0f} s by price: median (least to largest), over uniform's [95 %]"]
+    for name, errors in last.items():
+        ratio = paired_ratio(errors, last["uniform"]) if "uniform" in last else None
+        spread = f"{np.median(errors):.4f} ({errors.min():.4f} to {errors.max():.4f})"
+        lines.append(f"  {name:12} {spread}  {_told(ratio)}".rstrip())
     return lines
 
 

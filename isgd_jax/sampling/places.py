@@ -32,7 +32,8 @@ def coordinates(points: PyTree) -> Float[Array, "n d"] | None:
     Args:
         points: a pytree of arrays [n, ...].
     """
-    numbers = [leaf for leaf in jax.tree.leaves(points) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    leaves = jax.tree.leaves(points)
+    numbers = [leaf for leaf in leaves if leaf.size and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     if not numbers:
         return None
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in numbers], axis=1)
@@ -42,7 +43,7 @@ def along_hilbert_curve(places: Float[Array, "n d"]) -> Int[Array, " n"]:
     """Where points lie along a Hilbert curve through the box that they span: an order in which neighbors are near.
 
     Args:
-        places: coordinates [n, d]; of more than 30 the first 30 count.
+        places: coordinates [n, d], d at least 1; of more than 30 the first 30 count.
 
     Returns:
         Whole numbers from 0 to below 2^30 [n], equal for points of the same cell.
@@ -51,7 +52,7 @@ def along_hilbert_curve(places: Float[Array, "n d"]) -> Int[Array, " n"]:
     """
     places = places[:, :CODE_BITS]
     dims = places.shape[1]
-    bits = min(COORDINATE_BITS, CODE_BITS // max(dims, 1))
+    bits = min(COORDINATE_BITS, CODE_BITS // dims)
     low, high = jnp.min(places, axis=0), jnp.max(places, axis=0)
     inside = (places - low[None]) / jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)[None]
     cells = jnp.clip((inside * 2**bits).astype(jnp.int32), 0, 2**bits - 1)
@@ -70,7 +71,7 @@ def _turned(x: list[Array], bits: int) -> list[Array]:
                 x[i] = jnp.where(is_far, x[i], x[i] ^ swap)
     for i in range(1, dims):  # Gray code
         x[i] = x[i] ^ x[i - 1]
-    flips = jnp.zeros_like(x[-1]) if dims else None
+    flips = jnp.zeros_like(x[-1])
     for bit in range(bits - 1, 0, -1):
         flips = jnp.where((x[-1] & (1 << bit)) != 0, flips ^ ((1 << bit) - 1), flips)
     return [each ^ flips for each in x]

@@ -143,13 +143,13 @@ def pool_sampler(
                 f"{name} belong to given examples, and the points of a pool change: make one pool for each group, with "
                 "its share of the batch"
             )
-    if hasattr(order, "__array__"):
+    if hasattr(order, "__array__") or isinstance(order, list | tuple):
         raise ArgumentError(
             'order is an array: it orders given examples, and the points of a pool change. Take "place", "score", '
             '"index" or a sketch of gradients'
         )
     is_by_place = isinstance(order, str) and order == "place"
-    line = np.arange(num_points) if is_by_place else order  # to be replaced by where the points are
+    line: Any = np.arange(num_points) if is_by_place else order  # to be replaced by where the points are
     inner = importance_sampler(num_points, batch_size=batch_size, order=line, **options)
     num_redrawn = math.ceil(redraw * num_points - 1e-9)  # 0.07 of 100 are 7, whatever the product rounds to
     made = _Pool(draw_points, inner, num_redrawn, grid_cells if cells is None else cells, is_by_place)
@@ -203,7 +203,7 @@ class _Pool:
             return state
         known = self._ordered(points, state.sampler)
         size = self.inner.num_examples
-        law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), samplers.order_by(known.ordering.keys))
+        law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), samplers.order_by(self._keys(points)))
         return state._replace(sampler=known._replace(proposal=known.proposal._replace(law=law)))
 
     def sample(self, key: Key, state: PoolState, *, ahead: int | Array = 0) -> Draw:
@@ -265,9 +265,12 @@ class _Pool:
         """The state whose line runs through space as the points lie now; a line of another kind is left alone."""
         if not self.is_by_place:
             return known
+        return known._replace(ordering=known.ordering._replace(keys=self._keys(points)))
+
+    def _keys(self, points: Points) -> Int[Array, " n"]:
+        """Where each point lies along the curve."""
         at = places.coordinates(points)
-        keys = jnp.zeros(self.inner.num_examples, jnp.int32) if at is None else places.along_hilbert_curve(at)
-        return known._replace(ordering=known.ordering._replace(keys=keys))
+        return jnp.zeros(self.inner.num_examples, jnp.int32) if at is None else places.along_hilbert_curve(at)
 
     def _of_cells(self, points: Points, known: SamplerState, ids: Int[Array, " k"]) -> tuple[Float[Array, " k"], Array]:
         """The mean score of the measured points in each new point's cell, and whether any point is measured."""

@@ -101,6 +101,17 @@ def check_unmasked(name: str, values: object) -> None:
         raise ArgumentTypeError(f"{name} must be an array without a mask: say what to put, .filled(value)")
 
 
+def check_array(name: str, values: object) -> None:
+    """Refuse what is no array as the argument ``name``, such as a list, and a masked one.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    check_unmasked(name, values)
+    if not hasattr(values, "shape") or not hasattr(values, "dtype"):
+        raise ArgumentTypeError(f"{name} must be an array, np.asarray(...), got {type(values).__name__}")
+
+
 class Wrong(NamedTuple):
     """The first value that is not as it should be, and its index in the flattened array."""
 

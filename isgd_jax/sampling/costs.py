@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from isgd_jax.errors import ArgumentError, first_wrong
+from isgd_jax.errors import ArgumentError, check_array, first_wrong
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.double_float import tree_sum
 from isgd_jax.sampling.samplers import Law
@@ -41,10 +41,12 @@ def check(costs: Array | np.ndarray | None, num_examples: int) -> None:
     """Refuse costs that are not one positive number an example, where their values can be seen.
 
     Raises:
+        TypeError: they are no array, or a masked one.
         ValueError: they are not.
     """
     if costs is None:
         return
+    check_array("costs", costs)
     if costs.shape != (num_examples,):
         raise ArgumentError(f"costs must have shape ({num_examples},), one number an example; got {costs.shape}")
     with np.errstate(over="ignore", under="ignore"):

@@ -38,9 +38,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_unmasked, check_whole
 from isgd_jax.gradients.weights import first_not_finite
-from isgd_jax.sampling import calibration, clusters, evidence, fractions, proposal, report, samplers, score_table
+from isgd_jax.sampling import calibration, clusters, evidence, fractions, gates, proposal, report, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling import groups as grouping
 from isgd_jax.sampling.groups import Groups
@@ -88,6 +88,9 @@ _ON_LINE: dict[str, samplers.Kind] = {
     "independent": "independent",
     "without_replacement": "systematic",  # from a law that was capped when the proposal was made
 }
+
+_DISTINCT = ("without_replacement", "poisson")
+"""Samplers that draw no example twice; their laws are capped when the proposal is made."""
 
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
@@ -218,7 +221,10 @@ class ImportanceSampler:
             more: further fields of `BatchSampler`, such as ``is_scored`` or presampling's two steps.
         """
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
-        reported = report.make_report(self.num_examples, self.batch_size, self.options.groups)
+        filled = _expected_draws(self.options, self.batch_size) / self.batch_size
+        reported = report.make_report(
+            self._check_state, self._scores_are_used, self.batch_size, groups=self.options.groups, filled=filled
+        )
         more |= {"steps_per_update": self.options.steps_per_update}
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
@@ -263,8 +269,8 @@ class ImportanceSampler:
             fractions=fractions.create() if is_learnt else None,
             **blank,
         )
-        made = self.refresh(state).proposal
-        state = state._replace(proposal=made._replace(refreshes=jnp.int32(0)))
+        state = self.refresh(state)  # the first proposal, and what it is expected to cost and to allocate
+        state = state._replace(proposal=state.proposal._replace(refreshes=jnp.int32(0)))
         return jax.tree.map(jnp.copy, state)  # no two leaves share a buffer, so the whole can be donated
 
     def sample(
@@ -287,7 +293,7 @@ class ImportanceSampler:
             ValueError: ``ahead`` is negative, or the state is of another run or format.
         """
         del params, data
-        check_state(state, self.num_examples)
+        self._check_state(state)
         if isinstance(ahead, int) and ahead < 0:
             raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {ahead}")
         step = state.clock.step + ahead
@@ -327,7 +333,7 @@ class ImportanceSampler:
         Raises:
             ValueError: the shapes do not fit the draw, or ``max_age_seconds`` was given and ``seconds`` is not.
         """
-        check_state(state, self.num_examples)
+        self._check_state(state)
         self._check_seconds(seconds)
         found = evidence.norms_of(draw, grads, norms, scores, axis_name=axis_name)
         if found.norms is not None:
@@ -373,7 +379,7 @@ class ImportanceSampler:
             ValueError: ``max_age_seconds`` was given and ``seconds`` is not, the shapes do not fit, or sketches came
                 that no order wants.
         """
-        check_state(state, self.num_examples)
+        self._check_state(state)
         self._check_seconds(seconds)
         ids, scores = jnp.asarray(ids), jnp.asarray(scores)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -400,7 +406,7 @@ class ImportanceSampler:
         Raises:
             ValueError: the state is of another run or format.
         """
-        check_state(state, self.num_examples)
+        self._check_state(state)
         options, version = self.options, state.version
         if state.fractions is None:
             fraction = jnp.float32(options.uniform_fraction)
@@ -420,8 +426,8 @@ class ImportanceSampler:
             mix=None if state.examples.groups is None else functools.partial(self._mixed, state, fraction),
         )
         law = samplers.prepare(made.probs, self._order(state, made.probs, key))
-        if options.sampler == "without_replacement":
-            law = samplers.capped(law, num_draws=self.batch_size)
+        if options.sampler in _DISTINCT:
+            law = samplers.capped(law, num_draws=_expected_draws(options, self.batch_size))
         made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
         following = Proposal(law, fraction, made_at, state.proposal.refreshes + 1, made.trusted_share, made.is_uniform)
         return self._counted(state._replace(proposal=following))
@@ -477,6 +483,10 @@ class ImportanceSampler:
         if ids is None or self.options.groups is None:
             return None
         return grouping.create(on_mesh(ids), self.options.groups.num_groups)
+
+    def _scores_are_used(self, state: SamplerState) -> Bool[Array, ""]:
+        """Whether draws are made by score now."""
+        return gates.is_open(state)
 
     @property
     def _can_halve(self) -> bool:
@@ -613,6 +623,32 @@ class ImportanceSampler:
         rows = rows.at[at].set(sketches.astype(jnp.float32), mode="drop")
         return Ordering(keys, rows, known.at[at].set(True, mode="drop"))
 
+    def _check_state(self, state: SamplerState) -> None:
+        """Refuse a state that was made for something else: what examples count for, cost and belong to lies in it.
+
+        Raises:
+            TypeError: it is no state.
+            ValueError: it is of another format, or of a sampler with other arguments.
+        """
+        check_state(state, self.num_examples)
+        known, options = state.examples, self.options
+        pairs = (
+            ("example_weights", known.target, options.example_weights),
+            ("costs", known.costs, options.costs),
+            ("groups", known.groups, options.groups),
+        )
+        for name, made, given in pairs:
+            if (made is None) != (given is None):
+                were, are = ("without", "with") if made is None else ("with", "without")
+                raise ArgumentError(f"the state was made {were} {name}, this sampler {are}: begin with its own init()")
+        if known.groups is not None and options.groups is not None:
+            count = known.groups.sizes.shape[0]
+            if count != options.groups.num_groups:
+                raise ArgumentError(
+                    f"the state is of {count} groups, this sampler of {options.groups.num_groups}: begin with its own "
+                    "init()"
+                )
+
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
             raise ArgumentError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
@@ -707,7 +743,7 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     names = get_args(SamplerName)
     if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
         raise ArgumentError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
-    if options.sampler in ("without_replacement", "poisson") and batch_size > num_examples:
+    if options.sampler in _DISTINCT and batch_size > num_examples:
         raise ArgumentError(
             f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
         )
@@ -721,6 +757,12 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     check_weights(options.example_weights, num_examples)
     cost.check(options.costs, num_examples)
     grouping.check(options.groups, num_examples, is_weighted=options.example_weights is not None)
+    if options.sampler == "without_replacement" and batch_size > grouping.num_drawable(options.groups, num_examples):
+        raise ArgumentError(
+            f"sampler='without_replacement' draws distinct examples: batch_size={batch_size} of the "
+            f"{grouping.num_drawable(options.groups, num_examples)} whose groups have a share"
+        )
+    grouping.check_chances(options.groups, options.uniform_fraction)
     check_fraction(options.uniform_fraction, options.additive)
     check_ranges(options)
 
@@ -729,17 +771,22 @@ def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None
     """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
 
     Raises:
-        TypeError: they are a masked array.
+        TypeError: they are no array, or a masked one.
         ValueError: there is not one finite number an example.
     """
     if weights is None:
         return
-    check_unmasked("example_weights", weights)
+    check_array("example_weights", weights)
     if weights.shape != (num_examples,):
         raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
     wrong = first_not_finite(weights)
     if wrong is not None:
         raise ArgumentError(f"example_weights must be finite, got {wrong.value} among them")
+
+
+def _expected_draws(options: Options, batch_size: int) -> float:
+    """How many of the draws of a step are examples and not padding, on average."""
+    return samplers.poisson_size(batch_size) if options.sampler == "poisson" else float(batch_size)
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:

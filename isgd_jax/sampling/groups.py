@@ -12,9 +12,10 @@ Guarantees:
 * shares change ``Draw.target``, never ``Draw.probs`` of the proposal in use nor the transform; so the estimate is
   unbiased at each step for the shares of that step, whatever they were when the proposal was made;
 * every example of a group that has a share can be drawn; where shares are a function of the step, every example can;
-* with ``allocation="neyman"`` and no floors, no weight ``target / probs`` of a draw by the proposal exceeds
-  2 / uniform_fraction², at the step the proposal was made;
-* a fixed allocation is exact: draws have these shares while the gate is open. Give ``gate=False`` if they must always;
+* with ``allocation="neyman"``, no floors and no example weights, no weight ``target / probs`` of a draw by the proposal
+  exceeds 2 / uniform_fraction², at the step the proposal was made;
+* a fixed allocation is exact: draws have these shares while the gate is open. Give ``gate=False`` if they must always.
+  (Samplers of distinct examples draw none more than once, so a small group may have less; the report tells);
 * shares that are negative or not finite, or all zero, make the target NaN: a step that cannot be right shows.
 
 Source: Neyman (1934), "On the two different aspects of the representative method", for the allocation; learning its
@@ -31,7 +32,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.types import Draw
 
 __all__ = [
@@ -41,10 +42,12 @@ __all__ = [
     "allocated",
     "as_groups",
     "check",
+    "check_chances",
     "create",
     "drawn_by",
     "group_sums",
     "moments",
+    "num_drawable",
     "observe",
     "shares_at",
     "target_shares",
@@ -63,8 +66,11 @@ HALF_LIFE = 100.0
 STRENGTH = 10.0
 """Draws that the scores count for, beside those that a group has had."""
 
-LARGEST = 1e15
-"""No norm counts for more: sums of squares stay within float32."""
+LARGEST = 1e30
+"""No squared norm, and no moment of a draw, counts for more: sums of them stay within float32, and come back."""
+
+LEAST = 1e-9
+"""The least share of the draws in an allocation: one that float32 rounds to nothing would be a bias."""
 
 CHUNK = 1 << 16
 """Numbers that are added up one by one; the sums of chunks are added as a tree."""
@@ -94,12 +100,8 @@ class Groups:
     @property
     def num_groups(self) -> int:
         """G: as many as have shares or an allocation, or as the ids name."""
-        for given in (self.shares, self.allocation):
-            if given is not None and not callable(given) and not isinstance(given, str):
-                return len(np.asarray(given))
-        if callable(self.shares):
-            return int(jax.eval_shape(self.shares, jax.ShapeDtypeStruct((), jnp.int32)).shape[0])
-        return int(np.max(_on_host(self.ids))) + 1
+        told = (_shape(given) for given in (self.shares, self.allocation))
+        return next((shape[0] for shape in told if shape), int(np.max(_on_host(self.ids))) + 1)
 
 
 class GroupState(NamedTuple):
@@ -154,6 +156,7 @@ def check(groups: Groups | None, num_examples: int, *, is_weighted: bool) -> Non
     """
     if groups is None:
         return
+    check_unmasked("groups", groups.ids)
     if not hasattr(groups.ids, "shape") or not hasattr(groups.ids, "dtype"):
         raise ArgumentTypeError(f"groups must be an array of ids [n] or isgd.Groups(ids, ...), got {groups.ids!r:.60}")
     if not np.issubdtype(groups.ids.dtype, np.integer):
@@ -163,6 +166,11 @@ def check(groups: Groups | None, num_examples: int, *, is_weighted: bool) -> Non
     ids, size = _on_host(groups.ids), groups.num_groups
     if int(ids.min()) < 0 or int(ids.max()) >= size:
         raise ArgumentError(f"the ids of groups must be 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}")
+    if size > num_examples and not any(_shape(given) for given in (groups.shares, groups.allocation)):
+        raise ArgumentError(
+            f"the ids of groups are 0 to {size - 1} for {num_examples} examples: number the groups one after the "
+            "other, np.unique(ids, return_inverse=True)[1]"
+        )
     sizes = np.bincount(ids, minlength=size)
     if groups.shares is not None:
         _check_shares(groups, sizes, is_weighted)
@@ -179,9 +187,10 @@ def _check_shares(groups: Groups, sizes: np.ndarray, is_weighted: bool) -> None:
             "shares of groups together are example_weights = share_g · weight_n / (sum of the group's weights)"
         )
     if callable(groups.shares):
-        found = jax.eval_shape(groups.shares, jax.ShapeDtypeStruct((), jnp.int32))
-        if getattr(found, "shape", None) != (size,):
-            raise ArgumentError(f"shares(step) must return one number for each of the {size} groups, got {found}")
+        if _shape(groups.shares) != (size,):
+            raise ArgumentError(
+                f"shares(step) must return one number for each of the {size} groups, got shape {_shape(groups.shares)}"
+            )
         if np.any(sizes == 0):
             raise ArgumentError(f"group {int(np.argmin(sizes))} has no example: a schedule may give it a share")
         return
@@ -199,7 +208,7 @@ def _check_allocation(groups: Groups, sizes: np.ndarray) -> None:
         )
     floors = np.where(sizes > 0, floors, 0.0)
     room = 1.0 if np.all(floors[sizes > 0] > 0) else 0.99  # a group without a floor must not be left without draws
-    if floors.sum() > room:
+    if floors.sum() > room + 1e-9:
         raise ArgumentError(f"floors are least shares of the draws and sum to at most {room}, got {floors.sum():.4g}")
     if is_rule:
         if groups.allocation not in ("neyman", "target"):
@@ -209,18 +218,21 @@ def _check_allocation(groups: Groups, sizes: np.ndarray) -> None:
         raise ArgumentError("floors go with a rule, and the allocation was given in numbers: raise those")
     allocation = _checked("allocation", groups.allocation, size)
     shares = None if groups.shares is None or callable(groups.shares) else np.asarray(groups.shares)
-    wanted = sizes > 0 if shares is None else shares > 0
-    if np.any(wanted & (allocation == 0)):
+    starved = (sizes > 0 if shares is None else shares > 0) & (allocation < LEAST * allocation.sum())
+    if np.any(starved):
         raise ArgumentError(
-            f"group {int(np.argmax(wanted & (allocation == 0)))} is part of the target and has no share of the draws: "
-            "an example without a chance would be a bias"
+            f"group {int(np.argmax(starved))} is part of the target and has no share of the draws, or less than "
+            f"{LEAST}: an example without a chance would be a bias"
         )
     if np.any((sizes == 0) & (allocation > 0)):
         raise ArgumentError(f"group {int(np.argmax((sizes == 0) & (allocation > 0)))} has draws and no example")
 
 
 def _checked(name: str, given: Any, size: int) -> np.ndarray:
-    values = np.asarray(given, np.float64)
+    try:
+        values = np.asarray(_on_host(given), np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"{name} must be numbers, one for each of the {size} groups; got {given!r}") from error
     if values.shape != (size,):
         raise ArgumentError(f"{name} must have one number for each of the {size} groups, got shape {values.shape}")
     if not np.all(np.isfinite(values)) or np.any(values < 0) or not np.any(values > 0):
@@ -228,9 +240,48 @@ def _checked(name: str, given: Any, size: int) -> np.ndarray:
     return values
 
 
-def _on_host(ids: Array | np.ndarray) -> np.ndarray:
+def check_chances(groups: Groups | None, uniform_fraction: float | str) -> None:
+    """Refuse a schedule under which a group without a share now could not be drawn when it has one.
+
+    Raises:
+        ValueError: the uniform fraction is 0, and nothing else gives each group draws.
+    """
+    if groups is None or not callable(groups.shares) or not isinstance(groups.allocation, str):
+        return
+    if uniform_fraction == 0.0 and np.any(np.asarray(groups.floors) == 0.0):
+        raise ArgumentError(
+            "uniform_fraction=0 with shares that are a function of the step leaves a group without a share now no "
+            "chance until the next refresh, when it may have one: set it, or floors of the groups, above 0"
+        )
+
+
+def num_drawable(groups: Groups | None, num_examples: int) -> int:
+    """How many examples can be drawn: those of groups that have a share, as far as it does not change."""
+    given = None if groups is None else groups.shares if isinstance(groups.allocation, str) else groups.allocation
+    if groups is None or given is None or callable(given):
+        return num_examples
+    return int(np.sum((_on_host(given) > 0)[_on_host(groups.ids)]))
+
+
+def _shape(given: Any) -> tuple[int, ...] | None:
+    """Of shares or of an allocation; None where there are none, or a rule has them."""
+    if given is None or isinstance(given, str):
+        return None
+    if callable(given):
+        return jax.eval_shape(lambda step: jnp.asarray(given(step)), jax.ShapeDtypeStruct((), jnp.int32)).shape
+    return np.shape(given)
+
+
+def _on_host(values: Any) -> np.ndarray:
     with jax.transfer_guard("allow"):
-        return np.asarray(ids)
+        return np.asarray(values)
+
+
+def _parts(given: Numbers) -> Float[Array, " g"]:
+    """Numbers of which only ratios count, over their sum: in float64, which holds sums that float32 does not."""
+    values = _on_host(given).astype(np.float64)
+    values = values / values.max()
+    return jnp.asarray(values / values.sum(), jnp.float32)
 
 
 def create(ids: Int[Array, " n"], num_groups: int) -> GroupState:
@@ -262,8 +313,9 @@ def shares_at(groups: Groups, step: Int[Array, ""]) -> Float[Array, " g"] | None
     """
     if groups.shares is None:
         return None
-    shares = groups.shares(step) if callable(groups.shares) else groups.shares
-    shares = jnp.asarray(shares).astype(jnp.float32)
+    if not callable(groups.shares):
+        return _parts(groups.shares)
+    shares = jnp.asarray(groups.shares(step)).astype(jnp.float32)
     total = jnp.sum(shares)
     is_right = jnp.all(jnp.isfinite(shares) & (shares >= 0.0)) & (total > 0.0)
     return jnp.where(is_right, shares / jnp.where(is_right, total, 1.0), jnp.nan)
@@ -367,9 +419,9 @@ def allocated(
         The shares; they sum to one, and where the floors allow it none is below its own.
     """
     if not isinstance(groups.allocation, str):
-        fixed = jnp.asarray(groups.allocation).astype(jnp.float32)
-        return fixed / jnp.sum(fixed)
-    targets = jnp.where(jnp.isfinite(targets), targets, state.sizes / jnp.sum(state.sizes))
+        return _parts(groups.allocation)
+    is_told = jnp.all(jnp.isfinite(targets)) & (jnp.sum(targets) > 0.0)  # weights may all be 0
+    targets = jnp.where(is_told, targets, state.sizes / jnp.sum(state.sizes))
     floor = jnp.broadcast_to(jnp.asarray(groups.floors).astype(jnp.float32), targets.shape)
     floor = jnp.where(state.sizes > 0.0, floor, 0.0)
     even = state.sizes / jnp.sum(state.sizes)
@@ -385,7 +437,7 @@ def allocated(
     moment = weight * known + (1.0 - weight) * unit * by_scores
     shares = shares_at(groups, step)
     factor = jnp.ones_like(targets) if shares is None else jnp.where(jnp.isfinite(shares), shares, targets)
-    best = factor * jnp.sqrt(moment / costs)
+    best = factor * jnp.sqrt(_over(moment, costs, 0.0))  # an empty group costs nothing
     best = jnp.where(jnp.sum(best) > 0.0, best / jnp.where(jnp.sum(best) > 0.0, jnp.sum(best), 1.0), targets)
     share = (1.0 - uniform_fraction) * best + uniform_fraction * base
     return _above(share / jnp.sum(share), floor)
@@ -403,15 +455,17 @@ def observe(
     Args:
         state: what was seen so far.
         draw: the draws, with the probabilities they were made with, by whichever proposal.
-        norms: fresh ones [m]; one that is not finite teaches nothing.
+        norms: fresh ones [m]; one that is not finite teaches nothing, nor does one beyond the range of moments.
         unit: unit weights [m] of the drawn examples.
         proposed: probabilities [m] that the proposal in use gives them.
     """
     size, at = state.sizes.shape[0], state.ids[draw.indices]
     within = proposed / state.allocation[at]
-    sound = draw.mask & (norms <= LARGEST) & (norms >= 0.0) & (proposed > 0.0)
-    scaled = jnp.square(jnp.where(sound, norms * unit, 0.0))
-    moment = scaled / jnp.where(sound, within * draw.probs * norms.shape[0], 1.0)
+    sound = draw.mask & (norms >= 0.0) & (proposed > 0.0)
+    chance = jnp.where(sound, within * draw.probs * norms.shape[0], 1.0)
+    moment = jnp.square(jnp.where(sound, norms * unit, 0.0)) / chance
+    sound &= (moment <= LARGEST) & (jnp.square(norms) <= LARGEST)
+    moment = jnp.where(sound, moment, 0.0)
     keep = 2.0 ** (-1.0 / HALF_LIFE)
 
     def added(kept: Array, values: Array) -> Array:

@@ -133,9 +133,11 @@ class IndexSampler:
         self._made: deque[Draw] = deque()
         """Draws not observed yet, the first of step ``observed``."""
         self._handed = self._observed = 0
-        self._waiting: dict[int, tuple[Any, Any]] = {}
+        self._waiting: dict[int, tuple[Any, ...]] = {}
         """Observations of later steps that came before their turn."""
         self._listed: deque[IndexBatch] = deque()
+        self._checked: set[tuple[bool, ...]] = set()
+        """Which of norms, scores and seconds the sampler has been seen to take together."""
         with self._on_host():
             self._key = jax.device_put(key, self._device)
             self._state: SamplerState = jax.device_put(sampler.init(jax.random.fold_in(self._key, 2**31 - 1)))
@@ -176,7 +178,9 @@ class IndexSampler:
             raise ArgumentError("every batch that lists() gave has been asked for")
         return self._listed.popleft()
 
-    def observe(self, batch: IndexBatch, *, norms: Any = None, scores: Any = None) -> None:
+    def observe(
+        self, batch: IndexBatch, *, norms: Any = None, scores: Any = None, seconds: float | None = None
+    ) -> None:
         """Move on by a step: what its examples' gradients measured, or anyone's numbers in their place.
 
         Later steps may be observed first; they wait for their turn.
@@ -185,17 +189,29 @@ class IndexSampler:
             batch: that was learnt from.
             norms: of its examples' gradients [m], this process's part; they teach all that the sampler learns.
             scores: what the table gets in place of the norms, [m]; alone they choose the draws, and teach no more.
+            seconds: the caller's clock, where the sampler distrusts scores by it (``max_age_seconds``).
 
         Raises:
-            ValueError: there is not one number a draw, or the step was observed before or never handed out.
+            ValueError: there is not one number a draw, the step was observed before or never handed out, the batch is
+                another sampler's, or ``seconds`` are wanted. Nothing is changed then.
         """
-        given = self._whole("norms", norms, batch), self._whole("scores", scores, batch)
+        given = (
+            self._whole("norms", norms, batch), self._whole("scores", scores, batch),
+            None if seconds is None else np.float32(seconds),
+        )  # fmt: skip
         with self._changed, self._on_host():
             if not self._observed <= batch.step < self._handed or batch.step in self._waiting:
                 raise ArgumentError(
                     f"step {batch.step} was observed before, or never handed out: {self._observed} steps are observed, "
                     f"{self._handed} are handed out"
                 )
+            draw = self._made[batch.step - self._observed]
+            known = ((batch.indices, draw.indices), (batch.probs, draw.probs))  # the caller may have written into one
+            if not any(np.array_equal(theirs, np.asarray(own)[self._mine]) for theirs, own in known):
+                raise ArgumentError(
+                    f"the batch is not that of step {batch.step} of this sampler: observe the batches that it hands out"
+                )
+            self._check(draw, given)
             self._waiting[batch.step] = given
             while self._observed in self._waiting:
                 found = self._waiting.pop(self._observed)
@@ -204,17 +220,18 @@ class IndexSampler:
                 self._fill()
             self._changed.notify_all()
 
-    def record(self, ids: Any, scores: Any, *, version: int | None = None) -> None:
+    def record(self, ids: Any, scores: Any, *, version: int | None = None, seconds: float | None = None) -> None:
         """Write scores that were measured besides; the next refresh knows them.
 
         Args:
             ids: of examples [c].
             scores: as many numbers, 0 or more; those that are not are set aside.
             version: updates that the parameters had seen when they were measured; by default all so far.
+            seconds: the caller's clock, where the sampler distrusts scores by it.
 
         Raises:
             TypeError: ids are no whole numbers.
-            ValueError: there is not one score an id.
+            ValueError: there is not one score an id, or ``seconds`` are wanted.
         """
         ids, scores = np.asarray(ids), np.asarray(scores, np.float32)
         if not np.issubdtype(ids.dtype, np.integer):
@@ -227,7 +244,8 @@ class IndexSampler:
         ids = np.where(inside, ids, self.sampler.num_examples).astype(np.int32)
         with self._changed, self._on_host():
             at = None if version is None else jnp.int32(version)
-            self._state = self._programs.record(self._state, ids, scores, at)
+            now = None if seconds is None else np.float32(seconds)
+            self._state = self._programs.record(self._state, ids, scores, at, now)
 
     def report(self) -> Any:
         """What the sampler knows of the variance (`isgd_jax.importance_sampler`); print it."""
@@ -235,10 +253,14 @@ class IndexSampler:
             return self.sampler.report(self._state)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next batches depend on, as numbers and NumPy arrays; a loader can pickle it, Orbax save it."""
+        """All that the next batches depend on, as numbers and NumPy arrays; a loader can pickle it, Orbax save it.
+
+        The key is in it; ``refresh_every`` and ``gather`` are for the caller to give again.
+        """
         with self._changed:
             return {
                 "format": FORMAT,
+                "key": np.array(_data(self._key)),
                 "observed": self._observed,
                 "state": [np.array(x) for x in jax.tree.leaves(self._state)],
                 "draws": [[np.array(x) for x in jax.tree.leaves(draw)] for draw in self._made],
@@ -261,7 +283,9 @@ class IndexSampler:
         if len(saved["draws"]) != self.ahead:
             raise ArgumentError(f"it was saved with ahead={len(saved['draws'])}, here it is {self.ahead}")
         with self._changed, self._on_host():
+            [key_data] = _like([_data(self._key)], [saved["key"]])
             self._state = _like(self._state, saved["state"])
+            self._key = _key_of(key_data, self._key)
             draws = [_like(draw, leaves) for draw, leaves in zip(self._made, saved["draws"], strict=True)]
             self._made = deque(draws)
             self._observed = self._handed = int(saved["observed"])
@@ -279,12 +303,24 @@ class IndexSampler:
             self._made.append(self._programs.draw(key, self._state, jnp.int32(place)))
 
     def _batch(self, draw: Draw, step: int) -> IndexBatch:
-        place, count = self._shard
-        part = self.sampler.batch_size // count
-        mine = slice(place * part, (place + 1) * part)
-        weights = _weights(draw.probs, draw.mask, draw.target)
+        with self._on_host():
+            weights = _weights(draw.probs, draw.mask, draw.target)
+        mine = self._mine
         indices, weights, probs = (np.array(x)[mine] for x in (draw.indices, weights, draw.probs))  # the caller's own
         return IndexBatch(step, indices.astype(np.int64), weights, probs)
+
+    @property
+    def _mine(self) -> slice:
+        place, count = self._shard
+        part = self.sampler.batch_size // count
+        return slice(place * part, (place + 1) * part)
+
+    def _check(self, draw: Draw, given: tuple[Any, ...]) -> None:
+        """Whether the sampler takes what is given: told at once, and not when the turn of the step comes."""
+        kind = tuple(x is not None for x in given)
+        if kind not in self._checked:
+            jax.eval_shape(self._programs.observe, self._state, draw, *given)
+            self._checked.add(kind)
 
     def _whole(self, what: str, given: Any, batch: IndexBatch) -> np.ndarray | None:
         if given is None:
@@ -292,7 +328,13 @@ class IndexSampler:
         numbers = np.asarray(given, np.float32)
         if numbers.shape != batch.indices.shape:
             raise ArgumentError(f"expected {what} of the {len(batch.indices)} draws, got shape {numbers.shape}")
-        return numbers if self._gather is None else np.asarray(self._gather(numbers), np.float32)
+        whole = numbers if self._gather is None else np.asarray(self._gather(numbers), np.float32)
+        if whole.shape != (self.sampler.batch_size,):
+            raise ArgumentError(
+                f"gather must put the parts one after the other, {what} [{self.sampler.batch_size}]; got shape "
+                f"{whole.shape}"
+            )
+        return whole
 
     def _on_host(self) -> Any:
         return jax.default_device(self._device)
@@ -315,14 +357,27 @@ def _programs(sampler: BatchSampler) -> _Programs:
     def draw(key: Key, state: SamplerState, ahead: Any) -> Draw:
         return sampler.sample(key, state, ahead=ahead)
 
-    def observe(state: SamplerState, draw: Draw, norms: Any, scores: Any) -> SamplerState:
-        return sampler.observe(state, draw, norms=norms, scores=scores)
+    def observe(state: SamplerState, draw: Draw, norms: Any, scores: Any, seconds: Any) -> SamplerState:
+        return sampler.observe(state, draw, norms=norms, scores=scores, seconds=seconds)
 
-    def record(state: SamplerState, ids: Any, scores: Any, at: Any) -> SamplerState:
-        return sampler.record(state, ids, scores, version=state.version if at is None else at)
+    def record(state: SamplerState, ids: Any, scores: Any, at: Any, seconds: Any) -> SamplerState:
+        return sampler.record(state, ids, scores, version=state.version if at is None else at, seconds=seconds)
 
     changing = (jax.jit(function, donate_argnums=0) for function in (observe, record, sampler.refresh))
     return _Programs(jax.jit(draw), *changing)
+
+
+def _data(key: Key) -> Any:
+    """The raw data of a key, new-style or old."""
+    return jax.random.key_data(key) if _is_typed(key) else key
+
+
+def _key_of(data: Any, like: Key) -> Key:
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if _is_typed(like) else data
+
+
+def _is_typed(key: Key) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _like(tree: Any, leaves: list[np.ndarray]) -> Any:

@@ -36,7 +36,7 @@ from isgd_jax.sampling.estimator import (
     check_ranges,
     check_weights,
 )
-from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, check_state, on_mesh, own_key
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, on_mesh, own_key
 from isgd_jax.types import Draw, Key, Params, Sampler
 
 __all__ = ["fixed", "shuffled_epochs", "uniform_draws"]
@@ -197,7 +197,7 @@ class _Still(ImportanceSampler):
     def refresh(self, state: SamplerState, key: Key | None = None) -> SamplerState:
         """The state as it is: there is nothing to renew."""
         del key
-        check_state(state, self.num_examples)
+        self._check_state(state)
         return state
 
 
@@ -235,7 +235,7 @@ class _Epochs(_Still):
     ) -> Draw:
         """The next batch of the permutation, whatever the key."""
         del key, params, data
-        check_state(state, self.num_examples)
+        self._check_state(state)
         size, step = self.batch_size, state.clock.step + ahead
         epoch, at = step // self._num_batches, step % self._num_batches * size
         indices = lax.cond(

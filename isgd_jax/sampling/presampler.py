@@ -44,7 +44,7 @@ from isgd_jax.sampling.estimator import (
     check_weights,
 )
 from isgd_jax.sampling.plain import _Still
-from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, check_state
+from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer
 
 __all__ = ["presampling"]
@@ -121,7 +121,7 @@ class _Presampling(_Still):
 
     def candidates(self, key: Key, state: SamplerState) -> Draw:
         """The candidates of a step, uniform draws; their ``indices`` are to be scored."""
-        check_state(state, self.num_examples)
+        self._check_state(state)
         take, *_ = jax.random.split(key, 3)
         return samplers.uniform(take, state.proposal.law, num_draws=self.each * self.batch_size)
 
@@ -167,9 +167,7 @@ class _Presampling(_Still):
                 "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
                 "data=...), or call candidates() and resample() with scores of your own"
             )
-        found = self.candidates(key, state)
-        pays = candidates.pays(_expected_speedup(state), candidates=self.each, score_cost=self.score_cost)
-        pays = pays | (not self.is_gated)
+        found, pays = self.candidates(key, state), self._scores_are_used(state)
         parts = [
             self._chosen(self.scorer, pick, (params, data), part.draw, pays, size)
             for pick, part, size in self._halves(key, found)
@@ -183,6 +181,12 @@ class _Presampling(_Still):
             return after
         mean = KEPT * _expected_speedup(state) + (1.0 - KEPT) * draw.expected_speedup
         return after._replace(gate=SpeedupGate(mean))
+
+    def _scores_are_used(self, state: SamplerState) -> Array:
+        """Whether candidates are scored now; scores of the caller's own always are."""
+        if self.scorer is None or not self.is_gated:
+            return jnp.asarray(True)
+        return candidates.pays(_expected_speedup(state), candidates=self.each, score_cost=self.score_cost)
 
     def _halves(self, key: Key, found: Draw) -> list[tuple[Key, "_Part", int]]:
         """The key, the candidates and the size of each half-batch."""

@@ -10,17 +10,22 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.sampling import gates, samplers, score_table
 from isgd_jax.sampling import groups as grouping
+from isgd_jax.sampling import samplers, score_table
 from isgd_jax.sampling.groups import GroupReport, Groups
-from isgd_jax.sampling.state import SamplerState, check_state
+from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import monitor
 from isgd_jax.variance.rolling import Band
 
-__all__ = ["CostReport", "SamplerReport", "ScoreReport", "make_report"]
+__all__ = ["CostReport", "GroupNames", "SamplerReport", "ScoreReport", "make_report"]
 
 TOP = 0.01
 """The part of the examples that is drawn most, of which the share of draws is told."""
+
+
+@jax.tree_util.register_static
+class GroupNames(tuple[str, ...]):
+    """Names of groups; no leaf of a report, so that a report goes through ``jax.jit``."""
 
 
 class CostReport(NamedTuple):
@@ -133,41 +138,52 @@ def _groups_told(groups: GroupReport, names: tuple[str, ...] | None) -> str:
 
 
 def make_report(
-    num_examples: int, batch_size: int, groups: Groups | None = None
+    check: Callable[[SamplerState], None],
+    scores_are_used: Callable[[SamplerState], Bool[Array, ""]],
+    batch_size: int,
+    *,
+    groups: Groups | None = None,
+    filled: float = 1.0,
 ) -> Callable[[SamplerState], SamplerReport]:
-    """The ``report`` of a sampler: a function of its state, compiled once a batch size.
+    """The ``report`` of a sampler, compiled; no leaf shares a buffer with the state, which may be donated.
 
     Args:
-        num_examples: N, which the state must be of.
-        batch_size: m, which the equivalent batch is a multiple of.
-        groups: as given to the sampler, for their shares and names.
+        check: refuses a state of another sampler.
+        scores_are_used: whether draws are made by score now: what the gate says.
+        batch_size: draws in a step.
+        groups: of the sampler.
+        filled: the share of the draws in a step that is no padding, on average.
 
     Returns:
         ``report(state)``, which changes nothing and raises a ValueError for the state of another run.
     """
-    names = None if groups is None or groups.names is None else tuple(groups.names)
+    names = None if groups is None or groups.names is None else GroupNames(groups.names)
+
+    @jax.jit
+    def grouped(state: SamplerState) -> GroupReport | None:
+        return _grouped(state, groups)
 
     def report(state: SamplerState) -> SamplerReport:
-        check_state(state, num_examples)
-        return _report(state, batch_size)._replace(groups=_grouped(state, groups), group_names=names)
+        check(state)
+        told = _report(state, scores_are_used(state), batch_size=batch_size, filled=filled)
+        return told if groups is None else told._replace(groups=grouped(state), group_names=names)
 
     return report
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
-def _report(state: SamplerState, batch_size: int) -> SamplerReport:
+@functools.partial(jax.jit, static_argnames=("batch_size", "filled"))
+def _report(state: SamplerState, is_open: Bool[Array, ""], *, batch_size: int, filled: float) -> SamplerReport:
     """All but the groups: one program, where a report from Python would compile each of a thousand operations."""
     found = None if state.monitor is None else monitor.report(state.monitor)
     known = state.table.versions != score_table.NEVER
     ages = jnp.where(known, score_table.ages(state.table, state.version), 0).astype(jnp.float32)
     count = jnp.sum(known, dtype=jnp.int32).astype(jnp.float32)
-    is_open = gates.is_open(state)
     return SamplerReport(
         variance=found,
         num_measured=jnp.int32(0) if state.monitor is None else state.monitor.squares.seen,
         equivalent_batch=_equivalent(found, batch_size),
         noise_scale=_noise_scale(found),
-        top_share=jnp.where(is_open, _top_share(state.proposal.law), TOP),
+        top_share=_top_share(state.proposal.law, is_open),
         uniform_fraction=state.proposal.uniform_fraction,
         scores=ScoreReport(
             known_share=count / known.shape[0],
@@ -177,18 +193,22 @@ def _report(state: SamplerState, batch_size: int) -> SamplerReport:
         ),
         gate_is_open=is_open,
         version=state.version,
-        cost=_costs(state, found, is_open),
+        cost=_costs(state, found, is_open, filled),
     )
 
 
-def _costs(state: SamplerState, found: monitor.Report | None, is_open: Bool[Array, ""]) -> CostReport | None:
+def _costs(
+    state: SamplerState, found: monitor.Report | None, is_open: Bool[Array, ""], filled: float
+) -> CostReport | None:
+    """Of draws with padding, which costs nothing, the variance is that of a batch times all its draws."""
     if state.examples.costs is None:
         return None
     costs = state.examples.costs
     uniform, now = costs.uniform, jnp.where(is_open, costs.proposed, costs.uniform)
     if found is None:
         return CostReport(uniform, now, None, None)
-    times = (Band(*(x * c for x in band)) for band, c in ((found.uniform, uniform), (found.drawn, now)))
+    charged = now * jnp.where(is_open, filled, 1.0)  # while the gate is shut no draw is padding
+    times = (Band(*(x * c for x in band)) for band, c in ((found.uniform, uniform), (found.drawn, charged)))
     return CostReport(uniform, now, *times)
 
 
@@ -214,9 +234,9 @@ def _ratio(above: Float[Array, ""], below: Float[Array, ""]) -> Float[Array, ""]
     return jnp.where(is_known, above / jnp.where(is_known, below, 1.0), 0.0).astype(jnp.float32)
 
 
-def _top_share(law: samplers.Law) -> Float[Array, ""]:
+def _top_share(law: samplers.Law, is_open: Bool[Array, ""]) -> Float[Array, ""]:
     masses, size = law.masses, law.masses.shape[0]
     count = max(1, round(TOP * size))
     total = jnp.sum(masses)
     top = jnp.sum(jnp.sort(masses)[size - count :])
-    return jnp.where(total > 0.0, top / jnp.where(total > 0.0, total, 1.0), count / size)
+    return jnp.where(is_open & (total > 0.0), top / jnp.where(total > 0.0, total, 1.0), count / size)

@@ -42,6 +42,7 @@ __all__ = [
     "on_line",
     "order_by",
     "poisson",
+    "poisson_size",
     "prepare",
     "probabilities",
     "probabilities_of",
@@ -297,15 +298,16 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
     check_whole("num_draws", num_draws, least=1)
-    law, size = _as_law(law), _poisson_size(num_draws)
+    law, size = _as_law(law), poisson_size(num_draws)
     if num_draws > law.masses.shape[0]:
         raise ArgumentError(f"poisson draws distinct indices: num_draws={num_draws} exceeds n={law.masses.shape[0]}")
-    probs = _line_probabilities(capped(law, num_draws=size))
+    # Fewer examples with mass than the expected size are all included, once, whatever their number.
+    chance = jnp.minimum(_line_probabilities(capped(law, num_draws=size)) * size, 1.0)
     choose, shuffle = jax.random.split(key)
-    included = ~double_float.at_least(_unit_pair(choose, probs.shape[0]), double_float.exact(probs * size))
+    included = ~double_float.at_least(_unit_pair(choose, chance.shape[0]), double_float.exact(chance))
     priority = jnp.where(included, jax.random.uniform(shuffle, included.shape, jnp.float32), -1.0)
     priority, at = jax.lax.top_k(priority, num_draws)
-    return Draw(_example(law, at.astype(jnp.int32)), probs[at] * (size / num_draws), priority >= 0.0)
+    return Draw(_example(law, at.astype(jnp.int32)), chance[at] / num_draws, priority >= 0.0)
 
 
 def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
@@ -607,8 +609,11 @@ def _unit_pair(key: Key, size: int) -> Pair:
     return double_float.two_sum(bits[0] * 2.0**-24, bits[1] * 2.0**-48)
 
 
-def _poisson_size(room: int) -> float:
-    """The largest expected size lam with P(size > room) <= 1e-6, by Chernoff: lam - k + k log(k / lam) >= log(1e6)."""
+def poisson_size(room: int) -> float:
+    """The draws that `poisson` expects in this room: the most, lam, with P(size > room) <= 1e-6.
+
+    By Chernoff's bound, with k = room + 1: lam - k + k log(k / lam) >= log(1e6).
+    """
     over, low, high = room + 1, 0.0, float(room)
     for _ in range(50):
         middle = (low + high) / 2

@@ -234,6 +234,74 @@ def test_shares_that_cannot_be_make_the_target_nan() -> None:
     assert np.all(np.asarray(draw.probs) > 0.0)
 
 
+def test_an_empty_group_changes_no_allocation_of_the_others() -> None:
+    gaps = np.array([0, 2, 3])[IDS]
+    shares = [_scored(_sampler(groups=ids, costs=COSTS)).examples.groups.allocation for ids in (IDS, gaps)]
+    np.testing.assert_allclose(np.asarray(shares[1])[[0, 2, 3]], shares[0], rtol=1e-5)
+    assert float(shares[1][1]) == 0.0
+
+
+def test_only_ratios_of_shares_count_however_large_or_small_they_are() -> None:
+    for unit in (1e39, 1e-50):
+        numbers = [unit, 2 * unit, 5 * unit]
+        state = (sampler := _sampler(groups=isgd.Groups(IDS, shares=numbers, allocation=numbers))).init()
+        np.testing.assert_allclose(state.examples.groups.allocation, [0.125, 0.25, 0.625], rtol=1e-5)
+        draw = sampler.sample(jax.random.key(0), state)
+        np.testing.assert_allclose(draw.target, draw.probs, rtol=1e-5)
+    weightless = _sampler(groups=IDS, example_weights=np.zeros(N)).init()
+    np.testing.assert_allclose(_probs(weightless), 1.0 / N, rtol=1e-5)
+    told = _sampler(groups=isgd.Groups(IDS, shares=lambda step: [1, 2, 5])).init()  # a list is as good
+    shares, even = np.array([0.125, 0.25, 0.625]), np.bincount(IDS) / N
+    wanted = 0.8 * shares + 0.2 * 0.5 * (shares + even)  # the uniform fraction is half of it even, for shares to come
+    np.testing.assert_allclose(told.examples.groups.allocation, wanted, rtol=1e-5)
+
+
+def test_a_norm_beyond_all_measure_is_not_held_against_a_group_for_ever() -> None:
+    sampler = _sampler(groups=IDS, example_weights=np.full(N, 1e6, np.float32), monitor=False)
+    state = sampler.init()
+    draw = sampler.sample(jax.random.key(0), state)
+    state = sampler.observe(state, draw, norms=jnp.full(M, 1e14))
+    assert np.all(np.isfinite(state.examples.groups.moments))
+    assert np.all(np.isfinite(_probs(sampler.refresh(state))))
+
+
+def test_a_report_outlives_its_state_and_goes_through_jit() -> None:
+    sampler = _sampler(groups=isgd.Groups(IDS, names=("web", "books", "code")), costs=COSTS)
+    state = sampler.init()
+    before, jitted = sampler.report(state), jax.jit(sampler.report)(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jitted))
+    jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)(state)
+    assert "web" in str(before)
+
+
+def test_variance_times_cost_of_draws_with_padding_counts_what_is_drawn() -> None:
+    # Of poisson some of the draws are padding, and cost nothing.
+    size, costs = 8 * N, np.tile(COSTS, 8)
+    sampler = isgd.importance_sampler(size, batch_size=size, sampler="poisson", costs=costs, gate=False)
+    state = _scored(sampler, np.tile(SCORES, 8))
+    keys = jax.random.split(jax.random.key(0), KEYS)
+    made = jax.vmap(lambda key: sampler.sample(key, state, ahead=1))(keys)
+    charged = np.where(made.mask, costs[np.asarray(made.indices)], 0.0).sum(axis=1) / size
+    for step in range(2):  # the first in halves, so that variances are measured
+        draw = sampler.sample(jax.random.key(step), state)
+        state = sampler.observe(state, draw, {"w": jnp.asarray(np.tile(SCORES, 8))[draw.indices, None]})
+    told = sampler.report(state)
+    found = float(told.cost.drawn.value / told.variance.drawn.value)
+    assert abs(found - charged.mean()) < 4.5 * charged.std() / np.sqrt(KEYS)
+    assert found < float(told.cost.cost)
+
+
+def test_a_state_of_other_groups_weights_or_costs_is_refused() -> None:
+    made = _sampler(groups=isgd.Groups(IDS, shares=[1, 1, 1]))
+    for other, told in (
+        (_sampler(), "without groups, this sampler with"),
+        (_sampler(groups=IDS // 2), "of 2 groups, this sampler of 3"),
+        (_sampler(groups=IDS, costs=COSTS), "with costs, this sampler without"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            made.sample(jax.random.key(0), other.init())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
@@ -260,6 +328,37 @@ def test_shares_that_cannot_be_make_the_target_nan() -> None:
         ({"groups": isgd.Groups(IDS, floors=0.4)}, ValueError, "floors are least shares of the draws and sum to at"),
         ({"groups": isgd.Groups(IDS, floors=[1, 0, 0])}, ValueError, "sum to at most 0.99, got 1"),
         ({"groups": isgd.Groups(IDS, names=("a",))}, ValueError, "there are 3 groups, got 1 names"),
+        ({"groups": IDS * 10}, ValueError, "ids of groups are 0 to 20 for 12 examples: number the groups"),
+        ({"groups": np.ma.masked_equal(IDS, 1)}, TypeError, "groups must be an array without a mask"),
+        ({"costs": np.ma.masked_less(COSTS, 5)}, TypeError, "costs must be an array without a mask"),
+        ({"costs": COSTS.tolist()}, TypeError, "costs must be an array, np.asarray.*, got list"),
+        ({"example_weights": COSTS.tolist()}, TypeError, "example_weights must be an array, np.asarray.*, got list"),
+        (
+            {"groups": isgd.Groups(IDS, shares=np.array(0.5))},
+            ValueError,
+            r"shares must have one number .* got shape \(\)",
+        ),
+        (
+            {"groups": isgd.Groups(IDS, shares=np.array(["even"] * 3))},
+            TypeError,
+            "shares must be numbers, one for each of the 3 groups",
+        ),
+        ({"groups": isgd.Groups(IDS, shares=lambda step: step)}, ValueError, r"shares\(step\) must return one number"),
+        (
+            {"groups": isgd.Groups(IDS, allocation=[1, 1, 1e-46])},
+            ValueError,
+            "no share of the draws, or less than 1e-09",
+        ),
+        (
+            {"groups": isgd.Groups(IDS, shares=_schedule), "uniform_fraction": 0.0, "additive": 1.0},
+            ValueError,
+            "uniform_fraction=0 with shares that are a function of the step",
+        ),
+        (
+            {"groups": isgd.Groups(IDS, shares=[0, 1, 0]), "sampler": "without_replacement"},
+            ValueError,
+            "draws distinct examples: batch_size=6 of the 4 whose groups have a share",
+        ),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], told: str) -> None:

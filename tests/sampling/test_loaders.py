@@ -55,7 +55,7 @@ def test_a_saved_state_goes_on_bit_for_bit_and_hands_out_again_what_was_not_obse
     trained(draws, 7)
     next(draws), next(draws)  # in a loader's queue when the run is killed
     saved = pickle.loads(pickle.dumps(draws.state_dict()))
-    again = made(sampler)
+    again = made(sampler, key=jax.random.key(4))  # the key is part of what was saved
     again.load_state_dict(saved)
     whole = trained(made(sampler), 20)
     same(trained(again, 13), whole[7:])
@@ -126,6 +126,23 @@ def test_misuse_is_told():
             made(**options)
     with pytest.raises(TypeError, match="whole numbers"):
         draws.record([0.5], [1.0])
+    with pytest.raises(ValueError, match="the batch is not that of step 1 of this sampler"):
+        draws.observe(batches[2]._replace(step=1, probs=batches[2].probs / 2))
+    parted = made(shard=(0, 2), gather=lambda part: part)
+    with pytest.raises(ValueError, match=r"gather must put the parts one after the other, norms \[6\]; got shape \(3,"):
+        parted.observe(next(parted), norms=np.ones(M // 2))
+
+
+def test_scores_are_distrusted_by_the_callers_clock_and_a_refused_observation_changes_nothing():
+    draws = made(isgd.importance_sampler(N, batch_size=M, max_age_seconds=5.0))
+    batches = [next(draws) for _ in range(3)]
+    for batch in (batches[1], batches[0]):
+        with pytest.raises(ValueError, match="pass seconds= to observe and record"):
+            draws.observe(batch, norms=NORMS[batch.indices])
+    for batch in batches:
+        draws.observe(batch, norms=NORMS[batch.indices], seconds=1.0)
+    draws.record([0], [1.0], seconds=2.0)
+    assert int(draws.report().version) == 3
     with pytest.raises(ValueError, match="another sampler"):
         made().load_state_dict(made(isgd.importance_sampler(N + 1, batch_size=M)).state_dict())
     with pytest.raises(ValueError, match="ahead=2, here it is 3"):

@@ -131,6 +131,8 @@ def test_equal_scores_promise_nothing_so_none_are_made() -> None:
     draw = sampler.sample(jax.random.key(0), state, params=1.0, data={"score": jnp.ones(N)})
     assert float(draw.expected_speedup) == pytest.approx(1.0)
     np.testing.assert_allclose(draw.probs, 1.0 / N)
+    assert not bool(sampler.report(state).gate_is_open)
+    assert bool(_sampler(gate=False).report(state).gate_is_open)
 
 
 @pytest.mark.slow

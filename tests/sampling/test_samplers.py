@@ -392,3 +392,12 @@ def test_a_law_sharded_over_devices_draws_the_same() -> None:
     at, values = jnp.arange(5, dtype=jnp.int32), jnp.ones(5)
     updated = jax.jit(samplers.update)(sharded, at, values)
     jax.tree.map(np.testing.assert_array_equal, updated, samplers.update(law, at, values))
+
+
+def test_poisson_includes_each_of_a_few_examples_with_mass_once() -> None:
+    # Expected sizes of 12 for 4 examples: the inclusion probability is 1, not 12/4 of it.
+    probs = jnp.zeros(40).at[:4].set(jnp.asarray([0.1, 0.2, 0.3, 0.4]))
+    draw = samplers.poisson(jax.random.key(0), probs, num_draws=32)
+    found = np.asarray(draw.mask)
+    assert sorted(np.asarray(draw.indices)[found]) == [0, 1, 2, 3]
+    np.testing.assert_allclose(np.asarray(draw.probs)[found], 1.0 / 32.0, rtol=1e-6)

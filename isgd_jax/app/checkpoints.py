@@ -36,6 +36,7 @@ class _Step(ocp.path.step.Metadata):
 
     @property
     def commit_timestamp(self) -> datetime.datetime:
+        """The same for all: what Orbax keeps goes by the step."""
         return datetime.datetime.min
 
 
@@ -45,12 +46,15 @@ class _Steps(ocp.path.step.NameFormat[_Step]):
     _standard = ocp.path.step.standard_name_format()
 
     def build_name(self, step: int) -> str:
+        """The name of the folder of a step."""
         return self._standard.build_name(step)
 
     def find_all(self, base_path: Any) -> Iterator[_Step]:
+        """All checkpoints in a folder."""
         return (_Step(found.step, found.path) for found in self._standard.find_all(base_path))
 
     def find_step(self, base_path: Any, step: int) -> _Step:
+        """The checkpoint of a step; Orbax raises a ValueError where there is none."""
         found = self._standard.find_step(base_path, step)
         return _Step(found.step, found.path)
 

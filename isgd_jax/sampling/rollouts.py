@@ -60,9 +60,6 @@ __all__ = [
     "pair_products",
 ]
 
-LARGEST = 1e15
-"""No norm counts for more: sums of squares stay within float32."""
-
 HALVINGS = 60
 
 
@@ -152,7 +149,7 @@ def observe(
         if given is not None and given.shape != at.shape:
             raise ArgumentError(f"{name} must have one number a rollout, {at.shape}; got {given.shape}")
     version = jnp.asarray(version, jnp.int32)
-    sound = draw.mask & (norms >= 0.0) & (norms <= LARGEST)
+    sound = draw.mask & (norms >= 0.0) & (norms <= calibration.LARGEST)
     was_seen = stats.version[at] >= 0
     fit = calibration.observe(
         stats.calibration,
@@ -167,7 +164,7 @@ def observe(
     kept = jnp.where(was_seen, memory, 0.0)
     scores = jnp.sqrt(kept * jnp.square(stats.scores[at]) + (1.0 - kept) * fresh)
     # Where a rollout of a prompt is not finite, neither are the products of the others with it.
-    paired = jnp.zeros_like(sound) if products is None else sound & (jnp.abs(products) <= LARGEST**2)
+    paired = jnp.zeros_like(sound) if products is None else sound & (jnp.abs(products) <= calibration.LARGEST**2)
     products = jnp.zeros_like(norms) if products is None else jnp.where(paired, products, 0.0)
     # Written by each of a prompt's sound rollouts alike: one a step, however many rollouts it has.
     to = jnp.where(sound, at, size)

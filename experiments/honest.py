@@ -102,7 +102,6 @@ import numpy as np
 from selection import contest, problems, rivals
 from selection.contest import Problem
 
-from isgd_jax.app import data
 from isgd_jax.app.compare import Interval, mean, median, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
@@ -276,7 +275,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def tables(options: argparse.Namespace) -> None:
     """Every problem of a data set under both budgets: tables, verdicts, and a figure."""
-    dataset = data.load(options.dataset, data_dir=options.data_dir)
+    dataset = problems.load(options.dataset, options.data_dir)
     scale = problems.SCALES[options.dataset, options.scale]
     results = Results(options.folder / f"{options.dataset}-{options.scale}.jsonl")
     everything: dict[tuple[str, str], list[Row]] = {}
@@ -308,10 +307,10 @@ class Finish(NamedTuple):
 
 def race(options: argparse.Namespace) -> None:
     """The shortest fully decayed runs that end at the level, in seconds of this device."""
-    dataset = data.load(options.dataset, data_dir=options.data_dir)
-    scale = RACE_SCALES[options.scale]
+    dataset = problems.load(options.dataset, options.data_dir)
+    scale = problems.RACE_SCALES[options.scale]
     results = Results(options.folder / f"race-{options.dataset}-{options.scale}.jsonl")
-    bench = Bench(problems.make(dataset, "clean", scale), results)
+    bench = Bench(problems.make(dataset, problems.kinds(options.dataset)[0], scale), results)
     names = [name for name in options.methods if name in RACERS]
     size = f"{bench.problem.num_examples:,} examples, hidden {scale.hidden}"
     print(f"{bench.problem.name}: {size}, to train loss {LEVEL}")
@@ -334,13 +333,6 @@ def race(options: argparse.Namespace) -> None:
             *(f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" for ratio in ratios),
         ))  # fmt: skip
     print(_aligned(lines), flush=True)
-
-
-RACE_SCALES = {
-    "tiny": problems.Scale(1_000, (32,), 64, 10),
-    "small": problems.Scale(20_000, (256, 256, 256, 256), 128, 12),
-    "full": problems.Scale(60_000, (512, 512, 512, 512), 128, 20),
-}
 
 
 def race_rate(bench: Bench, name: str, scale: problems.Scale) -> float:

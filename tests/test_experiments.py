@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import honest
@@ -13,7 +14,7 @@ import paper
 import prompts
 import pytest
 from benchmarks import lengths
-from selection import contest, problems, rivals
+from selection import contest, problems, rivals, sources
 
 from isgd_jax.sampling import score_table
 
@@ -134,6 +135,20 @@ def test_labels_are_spoilt_as_told(kind: str, wrong: float, rarest: float) -> No
     assert abs((true != every["y"]).mean() - wrong) < 0.02
     counts = np.bincount(true, minlength=10)
     assert abs(counts[9] - 2_000 * rarest) <= 5 * np.sqrt(20)
+
+
+def test_sources_are_held_out_by_whole_files() -> None:
+    # About one file in five, and counts of trigrams are whole, 254 a window.
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path.relative_to(root) for package in sources.PACKAGES for path in (root / package).rglob("*.py")]
+    held_out = np.mean([sources._is_held_out(path) for path in files])
+    assert 0.1 < held_out < 0.3
+    made = problems.load(sources.NAME)
+    for split in (made.train, made.test):
+        counts = np.square(np.asarray(split["x"], np.float64))
+        np.testing.assert_allclose(counts, np.rint(counts), atol=1e-4)
+        assert (np.rint(counts).sum(axis=1) == sources.WINDOW - 2).all()
+        assert np.bincount(split["label"], minlength=10).min() > 20
 
 
 @pytest.mark.slow

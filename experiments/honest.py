@@ -90,110 +90,49 @@ pruning pays (the core was shared while prices were taken).
 """
 
 import argparse
-import functools
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from selection import contest, problems, rivals
-from selection.contest import Problem
+from selection import contest, problems, race, rivals
+from selection.bench import Bench, Record, Results, aligned, column
 
-from isgd_jax.app.compare import Interval, mean, median, paired_ratio
+from isgd_jax.app.compare import Interval, mean, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
 TUNING_SEEDS = (1000, 1001)
 PRICE_SEED, PRICE_RUNS = 2000, 8
-LEVEL = 0.05
-RACERS = ("uniform", "larger", "presample", "prune", "ranks", "ours", "ours-free")
-UNIFORM_ARMS = ("uniform", "larger")
-RUNG = 1.15
-"""Budgets of the race stand on a ladder with this ratio."""
-
-Record = dict[str, Any]
+BATCHES = (32, 128, 512)
+RACERS = tuple(name for name in rivals.METHODS if name not in ("larger", "subset", "rho"))
+"""Not in the race: what another batch of `uniform` is, what cannot arrive, and what trains two more models first."""
 
 
-class Key(NamedTuple):
-    """What was run; with the folder, all that decides a result."""
-
-    problem: str
-    method: str
-    passes: float
-    rate: float
-    seed: int
+def best_rate(bench: Bench, name: str, passes: float, badness: Callable[[Sequence[Record]], Any]) -> float:
+    """The rate with the least badness over the tuning seeds; of equals the smaller."""
+    tried = {rate: [bench.run(name, passes, rate, seed) for seed in TUNING_SEEDS] for rate in RATES}
+    return min(RATES, key=lambda rate: (badness(tried[rate]), rate))
 
 
-class Results:
-    """Finished runs, one JSON line each; a run that is there is not run again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        path.write_text("".join(json.dumps(line) + "\n" for line in whole))
-        self._found = {Key(*line["key"]): line["found"] for line in whole}
-
-    def get(self, key: Key, make: Callable[[], Record]) -> Record:
-        if key not in self._found:
-            self._found[key] = make()
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "found": self._found[key]}) + "\n")
-        return self._found[key]
-
-
-class Bench:
-    """Methods on one problem, compiled when first needed."""
-
-    def __init__(self, problem: Problem, results: Results) -> None:
-        self.problem, self.results = problem, results
-        self._ready = functools.cache(self._compile)
-
-    def _compile(self, name: str) -> tuple[contest.Method, contest.Programs]:
-        method = rivals.METHODS[name](self.problem)
-        programs = contest.compile_method(self.problem, method)
-        contest.warm_up(programs, method, self.problem.train)
-        return method, programs
-
-    def run(self, name: str, passes: float, rate: float, seed: int) -> Record:
-        """One run, or what it gave when it was made before."""
-
-        def make() -> Record:
-            method, programs = self._ready(name)
-            return contest.run(self.problem, method, programs, rate=rate, seed=seed, passes=passes)
-
-        return self.results.get(Key(self.problem.name, name, passes, rate, seed), make)
-
-    def best_rate(self, name: str, passes: float, badness: Callable[[Sequence[Record]], Any]) -> float:
-        """The rate with the least badness over the tuning seeds; of equals the smaller."""
-        tried = {rate: [self.run(name, passes, rate, seed) for seed in TUNING_SEEDS] for rate in RATES}
-        return min(RATES, key=lambda rate: (badness(tried[rate]), rate))
-
-    def prices(self, names: Sequence[str], passes: float) -> dict[str, float]:
-        """Seconds a pass of each method: the least of a few runs, made in turn so that a busy hour is shared."""
-        found: dict[str, list[float]] = {name: [] for name in names}
-        for seed in range(PRICE_SEED, PRICE_SEED + PRICE_RUNS):
-            for name in names:
-                found[name].append(contest.price(self.run(name, passes, RATES[1], seed)))
-        return {name: min(met) for name, met in found.items()}
+def prices_of(bench: Bench, names: Sequence[str], passes: float) -> dict[str, float]:
+    """Seconds a pass of each method: the least of a few runs, made in turn so that a busy hour is shared."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(PRICE_SEED, PRICE_SEED + PRICE_RUNS):
+        for name in names:
+            found[name].append(contest.price(bench.run(name, passes, RATES[1], seed)))
+    return {name: min(met) for name, met in found.items()}
 
 
 def invalid_error(runs: Sequence[Record]) -> tuple[float, float]:
     """What the rate of the test columns is chosen by: validation error, then validation loss."""
-    return float(np.mean([run["valid_error"] for run in runs])), float(np.mean(_column(runs, "valid_loss")))
+    return float(np.mean([run["valid_error"] for run in runs])), float(np.mean(column(runs, "valid_loss")))
 
 
 def log_train_loss(runs: Sequence[Record]) -> float:
     """What the rate of the training column is chosen by."""
-    return float(np.mean(np.log(_column(runs, "train_loss") + 1e-12)))
-
-
-def _column(runs: Iterable[Record], name: str) -> np.ndarray:
-    """A measurement of every run; infinite where the run diverged."""
-    return np.array([math.inf if run[name] is None else run[name] for run in runs], np.float64)
+    return float(np.mean(np.log(column(runs, "train_loss") + 1e-12)))
 
 
 class Row(NamedTuple):
@@ -210,7 +149,7 @@ def rows(bench: Bench, budgets: dict[str, float], seeds: int) -> list[Row]:
     """Tune every method alike at its budget in passes, then run it on fresh seeds."""
     found = []
     for name, passes in budgets.items():
-        rates = [bench.best_rate(name, passes, badness) for badness in (invalid_error, log_train_loss)]
+        rates = [best_rate(bench, name, passes, badness) for badness in (invalid_error, log_train_loss)]
         test, train = ([bench.run(name, passes, rate, seed) for seed in range(seeds)] for rate in rates)
         found.append(Row(name, *rates, test, train))
     return found
@@ -218,28 +157,34 @@ def rows(bench: Bench, budgets: dict[str, float], seeds: int) -> list[Row]:
 
 def difference(ours: Sequence[Record], base: Sequence[Record], name: str) -> Interval:
     """The mean paired difference of a measurement, with Student's 95 % interval."""
-    return mean(_column(ours, name) - _column(base, name))
+    return mean(column(ours, name) - column(base, name))
 
 
 def table(found: Sequence[Row], prices: dict[str, float]) -> str:
     """One line a method, the reference first."""
     base = found[0]
-    heads = ("method", "rate", "test error", "less uniform's [95 %], points", "test loss", "rate", "train loss",
-             "over uniform's [95 %]", "steps", "price of a pass")  # fmt: skip
+    heads = ("method", "rate", "test error", "less uniform's [95 %], points", "worst class", "calibration", "test loss",
+             "rate", "train loss", "over uniform's [95 %]", "top 1 %", "steps", "price of a pass")  # fmt: skip
     lines = [heads]
     for row in found:
         gap = difference(row.test_runs, base.test_runs, "test_error")
-        ratio = paired_ratio(_column(row.train_runs, "train_loss"), _column(base.train_runs, "train_loss"))
-        train_loss = np.median(_column(row.train_runs, "train_loss"))
+        ratio = paired_ratio(column(row.train_runs, "train_loss"), column(base.train_runs, "train_loss"))
+        train_loss = np.median(column(row.train_runs, "train_loss"))
         lines.append((
-            row.method, f"{row.test_rate:g}", f"{100 * np.median(_column(row.test_runs, 'test_error')):.2f} %",
+            row.method, f"{row.test_rate:g}", f"{100 * np.median(column(row.test_runs, 'test_error')):.2f} %",
             f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
-            f"{np.median(_column(row.test_runs, 'test_loss')):.3f}", f"{row.train_rate:g}", f"{train_loss:.2g}",
+            *(_percent(row.test_runs, name) for name in ("test_worst_class", "test_calibration")),
+            f"{np.median(column(row.test_runs, 'test_loss')):.3f}", f"{row.train_rate:g}", f"{train_loss:.2g}",
             f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
-            f"{np.median(_column(row.train_runs, 'steps')):,.0f}",
+            _percent(row.train_runs, "top_share"),
+            f"{np.median(column(row.train_runs, 'steps')):,.0f}",
             f"{prices[row.method] / prices[base.method]:.2f}",
         ))  # fmt: skip
-    return _aligned(lines)
+    return aligned(lines)
+
+
+def _percent(runs: Sequence[Record], name: str) -> str:
+    return f"{100 * np.median(column(runs, name)):.1f} %"
 
 
 def verdict(found: Sequence[Row], ours: str = "ours-free") -> str:
@@ -256,7 +201,7 @@ def verdict(found: Sequence[Row], ours: str = "ours-free") -> str:
 
 
 def _log_ratio(ours: Sequence[Record], base: Sequence[Record]) -> Interval:
-    ratio = paired_ratio(_column(ours, "train_loss"), _column(base, "train_loss"))
+    ratio = paired_ratio(column(ours, "train_loss"), column(base, "train_loss"))
     return Interval(ratio.value - 1.0, ratio.low - 1.0, ratio.high - 1.0)
 
 
@@ -268,11 +213,6 @@ def _sorted_out(gaps: dict[str, Interval]) -> str:
     return "; ".join(f"{word}: {', '.join(names) or 'none'}" for word, names in parts)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def tables(options: argparse.Namespace) -> None:
     """Every problem of a data set under both budgets: tables, verdicts, and a figure."""
     dataset = problems.load(options.dataset, options.data_dir)
@@ -282,7 +222,7 @@ def tables(options: argparse.Namespace) -> None:
     for kind in options.kinds or problems.kinds(options.dataset):
         bench = Bench(problems.make(dataset, kind, scale), results)
         passes = round(scale.epochs * bench.problem.num_examples)
-        prices = bench.prices(options.methods, passes)
+        prices = prices_of(bench, options.methods, passes)
         seconds = passes * prices["uniform"]
         budgets = {
             "passes": dict.fromkeys(options.methods, passes),
@@ -297,72 +237,34 @@ def tables(options: argparse.Namespace) -> None:
     draw(everything, path, options.dataset)
 
 
-class Finish(NamedTuple):
-    """What the shortest decayed run to the level took."""
-
-    seconds: float
-    passes: float
-    steps: float
-
-
-def race(options: argparse.Namespace) -> None:
+def run_race(options: argparse.Namespace) -> None:
     """The shortest fully decayed runs that end at the level, in seconds of this device."""
     dataset = problems.load(options.dataset, options.data_dir)
     scale = problems.RACE_SCALES[options.scale]
     results = Results(options.folder / f"race-{options.dataset}-{options.scale}.jsonl")
     bench = Bench(problems.make(dataset, problems.kinds(options.dataset)[0], scale), results)
     names = [name for name in options.methods if name in RACERS]
+    race.batch_ladder(options.batches, bench.problem.num_examples)  # refuses before the first run
     size = f"{bench.problem.num_examples:,} examples, hidden {scale.hidden}"
-    print(f"{bench.problem.name}: {size}, to train loss {LEVEL}")
-    finishes = {name: [] for name in names}
-    rates = {name: race_rate(bench, name, scale) for name in names}
-    for seed in range(options.seeds):
-        for name in names:
-            finishes[name].append(shortest(bench, name, rates[name], seed, scale))
-    plain = [name for name in names if name in UNIFORM_ARMS]
-    best = min(plain, key=lambda name: np.median([finish.seconds for finish in finishes[name]]))
-    lines = [("method", "rate", "seconds: median [95 %]", f"over {best}'s [95 %]", "passes over", "steps over")]
+    print(f"{bench.problem.name}: {size}, to train loss {race.LEVEL}")
+    there = len(results)
+    hours = race.forecast(bench, names, options.batches, scale, options.seeds)
+    print(f"about {hours:.1f} hours in all; {there} runs were there already", flush=True)
+    arms = []
     for name in names:
-        seconds = median([f.seconds for f in finishes[name]])
-        ratios = [
-            paired_ratio([getattr(f, field) for f in finishes[name]], [getattr(f, field) for f in finishes[best]])
-            for field in Finish._fields
-        ]
-        lines.append((
-            name, f"{rates[name]:g}", f"{seconds.value:.2f} [{seconds.low:.2f}, {seconds.high:.2f}]",
-            *(f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" for ratio in ratios),
-        ))  # fmt: skip
-    print(_aligned(lines), flush=True)
-
-
-def race_rate(bench: Bench, name: str, scale: problems.Scale) -> float:
-    """The rate with the least training loss at a budget near the expected finish."""
-    passes = round(scale.epochs * bench.problem.num_examples)
-    tried = {rate: bench.run(name, passes, rate, TUNING_SEEDS[0]) for rate in RATES}
-    return min(RATES, key=lambda rate: (_column([tried[rate]], "train_loss")[0], rate))
-
-
-def shortest(bench: Bench, name: str, rate: float, seed: int, scale: problems.Scale) -> Finish:
-    """Walk the ladder of budgets to the first that ends at the level, then interpolate between it and the one below."""
-
-    def at(rung: int) -> Record:
-        amount = round(scale.epochs * bench.problem.num_examples * RUNG**rung)
-        return bench.run(name, amount, rate, seed)
-
-    def there(rung: int) -> bool:
-        return bool(_column([at(rung)], "train_loss")[0] <= LEVEL)
-
-    rung = 0
-    while not there(rung) and rung < 10:
-        rung += 1
-    while there(rung - 1) and rung > -10:
-        rung -= 1
-    if not there(rung):
-        return Finish(math.inf, math.inf, math.inf)
-    short, long = at(rung - 1), at(rung)
-    fall = math.log(short["train_loss"] / long["train_loss"])
-    share = min(1.0, max(0.0, math.log(short["train_loss"] / LEVEL) / fall)) if fall > 0 else 1.0
-    return Finish(*(short[f] * (long[f] / short[f]) ** share for f in Finish._fields))
+        arms.append(race.tune(bench, name, options.batches, scale))
+        print(*arms[-1].tried, sep="\n", flush=True)
+    finishes: dict[str, list[race.Finish]] = {name: [] for name in names}
+    for seed in range(options.seeds):
+        for arm in arms:
+            finish = race.shortest(bench, arm.name, arm.batch_size, arm.rate, seed, scale, rung=arm.rung)
+            finishes[arm.name].append(finish)
+    print(race.table(arms, finishes))
+    arrived = sum(math.isfinite(finish.passes) for finish in finishes[names[0]])
+    if 2 * arrived < options.seeds:
+        print(f"uniform arrived in {arrived} of {options.seeds}: the ratios say little, compare errors by `tables`")
+    for field in ("seconds", "core_seconds", "passes") if len(names) > 1 else ():
+        print(race.fastest(finishes, field), *race.against_best(finishes, field), sep="\n", flush=True)
 
 
 def draw(everything: dict[tuple[str, str], list[Row]], path: Path, dataset: str) -> None:
@@ -377,26 +279,26 @@ def draw(everything: dict[tuple[str, str], list[Row]], path: Path, dataset: str)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(2.4 * len(kinds) + 1.2, 5.6), dpi=140, layout="constrained")
         panels = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
-        for column, kind in enumerate(kinds):
+        for at, kind in enumerate(kinds):
             for shift, name in ((-0.14, "passes"), (0.14, "seconds")):
                 if (kind, name) not in everything:
                     continue
                 base, *others = everything[kind, name]
                 for place, row in enumerate(others):
                     gap = difference(row.test_runs, base.test_runs, "test_error")
-                    ratio = paired_ratio(_column(row.train_runs, "train_loss"), _column(base.train_runs, "train_loss"))
-                    label = f"equal {name}" if (place, column) == (0, 0) else None
-                    _dot(panels[0, column], place + shift, [100 * v for v in gap], colours[name], label)
-                    _dot(panels[1, column], place + shift, list(ratio), colours[name], label)
-            panels[0, column].set_title(kind, loc="left", weight="bold")
-            panels[0, column].axvline(0.0, color="#777777", linewidth=0.8)
-            panels[1, column].axvline(1.0, color="#777777", linewidth=0.8)
-            panels[1, column].set_xscale("log")
-            panels[1, column].xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]))
-            panels[1, column].xaxis.set_major_formatter("{x:g}")
-            panels[1, column].xaxis.set_minor_locator(NullLocator())
-            panels[0, column].set_xlabel("test error less uniform's (points)")
-            panels[1, column].set_xlabel("train loss over uniform's")
+                    ratio = paired_ratio(column(row.train_runs, "train_loss"), column(base.train_runs, "train_loss"))
+                    label = f"equal {name}" if (place, at) == (0, 0) else None
+                    _dot(panels[0, at], place + shift, [100 * v for v in gap], colours[name], label)
+                    _dot(panels[1, at], place + shift, list(ratio), colours[name], label)
+            panels[0, at].set_title(kind, loc="left", weight="bold")
+            panels[0, at].axvline(0.0, color="#777777", linewidth=0.8)
+            panels[1, at].axvline(1.0, color="#777777", linewidth=0.8)
+            panels[1, at].set_xscale("log")
+            panels[1, at].xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]))
+            panels[1, at].xaxis.set_major_formatter("{x:g}")
+            panels[1, at].xaxis.set_minor_locator(NullLocator())
+            panels[0, at].set_xlabel("test error less uniform's (points)")
+            panels[1, at].set_xlabel("train loss over uniform's")
         panels[0, 0].set_yticks(range(len(methods)), methods)
         panels[0, 0].set_ylim(len(methods) - 0.5, -0.5)
         figure.suptitle(f"{dataset}: left of the line is better than shuffled SGD", x=0.01, ha="left", weight="bold")
@@ -422,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=tuple(rivals.METHODS), default=list(rivals.METHODS))
     parser.add_argument("--budgets", nargs="+", choices=("passes", "seconds"), default=["passes", "seconds"])
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="that every racer tries")
     parser.add_argument("--kinds", nargs="+", help="only these problems of the data set")
     parser.add_argument("--folder", type=Path, default=Path("runs/honest"))
     parser.add_argument("--data-dir", default=None)
@@ -430,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("the first of --methods is what the others are compared to: it must be uniform")
     if jax.config.jax_compilation_cache_dir is None:  # problems share their programs
         jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))
-    {"tables": tables, "race": race}[options.part](options)
+    {"tables": tables, "race": run_race}[options.part](options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import paper
 import prompts
 import pytest
 from benchmarks import lengths
-from selection import contest, problems, rivals, sources
+from selection import bench, contest, orders, problems, pruning, race, rivals, sources
 
 from isgd_jax.sampling import score_table
 
@@ -107,7 +107,7 @@ def test_the_reducible_loss_decides(problem: contest.Problem) -> None:
 
 @pytest.mark.slow
 def test_half_of_what_is_below_the_mean_is_left_out(problem: contest.Problem) -> None:
-    method = rivals.pruning(problem)
+    method = pruning.infobatch(problem)
     memory = learnt("prune", method, problem)
     low = np.asarray(memory.losses < memory.losses.mean())
     memory = memory._replace(epochs=memory.epochs._replace(used=memory.epochs.count))
@@ -120,6 +120,161 @@ def test_half_of_what_is_below_the_mean_is_left_out(problem: contest.Problem) ->
     _, last = method.choose(jax.random.key(0), memory, None, problem.train, jnp.float32(0.9))
     assert int(last.epochs.count) == SIZE
     assert float(last.weights.max()) == 1.0
+
+
+def epochs_with_losses(
+    method: contest.Method, problem: contest.Problem, losses: jax.Array, steps: int
+) -> tuple[contest.Choice, object]:
+    """Choices of a method that learns the same loss of an example each time, and what it remembered at each."""
+
+    def body(memory: object, key: jax.Array) -> tuple[object, tuple[contest.Choice, object]]:
+        choice, memory = method.choose(key, memory, None, problem.train, jnp.float32(0.5))
+        return method.learn(memory, choice, losses[choice.indices], None, jnp.int32(0)), (choice, memory)
+
+    memory, _ = method.start(jax.random.key(3), problem.train)
+    keys = jax.random.split(jax.random.key(4), steps)
+    return jax.jit(lambda memory: jax.lax.scan(body, memory, keys)[1])(memory)
+
+
+def test_random_subsets_repeat_nothing_and_are_a_uniform_run(problem: contest.Problem) -> None:
+    # All that RS2 without replacement asks for; and other draws than the uniform run's of the same seed.
+    made = {}
+    for name in ("uniform", "rs2"):
+        method = rivals.METHODS[name](problem)
+        memory, _ = method.start(jax.random.key(3), problem.train)
+        choices = choices_of(method, problem, memory, steps=3 * SIZE // problem.batch_size)
+        made[name] = np.asarray(choices.indices).reshape(3, SIZE)
+        np.testing.assert_array_equal(np.sort(made[name], axis=1), np.arange(SIZE)[None].repeat(3, axis=0))
+    assert (made["uniform"] != made["rs2"]).mean() > 0.9
+
+
+def test_weights_of_resolved_pruning_are_epochs_over_epochs_there(problem: contest.Problem) -> None:
+    # RePB's rule, replayed from who was in: batches of 8 of 96, some 60 epochs. Low losses are there in half of them at
+    # least (they leave with 1/2, come back with 1/2), and all weigh alike in the long run: within 12 % here.
+    method = pruning.repb(problem)
+    losses = jnp.exp(jax.random.normal(jax.random.key(1), (SIZE,)))
+    choices, memories = epochs_with_losses(method, problem, losses, 600)
+    numbers = np.asarray(memories.number, int)
+    begun = np.flatnonzero(np.diff(numbers, prepend=0))
+    is_in = np.asarray(memories.is_in)[begun]
+    times = np.cumsum(is_in, axis=0)
+    for step in (0, 1, 100, 599):
+        epoch = numbers[step]
+        expected = epoch / times[epoch - 1][np.asarray(choices.indices[step])]
+        np.testing.assert_allclose(choices.weights[step], expected, rtol=1e-6)
+        assert is_in[epoch - 1][np.asarray(choices.indices[step])].all()
+    share = is_in.mean(axis=0)
+    high = np.asarray(losses) > 3.0
+    assert share[np.argmax(losses)] == 1  # never below the mean of its batch
+    assert 0.45 < share[np.asarray(losses) < 0.4].mean() < 0.7
+    weighed = np.zeros(SIZE)
+    np.add.at(weighed, np.asarray(choices.indices[100:]), np.asarray(choices.weights[100:]))
+    assert abs(weighed[high].mean() / weighed[~high].mean() - 1) < 0.12
+
+
+def test_the_largest_losses_of_a_random_subset_are_kept(problem: contest.Problem) -> None:
+    # By rank: kept of a subset of 72 if it is among the 61 largest there; hypergeometric, 5 standard errors. Losses are
+    # below that of the unknown.
+    from scipy.stats import hypergeom
+
+    worth = np.random.default_rng(5).permutation(SIZE).astype(np.float32)
+    _, memories = epochs_with_losses(pruning.orderdp(problem), problem, jnp.asarray(worth / 40), 2_100)
+    counts, begun = np.asarray(memories.epochs.count), np.asarray(memories.begun)
+    assert set(counts) == {61}
+    first = np.flatnonzero(np.diff(begun, prepend=0))[3:]  # by then every loss is known
+    kept = np.zeros((len(first), SIZE))
+    for row, orders_ in zip(kept, np.asarray(memories.epochs.order)[first], strict=True):
+        row[orders_[:61]] = 1
+    above = SIZE - 1 - worth  # how many have a larger loss
+    expected = 72 / SIZE * hypergeom.cdf(60, SIZE - 1, above, 71)
+    assert np.abs(kept.mean(axis=0) - expected).max() < 5 * 0.5 / np.sqrt(len(first))
+
+
+def test_windows_of_groups_slide_from_easy_to_hard(problem: contest.Problem) -> None:
+    # Five lumps of losses are the five groups; epochs take the four lower and the four upper in turn.
+    lump = np.arange(SIZE) % 5
+    noise = 0.01 * np.random.default_rng(6).random(SIZE)
+    losses = jnp.asarray([0.0, 1.0, 2.0, 4.0, 8.0])[lump] + jnp.asarray(noise, jnp.float32)
+    np.testing.assert_array_equal(pruning.groups_by_loss(losses, 5), lump)
+    _, memories = epochs_with_losses(pruning.seta(problem), problem, losses, 120)
+    first = np.flatnonzero(np.diff(np.asarray(memories.begun), prepend=0))
+    found = []
+    for step in first:
+        chosen = np.asarray(memories.epochs.order)[step][: int(memories.epochs.count[step])]
+        found.append(sorted(set(lump[chosen])))
+    assert found[0] == [0, 1, 2, 3, 4]
+    assert found[6:10] in ([[0, 1, 2, 3], [1, 2, 3, 4]] * 2, [[1, 2, 3, 4], [0, 1, 2, 3]] * 2)
+    method = pruning.seta(problem)
+    last = jax.tree.map(lambda leaf: leaf[-1], memories)
+    last = last._replace(epochs=last.epochs._replace(used=last.epochs.count))
+    _, whole = method.choose(jax.random.key(0), last, None, problem.train, jnp.float32(0.9))
+    assert int(whole.epochs.count) == round(0.9 * SIZE)
+
+
+def test_an_epoch_holds_a_batch_at_least() -> None:
+    chosen = jnp.arange(SIZE) < 3
+    epochs = orders.epochs_of(jax.random.key(0), chosen, 8)
+    assert int(epochs.count) == 8
+    assert set(np.asarray(epochs.order[:3])) == {0, 1, 2}
+
+
+def test_balanced_orders_are_permutations_with_small_running_sums(problem: contest.Problem) -> None:
+    # At fixed parameters, against the definition: signs one after another from whole gradients, GraB's algorithm 4.
+    # 94 of 96 examples fill batches; after a few epochs the largest running sum is below half of what shuffling has.
+    left = jax.tree.map(lambda leaf: leaf[: SIZE - 2], problem.train)
+    small = problem._replace(train=left)
+    method, params = orders.grab(small), small.init(jax.random.key(1))
+    stacked = contest.isgd.stacked_per_example_grads(small.loss_fn)(params, left)
+    flat = np.concatenate([np.asarray(leaf, np.float64).reshape(SIZE - 2, -1) for leaf in jax.tree.leaves(stacked)], 1)
+
+    @jax.jit
+    def step(memory: orders.Balancing) -> tuple[orders.Balancing, jax.Array]:
+        choice, memory = method.choose(jax.random.key(0), memory, params, left, jnp.float32(0))
+        batch = jax.tree.map(lambda leaf: leaf[choice.indices], left)
+        grads = contest.isgd.per_example_grads(small.loss_fn)(params, batch)
+        mean = contest.isgd.weighted_mean(grads, choice.weights)
+        measured = method.measure(memory, grads, mean)
+        return method.learn(memory, choice, jnp.zeros(8), measured, jnp.int32(0)), choice.indices
+
+    memory, _ = method.start(jax.random.key(2), left)
+    order, mean = np.asarray(memory.order), np.zeros(flat.shape[1])
+    sums = []
+    for _ in range(8):
+        drawn = np.concatenate([(out := step(memory), memory := out[0])[0][1] for _ in range(11)])
+        np.testing.assert_array_equal(drawn, order[:88])
+        centered = flat[order] - flat[order].mean(axis=0)
+        sums.append(np.abs(np.cumsum(centered, axis=0)).max())
+        total, fronts, backs = np.zeros_like(mean), [], []
+        for index in drawn:
+            add = flat[index] - mean
+            if total @ add < 0:
+                total, fronts = total + add, [*fronts, index]
+            else:
+                total, backs = total - add, [index, *backs]
+        mean = flat[drawn].mean(axis=0)
+        order = np.array([*fronts, *order[88:], *backs])
+        assert sorted(order) == list(range(SIZE - 2))
+    shuffled = [flat[np.random.default_rng(seed).permutation(SIZE - 2)] - flat.mean(axis=0) for seed in range(20)]
+    usual = np.mean([np.abs(np.cumsum(centered, axis=0)).max() for centered in shuffled])
+    assert np.mean(sums[-3:]) < 0.5 * usual
+    assert method.choose(jax.random.key(0), memory, params, left, jnp.float32(0))[0].cost > problem.batch_size
+
+
+def test_measurements_of_a_split_are_their_definitions() -> None:
+    # Counted by hand from the logits of a model with one layer.
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 2)).astype(np.float32), np.repeat([0, 1, 3], [20, 20, 10]).astype(np.int32)
+    split = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+    problem = contest.Problem("none", (), 4, 8, split, split, split)
+    params = problem.init(jax.random.key(0))
+    found = contest._evaluator(problem)(params, split)
+    logits = np.stack([problem.logits_fn(params, {"x": row}) for row in split["x"]])
+    confidence, wrong = np.asarray(jax.nn.softmax(logits)).max(axis=1), logits.argmax(axis=1) != y
+    assert float(found.worst_class) == pytest.approx(max(wrong[y == k].mean() for k in (0, 1, 3)))
+    bins = np.floor(confidence * 15)
+    gaps = [abs(np.sum(confidence[bins == b] - ~wrong[bins == b])) for b in np.unique(bins)]
+    assert float(found.calibration) == pytest.approx(sum(gaps) / 50, abs=1e-6)
+    assert contest.top_share(np.array([5, *[1] * 99])) == pytest.approx(5 / 104)
 
 
 @pytest.mark.parametrize(("kind", "wrong", "rarest"), [("noise 40 %", 0.36, 1.0), ("imbalance 1:100", 0.0, 0.01)])
@@ -179,6 +334,53 @@ def test_verdicts_go_by_the_intervals() -> None:
     assert "test error against uniform: better: good; worse: lost" in said
     assert "train loss against uniform: better: good; worse: lost" in said
     assert "test error against good: better: none; worse: uniform, lost" in said
+
+
+class Curves:
+    """A bench of formulas: the training loss falls with the passes, by method, batch and rate."""
+
+    problem = contest.Problem("formula", (), 2, 32, *[{"x": np.zeros((1600, 1)), "y": np.zeros(1600, int)}] * 3)
+
+    def __init__(self, speeds: dict[str, float]) -> None:
+        self.speeds = speeds
+
+    def run(self, name: str, passes: float, rate: float, seed: int, *, batch_size: int) -> dict[str, float]:
+        epochs = passes / self.problem.num_examples * self.speeds[name] * (1 + 0.01 * seed % 1)
+        fit = abs(np.log10(rate / 0.3)) + abs(np.log2(batch_size / 64)) / 20
+        loss = float(np.exp(-0.3 * epochs * np.exp(-fit)))
+        errors = dict.fromkeys(("test_error", "test_worst_class", "test_calibration", "top_share"), loss)
+        return {"train_loss": loss, "passes": passes, "steps": passes / batch_size, "seconds": passes,
+                "core_seconds": passes} | errors  # fmt: skip
+
+
+def test_a_race_tunes_alike_arrives_between_rungs_and_names_the_fastest_by_the_interval() -> None:
+    runs, scale = Curves({"uniform": 1.0, "quick": 2.0, "ours": 2.01}), problems.Scale(1600, (), 32, 10)
+    arm = race.tune(runs, "uniform", [8, 16], scale)
+    assert (arm.batch_size, arm.rate) == (64, 0.3)  # both grids went on beyond their best edges
+    assert [f"batch {size}" in line for size, line in zip((8, 16, 64), arm.tried, strict=True)] == [True] * 3
+    assert " 1: " in arm.tried[-1]
+    assert race.batch_ladder([32, 128], 18_000) == ((8, 32, 128, 512), (1, 3))
+    with pytest.raises(ValueError, match="at most 100 for 1,600 examples, got 128"):
+        race.batch_ladder([32, 128], 1600)
+    finishes = {
+        name: [race.shortest(runs, name, 32, 0.3, seed, scale, rung=3) for seed in range(3)] for name in runs.speeds
+    }
+    epochs = finishes["uniform"][0].passes / 1600
+    assert epochs == pytest.approx(-np.log(0.05) / 0.3 * np.exp(0.05), rel=5e-3)
+    assert race.shortest(runs, "uniform", 32, 1e-9, 0, scale) == race.NEVER
+    assert race.fastest(finishes, "passes").startswith("passes: fastest: ours, 1.00 [1.00, 1.00] of quick's")
+    assert race.against_best(finishes, "passes")[0].endswith("ahead")
+    noisy = {name: [f._replace(passes=f.passes * (1 + 0.1 * seed * (name == "ours"))) for seed, f in enumerate(found)]
+             for name, found in finishes.items()}  # fmt: skip
+    assert "no method is shown" in race.fastest(noisy, "passes")
+    assert race.against_best(noisy, "passes")[0].endswith("a tie")
+    assert "3/3" in race.table([arm], finishes)
+
+
+def test_runs_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text('{"key": ["a", "uniform", 1.0, 0.1, 0], "found": {}}\n')
+    with pytest.raises(ValueError, match="move the file away"):
+        bench.Results(tmp_path / "runs.jsonl")
 
 
 @pytest.mark.slow

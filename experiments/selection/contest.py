@@ -5,8 +5,12 @@ norms of gradients two thirds. Equal seconds are passes too, at the price of eac
 it (`price`): so a machine that is busy now and then favours nobody. The rate decays to zero, by a cosine, over the
 share of the budget that is spent: a method with dear steps makes fewer of them and still ends fully decayed. Programs
 are compiled before the clock starts; measurements stand outside it.
+
+Two clocks run: seconds of the wall, and seconds that the process had a core (`core_seconds`), which leave out what
+others on the machine took. Pinned to one core of a machine at rest they are the same.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -14,10 +18,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import isgd_jax as isgd
 from isgd_jax.app import models
+
+__all__ = [
+    "FORWARD",
+    "NORMS",
+    "Choice",
+    "Method",
+    "Problem",
+    "Programs",
+    "compile_method",
+    "price",
+    "run",
+    "warm_up",
+]
 
 Tree = Any
 Array = jax.Array
@@ -27,6 +45,7 @@ MOMENTUM = 0.9
 EVAL_BATCH = 1024
 LOOK_EVERY = 100
 """Steps in one program at most: between two looks at the budget."""
+CALIBRATION_BINS = 15
 
 
 class Problem(NamedTuple):
@@ -73,7 +92,7 @@ def _no_refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array)
     return memory, 0.0
 
 
-def _no_lesson(memory: Tree, choice: Choice, losses: Array, norms: Array | None, step: Array) -> Tree:
+def _no_lesson(memory: Tree, choice: Choice, losses: Array, measured: Any, step: Array) -> Tree:
     return memory
 
 
@@ -84,13 +103,15 @@ class Method(NamedTuple):
     """``(key, data) -> (memory, cost)``."""
     choose: Callable[[Array, Tree, Tree, Tree, Array], tuple[Choice, Tree]]
     """``(key, memory, params, data, progress) -> (choice, memory)``; progress is the share of the budget spent."""
-    learn: Callable[[Tree, Choice, Array, Array | None, Array], Tree] = _no_lesson
-    """``(memory, choice, losses, norms, step) -> memory``, after the gradients of the choice."""
+    learn: Callable[[Tree, Choice, Array, Any, Array], Tree] = _no_lesson
+    """``(memory, choice, losses, measured, step) -> memory``, after the gradients of the choice."""
     refresh: Callable[[Array, Tree, Tree, Tree, Array], tuple[Tree, Array | float]] = _no_refresh
     """``(key, memory, params, data, step) -> (memory, cost)``, every ``refresh_every`` steps."""
     refresh_every: int = 0
     """0 is never."""
-    wants_norms: bool = False
+    measure: Callable[[Tree, Any, Tree], Any] | None = None
+    """``(memory, grads, mean) -> measured``: of the lazy per-example gradients and their weighted mean. Without it the
+    ordinary gradient is taken, at its ordinary price, and ``measured`` is None."""
 
 
 class Carry(NamedTuple):
@@ -99,11 +120,19 @@ class Carry(NamedTuple):
     memory: Tree
     spent: Array
     step: Array
+    counts: Array
+    """How often each example was drawn, [n]."""
 
 
 class Fit(NamedTuple):
-    loss: float
-    error: float
+    """How well parameters do on a split."""
+
+    loss: Any
+    error: Any
+    worst_class: Any
+    """The largest error of a class that the split has."""
+    calibration: Any
+    """Expected calibration error: mean gap of confidence and accuracy over 15 equal bins (Guo et al. 2017)."""
 
 
 class Programs(NamedTuple):
@@ -112,7 +141,7 @@ class Programs(NamedTuple):
     start: Callable[..., Any]
     advance: Callable[..., Carry]
     refresh: Callable[..., Carry]
-    evaluate: Callable[..., tuple[Array, Array]]
+    evaluate: Callable[..., Fit]
 
 
 def compile_method(problem: Problem, method: Method) -> Programs:
@@ -123,18 +152,21 @@ def compile_method(problem: Problem, method: Method) -> Programs:
         params = problem.init(jax.random.fold_in(key, 0))
         memory, cost = method.start(jax.random.fold_in(key, 1), data)
         spent = jnp.asarray(cost, jnp.float32)
-        return Carry(params, tx.init(params), memory, spent, jnp.int32(0)), spent
+        counts = jnp.zeros(problem.num_examples, jnp.int32)
+        return Carry(params, tx.init(params), memory, spent, jnp.int32(0), counts), spent
 
     def step(carry: Carry, key: Array, data: Tree, rate: Array, progress: Array) -> Carry:
         choice, memory = method.choose(key, carry.memory, carry.params, data, progress)
         batch = jax.tree.map(lambda leaf: leaf[choice.indices], data)
-        losses, norms, grad = _gradient(problem.loss_fn, carry.params, batch, choice.weights, method.wants_norms)
+        measure = functools.partial(method.measure, memory) if method.measure else None
+        losses, measured, grad = _gradient(problem.loss_fn, carry.params, batch, choice.weights, measure)
         updates, velocity = tx.update(grad, carry.velocity)
         scale = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
         params = jax.tree.map(lambda p, u: p - scale * u, carry.params, updates)
-        memory = method.learn(memory, choice, losses, norms, carry.step)
+        memory = method.learn(memory, choice, losses, measured, carry.step)
         spent = carry.spent + len(choice.indices) + choice.cost
-        return Carry(params, velocity, memory, spent, carry.step + 1)
+        counts = carry.counts.at[choice.indices].add(1)
+        return Carry(params, velocity, memory, spent, carry.step + 1, counts)
 
     def advance(
         carry: Carry, key: Array, data: Tree, rate: Array, progress: Array, slope: Array, steps: Array
@@ -153,11 +185,12 @@ def compile_method(problem: Problem, method: Method) -> Programs:
     return Programs(jax.jit(start), jax.jit(advance), jax.jit(refresh), jax.jit(_evaluator(problem)))
 
 
-def _gradient(loss_fn: Any, params: Tree, batch: Tree, weights: Array, wants_norms: bool) -> tuple[Any, ...]:
-    """Losses, norms if they are wanted, and the weighted mean gradient, each way at its ordinary price."""
-    if wants_norms:
+def _gradient(loss_fn: Any, params: Tree, batch: Tree, weights: Array, measure: Any) -> tuple[Any, ...]:
+    """Losses, what is measured of single gradients, and the weighted mean gradient, each way at its ordinary price."""
+    if measure is not None:
         losses, grads = isgd.per_example_value_and_grad(loss_fn)(params, batch)
-        return losses, isgd.norms(grads), isgd.weighted_mean(grads, weights)
+        mean = isgd.weighted_mean(grads, weights)
+        return losses, measure(grads, mean), mean
 
     def mean_loss(params: Tree) -> tuple[Array, Array]:
         losses = jax.vmap(loss_fn, (None, 0))(params, batch)
@@ -167,28 +200,45 @@ def _gradient(loss_fn: Any, params: Tree, batch: Tree, weights: Array, wants_nor
     return losses, None, grad
 
 
-def _evaluator(problem: Problem) -> Callable[[Tree, Tree], tuple[Array, Array]]:
-    def evaluate(params: Tree, data: Tree) -> tuple[Array, Array]:
-        def one(example: Tree) -> tuple[Array, Array]:
+def _evaluator(problem: Problem) -> Callable[[Tree, Tree], Fit]:
+    def evaluate(params: Tree, data: Tree) -> Fit:
+        def one(example: Tree) -> tuple[Array, Array, Array]:
             logits = problem.logits_fn(params, example)
-            return problem.loss_fn(params, example), jnp.argmax(logits) != example["y"]
+            wrong = jnp.argmax(logits) != example["y"]
+            return problem.loss_fn(params, example), wrong.astype(jnp.float32), jnp.max(jax.nn.softmax(logits))
 
-        losses, wrong = jax.lax.map(one, data, batch_size=EVAL_BATCH)
-        return jnp.mean(losses), jnp.mean(wrong.astype(jnp.float32))
+        losses, wrong, confidence = jax.lax.map(one, data, batch_size=EVAL_BATCH)
+        by_class = sums_by(jnp.stack([wrong, jnp.ones_like(wrong)], 1), data["y"], problem.num_classes)
+        worst = jnp.max(by_class[:, 0] / jnp.maximum(by_class[:, 1], 1.0))
+        bins = jnp.minimum((confidence * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)
+        gaps = jnp.abs(sums_by(confidence - (1.0 - wrong), bins, CALIBRATION_BINS))
+        return Fit(jnp.mean(losses), jnp.mean(wrong), worst, jnp.sum(gaps) / len(wrong))
 
     return evaluate
 
 
+def sums_by(values: Array, groups: Array, count: int) -> Array:
+    """Sums over the rows of each group."""
+    return jax.ops.segment_sum(values, groups, num_segments=count)
+
+
+def top_share(counts: np.ndarray, share: float = 0.01) -> float:
+    """The share of all draws that the most drawn 1 % of examples hold; 0.01 if all are drawn alike."""
+    most = np.sort(np.asarray(counts, np.float64))[::-1][: max(1, round(share * len(counts)))]
+    return float(most.sum() / max(1.0, np.sum(counts)))
+
+
 class Clock:
-    """Seconds that count: it can be stopped."""
+    """Seconds that count, by the wall and of this process: it can be stopped."""
 
     def __init__(self) -> None:
-        self.elapsed = 0.0
+        self.elapsed = self.core = 0.0
 
     def timed(self, function: Callable[..., Any], *args: Any) -> Any:
-        began = time.perf_counter()
+        began, core = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(function(*args))
         self.elapsed += time.perf_counter() - began
+        self.core += time.process_time() - core
         return result
 
 
@@ -226,11 +276,11 @@ def run(
         spent = float(carry.spent) / passes
         progress, slope = spent, (spent - progress) / now
         now = min(LOOK_EVERY, round((1.0 - progress) / slope))
-    found = {"steps": steps, "passes": float(carry.spent), "seconds": clock.elapsed}
+    found = {"steps": steps, "passes": float(carry.spent), "seconds": clock.elapsed, "core_seconds": clock.core}
     for split in ("train", "valid", "test"):
-        fit = Fit(*map(float, programs.evaluate(carry.params, getattr(problem, split))))
-        found |= {f"{split}_loss": _finite(fit.loss), f"{split}_error": fit.error}
-    return found
+        fit = programs.evaluate(carry.params, getattr(problem, split))
+        found |= {f"{split}_{name}": _finite(float(value)) for name, value in fit._asdict().items()}
+    return found | {"top_share": top_share(np.asarray(carry.counts))}
 
 
 def _finite(number: float) -> float | None:

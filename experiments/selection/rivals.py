@@ -1,13 +1,12 @@
 """The methods that importance sampling is compared with, and ours, as `selection.contest.Method`s.
 
-uniform    epoch-shuffled SGD
-larger     the same with batches twice as large (and so half as many steps)
-subset     the same on a random half of the data, fixed at the start
+Orders without replacement (uniform, rs2, grab) are told in `selection.orders`, pruning (prune, repb, orderdp, seta) in
+`selection.pruning`. Here:
+
+larger     uniform with batches twice as large (and so half as many steps)
+subset     uniform on a random half of the data, fixed at the start
 presample  Katharopoulos & Fleuret 2018 (arXiv 1803.00942): score three batches by the bound from the logits, draw one,
            reweight; shut while the promised speed-up is below what it costs
-prune      after InfoBatch, Qin et al. 2024 (arXiv 2303.04947): each epoch leaves out half of the examples whose last
-           loss is below the mean, doubles the weight of the other half, and ends with an eighth of whole epochs. An
-           epoch weighs all examples alike, in fewer and so in longer steps
 ranks      Loshchilov & Hutter 2015 (arXiv 1511.06343): probability falls exponentially with the rank of the latest
            known loss, from 100 : 1 down to 1 : 1 over training, without reweighting
 rho        RHO-LOSS, Mindermann et al. 2022 (arXiv 2206.07137): of four batches the one with the largest loss in excess
@@ -28,7 +27,11 @@ import optax
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
 from isgd_jax.sampling import candidates
+from selection import orders, pruning
 from selection.contest import FORWARD, NORMS, Choice, Method, Problem
+from selection.orders import Epochs, new_epochs, next_batch
+
+__all__ = ["METHODS", "ours", "presampling", "ranking", "rho_loss"]
 
 Tree = Any
 Array = jax.Array
@@ -36,43 +39,8 @@ Array = jax.Array
 CANDIDATES = 3
 """Batches that presampling scores for one update."""
 RHO_CANDIDATES, RHO_EPOCHS, RHO_RATE = 4, 3, 0.02
-PRUNED, PRUNED_UNTIL = 0.5, 0.875
 PRESSURE = 100.0
 SWEEP_BATCH = 1024
-
-
-class Epochs(NamedTuple):
-    """Indices in random order, how many of them count, and how many are used."""
-
-    order: Array
-    count: Array
-    used: Array
-
-
-def new_epochs(key: Array, indices: Array) -> Epochs:
-    return Epochs(jax.random.permutation(key, indices), jnp.int32(len(indices)), jnp.int32(0))
-
-
-def next_batch(key: Array, epochs: Epochs, size: int) -> tuple[Array, Epochs]:
-    """The next ``size`` indices; what does not fill a batch is left out of its epoch."""
-    over = epochs.used + size > epochs.count
-    epochs = jax.lax.cond(over, lambda: new_epochs(key, epochs.order), lambda: epochs)
-    return jax.lax.dynamic_slice_in_dim(epochs.order, epochs.used, size), epochs._replace(used=epochs.used + size)
-
-
-def uniform(problem: Problem, *, batches: int = 1, share: float = 1.0) -> Method:
-    """Epoch-shuffled SGD, on a random ``share`` of the data."""
-    size, kept = batches * problem.batch_size, round(share * problem.num_examples)
-
-    def start(key: Array, data: Tree) -> tuple[Epochs, float]:
-        chosen = jax.random.permutation(jax.random.fold_in(key, 1), problem.num_examples)[:kept]
-        return new_epochs(key, chosen), 0.0
-
-    def choose(key: Array, memory: Epochs, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Epochs]:
-        indices, memory = next_batch(key, memory, size)
-        return Choice(indices, jnp.ones(size), 0.0), memory
-
-    return Method(start, choose)
 
 
 class Presampling(NamedTuple):
@@ -114,41 +82,6 @@ def presampling(problem: Problem) -> Method:
         found = 0.9 * memory.speedup + 0.1 * candidates.speedup(1.0 - jnp.exp(-losses))
         speedup = jnp.where(memory.is_open, memory.speedup, found)
         return memory._replace(speedup=speedup, is_open=speedup > worth)
-
-    return Method(start, choose, learn)
-
-
-class Pruning(NamedTuple):
-    losses: Array
-    weights: Array
-    epochs: Epochs
-
-
-def pruning(problem: Problem) -> Method:
-    """Unbiased dynamic pruning by the last known loss."""
-    size, num_examples = problem.batch_size, problem.num_examples
-
-    def start(key: Array, data: Tree) -> tuple[Pruning, float]:
-        epochs = new_epochs(key, jnp.arange(num_examples))
-        return Pruning(jnp.full(num_examples, 1e6), jnp.ones(num_examples), epochs), 0.0
-
-    def begin_epoch(key: Array, memory: Pruning, progress: Array) -> Pruning:
-        coin_key, order_key = jax.random.split(key)
-        low = (memory.losses < jnp.mean(memory.losses)) & (progress < PRUNED_UNTIL)
-        dropped = low & jax.random.bernoulli(coin_key, PRUNED, low.shape)
-        order = jnp.argsort(jax.random.uniform(order_key, low.shape) + jnp.where(dropped, 2.0, 0.0))
-        count = jnp.sum(~dropped, dtype=jnp.int32)
-        weights = jnp.where(low, 1.0 / (1.0 - PRUNED), 1.0)
-        return Pruning(memory.losses, weights, Epochs(order, count, jnp.int32(0)))
-
-    def choose(key: Array, memory: Pruning, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Pruning]:
-        over = memory.epochs.used + size > memory.epochs.count
-        memory = jax.lax.cond(over, lambda: begin_epoch(key, memory, progress), lambda: memory)
-        indices, epochs = next_batch(key, memory.epochs, size)
-        return Choice(indices, memory.weights[indices], 0.0), memory._replace(epochs=epochs)
-
-    def learn(memory: Pruning, choice: Choice, losses: Array, norms: None, step: Array) -> Pruning:
-        return memory._replace(losses=memory.losses.at[choice.indices].set(losses))
 
     return Method(start, choose, learn)
 
@@ -250,9 +183,11 @@ def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1) ->
         scored = sampler.record(memory, at, _sweep(problem, params, data, at), version=step) if swept else memory
         return sampler.refresh(scored), NORMS * swept
 
-    return Method(
-        lambda key, _: (sampler.init(key), 0.0), choose, learn, refresh, refresh_every=every, wants_norms=True
-    )
+    return Method(lambda key, _: (sampler.init(key), 0.0), choose, learn, refresh, refresh_every=every, measure=_norms)
+
+
+def _norms(memory: Tree, grads: Any, mean: Tree) -> Array:
+    return isgd.norms(grads)
 
 
 def _sweep(problem: Problem, params: Tree, data: Tree, indices: Array) -> Array:
@@ -270,13 +205,18 @@ def _by_slices(one: Callable[[Tree, Tree], Array], params: Tree, data: Tree, ind
 
 
 METHODS: dict[str, Callable[[Problem], Method]] = {
-    "uniform": uniform,
-    "larger": lambda problem: uniform(problem, batches=2),
-    "subset": lambda problem: uniform(problem, share=0.5),
+    "uniform": orders.uniform,
+    "rs2": orders.rs2,
+    "larger": lambda problem: orders.uniform(problem, batches=2),
+    "subset": lambda problem: orders.uniform(problem, share=0.5),
     "presample": presampling,
-    "prune": pruning,
+    "prune": pruning.infobatch,
+    "repb": pruning.repb,
+    "orderdp": pruning.orderdp,
+    "seta": pruning.seta,
     "ranks": ranking,
     "rho": rho_loss,
+    "grab": orders.grab,
     "ours": lambda problem: ours(problem, sweep=0.1, every=50),
     "ours-free": lambda problem: ours(problem, sweep=0.0, every=50),
 }

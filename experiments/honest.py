@@ -1,9 +1,10 @@
 """When does importance sampling pay, on one device, when everything is paid for?
 
 Question: at the same passes, and at the same seconds, with scoring included, each method's rate tuned alike and fully
-decayed: which of fourteen ways to choose batches learns best, with clean, noisy and rare labels? Kaddour et al. 2023, "No
-Train No Gain" (arXiv 2307.06440), asked it of language models: the gains of selection vanished against a baseline that
-was fully decayed. What the methods are, what they pay, and what the data are is told in the modules of `selection/`.
+decayed: which of fourteen ways to choose batches learns best, with clean, noisy and rare labels? Kaddour et al. 2023,
+"No Train No Gain" (arXiv 2307.06440), asked it of language models: the gains of selection vanished against a baseline
+that was fully decayed. What the methods are, what they pay, and what the data are is told in the modules of
+`selection/`.
 
 Each method's rate is the best of four over two seeds that are not used again: for the test columns by validation
 error, then loss; for the training column by training loss. Differences and ratios are to `uniform`, paired by seed

@@ -13,6 +13,8 @@ from typing import Any
 
 from processes import forced
 
+gc.disable()  # until all is imported: see pytest_collection_finish
+
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
 os.environ.setdefault("XLA_FLAGS", forced(8))
 os.environ.setdefault("NPROC", "16")
@@ -45,21 +47,41 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from jax._src.lru_cache import LRUCache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs, in several workers and in processes of their own: once a session is enough.
+# Many tests compile the same programs, in several workers and in processes of their own: once a session is enough. To
+# compile an addition takes 10 ms, to find it there one.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="isgd-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 for name, value in {
     "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+def put_whole(cache: LRUCache, key: str, value: bytes) -> None:
+    """JAX writes an entry where others may read the half of it: here it appears when it is whole."""
+    whole = cache.path / f"{key}-{os.getpid()}"
+    whole.write_bytes(value)
+    whole.replace(cache.path / f"{key}-cache")
+
+
+LRUCache.put = put_whole
+
+
+def pytest_collection_finish() -> None:
+    """A seventh of the time went into looking for garbage among what was imported: it is looked at no more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 MAPPED_REGIONS = 30_000

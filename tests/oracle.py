@@ -17,18 +17,33 @@ def flat(stacked: Any) -> np.ndarray:
     return np.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1)
 
 
+def stacked(loss_fn: Any, params: Any, *data: Any) -> Any:
+    """The gradients of a batch, formed, in one compiled program: called outside jit, each operation is one."""
+    return jax.jit(isgd.stacked_per_example_grads(loss_fn))(params, *data)
+
+
+def norms(loss_fn: Any, params: Any, *data: Any) -> np.ndarray:
+    """Their norms [b], in float64."""
+    return norms_of(stacked(loss_fn, params, *data))
+
+
+def norms_of(formed: Any) -> np.ndarray:
+    """The norms [b] of gradients that are formed, in float64."""
+    return np.linalg.norm(flat(formed), axis=1)
+
+
 def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
     """Everything that can be asked of lazy gradients, against the definition; returns them for more questions."""
     size = jax.tree.leaves(batch)[0].shape[0]
-    weights = jnp.linspace(0.5, 2.0, size)
+    weights = jnp.asarray(np.linspace(0.5, 2.0, size), jnp.float32)
     made, asked = jax.jit(lambda p, x: _ask(loss_fn, p, x, weights))(params, batch)
-    stacked = jax.jit(isgd.stacked_per_example_grads(loss_fn))(params, batch)
-    g = flat(stacked)
+    formed = stacked(loss_fn, params, batch)
+    g = flat(formed)
     norms = np.linalg.norm(g, axis=1)
     np.testing.assert_allclose(asked["norms"], norms, rtol=rtol, atol=1e-6 * norms.max())
     np.testing.assert_allclose(asked["gram"], g @ g.T, rtol=rtol, atol=rtol * norms.max() ** 2)
     np.testing.assert_allclose(asked["inner"], g @ _flat_tree(params), rtol=rtol, atol=rtol * _scale(norms, params))
-    chex.assert_trees_all_close(asked["stack"], stacked, rtol=rtol, atol=rtol * norms.max())
+    chex.assert_trees_all_close(asked["stack"], formed, rtol=rtol, atol=rtol * norms.max())
     if size > 1:
         first, second = (
             np.asarray(w, np.float64) @ rows / len(rows)
@@ -37,7 +52,7 @@ def check(loss_fn: Any, params: Any, batch: Any, *, rtol: float = 1e-5) -> Any:
         whole = np.asarray(weights, np.float64) @ g / size
         at_most = rtol * norms.max() ** 2 * 4.0
         np.testing.assert_allclose(asked["halves"], [first @ second, whole @ whole], rtol=rtol, atol=at_most)
-    mean = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1) / size, stacked)
+    mean = jax.tree.map(lambda x: _mean_of(weights, x), formed)
     chex.assert_trees_all_close(asked["mean"], mean, rtol=rtol, atol=rtol * norms.max())
     return made
 
@@ -53,6 +68,11 @@ def _ask(loss_fn: Any, params: Any, batch: Any, weights: Any) -> Any:
         "mean": isgd.weighted_mean(grads, weights),
         "halves": lazy.halves(grads, weights) if weights.shape[0] > 1 else None,
     }
+
+
+def _mean_of(weights: Any, x: Any) -> np.ndarray:
+    """sum(w_n x_n) / b in NumPy's float64, in the type that the gradients have."""
+    return (np.tensordot(np.asarray(weights, np.float64), np.asarray(x, np.float64), 1) / len(x)).astype(x.dtype)
 
 
 def _flat_tree(tree: Any) -> np.ndarray:

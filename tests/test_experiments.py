@@ -407,7 +407,7 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     params = problem.init(jax.random.key(0))
     norms, mean = paper.isgd.norms_and_mean_gradient(problem.loss_fn, params, problem.train, batch_size=paper.SLICE)
     square = optax.tree.norm(mean, squared=True)
-    grads = paper.isgd.stacked_per_example_grads(problem.loss_fn)(params, problem.train)
+    grads = jax.jit(paper.isgd.stacked_per_example_grads(problem.loss_fn))(params, problem.train)
     flat = jnp.concatenate([leaf.reshape(SIZE, -1) for leaf in jax.tree.leaves(grads)], axis=1)
     np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-4)
     np.testing.assert_allclose(square, jnp.sum(jnp.square(jnp.mean(flat, axis=0))), rtol=1e-4)

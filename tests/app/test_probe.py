@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def rows(params: Any, data: Any) -> np.ndarray:
     """All gradients, one a row, by definition."""
-    grads = stacked_per_example_grads(linear_loss)(params, data)
+    grads = jax.jit(stacked_per_example_grads(linear_loss))(params, data)
     return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(grads)], axis=1)
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -21,7 +22,7 @@ from problems import blobs, small_config
 
 from isgd_jax.app import console, data, task
 from isgd_jax.app.progress import _checked
-from isgd_jax.app.run import FORMAT, fit
+from isgd_jax.app.run import FORMAT, Result, fit
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.engines import scorers
 from isgd_jax.engines.local_engine import DeviceWorker
@@ -34,7 +35,11 @@ from isgd_jax.variance import second_moments
 pytestmark = pytest.mark.slow
 
 MODES = [
-    {"mode": "uniform"},
+    {"mode": "uniform", "optimizer": "adamw", "schedule": "cosine"},
+    *(
+        pytest.param({"mode": "uniform", "optimizer": name, "schedule": "cosine"}, marks=pytest.mark.soak)
+        for name in ("sgd", "adam")
+    ),
     pytest.param({"mode": "uniform", "sampler": "uniform"}, marks=pytest.mark.soak),
     {"mode": "exact"},
     pytest.param({"mode": "exact", "sampler": "independent"}, marks=pytest.mark.soak),
@@ -43,18 +48,41 @@ MODES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[Record]]:
+    """A run in exact mode that nothing disturbs, off the main thread, and what it told: who changes it takes a copy."""
+    found, told = list[Result](), list[Record]()
+    config = small_config(tmp_path_factory.mktemp("whole") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
+        thread = threading.Thread(target=lambda: found.append(fit(config, dataset=blobs(), observe=told.append)))
+        thread.start()
+        thread.join(timeout=120)
+    return found[0], told
+
+
+def copy_of(run: Result, folder: Path) -> Path:
+    """The same run in another folder."""
+    shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns(".lock"))
+    return folder
+
+
 def progress(folder: Path) -> list[Record]:
     return list(RunDir(folder).records("progress"))
 
 
 @pytest.mark.parametrize("changes", MODES, ids=lambda changes: "-".join(map(str, changes.values())))
-def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Stopped at step 23, in the middle of a refresh period and of an epoch, and gone on with."""
-    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
-    lines = progress(whole.run_dir)
+@jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
+def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(
+    tmp_path: Path, changes: dict[str, Any], whole: tuple[Result, list[Record]]
+) -> None:
+    """Stopped in the middle of a refresh period and of an epoch, and gone on with; a relaxed run is replayed too."""
+    is_exact = changes == {"mode": "exact"}
+    run = whole[0] if is_exact else fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    lines = progress(run.run_dir)
     assert [line["step"] for line in lines] == [0, 10, 20, 30, 40]
     assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
-    names = {path.name for path in whole.run_dir.iterdir()}
+    names = {path.name for path in run.run_dir.iterdir()}
     is_scored = changes["mode"] in ("exact", "relaxed")
     assert names == {"config.json", "environment.json", "inputs.json", "metrics.jsonl", "checkpoints", ".lock"}
     for line in lines[1:]:
@@ -62,56 +90,58 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(tmp_path: Path
     for line in lines:
         assert (line["age_mean"] is None) == (not is_scored or line["step"] == 0)
 
-    fit(small_config(tmp_path / "broken", **changes | {"steps": 23}), dataset=blobs())
-    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
-    assert resumed.step == 40
-    chex.assert_trees_all_equal(resumed.params, whole.params)
-    steps = [line["step"] for line in progress(resumed.run_dir)]
-    assert steps == sorted(set(steps))
-
-
-@pytest.mark.figures
-@pytest.mark.parametrize(
-    ("changes", "more"),
-    [
-        ({"mode": "uniform"}, set()),
-        ({"mode": "relaxed"}, {"scores.png"}),
-    ],
-)
-def test_a_run_ends_with_its_figures(tmp_path: Path, changes: dict[str, Any], more: set[str]) -> None:
-    run = fit(small_config(tmp_path / "run", **changes), dataset=blobs())
-    assert {path.name for path in run.run_dir.glob("*.png")} == {"loss.png", "error.png", "variance.png"} | more
-
-
-@pytest.mark.parametrize("optimizer", [*(pytest.param(x, marks=pytest.mark.soak) for x in ("sgd", "adam")), "adamw"])
-@jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
-def test_other_optimisers_and_schedules_resume_too(tmp_path: Path, optimizer: str) -> None:
-    changes: dict[str, Any] = {"optimizer": optimizer, "schedule": "cosine"}
-    whole = fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
-
     def enough(record: Record) -> bool:
         return record["step"] == 20
 
-    broken = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), until=enough)
-    assert broken.step == 20
+    # A schedule is made for all the steps there will be: such a run is told to stop, the others have fewer to make.
+    stop: dict[str, Any] = {"until": enough} if "schedule" in changes else {}
+    broken = changes if "schedule" in changes else changes | {"steps": 23}
+    stopped = fit(small_config(tmp_path / "broken", **broken), dataset=blobs(), **stop)
+    assert stopped.step == (20 if "schedule" in changes else 23)
     resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
-    chex.assert_trees_all_equal(resumed.params, whole.params)
+    assert resumed.step == 40
+    chex.assert_trees_all_equal(resumed.params, run.params)
+    steps = [line["step"] for line in progress(resumed.run_dir)]
+    assert steps == sorted(set(steps))
+    if changes["mode"] == "relaxed":
+        again = fit(small_config(tmp_path / "again", **changes, replay=str(resumed.run_dir)), dataset=blobs())
+        chex.assert_trees_all_equal(again.params, resumed.params)
+        assert arrivals(again.run_dir) == arrivals(resumed.run_dir)
+        assert sum(len(arrived) for _, arrived in arrivals(again.run_dir)) > 0
+        replayed = {"replay": str(again.run_dir)}
+        for other, message in (
+            ({"seed": 1}, "seed=1, but the run was started with 0"),
+            ({"steps": 41}, "the schedule to replay ends at step 40, before --steps 41"),
+        ):
+            name = f"no-{next(iter(other))}"
+            with pytest.raises(ValueError, match=message):
+                fit(small_config(tmp_path / name, **changes | other, **replayed), dataset=blobs())
+        with pytest.raises(ValueError, match="was made on another data set"):
+            fit(small_config(tmp_path / "no-data", **changes, **replayed), dataset=blobs(seed=1))
 
 
-def test_a_run_goes_on_to_more_steps_and_then_has_nothing_left_to_do(tmp_path: Path) -> None:
-    for steps in (20, 30):
-        fit(small_config(tmp_path / "run", steps=steps), dataset=blobs(), resume=steps == 30)
+@pytest.mark.figures
+def test_a_run_ends_with_its_figures(tmp_path: Path) -> None:
+    """Of scores, where there are any: `test_cli.py: test_train_on_digits_from_plan_to_figures`."""
+    run = fit(small_config(tmp_path / "run", mode="uniform"), dataset=blobs())
+    assert {path.name for path in run.run_dir.glob("*.png")} == {"loss.png", "error.png", "variance.png"}
+
+
+def test_a_run_goes_on_to_more_steps_and_then_has_nothing_left_to_do(
+    tmp_path: Path, whole: tuple[Result, list[Record]]
+) -> None:
+    folder = copy_of(whole[0], tmp_path / "run")
+    fit(small_config(folder, steps=50), dataset=blobs(), resume=True)
     told: list[Record] = []
-    again = fit(RunDir(tmp_path / "run").read_config(), dataset=blobs(), resume=True, observe=told.append)
-    assert again.step == 30
+    again = fit(RunDir(folder).read_config(), dataset=blobs(), resume=True, observe=told.append)
+    assert again.step == 50
     assert [record["text"] for record in told if record["event"] == "warning"] == [
-        "nothing is left to do: 30 updates were made; steps=N asks for more"
+        "nothing is left to do: 50 updates were made; steps=N asks for more"
     ]
     assert not any(record["event"] == "plan" for record in told)
 
 
-def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
-    whole = fit(small_config(tmp_path / "whole"), dataset=blobs())
+def test_a_signal_saves_and_leaves(tmp_path: Path, whole: tuple[Result, list[Record]]) -> None:
     for signum, at in ((signal.SIGTERM, 20), (signal.SIGINT, 0)):
         folder = tmp_path / signum.name
 
@@ -124,16 +154,13 @@ def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
         assert at <= stopped.step < at + 20
         assert [record["event"] for record in RunDir(stopped.run_dir).records()][-1] == "stopped"
     resumed = fit(small_config(folder), dataset=blobs(), resume=True)  # after either signal the same is done
-    chex.assert_trees_all_equal(resumed.params, whole.params)
+    chex.assert_trees_all_equal(resumed.params, whole[0].params)
     steps = [record["step"] for record in RunDir(resumed.run_dir).records() if record["event"] == "progress"]
     assert steps == sorted(set(steps)), "also step 0, whose line stood before its checkpoint, is told once"
 
 
-def test_it_runs_off_the_main_thread(tmp_path: Path) -> None:
-    thread = threading.Thread(target=lambda: fit(small_config(tmp_path / "run"), dataset=blobs()))
-    thread.start()
-    thread.join(timeout=120)
-    assert [record["event"] for record in RunDir(tmp_path / "run").records()][-1] == "finished"
+def test_it_runs_off_the_main_thread(whole: tuple[Result, list[Record]]) -> None:
+    assert [record["event"] for record in RunDir(whole[0].run_dir).records()][-1] == "finished"
 
 
 def test_a_second_resume_is_refused_before_anything_is_made_for_it(tmp_path: Path) -> None:
@@ -167,12 +194,14 @@ def test_a_loss_that_is_lost_by_the_last_update_is_told_and_not_saved(tmp_path: 
 
 
 @pytest.mark.usefixtures("failed_reads")
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path: Path) -> None:
-    whole = fit(small_config(tmp_path / "run"), dataset=blobs())
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40" / "record")
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tmp_path: Path, whole: tuple[Result, list[Record]]
+) -> None:
+    folder = copy_of(whole[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "40" / "record")
     told: list[Record] = []
-    resumed = fit(small_config(tmp_path / "run"), dataset=blobs(), resume=True, observe=told.append)
-    chex.assert_trees_all_equal(resumed.params, whole.params)
+    resumed = fit(small_config(folder), dataset=blobs(), resume=True, observe=told.append)
+    chex.assert_trees_all_equal(resumed.params, whole[0].params)
     warnings = [record["text"] for record in told if record["event"] == "warning"]
     assert any(text.startswith("the checkpoint of step 40 is damaged") and "of step 30" in text for text in warnings)
 
@@ -297,10 +326,8 @@ def test_numbers_of_numpy_and_jax_are_recorded() -> None:
     assert _checked(measured) == {"a": 1.5, "b": 2, "c": None, "d": True, "e": "text"}
 
 
-def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
-    seen: list[Record] = []
-    fit(small_config(tmp_path / "run", steps=1), dataset=blobs(), observe=seen.append)
-    plan = seen[0]
+def test_the_plan_comes_first_and_costs_are_measured(whole: tuple[Result, list[Record]]) -> None:
+    plan = whole[1][0]
     assert plan["event"] == "plan"
     assert plan["num_examples"] == 90
     assert plan["num_params"] == 5 * 8 + 8 + 8 * 3 + 3
@@ -311,29 +338,23 @@ def test_the_plan_comes_first_and_costs_are_measured(tmp_path: Path) -> None:
 LOCAL: dict[str, Any] = {"engine": "local"}
 
 
-def test_exact_mode_gives_the_same_parameters_on_every_engine(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"steps": 200, "log_every": 200, "checkpoint_every": 200}
-    inline = fit(small_config(tmp_path / "inline", **changes), dataset=blobs())
-    local = fit(small_config(tmp_path / "local", **changes, **LOCAL), dataset=blobs())
-    chex.assert_trees_all_equal(local.params, inline.params)
+def test_exact_mode_gives_the_same_parameters_on_every_engine(
+    tmp_path: Path, whole: tuple[Result, list[Record]]
+) -> None:
+    local = fit(small_config(tmp_path / "local", **LOCAL), dataset=blobs())
+    chex.assert_trees_all_equal(local.params, whole[0].params)
 
 
 def arrivals(folder: Path) -> list[Any]:
     return [(record["step"], record["arrived"]) for record in RunDir(folder).records("refresh")]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"engine": "local", "chunk_size": 10, "publish_every": 3, "refetch_every": 2},
-        {"engine": "local", "chunk_size": 10, "max_age_seconds": 0.2, "min_trusted": 0.5},
-        {"engine": "inline", "refresh_share": 0.3},
-    ],
-    ids=["local", "local by the clock", "inline"],
-)
-def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Also one that was stopped in the middle and resumed, with other workers in flight."""
-    changes = {"mode": "relaxed"} | changes
+def test_a_relaxed_run_with_workers_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    """Also one that was stopped in the middle and resumed, with other workers in flight, and distrust by the clock."""
+    changes: dict[str, Any] = {
+        "mode": "relaxed", "engine": "local", "chunk_size": 10, "publish_every": 3, "refetch_every": 2,
+        "max_age_seconds": 0.2, "min_trusted": 0.5,
+    }  # fmt: skip
     fit(small_config(tmp_path / "run", **changes | {"steps": 23}), dataset=blobs())
 
     def breathe(record: dict[str, Any]) -> None:
@@ -344,22 +365,6 @@ def test_a_relaxed_run_is_replayed_bit_for_bit(tmp_path: Path, changes: dict[str
     again = fit(small_config(tmp_path / "again", **changes, replay=str(run.run_dir)), dataset=blobs())
     chex.assert_trees_all_equal(again.params, run.params)
     assert arrivals(again.run_dir) == arrivals(run.run_dir)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "seed=1, but the run was started with 0"),
-        ({"steps": 49}, "the schedule to replay ends at step 48, before --steps 49"),
-    ],
-)
-def test_what_cannot_be_replayed_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    relaxed: dict[str, Any] = {"mode": "relaxed", "steps": 41}
-    fit(small_config(tmp_path / "run", **relaxed), dataset=blobs())
-    with pytest.raises(ValueError, match=message):
-        fit(small_config(tmp_path / "no", **relaxed | changes, replay=str(tmp_path / "run")), dataset=blobs())
-    with pytest.raises(ValueError, match="was made on another data set"):
-        fit(small_config(tmp_path / "no2", **relaxed, replay=str(tmp_path / "run")), dataset=blobs(seed=1))
 
 
 def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(

@@ -62,7 +62,7 @@ def merged(chunks: list[ScoredChunk]) -> dict[int, float]:
 
 def expected(params: Any) -> np.ndarray:
     _, data = linear_problem(NUM_EXAMPLES)
-    return np.asarray(scorers.grad_norm(linear_loss)(params, data))
+    return np.asarray(jax.jit(scorers.grad_norm(linear_loss))(params, data))
 
 
 Build = Callable[..., Any]

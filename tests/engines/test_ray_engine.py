@@ -17,61 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import NUM_EXAMPLES as NUM_BLOBS
-from problems import blobs, linear_loss, linear_problem, small_config
+from problems import blobs, linear_problem, small_config
+from ray_jobs import NUM_EXAMPLES, SlowOnce, make_importable, make_job, nothing_there, rows, sketching, sometimes_nan
 
 import isgd_jax as isgd
 from isgd_jax.app.run import fit
-from isgd_jax.engines import scorers
-from isgd_jax.engines.chunks import Chunks
 from isgd_jax.engines.contract import Engine, WorkersGone
 from isgd_jax.engines.inline_engine import InlineEngine
-from isgd_jax.engines.local_engine import Job
 from isgd_jax.sampling import score_table
 
 ray = pytest.importorskip("ray")
 ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
-NUM_EXAMPLES = 40
-TESTS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-"""What a worker must be able to import: this file and the problems."""
 
 PARAMS, _ = linear_problem(NUM_EXAMPLES)
 
 
-class SlowOnce(Chunks):
-    """The first process that asks for a batch takes for ever."""
-
-    def __init__(self, flag: Path) -> None:
-        super().__init__(NUM_EXAMPLES, 4)
-        self._flag = flag
-
-    def batch(self, data: Any, chunk: int) -> Any:
-        try:
-            self._flag.touch(exist_ok=False)
-        except FileExistsError:
-            return super().batch(data, chunk)
-        time.sleep(1000)
-
-
-def sometimes_nan(params: Any, batch: Any) -> jax.Array:
-    return jnp.where(batch["y"] > 1.0, jnp.nan, scorers.grad_norm(linear_loss)(params, batch))
-
-
-def make_job(scorer: Any = None, chunks: Chunks | None = None, fingerprint: str = "same") -> tuple[Job, str]:
-    """What an actor does to be ready."""
-    data = jax.tree.map(np.asarray, linear_problem(NUM_EXAMPLES)[1])
-    job = Job(scorer or scorers.grad_norm(linear_loss), data, chunks or Chunks(NUM_EXAMPLES, 4))
-    return job, fingerprint
-
-
-def nothing_there() -> Any:
-    raise FileNotFoundError("no data set in /nowhere")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def ray_of_this_host() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
+    make_importable()
     ray_engine.connect(None, 3)
     yield
     ray.shutdown()
@@ -118,8 +83,8 @@ def scores_of(engine: Engine) -> np.ndarray:
     return found
 
 
-def inline_scores(params: Any, size: int = 4) -> np.ndarray:
-    job, _ = make_job()
+def inline_scores(params: Any, size: int = 4, scorer: Any = None) -> np.ndarray:
+    job, _ = make_job(scorer)
     engine = InlineEngine(job.scorer, job.data, chunk_size=size, devices=jax.local_devices()[:1])
     engine.publish(params, 0)
     return scores_of(engine)
@@ -130,14 +95,20 @@ def doubled(params: Any) -> Any:
 
 
 def test_scores_waited_for_are_those_of_inline_bit_for_bit_though_an_actor_is_killed(build: Callable[..., Any]) -> None:
-    engine = build(num_workers=2)
+    """Those that are not finite come through as well, and are set aside by the table."""
+    engine = build(functools.partial(make_job, sometimes_nan), num_workers=2)
     assert isinstance(engine, Engine)
     engine.publish(PARAMS, 0)
-    np.testing.assert_array_equal(scores_of(engine), inline_scores(PARAMS))
+    found, bad = scores_of(engine), int((linear_problem(NUM_EXAMPLES)[1]["y"] > 1.0).sum())
+    np.testing.assert_array_equal(found, inline_scores(PARAMS, scorer=sometimes_nan))
+    _, rejected = score_table.record(
+        score_table.create(NUM_EXAMPLES), jnp.arange(NUM_EXAMPLES), jnp.asarray(found), version=0
+    )
+    assert int(rejected) == bad > 0
     wait_until(lambda: len(pids()) == 2)
     os.kill(pids()[0], signal.SIGKILL)
     engine.publish(doubled(PARAMS), 1)
-    np.testing.assert_array_equal(scores_of(engine), inline_scores(doubled(PARAMS)))
+    np.testing.assert_array_equal(scores_of(engine), inline_scores(doubled(PARAMS), scorer=sometimes_nan))
 
 
 def test_when_all_are_killed_training_goes_on_is_told_and_they_come_back(build: Callable[..., Any]) -> None:
@@ -177,19 +148,6 @@ def test_a_slow_actor_holds_up_nobody(build: Callable[..., Any], tmp_path: Path)
     assert engine.stats().again > 0
 
 
-def test_scores_that_are_not_finite_come_through_to_be_set_aside(build: Callable[..., Any]) -> None:
-    engine = build(functools.partial(make_job, sometimes_nan))
-    engine.publish(PARAMS, 0)
-    bad = int((linear_problem(NUM_EXAMPLES)[1]["y"] > 1.0).sum())
-    rejected = 0
-    for chunk in engine.collect(wait=True):
-        _, count = score_table.record(
-            score_table.create(NUM_EXAMPLES), jnp.asarray(chunk.ids), jnp.asarray(chunk.scores), version=0
-        )
-        rejected += int(count)
-    assert rejected == bad > 0
-
-
 def test_a_full_object_store_is_said(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers go on with older parameters; only who waits for the newest learns of it by an error."""
     engine = build()
@@ -218,14 +176,6 @@ def test_an_actor_that_cannot_load_its_data_is_given_up_and_says_why(build: Call
     engine.publish(PARAMS, 0)
     with pytest.raises(WorkersGone, match=r"all workers are gone .*no data set in /nowhere"):
         engine.collect(wait=True)
-
-
-def sketching(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    return scorers.grad_norm(linear_loss)(params, batch), jnp.asarray(batch["x"]) * params["w"][None]
-
-
-def rows() -> Any:
-    return jax.tree.map(np.asarray, linear_problem(NUM_EXAMPLES)[1])
 
 
 @pytest.mark.parametrize(("data", "options"), [(rows(), {}), (rows, {}), (rows, {"num_examples": NUM_EXAMPLES})])
@@ -272,9 +222,9 @@ def test_sigterm_while_ray_starts_goes_to_whose_it_is(monkeypatch: pytest.Monkey
     assert heard == [signal.SIGTERM]
 
 
-def test_a_ray_of_this_host_alone_lets_no_stranger_in(build: Callable[..., Any]) -> None:
+def test_a_ray_of_this_host_alone_lets_no_stranger_in() -> None:
     """It asks for a token, which is on no command line, and listens on the loopback interface."""
-    build()
+    ray_engine.connect(None, 3)  # where the test before has ended it
     token, address = os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
     assert address.startswith("127.0.0.1:")
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}

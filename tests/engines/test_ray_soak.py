@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from problems import blobs, linear_problem
+from ray_jobs import make_importable, make_job
 from test_cli import SMALL, finished, isgd
-from test_ray_engine import TESTS, inline_scores, make_job, pids, scores_of, wait_until
+from test_ray_engine import inline_scores, pids, scores_of, wait_until
 
 from isgd_jax.app.config import configure
 from isgd_jax.app.run import fit
@@ -105,7 +106,7 @@ def test_a_node_is_lost_and_another_joins() -> None:
     """Two nodes, an actor on each: one node dies, then a new one joins, and the actor begins there."""
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
+    make_importable()
     for name, value in ray_engine.QUIET.items():
         os.environ[name] = value
     hosts = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from problems import images, mlp, mlp_loss
 from sampling_problem import unchecked
@@ -15,8 +16,8 @@ from isgd_jax.engines import scorers
 @pytest.mark.slow
 def test_grad_norm_is_the_norm_of_the_definition(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
-    expected = isgd.norms(isgd.stacked_per_example_grads(mlp_loss)(params, batch))
-    np.testing.assert_allclose(scorers.grad_norm(mlp_loss)(params, batch), expected, rtol=1e-6)
+    expected = oracle.norms(mlp_loss, params, batch)
+    np.testing.assert_allclose(jax.jit(scorers.grad_norm(mlp_loss))(params, batch), expected, rtol=1e-6)
 
 
 def test_grad_norm_without_parameters_is_zero():
@@ -26,8 +27,9 @@ def test_grad_norm_without_parameters_is_zero():
 
 def test_loss_is_the_loss(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
-    expected = [mlp_loss(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(6)]
-    np.testing.assert_allclose(scorers.loss(mlp_loss)(params, batch), jnp.stack(expected), rtol=1e-6)
+    loss = jax.jit(mlp_loss)
+    expected = [loss(params, jax.tree.map(lambda x, i=i: np.asarray(x)[i], batch)) for i in range(6)]
+    np.testing.assert_allclose(jax.jit(scorers.loss(mlp_loss))(params, batch), np.stack(expected), rtol=1e-6)
 
 
 def test_logit_bound_is_the_distance_from_the_prediction_to_the_label(key):
@@ -48,9 +50,9 @@ def test_logit_bound_takes_any_loss_of_the_logits():
 
 def test_a_chosen_subtree_counts_alone(key):
     params, batch = mlp(key, [12, 16, 16, 5]), images(key, 6, 12)
-    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
     last = scorers.grad_norm(mlp_loss, select=scorers.under("2"))
-    np.testing.assert_allclose(last(params, batch), isgd.norms(stacked[2]), rtol=1e-5)
+    expected = oracle.norms_of(oracle.stacked(mlp_loss, params, batch)[2])
+    np.testing.assert_allclose(jax.jit(last)(params, batch), expected, rtol=1e-5)
 
 
 def test_a_choice_of_nothing_is_refused_with_the_names_there_are(key):
@@ -68,10 +70,11 @@ def test_normalisation_layers_are_known_by_name(name):
 @pytest.mark.parametrize("shape", [(12,), (3, 12)], ids=["one row", "rows"])
 def test_preconditioned_norm_is_the_norm_of_the_scaled_gradient(key, shape):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, *shape)
-    scale = jax.tree.map(lambda x: 1 + jax.random.uniform(key, x.shape), params)
-    stacked = isgd.stacked_per_example_grads(mlp_loss)(params, batch)
-    expected = isgd.norms(jax.tree.map(lambda g, s: g * s[None], stacked, scale))
-    np.testing.assert_allclose(scorers.preconditioned_norm(mlp_loss)((params, scale), batch), expected, rtol=1e-5)
+    scale = jax.tree.map(lambda x: np.random.default_rng(x.size).uniform(1, 2, x.shape).astype(np.float32), params)
+    stacked = oracle.stacked(mlp_loss, params, batch)
+    expected = oracle.norms_of(jax.tree.map(lambda g, s: np.asarray(g) * s, stacked, scale))
+    found = jax.jit(scorers.preconditioned_norm(mlp_loss))((params, scale), batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -107,6 +110,7 @@ def test_a_sketch_of_chosen_parameters_is_refused(key):
 def _rows(loss_fn, params, batch):
     """One `jax.grad` an example, flat, in float64."""
     grad = jax.jit(jax.grad(loss_fn))
+    batch = jax.tree.map(np.asarray, batch)
     examples = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(jax.tree.leaves(batch)[0]))]
     return np.stack([np.concatenate([np.ravel(x) for x in jax.tree.leaves(grad(params, e))]) for e in examples])
 
@@ -126,10 +130,12 @@ def test_validation_product_is_that_of_one_gradient_an_example(key, negative):
 def test_excess_loss_is_the_difference_and_draws_by_scores_of_zero_stay_unbiased(key):
     params, batch = mlp(key, [6, 4]), images(key, 8, 6, num_classes=4)
     other = jax.tree.map(lambda x: 0.5 * x, params)
-    mine, theirs = (jax.vmap(mlp_loss, (None, 0))(p, batch) for p in (params, other))
-    kept = scorers.excess_loss(mlp_loss, negative="keep")((params, other), batch)
+    losses = jax.jit(jax.vmap(mlp_loss, (None, 0)))
+    mine, theirs = losses(params, batch), losses(other, batch)
+    kept = jax.jit(scorers.excess_loss(mlp_loss, negative="keep"))((params, other), batch)
     np.testing.assert_allclose(kept, mine - theirs, rtol=1e-5, atol=1e-6)
-    scores = scorers.excess_loss(mlp_loss, reference_loss_fn=lambda p, e: 2.0 + 0.0 * e["x"][0])((params, None), batch)
+    against = scorers.excess_loss(mlp_loss, reference_loss_fn=lambda p, e: 2.0 + 0.0 * e["x"][0])
+    scores = jax.jit(against)((params, None), batch)
     np.testing.assert_allclose(scores, np.maximum(mine - 2.0, 0.0), rtol=1e-5, atol=1e-6)
     assert float(scores.min()) == 0.0 < float(scores.max())
     sampler = isgd.fixed(scores, batch_size=4, sampler="systematic")

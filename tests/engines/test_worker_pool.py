@@ -64,7 +64,7 @@ def all_scored(chunks: list[ScoredChunk]) -> bool:
 
 def true_scores(params: Any) -> np.ndarray:
     _, data = linear_problem(NUM_EXAMPLES)
-    return np.asarray(scorers.grad_norm(linear_loss)(params, data))
+    return np.asarray(jax.jit(scorers.grad_norm(linear_loss))(params, data))
 
 
 def check_scores(chunks: list[ScoredChunk], params: Any) -> None:

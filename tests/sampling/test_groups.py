@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_problem import unchecked
+from sampling_problem import jitted, unchecked
 
 import isgd_jax as isgd
 from isgd_jax.sampling import costs as cost
@@ -20,11 +20,17 @@ SCORES = np.random.default_rng(0).lognormal(0.0, 1.0, N).astype(np.float32)
 
 
 def _sampler(**options: Any) -> isgd.BatchSampler:
-    return isgd.importance_sampler(N, **{"batch_size": M, "uniform_fraction": 0.2, "calibrate": False, **options})
+    return jitted(
+        isgd.importance_sampler(N, **{"batch_size": M, "uniform_fraction": 0.2, "calibrate": False, **options})
+    )
 
 
 def _scored(sampler: isgd.BatchSampler, scores: np.ndarray = SCORES) -> Any:
-    return sampler.refresh(sampler.record(sampler.init(), np.arange(len(scores)), scores, version=0))
+    @jax.jit
+    def scored(scores: jax.Array) -> Any:
+        return sampler.refresh(sampler.record(sampler.init(), np.arange(len(scores)), scores, version=0))
+
+    return scored(scores)
 
 
 def _probs(state: Any) -> np.ndarray:
@@ -134,7 +140,7 @@ def test_neyman_s_allocation_is_within_five_percent_of_the_least_variance() -> N
     def period(state: Any, key: Any) -> Any:
         return sampler.refresh(jax.lax.scan(step, state, jax.random.split(key, 150))[0])
 
-    state = sampler.refresh(sampler.record(sampler.init(), np.arange(size), np.ones(size, np.float32), version=0))
+    state = _scored(sampler, np.ones(size, np.float32))
     for at in range(3):
         state = period(state, jax.random.key(at))
     share, price = np.asarray(state.examples.groups.allocation), np.bincount(ids, weights=costs) / counts
@@ -266,10 +272,11 @@ def test_a_norm_beyond_all_measure_is_not_held_against_a_group_for_ever() -> Non
 
 
 def test_a_report_outlives_its_state_and_goes_through_jit() -> None:
-    sampler = _sampler(groups=isgd.Groups(IDS, names=("web", "books", "code")), costs=COSTS)
+    options = {"groups": isgd.Groups(IDS, names=("web", "books", "code")), "costs": COSTS}
+    sampler = isgd.importance_sampler(N, batch_size=M, **options)
     state = sampler.init()
-    before, jitted = sampler.report(state), jax.jit(sampler.report)(state)
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, jitted))
+    before, within = sampler.report(state), jax.jit(sampler.report)(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, within))
     jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)(state)
     assert "web" in str(before)
 
@@ -277,10 +284,10 @@ def test_a_report_outlives_its_state_and_goes_through_jit() -> None:
 def test_variance_times_cost_of_draws_with_padding_counts_what_is_drawn() -> None:
     # Of poisson some of the draws are padding, and cost nothing.
     size, costs = 8 * N, np.tile(COSTS, 8)
-    sampler = isgd.importance_sampler(size, batch_size=size, sampler="poisson", costs=costs, gate=False)
+    sampler = jitted(isgd.importance_sampler(size, batch_size=size, sampler="poisson", costs=costs, gate=False))
     state = _scored(sampler, np.tile(SCORES, 8))
     keys = jax.random.split(jax.random.key(0), KEYS)
-    made = jax.vmap(lambda key: sampler.sample(key, state, ahead=1))(keys)
+    made = jax.jit(jax.vmap(lambda key, state: sampler.sample(key, state, ahead=1), (0, None)))(keys, state)
     charged = np.where(made.mask, costs[np.asarray(made.indices)], 0.0).sum(axis=1) / size
     for step in range(2):  # the first in halves, so that variances are measured
         draw = sampler.sample(jax.random.key(step), state)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_problem import jitted
 
 import isgd_jax as isgd
 from isgd_jax.sampling import score_table
@@ -54,8 +55,8 @@ def test_the_estimate_is_unbiased_for_the_integral_with_stale_scores_and_redraws
 
 @pytest.mark.slow
 def test_points_are_redrawn_in_turn_and_all_of_them_in_time() -> None:
-    pool = make(redraw=0.3)  # 20 of 64, so the turn comes round within a refresh
-    state, refresh = pool.init(jax.random.key(0)), jax.jit(pool.refresh)
+    pool = jitted(make(redraw=0.3))  # 20 of 64, so the turn comes round within a refresh
+    state, refresh = pool.init(jax.random.key(0)), pool.refresh
     first = np.asarray(state.points)
     for turn in (0, 20, 40, 60):
         before, state = state, refresh(state, jax.random.key(turn))
@@ -67,7 +68,7 @@ def test_points_are_redrawn_in_turn_and_all_of_them_in_time() -> None:
 
 @pytest.mark.slow
 def test_two_refreshes_in_a_row_draw_other_points() -> None:
-    pool = make(redraw=0.5)
+    pool = jitted(make(redraw=0.5))
     state = pool.refresh(pool.refresh(pool.init(jax.random.key(0))))
     assert len(np.unique(np.asarray(state.points))) == N
     key = jax.random.key(1)
@@ -78,7 +79,7 @@ def test_two_refreshes_in_a_row_draw_other_points() -> None:
 @pytest.mark.slow
 def test_a_new_point_begins_with_the_mean_score_of_its_cell_or_of_all() -> None:
     """Two cells, left and right of a half; the left has scores, the right none."""
-    pool = make(redraw=0.25, cells=lambda x: (x > 0.5).astype(jnp.int32))
+    pool = jitted(make(redraw=0.25, cells=lambda x: (x > 0.5).astype(jnp.int32)))
     state = pool.init(jax.random.key(0))
     left = np.flatnonzero(np.asarray(state.points) <= 0.5)
     left = left[left >= 16]  # the first quarter goes
@@ -96,7 +97,7 @@ def test_a_new_point_begins_with_the_mean_score_of_its_cell_or_of_all() -> None:
 
 
 def test_what_was_known_of_a_point_goes_with_it_and_nothing_is_guessed_from_nothing() -> None:
-    pool = make(redraw=0.5)
+    pool = jitted(make(redraw=0.5))
     state = pool.record(pool.init(jax.random.key(0)), jnp.asarray([3]), jnp.asarray([9.0]), version=0)
     after = pool.refresh(state)  # the only measured point goes
     assert set(np.asarray(after.sampler.table.versions).tolist()) == {score_table.NEVER}
@@ -105,7 +106,7 @@ def test_what_was_known_of_a_point_goes_with_it_and_nothing_is_guessed_from_noth
 
 def test_new_points_can_be_scored_by_something_cheap() -> None:
     pool = make(redraw=0.5)
-    after = pool.refresh(pool.init(jax.random.key(0)), score=lambda x: 2.0 * x)
+    after = jax.jit(lambda key: pool.refresh(pool.init(key), score=lambda x: 2.0 * x))(jax.random.key(0))
     np.testing.assert_allclose(after.sampler.table.scores[:32], 2.0 * after.points[:32])
     assert set(np.asarray(after.sampler.table.versions[32:]).tolist()) == {score_table.NEVER}
 
@@ -158,7 +159,7 @@ def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() ->
 def test_the_share_that_is_redrawn_is_the_share_that_was_asked_for() -> None:
     for share, count in ((0.07, 7), (0.55, 55), (0.301, 31), (1.0, 100)):
         pool = isgd.pool_sampler(line, num_points=100, batch_size=M, redraw=share)
-        assert int(pool.refresh(pool.init(jax.random.key(0))).turn) == count % 100
+        assert int(jax.jit(lambda key, pool=pool: pool.refresh(pool.init(key)).turn)(jax.random.key(0))) == count % 100
 
 
 def test_points_of_the_callers_own_survive_a_donated_state_and_keys_are_no_coordinates() -> None:
@@ -173,7 +174,7 @@ def test_points_of_the_callers_own_survive_a_donated_state_and_keys_are_no_coord
 
 @pytest.mark.slow
 def test_scores_distrusted_by_the_clock_are_no_hindrance_to_a_redraw() -> None:
-    pool = make(max_age_seconds=5.0)
+    pool = jitted(make(max_age_seconds=5.0))
     state = pool.init(jax.random.key(0))
     draw = pool.sample(jax.random.key(1), state)
     state = pool.refresh(pool.observe(state, draw, norms=jnp.ones(M), seconds=3.0))

@@ -143,7 +143,7 @@ def test_in_exact_mode_every_score_carries_the_version_of_the_refresh() -> None:
     state = refresher(5, params, state)
     assert set(state.table.versions.tolist()) == {5}
     chex.assert_trees_all_close(
-        state.table.scores, isgd.scorers.grad_norm(linear_loss)(params, linear_problem(N)[1]), rtol=1e-5
+        state.table.scores, jax.jit(isgd.scorers.grad_norm(linear_loss))(params, linear_problem(N)[1]), rtol=1e-5
     )
 
 

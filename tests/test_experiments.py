@@ -260,6 +260,18 @@ def test_balanced_orders_are_permutations_with_small_running_sums(problem: conte
     assert method.choose(jax.random.key(0), memory, params, left, jnp.float32(0))[0].cost > problem.batch_size
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_there_and_a_whole_one_counts_its_draws(problem: contest.Problem) -> None:
+    method = rivals.METHODS["uniform"](problem)
+    programs = contest.compile_method(problem, method)
+    lost = contest.run(problem, method, programs, rate=1e9, seed=0, passes=8_000)
+    assert (lost["train_loss"], lost["steps"]) == (None, 10)
+    whole = contest.run(problem, method, programs, rate=0.01, seed=0, passes=8_000)
+    assert whole["steps"] == 1_000
+    assert whole["top_share"] == pytest.approx(1 / SIZE, rel=0.02)
+    assert whole["core_seconds"] > 0
+
+
 def test_measurements_of_a_split_are_their_definitions() -> None:
     # Counted by hand from the logits of a model with one layer.
     rng = np.random.default_rng(0)

@@ -260,7 +260,7 @@ def price(run: dict[str, Any]) -> float:
 def run(
     problem: Problem, method: Method, programs: Programs, *, rate: float, seed: int, passes: float
 ) -> dict[str, Any]:
-    """One run to the end of its budget, and how well it did; a run that diverged has no losses (None)."""
+    """One run to the end of its budget, and how well it did; one that diverges ends there, without losses (None)."""
     key, data, clock = jax.random.key(seed), problem.train, Clock()
     carry, _ = clock.timed(programs.start, key, data)
     progress = slope = 0.0
@@ -275,12 +275,17 @@ def run(
         steps += now
         spent = float(carry.spent) / passes
         progress, slope = spent, (spent - progress) / now
-        now = min(LOOK_EVERY, round((1.0 - progress) / slope))
+        now = min(LOOK_EVERY, round((1.0 - progress) / slope)) if _is_finite(carry.params) else 0
     found = {"steps": steps, "passes": float(carry.spent), "seconds": clock.elapsed, "core_seconds": clock.core}
     for split in ("train", "valid", "test"):
         fit = programs.evaluate(carry.params, getattr(problem, split))
         found |= {f"{split}_{name}": _finite(float(value)) for name, value in fit._asdict().items()}
     return found | {"top_share": top_share(np.asarray(carry.counts))}
+
+
+@jax.jit
+def _is_finite(params: Tree) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def _finite(number: float) -> float | None:

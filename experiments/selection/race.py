@@ -27,6 +27,8 @@ SMALLEST_BATCH, EPOCH_BATCHES, BATCH_RATIO = 8, 16, 4
 TUNING_SEED, PRICE_SEED = 1000, 2000
 RUNG, MOST_RUNGS = 1.15, 10
 """Budgets stand on a ladder with this ratio, so many rungs up and down at most."""
+FALL, LEAP = 0.35, 4
+"""What a rung takes off the logarithm of the loss at most, as a rule; so many are climbed at once, up to four."""
 OWN = "ours"
 """How the names of our methods begin."""
 
@@ -120,6 +122,7 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
     """
     rates: dict[int, float] = {}
     finishes: dict[int, Finish] = {}
+    found: dict[int, float] = {}
     tried: list[str] = []
 
     def seconds_of(size: int) -> float:
@@ -130,10 +133,15 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
             return float(column(made[-1:], "train_loss")[0])
 
         rates[size], losses = least(RATES, FIRST_RATES, loss)
-        finishes[size] = finish = shortest(bench, name, size, rates[size], TUNING_SEED, scale, made=made)
-        seconds = finish.passes * min(run["core_seconds"] / run["passes"] for run in made)
+        best = min(found.values(), default=math.inf)
+        most = best / _price(made)  # no use in going on where another batch has arrived
+        finishes[size] = finish = shortest(
+            bench, name, size, rates[size], TUNING_SEED, scale, most_passes=most, made=made
+        )
+        found[size] = seconds = finish.passes * _price(made)
         grid = ", ".join(f"{rate:g}: {value:.3g}" for rate, value in losses.items())
-        tried.append(f"{name}, batch {size}: train loss by rate {grid}; to {LEVEL} in {seconds:.2f} core seconds")
+        told = f"in {seconds:.2f} core seconds" if math.isfinite(seconds) else "later than another batch, or never"
+        tried.append(f"{name}, batch {size}: train loss by rate {grid}; to {LEVEL} {told}")
         return seconds
 
     ladder, asked = batch_ladder(batches, bench.problem.num_examples)
@@ -142,7 +150,16 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
 
 
 def shortest(
-    bench: Runs, name: str, batch_size: int, rate: float, seed: int, scale: Scale, *, rung: int = 0, made: Any = None
+    bench: Runs,
+    name: str,
+    batch_size: int,
+    rate: float,
+    seed: int,
+    scale: Scale,
+    *,
+    rung: int = 0,
+    most_passes: float = math.inf,
+    made: list[Record] | None = None,
 ) -> Finish:
     """Walk the ladder of budgets to the first that ends at the level, then interpolate between it and the one below.
 
@@ -154,8 +171,10 @@ def shortest(
         seed: of the run.
         scale: its ``epochs`` are the budget of rung 0.
         rung: where to begin.
+        most_passes: a budget above it is not tried.
         made: a list that gets the runs.
     """
+    most = max(rung for rung in range(-MOST_RUNGS, MOST_RUNGS + 1) if _fits(bench, scale, rung, most_passes))
     found: dict[int, Record] = {}
 
     def at(rung: int) -> Record:
@@ -167,9 +186,13 @@ def shortest(
     def there(rung: int) -> bool:
         return bool(column([at(rung)], "train_loss")[0] <= LEVEL)
 
-    rung = min(rung, MOST_RUNGS)
-    while not there(rung) and rung < MOST_RUNGS:
-        rung += 1
+    def leap(rung: int) -> int:
+        loss = column([at(rung)], "train_loss")[0]
+        return min(LEAP, max(1, int(math.log(loss / LEVEL) / FALL))) if math.isfinite(loss) else LEAP
+
+    rung = min(rung, most)
+    while not there(rung) and rung < most:
+        rung = min(most, rung + leap(rung))
     while there(rung) and there(rung - 1) and rung > -MOST_RUNGS:
         rung -= 1
     if made is not None:
@@ -184,6 +207,15 @@ def shortest(
     between = {field: short[field] * (long[field] / short[field]) ** share for field in _TAKEN}
     rest = {field: float(column([long], field)[0]) for field in Finish._fields if field not in (*_TAKEN, "rung")}
     return Finish(**between, **rest, rung=rung)
+
+
+def _fits(bench: Runs, scale: Scale, rung: int, most_passes: float) -> bool:
+    return rung == -MOST_RUNGS or budget(bench.problem, scale, rung) <= most_passes
+
+
+def _price(made: Sequence[Record]) -> float:
+    """Core seconds a pass: the least that runs met."""
+    return min(run["core_seconds"] / run["passes"] for run in made)
 
 
 def forecast(bench: Runs, names: Sequence[str], batches: Sequence[int], scale: Scale, seeds: int) -> float:

@@ -62,7 +62,7 @@ class DivergedError(IsgdError, FloatingPointError):
     """The loss is no longer finite."""
 
 
-def check_whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
+def check_whole(name: str, value: object, *, least: int, most: int | None = 2**31 - 1) -> int:
     """The value of the argument ``name`` as an int, refused if it is no count: True, 1.5 and NaN are none.
 
     >>> check_whole("batch_size", 0, least=1)
@@ -73,7 +73,7 @@ def check_whole(name: str, value: object, *, least: int, most: int | None = None
         name: of the argument, as the caller knows it; the error begins with it.
         value: anything that Python can take for an index, NumPy's integers too.
         least: the smallest that is allowed.
-        most: the largest; None where there is none.
+        most: the largest, by default what int32 holds, in which devices count; None where there is none.
 
     Raises:
         ArgumentTypeError: it is no whole number.
@@ -86,7 +86,8 @@ def check_whole(name: str, value: object, *, least: int, most: int | None = None
     if number is None:
         raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
     if number < least or (most is not None and number > most):
-        upper = "or more" if most is None else f"to {'2^31 - 1' if most == 2**31 - 1 else most}"
+        most_in_words = "2^31 - 1" if most == 2**31 - 1 else most
+        upper = "or more" if most is None or (most == 2**31 - 1 and number < least) else f"to {most_in_words}"
         raise ArgumentError(f"{name} must be {least} {upper}, got {number}")
     return number
 

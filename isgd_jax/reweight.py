@@ -79,7 +79,7 @@ def importance_weighting(
             gradients that are not one a draw, a target beside example weights, an array of another shape, or, where
             values can be seen, a probability or an index out of range.
     """
-    num_examples = check_whole("num_examples", num_examples, least=1)
+    num_examples = check_whole("num_examples", num_examples, least=1, most=None)
     weights = None if example_weights is None else _checked_weights(example_weights, num_examples)
 
     def init(params: Any) -> ReweightState:

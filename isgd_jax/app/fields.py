@@ -28,9 +28,11 @@ class Range:
     holds: Callable[[float], bool]
 
 
-Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
+_INT32 = Range("at most 2,147,483,647", lambda x: x < 2**31)
+"""Steps and examples are counted in int32 on the devices."""
+Count = Annotated[int, Range("at least 1", lambda x: x >= 1), _INT32]
 """A whole number of things or steps."""
-Number = Annotated[int, Range("0 or more", lambda x: x >= 0)]
+Number = Annotated[int, Range("0 or more", lambda x: x >= 0), _INT32]
 """A whole number that may be 0."""
 Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
 Amount = Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]

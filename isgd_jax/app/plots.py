@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from isgd_jax.app import figures
 from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
+from isgd_jax.app.labels import label
 from isgd_jax.app.run_dir import Record, RunDir, is_number
 from isgd_jax.app.summary import shut_stretches
 
@@ -282,7 +283,7 @@ def _others(lines: Sequence[Record], fields: Sequence[str]) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for i, (axes, field) in enumerate(zip(grid.flat, fields, strict=False)):
         _line(axes, lines, field, "", COLOURS[1 + i % 3])
-        axes.set_title(field.replace("_", " "), fontsize=9, fontweight="normal")
+        axes.set_title(label(field), fontsize=9, fontweight="normal")
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(3))
     for axes in list(grid.flat)[len(fields) :]:

@@ -246,6 +246,9 @@ class ImportanceSampler:
 
     def _initial(self, key: Key | None, arrays: "_Arrays") -> SamplerState:
         """What `init` compiles; arrays are arguments, since a program would hold them as constants."""
+        # Inside a caller's jit they are constants again: without the barrier XLA sorts them while it compiles, which
+        # takes it seconds for each ten thousand.
+        arrays = lax.optimization_barrier(arrays)
         options, size = self.options, self.num_examples
         blank = evidence.blank(options.calibrate, options.gate, options.monitor, self.batch_size)
         is_learnt, sketch = isinstance(options.uniform_fraction, str), _sketch_of(options)

@@ -211,8 +211,8 @@ def check_sizes(num_examples: int, batch_size: int) -> None:
         TypeError: they are no whole numbers.
         ValueError: they are out of range.
     """
-    check_whole("num_examples", num_examples, least=1, most=2**31 - 1)
-    check_whole("batch_size", batch_size, least=1, most=2**31 - 1)
+    check_whole("num_examples", num_examples, least=1)
+    check_whole("batch_size", batch_size, least=1)
 
 
 def check_state(state: SamplerState, num_examples: int) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
@@ -203,11 +203,12 @@ def refresher(
         warn: is told, once, when no worker has scored anything in several refreshes.
 
     Raises:
-        ValueError: a number of steps is not positive.
+        TypeError: a number of steps is no whole number.
+        ValueError: it is not positive, or more than int32 holds.
     """
     for name, value in (("every", every), ("publish_every", publish_every)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} must be at least 1 step, got {value}")
+        if value is not None:
+            check_whole(name, value, least=1)
     return Refresher(
         engine,
         sampler,

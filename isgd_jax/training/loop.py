@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
@@ -220,7 +220,6 @@ def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:
         raise ArgumentError(
             f"the sampler draws from {sampler.num_examples} examples, the problem has {problem.num_examples}"
         )
-    if num_steps < 0:
-        raise ArgumentError(f"num_steps must be 0 or more, got {num_steps}")
+    check_whole("num_steps", num_steps, least=0)
     if sampler.candidates is not None and problem.hold != "device":
         raise ArgumentError('presampling scores candidates inside the step: hold="device", or a loop of your own')

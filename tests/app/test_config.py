@@ -17,6 +17,10 @@ from isgd_jax.app.run_dir import RunDir
     ("field", "value", "expected"),
     [
         ("batch_size", 0, "batch_size must be at least 1; got 0"),
+        *(
+            (name, 2**31, f"{name} must be at most 2,147,483,647; got 2147483648")
+            for name in ("batch_size", "steps", "refresh_every", "log_every", "checkpoint_every", "chunk_size")
+        ),
         ("learning_rate", -1.0, "learning_rate must be above 0"),
         ("learning_rate", float("inf"), "learning_rate must be above 0"),
         ("mixture", 0.0, "mixture must be above 0 and at most 1"),

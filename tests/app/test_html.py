@@ -212,6 +212,14 @@ def test_fields_that_came_later_are_shown(tmp_path: Path) -> None:
     assert len(axes.collections) == 1
 
 
+def test_bands_stand_with_their_number_and_fields_have_names_in_words(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"sd_stale_low": 1.5, "sd_stale_high": 2.5, "gate_is_open": False, "by": {"a": 1, "b": 2}}
+    run = make_run(tmp_path / "run", **more)
+    text = Page(run_page([run])).text
+    assert all(words in text for words in ("√Tr Cov, in use", "2 [1.5, 2.5]", "gate is open", " no ", "a 1, b 2"))
+    assert "sd stale" not in text
+
+
 def test_fields_that_are_missing_are_left_out(tmp_path: Path) -> None:
     run = RunDir.create(small_config(tmp_path / "run"))
     run.append({"event": "progress", "step": 0, "test_loss": 2.0})

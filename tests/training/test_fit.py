@@ -321,6 +321,8 @@ def test_a_loss_that_is_no_number_any_more_is_told_with_its_step() -> None:
             "draws from 41 examples, the problem has 40",
         ),
         ({"num_steps": -1}, "num_steps must be 0 or more, got -1"),
+        ({"num_steps": 2**31}, r"num_steps must be 0 to 2\^31 - 1, got 2147483648"),
+        ({"refresh_every": 2**31}, r"every must be 1 to 2\^31 - 1, got 2147483648"),
         ({"tx": optax.sgd(0.1)}, "the optimizer must begin with the reweighting"),
         (
             {"problem": linear(hold="host"), "sampler": isgd.presampling(N, batch_size=M)},

@@ -9,9 +9,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from isgd_jax.app import figures
+from isgd_jax.app.labels import label
 from isgd_jax.app.run_dir import is_number
 
-__all__ = ["NOTHING", "duration", "inline", "number", "percent", "render", "words"]
+__all__ = ["NOTHING", "duration", "inline", "number", "percent", "render"]
 
 NOTHING = "-"
 """What stands where nothing was measured."""
@@ -31,7 +32,7 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": words}
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": label}
     light, dark = figures.css_colours()
     return environment.get_template(template).render(light=light, dark=dark, **context)
 
@@ -70,8 +71,3 @@ def duration(seconds: float | None) -> str:
     if abs(seconds) >= timedelta.max.total_seconds():
         return f"{seconds:.3g} s"
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
-def words(name: str) -> str:
-    """The name of a field as words."""
-    return name.replace("_", " ")

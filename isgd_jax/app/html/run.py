@@ -1,6 +1,6 @@
 """The page of one run or of several: what came out, figures, hardest examples, and all that it was run with."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from isgd_jax.app import figures, plots
@@ -8,7 +8,8 @@ from isgd_jax.app.clock import account
 from isgd_jax.app.config import Config
 from isgd_jax.app.flags import in_flags
 from isgd_jax.app.html import hardest
-from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render, words
+from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render
+from isgd_jax.app.labels import label
 from isgd_jax.app.run_dir import Record, RunDir
 from isgd_jax.app.summary import key_numbers, shut_stretches, unusual
 from isgd_jax.errors import ArgumentError
@@ -17,8 +18,6 @@ __all__ = ["run_page"]
 
 ROWS = 30
 """Lines of progress in the table; of more, every so many are shown, and always the last."""
-
-WIDE = ("scores", "time", "others")
 
 CAPTIONS = {
     "loss": "mean(s·L) of the draws estimates the training loss without bias, whatever the proposal.",
@@ -74,7 +73,6 @@ def _section(run: RunDir, i: int) -> dict[str, Any]:
         "unusual": [in_flags(text) for text in unusual(records, batch_size=config.training.batch_size)],
         "figures": pictures,
         "captions": CAPTIONS,
-        "wide": WIDE,
         "progress": _progress_table(lines),
         "spent": _spent(records),
         "events": [r for r in records if r["event"] not in ("progress", "refresh", "finished", "stopped")][-50:],
@@ -118,11 +116,27 @@ def _tiles(lines: Sequence[Record], config: Config) -> list[tuple[str, str]]:
 
 
 def _progress_table(lines: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    fields = [name for name in dict.fromkeys(n for line in lines for n in line) if name != "event"]
-    fields = [name for name in fields if any(line.get(name) is not None for line in lines)]
+    """Heads and rows; what was measured with a band has it in its own cell, and switches and counts are words."""
+    measured = dict.fromkeys(name for line in lines for name, value in line.items() if value is not None)
+    fields = [name for name in measured if name != "event" and not _is_bound(name, measured)]
     every = -(-len(lines) // ROWS)
     shown = [line for i, line in enumerate(lines) if i % max(every, 1) == 0 or i == len(lines) - 1]
-    return [words(name) for name in fields], [[number(line.get(name)) for name in fields] for line in shown]
+    return [label(name) for name in fields], [[_cell(line, name) for name in fields] for line in shown]
+
+
+def _is_bound(name: str, measured: Container[str]) -> bool:
+    stem, _, end = name.rpartition("_")
+    return end in ("low", "high") and stem in measured
+
+
+def _cell(line: Record, name: str) -> str:
+    value, low, high = (line.get(field) for field in (name, f"{name}_low", f"{name}_high"))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{each} {number(count)}" for each, count in value.items())
+    band = "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
+    return number(value) + band
 
 
 def _spent(records: Sequence[Record]) -> list[tuple[str, str, str]]:
@@ -138,7 +152,11 @@ def _configuration(config: Config) -> list[tuple[str, str, bool]]:
     """Field, value, and whether it is not the default."""
     values, defaults = config.flat(), Config().flat()
     return [
-        (words(name), " ".join(map(str, value)) if isinstance(value, tuple) else number(value), value != defaults[name])
+        (
+            name.replace("_", " "),
+            " ".join(map(str, value)) if isinstance(value, tuple) else number(value),
+            value != defaults[name],
+        )
         for name, value in values.items()
     ]
 

@@ -97,6 +97,16 @@ def test_a_damaged_list_of_the_files_is_named(tmp_path, content):
         spilled(Rows(10), tmp_path)
 
 
+def test_a_list_that_tells_of_endless_rows_of_nothing_is_refused_at_once(tmp_path):
+    spilled(Rows(4), tmp_path)
+    manifest = json.loads((tmp_path / "spilled.json").read_text())
+    x = manifest["arrays"]["x"]
+    x |= {"shape": [10**12, 0], "start": (tmp_path / x["file"]).stat().st_size, "crc32": 0}
+    (tmp_path / "spilled.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="another data set"):
+        spilled(Rows(4), tmp_path)
+
+
 def test_files_of_python_objects_are_not_mapped(tmp_path):
     spilled(Rows(10), tmp_path)
     listed = (tmp_path / "spilled.json").read_text()

@@ -105,7 +105,8 @@ def _map_one(path: Path, one: dict[str, Any]) -> np.ndarray:
 
 def _checksum(array: np.ndarray) -> int:
     value = 0
-    for rows in blocks(len(array), rows=1024):
+    count = len(array) if array.size else 0  # a damaged manifest may tell of any number of rows of nothing
+    for rows in blocks(count, rows=1024):
         value = zlib.crc32(_bytes(array[rows]), value)
     return value
 

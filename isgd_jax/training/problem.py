@@ -137,6 +137,8 @@ class Problem:
     def scorer(self, make: Callable[..., Any] | None = None) -> Callable[[Any, Batch], Any]:
         """What an engine scores with: exact norms, of one random picture of each example where there are pictures.
 
+        Frozen arrays are captured, not published: an engine copies or sends them once, not at each refresh.
+
         Args:
             make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`.
 
@@ -144,20 +146,18 @@ class Problem:
         """
         from isgd_jax.engines.scorers import grad_norm  # a scorer is made only where somebody scores
 
-        norms: Any = grad_norm(self.loss) if make is None else None
-        others: Any = None if make is None else make(self._loss_of_pair)
+        own: Any = (make or grad_norm)(lambda params, example: self.loss(params, self.frozen, example))
 
-        def score(published: tuple[Params, Any, Array | None], batch: Batch) -> Any:
-            params, frozen, bits = published
+        def score(published: tuple[Params, Array | None], batch: Batch) -> Any:
+            params, bits = published
             size = jax.tree.leaves(batch)[0].shape[0]
             keys = None if bits is None else jax.random.split(jax.random.wrap_key_data(bits), size)
-            seen = self.pictures(keys, batch)
-            return norms(params, frozen, seen) if norms else others((params, frozen), seen)
+            return own(params, self.pictures(keys, batch))
 
         return score
 
     def published(self, key: Key) -> Callable[[Params, int], Any]:
-        """What the scorer is told at a refresh: parameters, what is frozen and, for randomness, bits of a key.
+        """What the scorer is told at a refresh: parameters and, for randomness, bits of a key.
 
         Args:
             key: folded with the step, so that each refresh scores other random pictures, and a resumed run the same
@@ -166,7 +166,7 @@ class Problem:
 
         def make(params: Params, step: int) -> Any:
             bits = jax.random.key_data(jax.random.fold_in(key, step)) if self.is_random else None
-            return params, self.frozen, bits
+            return params, bits
 
         return make
 
@@ -183,10 +183,6 @@ class Problem:
         if self.augment is not None and keys is not None:
             batch = jax.vmap(self.augment)(keys, batch)
         return batch, keys if self.needs_key else None
-
-    def _loss_of_pair(self, pair: tuple[Params, Any], example: Any) -> Float[Array, ""]:
-        params, frozen = pair
-        return self.loss(params, jax.lax.stop_gradient(frozen), example)
 
 
 def _check_params(params: Params) -> None:

@@ -1,5 +1,6 @@
 """Frozen weights that a loss captures: passed to programs, not written into them; and losses that take them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +135,7 @@ def test_frozen_weights_of_a_problem_are_no_parameters_of_its_scorer():
     frozen = {"f": FROZEN, "count": jnp.arange(3)}
     problem = isgd.Problem(lambda p, f, x: passed_loss(p, f["f"], x), params=params, train=batch, frozen=frozen)
     told = problem.published(jax.random.key(0))(params, 0)
+    chex.assert_trees_all_equal(told, (params, None))  # an engine is not sent what stays as it is
     expected = jax.jit(scorers.grad_norm(captured_loss))(params, batch)
     for make_scorer in (None, scorers.grad_norm):
         np.testing.assert_allclose(jax.jit(problem.scorer(make_scorer))(told, batch), expected, rtol=1e-5)

@@ -89,7 +89,17 @@ def test_a_file_that_was_changed_is_named(tmp_path, damage):
         spilled(Rows(1000), tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"format": 1, "arrays": {"x": {}}}', "[" * 100_000])
+OF_TEXT = {"file": "x.npy", "dtype": "int32", "shape": ["x", 10**9], "start": 128, "crc32": 0}
+"""The product of such a shape is a text of gigabytes."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[1]", "{}", '{"format": 1, "arrays": {"x": {}}}', "[" * 100_000,
+        json.dumps({"format": 1, "arrays": {"x": OF_TEXT}}),
+    ],
+)  # fmt: skip
 def test_a_damaged_list_of_the_files_is_named(tmp_path, content):
     spilled(Rows(10), tmp_path)
     (tmp_path / "spilled.json").write_text(content)

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import shutil
 import urllib.parse
@@ -90,7 +91,7 @@ def _mapped(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def _map_one(path: Path, one: dict[str, Any]) -> np.ndarray:
-    dtype, shape, start = np.dtype(one["dtype"]), tuple(one["shape"]), int(one["start"])
+    dtype, shape, start = np.dtype(one["dtype"]), tuple(map(operator.index, one["shape"])), int(one["start"])
     if dtype.hasobject:
         raise ArgumentError(f"{path} is said to hold Python objects")
     expected = start + _nbytes(dtype, shape)

@@ -67,7 +67,6 @@ def learnt(name: str, method: contest.Method, problem: contest.Problem) -> objec
     return memory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["presample", "prune", "ours"])
 def test_unbiased_methods_are(name: str, problem: contest.Problem) -> None:
     # Every example counts M/N a step. 6 standard errors: a step's count has a variance of at most M times the largest
@@ -427,7 +426,6 @@ def test_the_papers_variances_are_those_of_all_examples(problem: contest.Problem
     assert found["full_sd_stale"] == pytest.approx(found["full_sd_ideal"], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "pilots", "ours", "skip"])
 def test_ways_to_share_out_rollouts_are_unbiased_but_for_skipping(name: str) -> None:
     # 4,000 steps at one memory, within 5 standard errors of 1/N for each prompt; of skipping, many prompts are not.

@@ -55,11 +55,24 @@ def scores_of(kind: str, norms: np.ndarray) -> jax.Array:
     )
 
 
-def law_of(kind: str, norms: np.ndarray) -> jax.Array:
+@cache
+def law_of(kind: str) -> jax.Array:
+    """The proposal from such scores of the gradients, some of them not known."""
+    norms = np.linalg.norm(gradients(), axis=1)
     scored = np.arange(N) if kind != "half scored" else np.arange(1, N, 2)
     ids = jnp.asarray(scored, jnp.int32)
     known, _ = score_table.record(score_table.create(N), ids, scores_of(kind, norms)[ids], version=5)
-    return proposal.propose(known, version=7, mixture=0.1).probs
+    return proposed(known).probs
+
+
+@jax.jit
+def proposed(known: score_table.ScoreTable) -> proposal.Proposal:
+    return proposal.propose(known, version=7, mixture=0.1)
+
+
+@jax.jit
+def sorted_by(probs: jax.Array, key: jax.Array) -> samplers.Law:
+    return samplers.prepare(probs, samplers.order_by(key))
 
 
 @cache
@@ -82,22 +95,21 @@ def estimates(sampler: Callable, probs: jax.Array, grads: np.ndarray, key: np.nd
 
     The line is sorted by ``key``, or left as it is.
     """
-    order = samplers.order_by(jnp.arange(N) if key is None else jnp.asarray(key))
-    return np.asarray(estimator(sampler)(samplers.prepare(probs, order), jnp.asarray(grads)), np.float64)
+    law = sorted_by(probs, jnp.asarray(np.arange(N, dtype=np.float32) if key is None else key))
+    return np.asarray(estimator(sampler)(law, jnp.asarray(grads)), np.float64)
 
 
 @cache
 def estimates_for(sampler: Callable, kind: str, *, is_sorted: bool = False) -> np.ndarray:
     """`estimates` for one kind of scores, made once; the line is sorted by the last coordinate, or left as it is."""
     grads = gradients()
-    law = law_of(kind, np.linalg.norm(grads, axis=1))
-    return estimates(sampler, law, grads, grads[:, -1] if is_sorted else None)
+    return estimates(sampler, law_of(kind), grads, grads[:, -1] if is_sorted else None)
 
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_enumeration(grads: np.ndarray, kind: str) -> None:
     # The sum over all examples of q_i g_i / (N q_i), through the transformation, one draw each.
-    probs = law_of(kind, np.linalg.norm(grads, axis=1))
+    probs = law_of(kind)
     tx = reweight.importance_weighting(N)
     each = jax.vmap(lambda g, q: tx.update(g[None], tx.init(None), probs=q[None])[0])(jnp.asarray(grads), probs)
     mean = np.asarray(probs, np.float64) @ np.asarray(each, np.float64)
@@ -116,7 +128,7 @@ def test_the_mean_is_the_full_gradient(grads: np.ndarray, sampler: Callable, kin
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
-    probs = law_of(kind, norms)
+    probs = law_of(kind)
     moments = second_moments.moments(jnp.asarray(norms), probs)
     traces = second_moments.trace_covariance(moments, float((grads.mean(axis=0) ** 2).sum()))
     measured = DRAWS * estimates_for(samplers.independent, kind).var(axis=0, ddof=1).sum()
@@ -126,7 +138,7 @@ def test_the_variance_of_independent_draws_is_the_stale_formula(grads: np.ndarra
 @pytest.mark.parametrize("kind", SCORES)
 def test_stratified_draws_never_vary_more(grads: np.ndarray, kind: str) -> None:
     norms = np.linalg.norm(grads, axis=1)
-    probs = law_of(kind, norms)
+    probs = law_of(kind)
     stale = float(second_moments.moments(jnp.asarray(norms), probs).stale) - (grads.mean(axis=0) ** 2).sum()
     for is_sorted in (False, True):
         measured = DRAWS * estimates_for(samplers.stratified, kind, is_sorted=is_sorted).var(axis=0, ddof=1).sum()
@@ -143,7 +155,7 @@ def test_an_order_by_gradient_goes_under_the_independent_minimum(grads: np.ndarr
 
 def test_without_the_fallback_score_the_estimate_would_be_biased(grads: np.ndarray) -> None:
     # The mistake the fallback score is there for: at probability zero, the gradients of the untrusted would be missing.
-    probs = law_of("half scored", np.linalg.norm(grads, axis=1))
+    probs = law_of("half scored")
     assert float(jnp.min(probs)) > 0.0
     trusted_part = grads[1::2].sum(axis=0) / N
     assert np.abs(trusted_part - grads.mean(axis=0)).max() > 0.1

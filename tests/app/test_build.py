@@ -110,7 +110,6 @@ def assert_mean(found: Any, target: Any, params: Any) -> None:
         assert float(jnp.max(jnp.abs(mean - true) / (error + 1e-6))) < 5
 
 
-@pytest.mark.slow
 def test_weighted_targets_are_unbiased(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(size=90).astype(np.float32)
     np.save(tmp_path / "a.npy", weights)
@@ -123,7 +122,6 @@ def test_weighted_targets_are_unbiased(tmp_path: Path) -> None:
     assert_mean(found, target, params)
 
 
-@pytest.mark.slow
 def test_augmented_draws_are_unbiased_for_the_augmented_loss(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", augment="test_build:flipped", optimizer="sgd", learning_rate=0.1)
     found, work, params = mean_update(config, 2000)

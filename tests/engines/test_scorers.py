@@ -126,7 +126,6 @@ def test_validation_product_is_that_of_one_gradient_an_example(key, negative):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_excess_loss_is_the_difference_and_draws_by_scores_of_zero_stay_unbiased(key):
     params, batch = mlp(key, [6, 4]), images(key, 8, 6, num_classes=4)
     other = jax.tree.map(lambda x: 0.5 * x, params)

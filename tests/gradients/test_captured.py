@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
@@ -62,6 +63,7 @@ def test_under_a_jit_of_the_caller_s_own_it_is_held_once_as_by_the_ordinary_grad
     assert text(jax.jit(CapturingJit(scorers.grad_norm(captured_loss))), params, batch) < theirs + BAKED / 4
 
 
+@pytest.mark.slow
 def test_steps_of_training_hold_none_of_it():
     params, batch = make()
     problem = isgd.Problem(captured_loss, params=params, train=jnp.concatenate([batch, batch]))
@@ -92,6 +94,7 @@ def test_many_devices_are_given_it_once(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_entry_point_takes_a_loss_with_frozen_arguments():
     params, batch = make()
     stacked = jax.jit(isgd.stacked_per_example_grads(captured_loss))(params, batch)
@@ -130,6 +133,7 @@ def test_every_entry_point_takes_a_loss_with_frozen_arguments():
     np.testing.assert_allclose(jax.jit(lambda *a: isgd.norms(of_batch(*a)))(params, FROZEN, batch), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_weights_of_a_problem_are_no_parameters_of_its_scorer():
     params, batch = make()
     frozen = {"f": FROZEN, "count": jnp.arange(3)}

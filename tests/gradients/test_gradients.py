@@ -42,7 +42,6 @@ def test_losses_are_those_of_the_loss_function(key):
     np.testing.assert_allclose(losses, jax.jit(jax.vmap(mlp_loss, in_axes=(None, 0)))(params, batch), rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_weights_of_one_give_the_gradient_of_the_mean_loss(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 6, 12)
 

@@ -13,7 +13,6 @@ def grads() -> jax.Array:
     return jnp.asarray(rng.normal(size=(64, 3)) * rng.lognormal(0, 1, (64, 1)), jnp.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["norms", "worthless", "zeros"])
 def test_the_mean_is_that_of_the_candidates(grads: jax.Array, kind: str) -> None:
     # Within 4 standard errors of 10,000 batches, in each of 3 coordinates.

@@ -77,6 +77,7 @@ def test_the_estimate_is_unbiased_for_the_target_of_its_step_after_late_records_
         assert np.all(_probs(known)[wanted != 0.0] > 0.0)
 
 
+@pytest.mark.slow
 def test_shares_change_the_target_and_leave_the_draws_of_a_proposal_alone() -> None:
     first, second = (isgd.Groups(IDS, shares=shares, allocation=[1, 1, 2]) for shares in ([1, 1, 1], [5, 1, 4]))
     draws = []
@@ -88,6 +89,7 @@ def test_shares_change_the_target_and_leave_the_draws_of_a_proposal_alone() -> N
     assert not np.allclose(draws[0].target, draws[1].target)
 
 
+@pytest.mark.slow
 def test_allocations_are_what_they_say() -> None:
     fixed = _scored(_sampler(groups=isgd.Groups(IDS, shares=[1, 0, 1], allocation=[2, 0, 8])))
     np.testing.assert_allclose(_per_group(_probs(fixed)), [0.2, 0.0, 0.8], atol=1e-6)
@@ -114,6 +116,7 @@ def test_exact_scores_draw_as_the_least_variance_does_and_weights_are_bounded() 
     assert np.max(unit / _probs(adverse)) <= 2.0 / 0.2**2
 
 
+@pytest.mark.slow
 def test_neyman_s_allocation_is_within_five_percent_of_the_least_variance() -> None:
     """Scores that know nothing, norms that differ between groups: the draws tell, and the closed form is the judge."""
     size, ids = 120, np.repeat([0, 1, 2, 3], [60, 30, 20, 10])
@@ -168,6 +171,7 @@ def test_the_least_variance_per_cost_has_scores_over_the_root_of_costs() -> None
     np.testing.assert_allclose(found, exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_uniform_fraction_is_chosen_by_moment_times_cost() -> None:
     """Where uniform draws are ten times as dear, what they save must be worth it."""
     known = fractions.create()
@@ -183,6 +187,7 @@ def test_the_uniform_fraction_is_chosen_by_moment_times_cost() -> None:
     assert chosen[1] == pytest.approx(min(fractions.GRID))
 
 
+@pytest.mark.slow
 def test_the_gate_judges_moment_times_cost() -> None:
     """Fewer moments at a higher price: scores that are dear to follow are harm, though their moment is less."""
     scores = np.r_[np.ones(N - 2), 2.0, 2.0].astype(np.float32)
@@ -201,6 +206,7 @@ def test_the_gate_judges_moment_times_cost() -> None:
     assert verdicts[0] < 1.0 < verdicts[1]
 
 
+@pytest.mark.slow
 def test_the_report_tells_variance_times_cost_and_groups() -> None:
     names = ("web", "books", "code")
     sampler = _sampler(costs=COSTS, groups=isgd.Groups(IDS, names=names))
@@ -219,6 +225,7 @@ def test_the_report_tells_variance_times_cost_and_groups() -> None:
     assert "cost of a draw" in str(blind.report(blind.init()))
 
 
+@pytest.mark.slow
 def test_a_gate_opens_again_where_a_group_has_no_share() -> None:
     sampler = _sampler(groups=isgd.Groups(IDS, shares=[1, 1, 0]), monitor=False)
     state = _scored(sampler)
@@ -240,6 +247,7 @@ def test_shares_that_cannot_be_make_the_target_nan() -> None:
     assert np.all(np.asarray(draw.probs) > 0.0)
 
 
+@pytest.mark.slow
 def test_an_empty_group_changes_no_allocation_of_the_others() -> None:
     gaps = np.array([0, 2, 3])[IDS]
     shares = [_scored(_sampler(groups=ids, costs=COSTS)).examples.groups.allocation for ids in (IDS, gaps)]
@@ -247,6 +255,7 @@ def test_an_empty_group_changes_no_allocation_of_the_others() -> None:
     assert float(shares[1][1]) == 0.0
 
 
+@pytest.mark.slow
 def test_only_ratios_of_shares_count_however_large_or_small_they_are() -> None:
     for unit in (1e39, 1e-50):
         numbers = [unit, 2 * unit, 5 * unit]
@@ -262,6 +271,7 @@ def test_only_ratios_of_shares_count_however_large_or_small_they_are() -> None:
     np.testing.assert_allclose(told.examples.groups.allocation, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_norm_beyond_all_measure_is_not_held_against_a_group_for_ever() -> None:
     sampler = _sampler(groups=IDS, example_weights=np.full(N, 1e6, np.float32), monitor=False)
     state = sampler.init()
@@ -271,6 +281,7 @@ def test_a_norm_beyond_all_measure_is_not_held_against_a_group_for_ever() -> Non
     assert np.all(np.isfinite(_probs(sampler.refresh(state))))
 
 
+@pytest.mark.slow
 def test_a_report_outlives_its_state_and_goes_through_jit() -> None:
     options = {"groups": isgd.Groups(IDS, names=("web", "books", "code")), "costs": COSTS}
     sampler = isgd.importance_sampler(N, batch_size=M, **options)
@@ -281,6 +292,7 @@ def test_a_report_outlives_its_state_and_goes_through_jit() -> None:
     assert "web" in str(before)
 
 
+@pytest.mark.slow
 def test_variance_times_cost_of_draws_with_padding_counts_what_is_drawn() -> None:
     # Of poisson some of the draws are padding, and cost nothing.
     size, costs = 8 * N, np.tile(COSTS, 8)
@@ -298,6 +310,7 @@ def test_variance_times_cost_of_draws_with_padding_counts_what_is_drawn() -> Non
     assert found < float(told.cost.cost)
 
 
+@pytest.mark.slow
 def test_a_state_of_other_groups_weights_or_costs_is_refused() -> None:
     made = _sampler(groups=isgd.Groups(IDS, shares=[1, 1, 1]))
     for other, told in (

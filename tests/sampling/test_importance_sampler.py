@@ -72,7 +72,7 @@ def _assert_unbiased(draws: Any, label: Any) -> None:
     assert np.all(np.abs(found.mean(axis=0) - 1.0) <= 4.5 * error + 1e-5), (label, found.mean(axis=0), error)
 
 
-@pytest.mark.parametrize("name", [*NAMES[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_is_unbiased_open_or_shut_whole_or_in_halves(name: str) -> None:
     size = N if name == "poisson" else M  # it draws few: a full room is to be once in a million
     sampler = _made(batch_size=size, sampler=name, example_weights=SIGNS, uniform_fraction=0.2)
@@ -90,7 +90,7 @@ def test_the_estimate_is_unbiased_open_or_shut_whole_or_in_halves(name: str) -> 
     _assert_unbiased(fresh, (name, "nothing known"))
 
 
-@pytest.mark.parametrize("order", ["labels", *(pytest.param(o, marks=pytest.mark.slow) for o in ("index", "sketch"))])
+@pytest.mark.parametrize("order", ["labels", "index", "sketch"])
 def test_the_estimate_is_unbiased_along_every_order(order: str) -> None:
     orders = {"labels": np.arange(N) % 3, "sketch": OWN_SKETCH}
     sampler = _made(order=orders.get(order, order), uniform_fraction=0.2)

@@ -217,7 +217,7 @@ def test_arrays_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> No
 
 
 def test_draws_that_cannot_be_cut_are_refused() -> None:
-    sampler = isgd.importance_sampler(24, batch_size=6)
+    sampler = problem.jitted(isgd.importance_sampler(24, batch_size=6))
     shared = jax.vmap(lambda draw, _: isgd.share(draw, "data"), (None, 0), axis_name="data")
     draw = sampler.sample(jax.random.key(0), sampler.init())
     with pytest.raises(ValueError, match="6 draws cannot be shared equally among 4 devices"):
@@ -229,7 +229,7 @@ def test_draws_that_cannot_be_cut_are_refused() -> None:
 
 @pytest.mark.slow
 def test_a_part_of_the_gradients_without_the_axis_is_refused() -> None:
-    sampler = isgd.importance_sampler(24, batch_size=8)
+    sampler = problem.jitted(isgd.importance_sampler(24, batch_size=8))
     state = sampler.init()
     draw = sampler.sample(jax.random.key(0), state)
     part = {"w": jnp.ones((2, 3))}

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from problems import linear_loss, linear_problem
+from sampling_problem import jitted
 
 import isgd_jax as isgd
 from isgd_jax.training.callbacks import History
@@ -29,9 +30,15 @@ def chain(num_examples: int = N, learning_rate: Any = 0.02) -> Any:
     return optax.chain(isgd.importance_weighting(num_examples), optax.sgd(learning_rate))
 
 
+@functools.cache
+def default_sampler(size: int) -> isgd.BatchSampler:
+    """The same one for the same size: its functions are traced once, whatever program they are a part of."""
+    return jitted(isgd.importance_sampler(size, batch_size=M))
+
+
 def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options: Any) -> isgd.FitResult:
     size = problem.num_examples
-    sampler = sampler or isgd.importance_sampler(size, batch_size=M)
+    sampler = sampler or default_sampler(size)
     settings: dict[str, Any] = {"num_steps": 30, "key": jax.random.key(0), "callbacks": [], "refresh_every": 10}
     settings["make_refresher"] = functools.partial(isgd.refresher, clock=lambda: 0.0)
     return isgd.fit(problem, sampler, tx or chain(size), **settings | options)

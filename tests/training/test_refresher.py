@@ -1,5 +1,6 @@
 """What keeps a sampler's state fresh, with an engine that is handed in."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import linear_loss, linear_problem
+from sampling_problem import jitted
 
 import isgd_jax as isgd
 from isgd_jax.engines.contract import ScoredChunk
@@ -44,13 +46,15 @@ def chunk(first: int, size: int, *, version: int = 0, score: float = 2.0) -> Sco
     return ScoredChunk(np.arange(first, first + size), np.full(size, score, np.float32), version)
 
 
+@functools.cache
 def sampler(**options: Any) -> isgd.BatchSampler:
-    return isgd.importance_sampler(N, batch_size=M, **options)
+    """The same one for the same options, its functions compiled whole, and traced once whoever calls them."""
+    return jitted(isgd.importance_sampler(N, batch_size=M, **options))
 
 
 def run(refresher: Any, state: Any, steps: range, params: Any = None) -> Any:
     """The loop of a caller who learns nothing from its draws."""
-    observe = jax.jit(refresher.sampler.observe)
+    observe = refresher.sampler.observe
     draw = refresher.sampler.sample(jax.random.key(0), state)
     for step in steps:
         state = observe(refresher(step, {"at": step} if params is None else params, state), draw)

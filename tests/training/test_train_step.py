@@ -1,5 +1,6 @@
 """The jitted step against oracles: a linear model, whose gradients and their norms are known by hand."""
 
+import functools
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from problems import linear_loss, linear_problem
+from sampling_problem import jitted
 
 import isgd_jax as isgd
 from isgd_jax.sampling import score_table
@@ -36,8 +38,10 @@ def prepared(sampler: isgd.BatchSampler, *, tx: Any = None, **options: Any) -> t
     return TrainState(params, tx.init(params), sampler.init()), made.train, make_steps(made, sampler, tx, **options)
 
 
+@functools.cache
 def scored() -> isgd.BatchSampler:
-    return isgd.importance_sampler(N, batch_size=M, sampler="independent")
+    """The same one for all: its functions are traced once, whatever program they are a part of."""
+    return jitted(isgd.importance_sampler(N, batch_size=M, sampler="independent"))
 
 
 def copied(state: TrainState) -> TrainState:
@@ -88,7 +92,7 @@ def test_scores_of_ones_own_take_the_place_of_norms_and_those_that_are_none_are_
     def broken(losses: jax.Array, grads: object) -> jax.Array:
         return losses.at[0].set(jnp.nan)
 
-    sampler = isgd.importance_sampler(N, batch_size=M, monitor=False)  # whole strata: no index is drawn twice
+    sampler = jitted(isgd.importance_sampler(N, batch_size=M, monitor=False))  # whole strata: no index is drawn twice
     state, data, steps = prepared(sampler, fresh_scores=broken)
     losses = jax.vmap(linear_loss, (None, 0))(state.params, data)
     drawn = sampler.sample(jax.random.fold_in(key, 0), state.sampler).indices
@@ -111,7 +115,7 @@ def test_the_draw_depends_on_key_and_step_alone(key: jax.Array) -> None:
 
 
 def test_uniform_probabilities_recover_sgd(key: jax.Array) -> None:
-    sampler = isgd.uniform_draws(N, batch_size=M)
+    sampler = jitted(isgd.uniform_draws(N, batch_size=M))
     state, data, steps = prepared(sampler)
     plain, tx = copied(state).params, optax.sgd(0.01)
     opt_state = tx.init(plain)
@@ -135,7 +139,7 @@ def shut(state: TrainState, step: int) -> TrainState:
 def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_costs_no_norms(
     key: jax.Array, name: Any
 ) -> None:
-    sampler = isgd.importance_sampler(N, batch_size=M, sampler=name, example_weights=SKEWED / SKEWED.sum())
+    sampler = jitted(isgd.importance_sampler(N, batch_size=M, sampler=name, example_weights=SKEWED / SKEWED.sum()))
     state, data, steps = prepared(sampler)
     state = shut(state, LOOK_EVERY + 1)
     before = copied(state)
@@ -186,7 +190,7 @@ def test_a_shut_gate_looks_again_every_fourth_step_and_opens(key: jax.Array) -> 
     """Scores proportional to the norms, and a learning rate of 0: whatever shut the gate, the scores help."""
     data = problem().train
     norms = jnp.abs(data["x"].sum(axis=1) - data["y"]) * jnp.sqrt(jnp.sum(data["x"] ** 2, axis=1) + 1)
-    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.1, calibrate=False, monitor=False)
+    sampler = jitted(isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.1, calibrate=False, monitor=False))
     state, data, steps = prepared(sampler, tx=chain(0.0))
     scores = sampler.refresh(sampler.record(state.sampler, jnp.arange(N), norms, version=0))
     state, looked, opened = shut(state._replace(sampler=scores), 0), [], []
@@ -222,7 +226,7 @@ def test_the_reported_loss_is_unbiased() -> None:
 
 @pytest.mark.slow
 def test_draws_made_ahead_are_those_that_the_steps_would_make(key: jax.Array) -> None:
-    state, data, steps = prepared(isgd.fixed(SKEWED, batch_size=M))
+    state, data, steps = prepared(jitted(isgd.fixed(SKEWED, batch_size=M)))
     ahead = steps.draw_ahead(state.sampler, key, num_steps=6)
     here, there = state, copied(state)
     for at in range(6):

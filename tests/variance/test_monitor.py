@@ -12,8 +12,6 @@ from isgd_jax.sampling import proposal, samplers
 from isgd_jax.types import Draw
 from isgd_jax.variance import gate, monitor, rolling, second_moments
 
-pytestmark = pytest.mark.slow
-
 N, DRAWS = 500, 32
 
 
@@ -71,11 +69,14 @@ def test_estimates_are_unbiased_and_bands_cover(grads: jax.Array, probs: jax.Arr
         assert covered >= 0.92, (name, covered)
 
 
+observe, report = jax.jit(monitor.observe), jax.jit(monitor.report)
+
+
 def test_a_step_that_is_not_finite_is_left_out() -> None:
-    watch = monitor.observe(monitor.create(4), jnp.ones(3), jnp.asarray([1.0, jnp.nan, 2.0]), jnp.float32(0))
+    watch = observe(monitor.create(4), jnp.ones(3), jnp.asarray([1.0, jnp.nan, 2.0]), jnp.float32(0))
     assert int(watch.steps.seen) == 0
-    watch = monitor.observe(watch, jnp.ones(3), jnp.ones(3), jnp.float32(0))
-    assert float(monitor.report(watch).uniform.value) == 1.0
+    watch = observe(watch, jnp.ones(3), jnp.ones(3), jnp.float32(0))
+    assert float(report(watch).uniform.value) == 1.0
 
 
 def test_one_step_knows_no_error() -> None:
@@ -108,6 +109,7 @@ def judged(scores: jax.Array, norms: jax.Array, key: jax.Array) -> tuple[gate.Ga
     return jax.lax.scan(step, gate.create(), jax.random.split(key, 100))
 
 
+@pytest.mark.slow
 def test_the_gate_shuts_on_scores_that_hurt_and_stays_open_on_scores_that_help(grads: jax.Array) -> None:
     norms = jnp.linalg.norm(grads, axis=1)
     harmful, opened = judged(1.0 / norms, norms, jax.random.key(0))
@@ -118,19 +120,21 @@ def test_the_gate_shuts_on_scores_that_hurt_and_stays_open_on_scores_that_help(g
     assert bool(jnp.all(opened))
 
 
+@pytest.mark.slow
 def test_a_shut_gate_opens_again_when_scores_help(grads: jax.Array) -> None:
     norms = jnp.linalg.norm(grads, axis=1)
     shut = gate.create()._replace(is_open=jnp.asarray(False))
-    hypothetical = 1 / (N * proposal.smooth(norms, mixture=0.1)[0])
+    hypothetical, look = 1 / (N * proposal.smooth(norms, mixture=0.1)[0]), jax.jit(gate.observe)
     for step in range(20):
         draw = samplers.uniform(jax.random.key(step), norms, num_draws=DRAWS)
-        shut, verdict = gate.observe(shut, jnp.ones(DRAWS), hypothetical[draw.indices], norms[draw.indices])
+        shut, verdict = look(shut, jnp.ones(DRAWS), hypothetical[draw.indices], norms[draw.indices])
         if bool(verdict.switched):
             break
     assert bool(shut.is_open)
     assert float(verdict.ratio.high) < 0.95
 
 
+@pytest.mark.slow
 def test_what_shut_the_gate_is_not_held_against_it_for_long(grads: jax.Array) -> None:
     """64 steps of harm fill its window; new scores help; eight looks later, or few more, it is open."""
     norms = jnp.linalg.norm(grads, axis=1)
@@ -142,20 +146,22 @@ def test_what_shut_the_gate_is_not_held_against_it_for_long(grads: jax.Array) ->
         harmful._replace(looks=jnp.int32(0)),
         0,
     )
-    observe = jax.jit(gate.observe)
+    look = jax.jit(gate.observe)
     while not bool(state.is_open):
         draw = samplers.uniform(jax.random.key(looks), norms, num_draws=DRAWS)
-        state, _ = observe(state, jnp.ones(DRAWS), hypothetical[draw.indices], norms[draw.indices])
+        state, _ = look(state, jnp.ones(DRAWS), hypothetical[draw.indices], norms[draw.indices])
         looks += 1
     assert 8 <= looks <= 12
     assert int(state.looks) == 0
 
 
+@pytest.mark.slow
 def test_the_reason_of_the_gate_names_the_numbers() -> None:
     band = gate.Band(jnp.float32(1.5), jnp.float32(1.2), jnp.float32(1.8))
     assert gate.reason(False, band) == "STALE/UNIFORM is 1.50 [1.20, 1.80]: the scores do harm, draws are uniform"
 
 
+@pytest.mark.slow
 def test_bands_widen_when_the_parameters_move() -> None:
     # The same noise of draws, on norms that stand still and on norms that fall by a half within the window.
     rng = np.random.default_rng(0)
@@ -164,8 +170,8 @@ def test_bands_widen_when_the_parameters_move() -> None:
         watch = monitor.create(40)
         for scale in np.linspace(start, 1.0, 40):
             norms = jnp.asarray(scale * rng.lognormal(0, 0.1, DRAWS), jnp.float32)
-            watch = monitor.observe(watch, jnp.ones(DRAWS), norms, jnp.float32(0.0))
-        found = monitor.report(watch).uniform
+            watch = observe(watch, jnp.ones(DRAWS), norms, jnp.float32(0.0))
+        found = report(watch).uniform
         assert float(found.low) < np.exp(2 * 0.1**2) < float(found.high)  # the mean square now
         return float(found.high - found.value)
 

@@ -85,7 +85,7 @@ def test_norms_and_sketches_come_from_one_backward_pass(key, microbatch_size):
     both = jax.jit(scorers.grad_norm(mlp_loss, sketch=sketch, microbatch_size=microbatch_size))
     norms, sketches = both(params, batch)
     np.testing.assert_allclose(norms, jax.jit(scorers.grad_norm(mlp_loss))(params, batch), rtol=1e-6)
-    np.testing.assert_allclose(sketches, sketch.of_batch(params, batch), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sketches, jax.jit(sketch.of_batch)(params, batch), rtol=1e-4, atol=1e-5)
     assert sketches.shape == (6, sketch.dims)
 
 

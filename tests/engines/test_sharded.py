@@ -70,7 +70,7 @@ def test_batches_of_numpy_arrays_and_keys(key):
 def test_one_device_is_enough(key):
     params, batch = mlp(key, [12, 16, 5]), images(key, 5, 12)
     one = isgd.sharded(score, devices=jax.devices()[:1])
-    np.testing.assert_allclose(one(params, batch), score(params, batch), rtol=1e-6)
+    np.testing.assert_allclose(one(params, batch), jax.jit(score)(params, batch), rtol=1e-6)
 
 
 def test_tracers_are_refused(key):

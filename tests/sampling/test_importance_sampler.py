@@ -319,6 +319,16 @@ def test_record_leaves_out_padding_counts_what_is_no_score_and_drops_what_is_old
     assert "3 were not finite" in str(sampler.report(after))
 
 
+def _in_three_ways(sampler: Any, sketch: Any, state: Any, draw: Any, own: Any, batch: Any) -> list[SamplerState]:
+    """From lazy gradients, from stacked ones, and from norms and sketches that are recorded."""
+    grads = isgd.per_example_grads(problem.loss_fn)(own, batch)
+    return [
+        sampler.observe(state, draw, grads),
+        sampler.observe(state, draw, isgd.stacked_per_example_grads(problem.loss_fn)(own, batch)),
+        sampler.record(state, draw.indices, isgd.norms(grads), version=0, sketches=sketch.of_batch(own, batch)),
+    ]
+
+
 @pytest.mark.slow
 def test_sketches_that_are_recorded_are_those_that_observe_makes() -> None:
     sketch = problem.sketch()
@@ -326,12 +336,7 @@ def test_sketches_that_are_recorded_are_those_that_observe_makes() -> None:
     state, own, examples = sampler.init(), problem.params(), problem.data()
     draw = sampler.sample(jax.random.key(0), state)
     batch = jax.tree.map(lambda x: x[draw.indices], examples)
-    grads = isgd.per_example_grads(problem.loss_fn)(own, batch)
-    observed = [
-        sampler.observe(state, draw, grads),
-        sampler.observe(state, draw, isgd.stacked_per_example_grads(problem.loss_fn)(own, batch)),
-        sampler.record(state, draw.indices, isgd.norms(grads), version=0, sketches=sketch.of_batch(own, batch)),
-    ]
+    observed = jax.jit(functools.partial(_in_three_ways, sampler, sketch))(state, draw, own, batch)
     for other in observed[1:]:
         assert not problem.unlike(observed[0].ordering, other.ordering, rtol=1e-5)
     assert int(observed[0].ordering.is_sketched.sum()) == len(set(np.asarray(draw.indices).tolist()))

@@ -142,9 +142,10 @@ def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() ->
     refresh = jax.jit(
         lambda states: {"inside": inside.refresh(states["inside"]), "border": border.refresh(states["border"])}
     )
+    keys = jax.random.split(jax.random.key(0))
     carry = (
         {"a": jnp.float32(0.0), "b": jnp.float32(1.0)},
-        {"inside": inside.init(jax.random.key(0)), "border": border.init(jax.random.key(1))},
+        jax.jit(lambda one, two: {"inside": inside.init(one), "border": border.init(two)})(*keys),
     )
     for i in range(10):
         params, states = block(carry, jax.random.split(jax.random.key(i), 20))
@@ -152,7 +153,7 @@ def test_terms_with_a_pool_each_train_in_one_program_with_the_state_donated() ->
     assert block._cache_size() == refresh._cache_size() == 1
     assert abs(float(params["a"]) - 1.0) < 1e-3
     assert abs(float(params["b"])) < 1e-3
-    assert int(inside.report(states["inside"]).num_measured) > 0
+    assert int(jax.jit(inside.report)(states["inside"]).num_measured) > 0
 
 
 @pytest.mark.slow

@@ -19,9 +19,12 @@ gc.disable()  # until all is imported: see pytest_collection_finish
 os.environ.setdefault("XLA_FLAGS", forced(8))
 os.environ.setdefault("NPROC", "16")
 
+import beartype
 import jaxtyping
 
 CHECKED_CLOSURES = 3
+with_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+"""An int will do for a float, as in Python's own rules of types."""
 whole_check, closures_made = jaxtyping.jaxtyped, Counter()
 
 
@@ -34,7 +37,7 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
         closures_made[code] += 1
         if closures_made[code] > CHECKED_CLOSURES:
             return function
-    return whole_check(function, typechecker=typechecker)
+    return whole_check(function, typechecker=with_tower)
 
 
 jaxtyping.jaxtyped = jaxtyped  # what the hook decorates with

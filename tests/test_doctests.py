@@ -17,6 +17,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name_of(path) for path in WITH_EXAMPLES])
 def test_the_examples_of_a_module(name: str) -> None:
     found = doctest.testmod(importlib.import_module(name))

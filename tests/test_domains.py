@@ -69,6 +69,7 @@ def test_unbiased_arms_are(name):
     assert np.all(np.abs(found - truth) < 5 * noise + pool + 1e-3)
 
 
+@pytest.mark.slow
 def test_sobol_points_of_a_batch_are_spread():
     arm = arms.arm("sobol", problems.domain("toy"))
     memory = arm.init(jax.random.key(0))
@@ -76,6 +77,7 @@ def test_sobol_points_of_a_batch_are_spread():
     assert len(np.unique(np.floor(np.asarray(points)[:, 0] * 16))) == 16  # one in each sixteenth
 
 
+@pytest.mark.slow
 def test_hard_points_stay_and_are_added():
     domain, params, key = problems.domain("toy"), jnp.zeros(2), jax.random.key(0)
     r3 = arms.arm("r3", domain)
@@ -93,6 +95,7 @@ def test_hard_points_stay_and_are_added():
     assert points["inside"].shape == (2 * 64, 1)
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Optax's Adam needs it
 def test_a_race_tunes_runs_resumes_and_tells(tmp_path, capsys):
     grid = race.Grid((0.1, 0.3), (1,), (0.02,))

@@ -171,6 +171,7 @@ def test_weights_of_resolved_pruning_are_epochs_over_epochs_there(problem: conte
     assert abs(weighed[high].mean() / weighed[~high].mean() - 1) < 0.12
 
 
+@pytest.mark.slow
 def test_the_largest_losses_of_a_random_subset_are_kept(problem: contest.Problem) -> None:
     # By rank: kept of a subset of 72 if it is among the 61 largest there; hypergeometric, 5 standard errors. Losses are
     # below that of the unknown.
@@ -189,6 +190,7 @@ def test_the_largest_losses_of_a_random_subset_are_kept(problem: contest.Problem
     assert np.abs(kept.mean(axis=0) - expected).max() < 5 * 0.5 / np.sqrt(len(first))
 
 
+@pytest.mark.slow
 def test_windows_of_groups_slide_from_easy_to_hard(problem: contest.Problem) -> None:
     # Five lumps of losses are the five groups; epochs take the four lower and the four upper in turn.
     lump = np.arange(SIZE) % 5
@@ -217,6 +219,7 @@ def test_an_epoch_holds_a_batch_at_least() -> None:
     assert set(np.asarray(epochs.order[:3])) == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_balanced_orders_are_permutations_with_small_running_sums(problem: contest.Problem) -> None:
     # At fixed parameters, against the definition: signs one after another from whole gradients, GraB's algorithm 4.
     # 94 of 96 examples fill batches; after a few epochs the largest running sum is below half of what shuffling has.
@@ -271,6 +274,7 @@ def test_a_run_that_diverges_ends_there_and_a_whole_one_counts_its_draws(problem
     assert whole["core_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_measurements_of_a_split_are_their_definitions() -> None:
     # Counted by hand from the logits of a model with one layer.
     rng = np.random.default_rng(0)
@@ -303,6 +307,7 @@ def test_labels_are_spoilt_as_told(kind: str, wrong: float, rarest: float) -> No
     assert abs(counts[9] - 2_000 * rarest) <= 5 * np.sqrt(20)
 
 
+@pytest.mark.slow
 def test_sources_are_held_out_by_whole_files() -> None:
     # About one file in five, and counts of trigrams are whole, 254 a window.
     root = Path(sysconfig.get_path("stdlib"))

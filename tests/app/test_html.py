@@ -198,6 +198,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "This run has no scores at a checkpoint" in page.text
 
 
+@pytest.mark.slow
 def test_fields_that_came_later_are_shown(tmp_path: Path) -> None:
     """Bands, new numbers, texts and lists: a line of progress may hold more than this code knows."""
     more: dict[str, Any] = {"sd_stale_low": 1.5, "sd_stale_high": 2.5, "note": "x", "many": [1, 2], "constant": 1.0}
@@ -228,12 +229,14 @@ def test_fields_that_are_missing_are_left_out(tmp_path: Path) -> None:
     assert drawn == ["run0-loss", "run0-variance"]  # no error where none was measured
 
 
+@pytest.mark.slow
 def test_a_name_is_text_and_never_markup(tmp_path: Path) -> None:
     page = Page(run_page([make_run(tmp_path / "<script>alert(1)<")]))
     assert "script" not in [tag for tag, _ in page.tags]
     assert "<script>alert(1)<" in page.text
 
 
+@pytest.mark.slow
 def test_what_is_not_the_default_is_marked(tmp_path: Path) -> None:
     source = run_page([make_run(tmp_path / "run")])
     marked = [row for row in source.split("<tr") if row.startswith(' class="changed"')]
@@ -252,6 +255,7 @@ def test_several_runs_share_a_page_and_no_id(tmp_path: Path) -> None:
     assert used <= set(ids)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     curves = {name: {seed: [line(0), line(10, test_loss=0.5)] for seed in range(2)} for name in ("a", "b<c")}
     study = compare.Study(curves)

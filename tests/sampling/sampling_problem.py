@@ -17,13 +17,13 @@ import isgd_jax as isgd
 NUM_EXAMPLES, BATCH = 24, 8
 
 
-QUICK = ("stratified", "epochs", "presampling")
+QUICK = ("stratified",)
 NAMES = (
     *("stratified", "systematic", "independent", "without_replacement", "poisson"),
     *("epochs", "uniform", "fixed", "presampling"),
 )
 KINDS = tuple(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES)
-"""One sampler of each kind: each has its own programs to compile, so three are quick and the others slow."""
+"""One sampler of each kind: each has its own programs to compile, so one is quick and the others slow."""
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def same(one, other):
         np.testing.assert_array_equal(b, d)
 
 
+@pytest.mark.slow
 def test_timing_and_order_of_observations_change_nothing():
     plain, late = trained(made(), 18), []
     draws = made()
@@ -133,6 +134,7 @@ def test_misuse_is_told():
         parted.observe(next(parted), norms=np.ones(M // 2))
 
 
+@pytest.mark.slow
 def test_scores_are_distrusted_by_the_callers_clock_and_a_refused_observation_changes_nothing():
     draws = made(isgd.importance_sampler(N, batch_size=M, max_age_seconds=5.0))
     batches = [next(draws) for _ in range(3)]

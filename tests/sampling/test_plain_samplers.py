@@ -89,6 +89,7 @@ def test_plain_draws_are_the_plain_mean_and_carry_example_weights() -> None:
         np.testing.assert_allclose(draw.probs, 1.0 / N)
 
 
+@pytest.mark.slow
 def test_fixed_draws_by_its_scores_and_never_learns_others() -> None:
     scores = np.arange(N, dtype=np.float64)
     sampler = isgd.fixed(scores, batch_size=M, uniform_fraction=0.2)

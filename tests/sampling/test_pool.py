@@ -163,6 +163,7 @@ def test_the_share_that_is_redrawn_is_the_share_that_was_asked_for() -> None:
         assert int(jax.jit(lambda key, pool=pool: pool.refresh(pool.init(key)).turn)(jax.random.key(0))) == count % 100
 
 
+@pytest.mark.slow
 def test_points_of_the_callers_own_survive_a_donated_state_and_keys_are_no_coordinates() -> None:
     grid, keys = jnp.linspace(0.0, 1.0, N), jax.random.split(jax.random.key(0), N)
     pool = isgd.pool_sampler(

@@ -125,6 +125,7 @@ def test_the_gate_scores_only_while_scores_promise_more_than_they_cost() -> None
     assert any(seen)
 
 
+@pytest.mark.slow
 def test_equal_scores_promise_nothing_so_none_are_made() -> None:
     sampler = _sampler()
     state = sampler.init()

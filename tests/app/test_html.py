@@ -103,9 +103,20 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> data.Dataset:
 SCORES = np.array([0.5, 0.0, 8.0, 1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
 
 
+NAME = "mine <script>alert(1)<"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run that has everything, under a name that looks like markup."""
+    dataset = digits_like()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardest.data, "load", lambda *args, **kwargs: dataset)
+        return run_page([make_run(tmp_path_factory.mktemp("runs") / NAME, scores=SCORES, dataset=dataset)])
+
+
 @pytest.mark.slow
-def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path: Path, pictures: data.Dataset) -> None:
-    source = run_page([make_run(tmp_path / "mine", scores=SCORES, dataset=pictures)])
+def test_the_page_holds_everything_and_nothing_from_elsewhere(source: str) -> None:
     page = Page(source)
     for said in ("mine", "finished at update 20", "held-out error", "50.0 %", "3 scores were not finite", "TPU_0"):
         assert said in page.text, said
@@ -230,15 +241,14 @@ def test_fields_that_are_missing_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_name_is_text_and_never_markup(tmp_path: Path) -> None:
-    page = Page(run_page([make_run(tmp_path / "<script>alert(1)<")]))
+def test_a_name_is_text_and_never_markup(source: str) -> None:
+    page = Page(source)
     assert "script" not in [tag for tag, _ in page.tags]
-    assert "<script>alert(1)<" in page.text
+    assert NAME in page.text
 
 
 @pytest.mark.slow
-def test_what_is_not_the_default_is_marked(tmp_path: Path) -> None:
-    source = run_page([make_run(tmp_path / "run")])
+def test_what_is_not_the_default_is_marked(source: str) -> None:
     marked = [row for row in source.split("<tr") if row.startswith(' class="changed"')]
     assert any("learning rate" in row and "0.125" in row for row in marked)
     assert not any("momentum" in row for row in marked)
@@ -268,10 +278,10 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: nobody looks at the page here")
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_page_in_a_browser(theme: str, tmp_path: Path, pictures: data.Dataset) -> None:
+def test_the_page_in_a_browser(theme: str, tmp_path: Path, source: str) -> None:
     """A screenshot: the background follows the theme, there is something on it, and our blue is that of the theme."""
     page, shot = tmp_path / "page.html", tmp_path / "shot.png"
-    page.write_text(run_page([make_run(tmp_path / "run", scores=SCORES, dataset=pictures)]))
+    page.write_text(source)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1400", f"--screenshot={shot}",

@@ -24,15 +24,21 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
                        Opacus               1.16    1.53
                        BackPACK             1.04    2.01
 
-            All of this with version 0.1. Of version 0.2, one process, batch 32: ViT norms 1.02, update and norms 1.13,
-            vmap(grad) 1.07; GPT 0.66, 0.99, 1.02.
+            All of this with version 0.1. Of version 0.2, three quiet processes, batch 32, median (range):
+
+                                            ViT                   GPT
+                       norms                0.88 (0.84 to 1.03)   0.71 (0.66 to 0.71)
+                       update and norms     1.10 (1.10 to 1.11)   1.01 (0.98 to 1.05)
+                       vmap(grad), best     1.11 (1.06 to 1.16)   1.04 (1.04 to 1.09)
+                       ordinary in 8        0.90 (0.89 to 0.91)   0.81 (0.78 to 0.88)
 
             Of losses with inner derivatives, 1,024 points, 2-64x3-1, one process of a busy machine: Burgers by nested
             forward differentiation norms 0.52, update and norms 0.72, vmap(grad) 4.05 (in slices 3.19); by nested
             reverse 0.87, 1.13, 3.28. Compiling took 5.0 times as long as the ordinary gradient for norms by nested
             reverse (goal: 3), 2.8 for a SIREN's.
 
-            The claim holds but for the update and norms of the ViT and of Burgers by nested reverse. (The floor counts
+            The claim holds but for the update and norms of the ViT and of Burgers by nested reverse, and next to an ordinary
+            gradient in slices, which this processor's cache favors. (The floor counts
             operations; an ordinary gradient also writes the parameters' gradient, which norms do not, so small batches
             of wide layers go below it.)
 

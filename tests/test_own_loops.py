@@ -27,7 +27,8 @@ def test_the_whole_estimator_takes_at_most_fifteen_lines(library: str) -> None:
 NAMES = (*(f"{kind}_{library}" for library in LIBRARIES for kind in ("plain", "own_loop")), "pinn_nnx", "pinn_equinox")
 
 ALL = """
-import runpy, sys
+import gc, runpy, sys
+gc.set_threshold(20_000, 20, 20)  # to look for garbage among all that is imported takes a tenth of the time
 for name in sys.argv[2:]:
     print("=====", name)
     runpy.run_path(f"{sys.argv[1]}/{name}.py", run_name="__main__")

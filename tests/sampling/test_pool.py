@@ -203,7 +203,7 @@ def test_cells_of_the_grid_hold_neighbors_and_their_numbers_are_below_n() -> Non
     ("options", "told"),
     [
         ({"redraw": 1.5}, "redraw is the share of the pool"),
-        ({"num_points": 0}, "num_examples must be 1 to"),
+        ({"num_points": 0}, "num_examples must be 1 or more, got 0"),
         ({"example_weights": np.ones(N)}, "example_weights belong to given examples"),
         ({"order": np.arange(N)}, "it orders given examples"),
     ],

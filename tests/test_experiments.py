@@ -384,6 +384,9 @@ def test_a_race_tunes_alike_arrives_between_rungs_and_names_the_fastest_by_the_i
     epochs = finishes["uniform"][0].passes / 1600
     assert epochs == pytest.approx(-np.log(0.05) / 0.3 * np.exp(0.05), rel=5e-3)
     assert race.shortest(runs, "uniform", 32, 1e-9, 0, scale) == race.NEVER
+    just = finishes["uniform"][0].passes
+    assert race.shortest(runs, "uniform", 32, 0.3, 0, scale, most_passes=just) == finishes["uniform"][0]
+    assert race.shortest(runs, "uniform", 32, 0.3, 0, scale, most_passes=just / race.RUNG) == race.NEVER
     assert race.fastest(finishes, "passes").startswith("passes: fastest: ours, 1.00 [1.00, 1.00] of quick's")
     assert race.against_best(finishes, "passes")[0].endswith("ahead")
     noisy = {name: [f._replace(passes=f.passes * (1 + 0.1 * seed * (name == "ours"))) for seed, f in enumerate(found)]

@@ -171,7 +171,7 @@ def shortest(
         seed: of the run.
         scale: its ``epochs`` are the budget of rung 0.
         rung: where to begin.
-        most_passes: a budget above it is not tried.
+        most_passes: a run that takes more is not looked for: budgets end with the first above it.
         made: a list that gets the runs.
     """
     most = max(rung for rung in range(-MOST_RUNGS, MOST_RUNGS + 1) if _fits(bench, scale, rung, most_passes))
@@ -210,7 +210,7 @@ def shortest(
 
 
 def _fits(bench: Runs, scale: Scale, rung: int, most_passes: float) -> bool:
-    return rung == -MOST_RUNGS or budget(bench.problem, scale, rung) <= most_passes
+    return rung == -MOST_RUNGS or budget(bench.problem, scale, rung - 1) <= most_passes
 
 
 def _price(made: Sequence[Record]) -> float:

@@ -224,6 +224,7 @@ def test_fields_that_came_later_are_shown(tmp_path: Path) -> None:
     assert len(axes.collections) == 1
 
 
+@pytest.mark.slow
 def test_bands_stand_with_their_number_and_fields_have_names_in_words(tmp_path: Path) -> None:
     more: dict[str, Any] = {"sd_stale_low": 1.5, "sd_stale_high": 2.5, "gate_is_open": False, "by": {"a": 1, "b": 2}}
     run = make_run(tmp_path / "run", **more)

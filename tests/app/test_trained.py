@@ -12,6 +12,7 @@ from isgd_jax.app.commands import predict
 from isgd_jax.app.run import fit
 
 
+@pytest.mark.slow
 def test_the_model_of_a_run_predicts_from_raw_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = blobs(60)
     run_dir = str(tmp_path / "run")

@@ -230,7 +230,8 @@ def programs_of(name: str) -> dict[str, Any]:
     return {**REAL, **COMPLEX} if name.startswith("complex") else {**REAL, **WIDER} if name == "float32" else REAL
 
 
-@pytest.mark.parametrize("name", [x if x == "float32" else pytest.param(x, marks=pytest.mark.slow) for x in SMOOTH])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMOOTH)
 def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
     dtype, programs = jnp.dtype(name), programs_of(name)
     widest = np.complex128 if name.startswith("complex") else np.float64

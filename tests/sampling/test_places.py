@@ -20,6 +20,7 @@ def test_cells_in_turn_share_a_side_and_each_has_a_number_of_its_own(dims: int, 
     np.testing.assert_array_equal(steps, 1)
 
 
+@pytest.mark.slow
 def test_points_with_one_place_many_coordinates_and_none() -> None:
     assert along_hilbert_curve(jnp.ones((3, 2))).tolist() == [0, 0, 0]  # a box without size
     many = along_hilbert_curve(jax.random.normal(jax.random.key(0), (5, 40)))
@@ -54,6 +55,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         isgd.quasi_random(jax.random.key(0), 0, 2)
 
 
+@pytest.mark.slow
 def test_draws_from_a_pool_along_the_curve_have_less_variance_than_by_score() -> None:
     """Of f(x, y) = x + y with equal scores, 64 draws: strata of space leave below a tenth of the variance; the mean is
     the pool's within 4 standard errors, at first and after points were redrawn."""

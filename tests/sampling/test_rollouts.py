@@ -163,6 +163,7 @@ def test_what_cannot_be_seen_is_nan_and_so_are_the_draws() -> None:
     assert jnp.all(jnp.isnan(drawn.probs))
 
 
+@pytest.mark.slow
 def test_lazy_gradients_tell_the_same_as_the_definition() -> None:
     def loss_fn(params: jax.Array, example: dict[str, jax.Array]) -> jax.Array:
         return -example["reward"] * jax.nn.log_softmax(example["x"] @ params)[example["action"]]

@@ -37,8 +37,8 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             reverse 0.87, 1.13, 3.28. Compiling took 5.0 times as long as the ordinary gradient for norms by nested
             reverse (goal: 3), 2.8 for a SIREN's.
 
-            The claim holds but for the update and norms of the ViT and of Burgers by nested reverse, and next to an ordinary
-            gradient in slices, which this processor's cache favors. (The floor counts
+            The claim holds but for the update and norms of the ViT and of Burgers by nested reverse, and next to an
+            ordinary gradient in slices, which this processor's cache favors. (The floor counts
             operations; an ordinary gradient also writes the parameters' gradient, which norms do not, so small batches
             of wide layers go below it.)
 

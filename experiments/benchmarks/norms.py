@@ -38,9 +38,9 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             reverse (goal: 3), 2.8 for a SIREN's.
 
             The claim holds but for the update and norms of the ViT and of Burgers by nested reverse, and next to an
-            ordinary gradient in slices, which this processor's cache favors. (The floor counts
-            operations; an ordinary gradient also writes the parameters' gradient, which norms do not, so small batches
-            of wide layers go below it.)
+            ordinary gradient in slices, which this processor's cache favors. (The floor counts operations; an ordinary
+            gradient also writes the parameters' gradient, which norms do not, so small batches of wide layers go below
+            it.)
 
 Every measurement is a ratio of medians within one process, alternating with the ordinary gradient; with several
 processes, the median of their ratios, because XLA's CPU convolutions differ from process to process.

@@ -90,6 +90,8 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/fashion_mnist.py
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py
 	$(ONE_CORE) $(BIN)/python experiments/neural_field.py
+	$(ONE_CORE) $(BIN)/python experiments/rare_events.py
+	$(ONE_CORE) $(BIN)/python experiments/language.py
 	$(BIN)/python experiments/prompts.py
 	for file in $(BENCHMARKS); do $(BIN)/python experiments/benchmarks/$$file.py || exit 1; done
 	$(BIN)/python experiments/benchmarks/engines.py speed

@@ -76,18 +76,22 @@ class Corpus(NamedTuple):
 def functions() -> Iterator[list[str]]:
     """The tokens of each function and method of Python's library, file by file."""
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                lines = text.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
-                source = "".join(line[node.col_offset :] for line in lines)
-                try:
-                    yield [
-                        t.string or t.exact_type.__str__()
-                        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                    ]
-                except (tokenize.TokenError, IndentationError):
-                    continue  # a multi-line string that is indented less than its function
+        yield from functions_of(file)
+
+
+def functions_of(file: Path) -> Iterator[list[str]]:
+    """The tokens of each function and method of a file."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = text.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
+            source = "".join(line[node.col_offset :] for line in lines)
+            try:
+                yield [
+                    t.string or t.exact_type.__str__() for t in tokenize.generate_tokens(io.StringIO(source).readline)
+                ]
+            except (tokenize.TokenError, IndentationError):
+                continue  # a multi-line string that is indented less than its function
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Shapes use one letter each: ``n`` examples in the data set, ``b`` examples in a 
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 __all__ = [
     "Batch",
@@ -22,13 +22,13 @@ __all__ = [
     "Source",
 ]
 
-Params: TypeAlias = PyTree
+Params: TypeAlias = Any
 """The parameters of a model: any pytree of arrays."""
 
-Example: TypeAlias = PyTree
+Example: TypeAlias = Any
 """One item of the data set: a pytree without a batch axis."""
 
-Batch: TypeAlias = PyTree
+Batch: TypeAlias = Any
 """Examples stacked: the pytree of an example, every leaf with a leading axis ``b``."""
 
 Scores: TypeAlias = Float[Array, " b"]

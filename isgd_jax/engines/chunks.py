@@ -42,8 +42,8 @@ class Chunks:
             raise ArgumentError(
                 f"chunks need at least one example each, got {num_examples} examples in chunks of {size}"
             )
-        self.num_examples = operator.index(num_examples)
-        self.size = min(operator.index(size), self.num_examples)
+        self.num_examples: int = operator.index(num_examples)
+        self.size: int = min(operator.index(size), self.num_examples)
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.size)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 from jax.lax import Precision
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
@@ -155,7 +155,7 @@ def preconditioned_norm(
         ValueError: ``microbatch_size`` is no positive integer.
     """
 
-    def score(scaled_params: tuple[Params, PyTree], *args: Any) -> Scores:
+    def score(scaled_params: tuple[Params, Any], *args: Any) -> Scores:
         params, scale = scaled_params
         return lazy.scaled_norms(per_example_grads(loss_fn, joint=False)(params, *args), scale)
 

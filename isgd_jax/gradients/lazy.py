@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import Precision
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Bool, Float
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
@@ -93,7 +93,7 @@ jax.tree_util.register_dataclass(
     Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype", "spec"]
 )
 
-Grads: TypeAlias = PyTree
+Grads: TypeAlias = Any
 """Per-example gradients: a tree like the parameters, every leaf a `Factored` or an array ``[b, *param.shape]``."""
 
 
@@ -112,12 +112,12 @@ def _batch_split(grads: Grads) -> PartitionSpec:
     return PartitionSpec(split_axis(grads))
 
 
-def _as_parameters(grads: Grads) -> PyTree:
+def _as_parameters(grads: Grads) -> Any:
     """How each parameter is split: a mean stays so, with no more copies than the parameters have."""
     return _map(lambda leaf: leaf.spec if is_factored(leaf) else PartitionSpec(*spec_of(leaf)[1:]), grads)
 
 
-def _stacked_split(grads: Grads) -> PyTree:
+def _stacked_split(grads: Grads) -> Any:
     """The same, below the batch axis; no mesh axis can split two axes of one array."""
     batch = split_axis(grads)
     taken = set(batch) if isinstance(batch, tuple) else {batch}
@@ -235,7 +235,7 @@ def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[
 
 
 @_placed
-def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def scaled_norms(grads: Grads, scale: Any, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """The norm of each example's gradient times ``scale``, entry by entry.
 
     With the inverse root of Adam's second moments, it is the norm of the step that an example alone would make.
@@ -256,7 +256,7 @@ def scaled_norms(grads: Grads, scale: PyTree, *, precision: Any = Precision.HIGH
 
 
 @_placed(out=_as_parameters)
-def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> PyTree:
+def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> Any:
     """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
 
     For the cost of the ordinary gradient's last contraction; no example's own gradient is made.
@@ -279,7 +279,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
 
 
 @_placed(out=_stacked_split)
-def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> PyTree:
+def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Any:
     """The definition: every leaf formed, ``[b, *param.shape]``.
 
     Args:
@@ -359,7 +359,7 @@ def halves(
 
 
 @_placed
-def inner(grads: Grads, tree: PyTree, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def inner(grads: Grads, tree: Any, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
     """Inner product of each example's gradient with one tree shaped like the parameters.
 
     With the gradient of a validation loss it says how far a step on each example would lower that loss.
@@ -384,7 +384,7 @@ def is_factored(x: Any) -> bool:
     return isinstance(x, Factored)
 
 
-def _map(function: Any, grads: Grads) -> PyTree:
+def _map(function: Any, grads: Grads) -> Any:
     return jax.tree.map(function, grads, is_leaf=is_factored)
 
 
@@ -395,7 +395,7 @@ def _leaves(grads: Grads) -> list[Any]:
     return leaves
 
 
-def _alongside(grads: Grads, tree: PyTree) -> list[Any]:
+def _alongside(grads: Grads, tree: Any) -> list[Any]:
     """The leaves of a tree that must have the structure of the gradients."""
     return jax.tree.leaves(jax.tree.map(lambda _, other: other, grads, tree, is_leaf=is_factored))
 

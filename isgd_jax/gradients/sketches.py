@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.per_example import per_example_grads
@@ -158,7 +158,7 @@ def _normalized(product: Float[Array, "b ..."], leaf: Any) -> Float[Array, "b di
     return product.reshape(product.shape[0], -1) / jnp.where(norms > 0.0, norms, 1.0)
 
 
-def project(key: Key, grads: PyTree, *, dims: int = 128) -> Float[Array, "b dims"]:
+def project(key: Key, grads: Any, *, dims: int = 128) -> Float[Array, "b dims"]:
     """Random projections of the directions of stacked gradients: of each gradient over its norm.
 
     The projection is a matrix [p, dims] of normal numbers, made anew at each call from the key: for parts of a model,

@@ -123,7 +123,8 @@ class IndexSampler:
         gather: Gather | None,
         timeout: float,
     ) -> None:
-        self.sampler, self.ahead = sampler, ahead
+        self.sampler: BatchSampler = sampler
+        self.ahead: int = ahead
         self._key, self._refresh_every, self._shard, self._gather, self._timeout = (
             key, refresh_every, shard, gather, timeout,
         )  # fmt: skip

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import places, samplers, score_table
@@ -47,7 +47,7 @@ from isgd_jax.types import Draw, Key
 
 __all__ = ["PoolSampler", "PoolState", "grid_cells", "pool_sampler"]
 
-Points: TypeAlias = PyTree
+Points: TypeAlias = Any
 """Points of the domain: a pytree of arrays with one leading axis."""
 
 PER_CELL = 32

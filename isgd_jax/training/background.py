@@ -66,7 +66,9 @@ class Refresher:
         publish_at: Callable[[int], bool] | None,
         warn: Callable[[str], None],
     ) -> None:
-        self.engine, self.sampler, self.every = engine, sampler, every
+        self.engine: Any = engine
+        self.sampler: BatchSampler = sampler
+        self.every: int = every
         self.last: Refresh | None = None
         self._publish_every, self._wait, self._publish_at = publish_every or every, wait, publish_at
         self._published, self._clock, self._warn = published, clock, warn

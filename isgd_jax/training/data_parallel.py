@@ -47,7 +47,8 @@ class DataParallel:
         self, batch_size: int, devices: Sequence[jax.Device] | None = None, *, shard_params: bool = False
     ) -> None:
         devices = list(devices or jax.devices())
-        self.num_devices, self.num_processes = len(devices), jax.process_count()
+        self.num_devices: int = len(devices)
+        self.num_processes: int = jax.process_count()
         if batch_size % self.num_devices:
             raise ArgumentError(
                 f"batch_size must be a multiple of the {self.num_devices} devices that train, so that each handles an "

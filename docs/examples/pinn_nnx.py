@@ -24,7 +24,7 @@ class Net(nnx.Module):
         return self.out(x)[0]
 
 
-graph, params = nnx.split(Net(nnx.Rngs(0)))
+graph, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
 
 
 def u(params, t, x):

@@ -22,7 +22,7 @@ class Net(nnx.Module):
         return self.out(nnx.relu(self.hidden(x)))
 
 
-graph, params = nnx.split(Net(nnx.Rngs(0)))
+graph, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
 
 
 def loss_fn(params, example):

@@ -89,14 +89,14 @@ class TrainingConfig(Part):
 
     Attributes:
         optimizer: The Optax optimizer behind the reweighting.
-        learning_rate: Of the optimizer; with cosine, the first one.
+        learning_rate: Learning rate of the optimizer; with --schedule cosine, the initial one.
         schedule: constant, or cosine decay to 0 over the run.
-        momentum: Of nesterov.
+        momentum: Momentum, with --optimizer nesterov.
         weight_decay: Of adamw: decoupled, so outside the weighted part of the gradient.
-        batch_size: Draws in a step (M).
+        batch_size: Examples drawn in a step (M).
         steps: Updates to make.
         epochs: If given, make as many updates as this many passes over the data set have batches, instead of --steps.
-        seed: Of the first parameters, and of all draws.
+        seed: Random seed, of the initial parameters and of all draws.
     """
 
     optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = "nesterov"

@@ -34,26 +34,28 @@ def first_page(command: type, *, prog: str, names: Sequence[str], positional: st
             class says under "Attributes:".
         prog: what is typed, such as ``isgd train``.
         names: the fields to show, in this order.
-        positional: what follows the command without a flag, as the usage line has it.
+        positional: what follows the command without a flag, as the usage line has it: a name in capitals for each.
 
     Raises:
         KeyError: a field is not there, or not described.
     """
     fields, told = _fields(command), _described(command)
-    lines = [f"usage: {prog}{f' {positional}' if positional else ''} [FLAGS]", ""]
+    lines = [f"usage: {prog}{f' {positional}' if positional else ''}{' [FLAGS]' if names else ''}", ""]
     lines += [*_summary(command).splitlines(), ""]
-    for name in names:
+    followed = [name for name in fields if name in told and name in _positionals(command)]
+    shown = dict(zip(followed, re.findall(r"[A-Z][\w.]*", positional), strict=True))
+    for name in [*followed, *names]:
         described = textwrap.wrap(told[name], WIDTH - _FLAG - 1)
-        flag = f"  --{name.replace('_', '-')}{_default(fields[name])}"
+        flag = f"  {shown.get(name) or '--' + name.replace('_', '-')}{_default(fields[name])}"
         if len(flag) > _FLAG:
             lines.append(flag)
             flag = ""
         lines += [
             f"{head:<{_FLAG}} {text}" for head, text in zip([flag, *[""] * len(described)], described, strict=False)
         ]
-    left = [name for name in fields if name in told and name not in names and name not in _positionals(command)]
+    left = [name for name in fields if name in told and name not in (*names, *followed)]
     more = f"{len(left)} flags more, in panels: {prog} --help-all" if left else ""
-    return "\n".join([*lines, "", *filter(None, ["Beside a flag stands its default.", more])])
+    return "\n".join([*lines, "", *filter(None, ["The default of each is shown beside its name.", more])])
 
 
 def _summary(command: type) -> str:

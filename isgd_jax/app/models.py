@@ -17,14 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, CannotImportError, ReferenceNotFoundError
 from isgd_jax.types import Key, Params
 
 __all__ = ["CNN", "MLP", "Model", "by_name", "cnn", "from_reference", "init", "mlp"]
 
-Input: TypeAlias = PyTree
+Input: TypeAlias = Any
 """What a model is given of one example: its one input, or a dict of its inputs."""
 
 Logits: TypeAlias = Float[Array, " classes"]
@@ -142,7 +142,8 @@ def by_name(name: str, num_classes: int | None, **options: Any) -> Model:
     if not isinstance(model, Model):
         raise ArgumentTypeError(
             f"model {name!r}: expected the factory to return an object with .init(key, x) and .apply(variables, x), "
-            f"such as a Flax Linen module, got {type(model).__name__}"
+            f"such as a Flax Linen module, got {type(model).__name__}: a class of Flax NNX that takes "
+            "(num_classes, rngs=) becomes one by flax.nnx.bridge.to_linen(Class, num_classes)"
         )
     return model
 

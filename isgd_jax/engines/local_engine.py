@@ -34,7 +34,7 @@ class DeviceWorker:
     """A worker that is a device of this process."""
 
     def __init__(self, device: jax.Device, job: Job, *, fingerprint: str = "") -> None:
-        self.name = f"{device.platform}:{device.id}"
+        self.name: str = f"{device.platform}:{device.id}"
         self.fingerprint = fingerprint
         self._device, self._job, self._scorer = device, job, CapturingJit(job.scorer)
         self._params: Params = None
@@ -126,7 +126,8 @@ def device_pool(
     if not devices:
         raise ArgumentError(
             "a local engine needs a device that scores besides the one that trains: "
-            "with a single device use isgd.engines.inline, which scores between the steps"
+            "with a single device use isgd.engines.inline, which scores between the steps; on a CPU, "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=2 in the environment makes two devices of one"
         )
     pool = WorkerPool(
         WorkQueue(job.chunks, fingerprint=fingerprint, timeout=timeout),

@@ -79,7 +79,8 @@ def per_example_value_and_grad(
 
     Returns:
         A function of the same arguments, with a batch in the place of the example: a pytree of arrays with one leading
-        axis b. It raises ValueError where the loss is no scalar, or an array of the batch has no such axis.
+        axis b. It raises ValueError where the loss is no scalar, or an array of the batch has no such axis, and
+        TypeError where there is nothing to differentiate or a random key is among the parameters.
 
     Guarantees:
 

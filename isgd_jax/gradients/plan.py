@@ -18,7 +18,7 @@ from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_exampl
 from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
-__all__ = ["LeafPlan", "Plan", "make_plan"]
+__all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def make_plan(
         batch: examples with a leading axis b; of it one is traced.
 
     Raises:
-        TypeError: there is no real or complex number to differentiate.
+        TypeError: there is no real or complex number to differentiate, or a random key beside them.
         ValueError: the loss is no scalar, or an array of the batch has no leading axis.
     """
     example = jax.tree.map(_without_batch_axis, batch)
@@ -136,8 +136,27 @@ def make_plan(
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
 
 
+def check_no_keys(params: Any) -> None:
+    """Refuse random keys among the parameters, where Flax NNX puts those of Dropout unless they are split off.
+
+    Args:
+        params: what is differentiated: a pytree of arrays, or of their shapes.
+
+    Raises:
+        TypeError: a leaf is a key of `jax.random.key`.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise ArgumentTypeError(
+                f"params must be arrays of numbers, got a random key at {jax.tree_util.keystr(path)}: split off what "
+                "is not trained, in Flax NNX by `graph, params, rest = nnx.split(model, nnx.Param, ...)` and "
+                "nnx.merge(graph, params, rest) in the loss"
+            )
+
+
 def _check_differentiable(params: Any) -> None:
     """Beside others an integer has a gradient of zero; alone, all norms would be zero without a word."""
+    check_no_keys(params)
     dtypes = {str(jnp.result_type(leaf)): jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
               for leaf in jax.tree.leaves(params)}  # fmt: skip
     if dtypes and not any(dtypes.values()):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.captured import CapturingJit
+from isgd_jax.gradients.plan import check_no_keys
 from isgd_jax.types import Batch, Example, Key, Params
 
 __all__ = ["NOTHING", "Problem"]
@@ -42,7 +43,7 @@ class Problem:
         hold: "device" moves the training data there; "host" leaves them, and a thread fetches what is drawn.
 
     Raises:
-        TypeError: parameters or data are no arrays.
+        TypeError: parameters or data are no arrays, or a random key is among the parameters.
         ValueError: arrays of the data differ in length, or there are none.
     """
 
@@ -196,6 +197,7 @@ def _check_params(params: Params) -> None:
             f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (flax.nnx.split, "
             "equinox.partition), and close the rest over in loss_fn"
         )
+    check_no_keys(params)
 
 
 def _check_data(name: str, data: Batch) -> None:

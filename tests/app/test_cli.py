@@ -272,9 +272,11 @@ def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_p
         assert max(map(len, told.splitlines())) <= 100
         return told
 
-    for command, (_, names) in FIRST_PAGES.items():
+    for command, (positional, names) in FIRST_PAGES.items():
         told = said(command.__name__.lower(), "--help")
         assert len(told.splitlines()) <= 50
+        for word in re.findall(r"[A-Z][\w.]*", positional):  # what follows the command is told like its flags
+            assert re.search(rf"^  {re.escape(word)} .*\w", told, flags=re.MULTILINE)
         assert re.findall(r"^  --([a-z-]+)", told, flags=re.MULTILINE) == [name.replace("_", "-") for name in names]
     parts = list(Config().to_dict())[1:]
     for name, named in {"train": parts, "compare": parts, "probe": ["data", "model", "training", "scoring"]}.items():

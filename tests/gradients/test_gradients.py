@@ -121,6 +121,8 @@ def test_integers_alone_are_refused_and_an_empty_batch_has_the_norms_of_nobody()
 
     with pytest.raises(TypeError, match="an array of real or complex numbers to differentiate, got int32 alone"):
         isgd.per_example_grads(loss)({"w": jnp.ones(3, jnp.int32)}, jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"got a random key at \['rng'\]: split off what is not trained"):
+        isgd.per_example_grads(loss)({"w": jnp.ones(3), "rng": jax.random.key(0)}, jnp.ones((2, 3)))
     grads = isgd.per_example_grads(loss)({"w": jnp.ones(3), "k": jnp.int32(1)}, jnp.ones((0, 3)))
     assert (isgd.norms(grads).shape, isgd.gram(grads).shape) == ((0,), (0, 0))
     assert isgd.weighted_mean(grads, jnp.ones(0))["w"].tolist() == [0.0, 0.0, 0.0]

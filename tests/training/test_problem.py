@@ -43,6 +43,11 @@ class Model:
             "got the module Linear: take the arrays out .*nnx.split",
         ),
         ({"params": {}}, TypeError, "params must be a pytree of arrays, got no leaves at all"),
+        (
+            {"params": nnx.split(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))[1]},
+            TypeError,
+            r"got a random key at \['rngs'\].*: split off what is not trained, .* nnx.split\(model, nnx.Param, ...\)",
+        ),
         ({"train": {"x": [1.0, 2.0]}}, TypeError, "the data of 'train' must be arrays, got a float"),
         ({"train": {}}, ValueError, "the data of 'train' hold no arrays"),
         ({"train": {"x": np.ones(())}}, ValueError, "every array of 'train' needs a leading axis of ex"),

@@ -8,11 +8,13 @@ Guarantees:
 * numbers are counted in 32-bit integers, which wrap exactly, so the millionth point is as evenly spread as the first.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
 from isgd_jax.errors import check_whole
 from isgd_jax.types import Key
@@ -26,7 +28,7 @@ COORDINATE_BITS = 10
 """Of a coordinate at most: a thousand cells along each."""
 
 
-def coordinates(points: PyTree) -> Float[Array, "n d"] | None:
+def coordinates(points: Any) -> Float[Array, "n d"] | None:
     """All numbers of each point side by side, in float32; keys are none, and None is said where there are no numbers.
 
     Args:

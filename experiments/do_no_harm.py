@@ -1,0 +1,319 @@
+"""Does `fit` ever cost more than it brings, and does the probe know beforehand?
+
+Question: twelve problems, six on which gradients of few examples should count and six on which they should not
+(`harm/problems.py`, fixed before the first run). On each, `isgd.fit` with `importance_sampler` as it comes, which
+leaves its estimator off where norms cost more than they promise, against `isgd.fit` with
+`shuffled_epochs(monitor=False)`, which is plain SGD at its usual price. No engine.
+
+Protocol   Nesterov momentum 0.9, or Adam; the rate decays to zero by a cosine over a number of steps that is the same
+           for both sides. Rates are tuned for each side on a seed that is not reported, three each, one more where the
+           best is an end. Then seeds outer, sides inner. Seconds by wall clock from the second step on, in which
+           nothing but `fit` runs: compiling the first step and measuring the loss stand outside, all else of `fit`
+           (timing, deciding, refreshing, compiling what rests) inside. Told, all over plain, paired by seed with 95 %
+           intervals: seconds to a common mean training loss, the worse end of the pair, and the steps alone; and the
+           last loss. A side wins where seconds differ by more than 5 %; it is harm where the interval lies above 1.05.
+           The probe is asked at the first parameters and after two fifths of the steps of plain SGD.
+
+Claims     `fit` never costs more than 5 % beyond its interval; each side wins at least 4 of 12; the probe names the
+           winner in at least 10 of 12, ties not counted, and says "ask again later" of every model that has not begun.
+
+Commands   python experiments/do_no_harm.py                    all, two hours on one core (it says how many)
+           python experiments/do_no_harm.py --quick            three problems, two seeds, minutes
+           python experiments/do_no_harm.py --problems burgers digits --seeds 5
+It goes on where it was stopped. Pin it to a core: taskset -c 1.
+
+Result     Not run yet.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from harm.problems import CASES, Case, case
+
+import isgd_jax as isgd
+from isgd_jax.app.compare import Interval, paired_ratio
+from isgd_jax.app.probe import Probed, probe
+
+SIDES = ("plain", "importance")
+QUICK = ("digits", "regression", "convex")
+TUNING_SEED, LOOKS = 1_000, 40
+PROBED_AT = 0.4
+TIE, HARM = 1.05, 1.05
+HOURS_A_CELL = 20 / 3600
+"""About what a cell takes on one core, compiling included."""
+
+Record = dict[str, Any]
+
+
+class Decaying(NamedTuple):
+    """A rate that falls to zero by a cosine; its numbers are no constants, so that rates share a program."""
+
+    step: jax.Array
+    rate: jax.Array
+    steps: jax.Array
+
+
+def decaying(rate: float, steps: int) -> optax.GradientTransformation:
+    """Updates times the negative rate."""
+
+    def init(params: Any) -> Decaying:
+        del params
+        return Decaying(jnp.float32(0), jnp.float32(rate), jnp.float32(steps))
+
+    def update(updates: Any, state: Decaying, params: Any = None) -> tuple[Any, Decaying]:
+        del params
+        now = 0.5 * state.rate * (1.0 + jnp.cos(jnp.pi * state.step / state.steps))
+        return jax.tree.map(lambda u: -now * u, updates), state._replace(step=state.step + 1.0)
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformation:
+    """For mean gradients."""
+    inner = optax.scale_by_adam() if name == "adam" else optax.trace(0.9, nesterov=True)
+    return optax.chain(inner, decaying(rate, steps))
+
+
+class Curve(isgd.Callback):
+    """The mean loss over the whole training set, by seconds of training alone."""
+
+    def __init__(self, mean_loss: Callable[[Any], float], steps: int) -> None:
+        self._mean_loss, self._marks = mean_loss, set(np.linspace(0, steps, LOOKS + 1).round().astype(int))
+        self.curve: list[tuple[int, float, float]] = []
+        self._seconds = self._began = 0.0
+        self._learning = 0
+        self.messages: list[str] = []
+
+    def told(self, run: Any, text: str) -> None:
+        self.messages.append(f"{run.step}: {text}")
+
+    def stepped(self, run: Any, info: Any) -> None:
+        gate = run.state.cost_gate
+        self._learning += gate is None or not run.costs.rests(gate, run.step)
+        if run.step == 1:
+            jax.block_until_ready(info.loss)
+            self._began = time.perf_counter()
+        elif run.step in self._marks:
+            jax.block_until_ready(run.state.params)
+            self._seconds += time.perf_counter() - self._began
+            loss = self._mean_loss(run.state.params)
+            self.curve.append((run.step, self._seconds, loss if math.isfinite(loss) else math.inf))
+            if not math.isfinite(loss):
+                run.stop("diverged")
+            self._began = time.perf_counter()
+
+    def end(self, run: Any) -> None:
+        gate = run.state.cost_gate
+        self.cost = None if gate is None else float(gate.step_cost)
+        self.learnt = self._learning / max(run.step, 1)
+
+
+class Race:
+    """A problem and the folder of its cells."""
+
+    def __init__(self, name: str, folder: Path, data_dir: str | None, shorter: int) -> None:
+        self.name, self.folder, self._data_dir = name, folder / name.replace(" ", "-"), data_dir
+        self._shorter = shorter
+        self._made: tuple[Case, Callable[[Any], float]] | None = None
+
+    @property
+    def made(self) -> tuple[Case, Callable[[Any], float]]:
+        """The problem, and its mean loss; made when a cell needs it."""
+        if self._made is None:
+            found = case(self.name, self._data_dir)
+            found = found._replace(steps=found.steps // self._shorter)
+            evaluate = found.problem.evaluator()
+            self._made = found, lambda params: float(evaluate(params, found.problem.train)["loss"])
+        return self._made
+
+    def run(self, side: str, rate: float, seed: int) -> Record:
+        """A run, or what is kept of it."""
+        return self._cell(f"run-{side}-{rate:g}-{seed}", lambda: self._run(side, rate, seed))
+
+    def _run(self, side: str, rate: float, seed: int) -> Record:
+        found, mean_loss = self.made
+        size = found.problem.num_examples
+        if side == "plain":
+            sampler = isgd.shuffled_epochs(size, batch_size=found.batch_size, monitor=False)
+        else:
+            sampler = isgd.importance_sampler(size, batch_size=found.batch_size)
+        tx = optax.chain(isgd.importance_weighting(size), optimizer(found.optimizer, rate, found.steps))
+        curve = Curve(mean_loss, found.steps)
+        key = jax.random.key(seed)
+        isgd.fit(found.problem, sampler, tx, num_steps=found.steps, key=key, callbacks=[curve])
+        return {"curve": curve.curve, "cost": curve.cost, "learnt": curve.learnt, "messages": curve.messages}
+
+    def tuned(self, side: str) -> tuple[float, list[float]]:
+        """The rate with the least loss at the end, and all that were tried."""
+        rates = sorted(self._rates())
+        ends = {rate: self.run(side, rate, TUNING_SEED)["curve"][-1][2] for rate in rates}
+        best = min(ends, key=lambda rate: ends[rate])
+        if best in (rates[0], rates[-1]):
+            further = best / 3 if best == rates[0] else best * 3
+            ends[further] = self.run(side, further, TUNING_SEED)["curve"][-1][2]
+            best = min(ends, key=lambda rate: ends[rate])
+        return best, sorted(ends)
+
+    def _rates(self) -> Sequence[float]:
+        return self._cell("rates", lambda: {"rates": self.made[0].rates})["rates"]
+
+    def probed(self, rate: float, after: int) -> Record:
+        """What the probe says after so many plain steps at a rate."""
+        return self._cell(f"probe-{rate:g}-{after}", lambda: self._probed(rate, after))
+
+    def _probed(self, rate: float, after: int) -> Record:
+        found, _ = self.made
+        plain = Probed(
+            problem=found.problem,
+            optimizer=optimizer(found.optimizer, rate, found.steps),
+            batch_size=found.batch_size,
+            scorer=isgd.scorers.grad_norm(found.problem.loss_fn),
+            chunk_size=1_024,
+            mixture=0.3,
+            seed=TUNING_SEED,
+        )
+        told = probe(plain, after=after, ages=[10, 100], num_examples=1_024)
+        return {
+            "pays": None if told.is_unlearnt else told.as_drawn.pays,
+            "words": told.words,
+            "drawn": told.as_drawn._asdict(),
+        }
+
+    def _cell(self, name: str, make: Callable[[], Record]) -> Record:
+        file = self.folder / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        record = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(record))
+        part.replace(file)
+        return record
+
+
+def arrival(curve: Sequence[Sequence[float]], level: float, axis: int) -> float:
+    """Steps (axis 0) or seconds (axis 1) to a loss: between two looks by a straight line; infinite if never.
+
+    >>> arrival([(10, 1.0, 4.0), (20, 2.0, 2.0)], 3.0, 1)
+    1.5
+    """
+    before: Sequence[float] = (0.0, 0.0, math.inf)
+    for point in curve:
+        if point[2] <= level:
+            share = (before[2] - level) / (before[2] - point[2]) if math.isfinite(before[2]) else 1.0
+            return before[axis] + share * (point[axis] - before[axis])
+        before = point
+    return math.inf
+
+
+class Row(NamedTuple):
+    """What came out of a problem, importance sampling over plain."""
+
+    seconds: Interval
+    steps: Interval
+    loss: Interval
+
+    @property
+    def winner(self) -> str:
+        """By seconds, beyond a tie."""
+        if self.seconds.value > TIE:
+            return "plain"
+        return "importance" if self.seconds.value < 1 / TIE else "tie"
+
+
+def row(plain: Sequence[Record], ours: Sequence[Record]) -> Row:
+    """Ratios over pairs of the same seed."""
+    levels = [max(r["curve"][-1][2] for r in pair) for pair in zip(plain, ours, strict=True)]
+    times = [
+        [[arrival(r["curve"], level, axis) for r, level in zip(side, levels, strict=True)] for side in (ours, plain)]
+        for axis in (1, 0)
+    ]
+    losses = [[r["curve"][-1][2] for r in side] for side in (ours, plain)]
+    return Row(*(paired_ratio(*pair) for pair in (*times, losses)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="three problems, two seeds, a quarter of the steps")
+    parser.add_argument("--folder", type=Path, default=Path("runs/do_no_harm"), help="of the cells")
+    parser.add_argument("--data-dir", default=None, help="where prepared data sets are kept")
+    args = parser.parse_args(argv)
+    names, seeds, shorter = args.problems, args.seeds, 1
+    if args.quick:
+        names, seeds, shorter = QUICK, 2, 4
+    races = {
+        name: Race(name, args.folder / ("quick" if args.quick else "whole"), args.data_dir, shorter) for name in names
+    }
+    cells = len(names) * (2 * (4 + seeds) + 3) - sum(len(list(race.folder.glob("*.json"))) for race in races.values())
+    print(
+        f"at most {max(cells, 0)} cells to go, about {max(cells, 0) * HOURS_A_CELL:.1f} hours on one core", flush=True
+    )
+    found = {}
+    for name, race in races.items():
+        found[name] = told(race, seeds)
+    print("\n" + "\n".join(summary(found)))
+
+
+def told(race: Race, seeds: int) -> tuple[Row, bool | None]:
+    """Run a problem and print its lines; what came out, and what the probe had said."""
+    rates = {}
+    for side in SIDES:
+        rates[side], tried = race.tuned(side)
+        print(f"{race.name:13} {side:10} rate {rates[side]:g} of {', '.join(f'{x:g}' for x in tried)}", flush=True)
+    steps = race.run("plain", rates["plain"], TUNING_SEED)["curve"][-1][0]
+    early, later = (race.probed(rates["plain"], after) for after in (0, round(PROBED_AT * steps)))
+    runs: dict[str, list[Record]] = {side: [] for side in SIDES}
+    for seed in range(seeds):
+        for side in SIDES:
+            runs[side].append(race.run(side, rates[side], seed))
+    made = row(runs["plain"], runs["importance"])
+    ours = runs["importance"]
+    print(
+        f"{race.name:13} seconds {_told(made.seconds)}  steps {_told(made.steps)}  last loss {_told(made.loss)}  "
+        f"norms cost {np.median([r['cost'] for r in ours]):.2f}, learnt in {np.median([r['learnt'] for r in ours]):.0%}"
+        f" of the steps; probe {_word(early['pays'])}, then {_word(later['pays'])}: {made.winner}",
+        flush=True,
+    )
+    return made, later["pays"]
+
+
+def summary(found: dict[str, tuple[Row, bool | None]]) -> list[str]:
+    """The claims, against what came out."""
+    winners = {name: made.winner for name, (made, _) in found.items()}
+    decided = [name for name, winner in winners.items() if winner != "tie"]
+    said = {name: None if pays is None else ("importance" if pays else "plain") for name, (_, pays) in found.items()}
+    harmed = [name for name, (made, _) in found.items() if made.seconds.low > HARM]
+    guesses = {side: sum(winners[name] == side for name in decided) for side in SIDES}
+    right = sum(said[name] == winners[name] for name in decided)
+    ties = len(found) - len(decided)
+    return [
+        f"won by importance sampling {guesses['importance']}, by plain SGD {guesses['plain']}, ties {ties}",
+        f"harm, the interval of seconds above {HARM}: {', '.join(harmed) or 'nowhere'}",
+        f"the probe named the winner in {right} of {len(decided)} decided; the constant guesses are right in "
+        f"{guesses['plain']} (plain) and {guesses['importance']} (importance)",
+    ]
+
+
+def _told(found: Interval) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _word(pays: bool | None) -> str:
+    return "later" if pays is None else ("importance" if pays else "plain")
+
+
+if __name__ == "__main__":
+    main()

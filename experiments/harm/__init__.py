@@ -1,0 +1,1 @@
+"""Twelve problems on which plain SGD and importance sampling meet, and the protocol; see `do_no_harm.py`."""

@@ -225,8 +225,15 @@ class ImportanceSampler:
         reported = report.make_report(
             self._check_state, self._scores_are_used, self.batch_size, groups=self.options.groups, filled=filled
         )
-        more |= {"steps_per_update": self.options.steps_per_update}
+        more |= {"steps_per_update": self.options.steps_per_update, "learns": self._learns}
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
+
+    @property
+    def _learns(self) -> bool:
+        """Whether fresh norms go anywhere: into the table, or into what is estimated from them."""
+        options = self.options
+        is_learnt = options.calibrate or options.gate or options.monitor or options.record_drawn
+        return is_learnt or isinstance(options.uniform_fraction, str) or options.groups is not None
 
     def init(self, key: Key | None = None) -> SamplerState:
         """The state before the first step: nothing scored, all examples alike.

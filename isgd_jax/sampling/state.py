@@ -154,6 +154,8 @@ class BatchSampler(NamedTuple):
     steps_per_update: int = 1
     is_scored: bool = False
     """Whether scores make the proposal, so that scoring besides can help."""
+    learns: bool = True
+    """Whether ``observe`` makes anything of gradients; where not, none are made for it."""
 
 
 def key_data(key: Key | None) -> UInt[Array, " k"]:

@@ -37,6 +37,9 @@ class Callback:
             info: `StepInfo`, on the device. Reading it waits for the step, so read it seldom.
         """
 
+    def told(self, run: "Run", text: str) -> None:
+        """Something that a person should hear, before ``stepped``: what norms cost, and what was decided of it."""
+
     def end(self, run: "Run") -> None:
         """After the last step, or when a callback has stopped the run (``run.stop(reason)``)."""
 
@@ -51,7 +54,8 @@ class History(Callback):
     record of unbiased estimates of the training loss; each held-out measurement as ``<data>_<metric>``; once the
     monitor knows them, ``variance_ratio``, Tr Cov of a batch as drawn over that of a uniform one, and
     ``equivalent_batch``, the draws of a uniform batch of the same variance; ``scored_share`` and ``mean_age`` (in
-    versions) of the scores; ``gate_is_open``.
+    versions) of the scores; ``gate_is_open``; and, once it is known what norms cost, ``step_cost`` and whether
+    ``steps_learn`` from them.
 
     Args:
         every: steps between two records. The last step has one too.
@@ -97,7 +101,11 @@ class History(Callback):
             record["variance_ratio"] = _over(found.variance.drawn.value, found.variance.uniform.value)
             record["equivalent_batch"] = float(found.equivalent_batch)
         record |= {"scored_share": float(found.scores.known_share), "mean_age": float(found.scores.mean_age)}
-        return record | {"gate_is_open": bool(found.gate_is_open)}
+        record["gate_is_open"] = bool(found.gate_is_open)
+        gate = run.state.cost_gate
+        if gate is not None and float(gate.step_cost):
+            record |= {"step_cost": float(gate.step_cost), "steps_learn": bool(gate.is_open)}
+        return record
 
 
 @runtime_checkable
@@ -141,6 +149,10 @@ class PlainProgress(History):
         super().__init__(every=every)
         self._file = file
 
+    def told(self, run: "Run", text: str) -> None:
+        """Print what is told."""
+        print(f"step {run.step:>{len(str(run.num_steps))}}/{run.num_steps} | {text}", file=self._out(), flush=True)
+
     def recorded(self, run: "Run", record: Record) -> None:
         """Print the line."""
         parts = [f"step {record['step']:>{len(str(run.num_steps))}}/{run.num_steps}", f"loss {record['loss']:.4g}"]
@@ -150,8 +162,13 @@ class PlainProgress(History):
             parts.append(f"worth a batch of {record['equivalent_batch']:.0f}")
         if not record["gate_is_open"]:
             parts.append("gate shut")
+        if not record.get("steps_learn", True):
+            parts.append("few norms")
         parts.append(f"{record['seconds']:.1f} s")
-        print(" | ".join(parts), file=self._file or sys.stdout, flush=True)
+        print(" | ".join(parts), file=self._out(), flush=True)
+
+    def _out(self) -> IO[str]:
+        return self._file or sys.stdout
 
 
 def _over(above: Any, below: Any) -> float:

@@ -3,15 +3,17 @@
 Guarantees:
 
 * before the first step everything that can be seen not to fit is refused; after it nothing is done silently otherwise;
-* what a run does depends on its arguments and on the scores that engines deliver, on no clock but theirs;
+* what a run does depends on its arguments, on the scores that engines deliver with their clock, and on one ratio of
+  times, measured once, kept in the state and told (``step_cost``): with a ratio given, on no clock at all;
 * a run that a callback sets back to a saved state (`Callback.begin`) goes on as if it had never stopped, without an
   engine or with ``inline`` bit for bit;
 * engines are the caller's to close: prefetching threads and callbacks end here, whatever ends the run.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
+from isgd_jax.training.cost_gate import CostWatch, check_step_cost, create
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.prefetch import Prefetch
 from isgd_jax.training.problem import Problem
@@ -62,6 +65,8 @@ class Run:
     step: int = 0
     parallel: DataParallel | None = None
     prefetch: Prefetch | None = None
+    costs: CostWatch | None = None
+    """Who decides whether steps learn from norms; None where they always do."""
     stopped: Any = field(default=None)
 
     def stop(self, reason: Any) -> None:
@@ -72,13 +77,38 @@ class Run:
         """
         self.stopped = reason
 
+    def refreshes(self) -> bool:
+        """Whether the proposal is renewed, or parameters are published, before the next step."""
+        gate, is_due = self.state.cost_gate, self.refresher.is_due(self.step) or self.refresher.publishes(self.step)
+        return is_due and not (self.costs and gate and self.costs.skips_refresh(gate, self.step))
+
     def advance(self, state: TrainState, seconds: float) -> tuple[TrainState, Any]:
-        """One step from this state, which is donated."""
-        now = jnp.float32(seconds)
+        """One step from this state, which is donated but for its ``cost_gate``."""
+        gate = state.cost_gate
+        if self.costs is None or gate is None:
+            return self._advance(state, seconds, rests=False)
+        rests = self.costs.rests(gate, self.step)
+        state, info = self.costs.advance(
+            gate, self.step, lambda: self._advance(state._replace(cost_gate=None), seconds, rests=rests)
+        )
+        return state._replace(cost_gate=gate), info
+
+    def weigh_costs(self) -> str | None:
+        """After a step: decide whether the next ones learn from norms; what a person should hear of it."""
+        if self.costs is None or self.state.cost_gate is None:
+            return None
+        gate, told = self.costs.after(self.state.cost_gate, self.state.sampler, self.step)
+        self.state = self.state._replace(cost_gate=gate)
+        return told
+
+    def _advance(self, state: TrainState, seconds: float, *, rests: bool) -> tuple[TrainState, Any]:
+        now, steps = jnp.float32(seconds), self.steps
         if self.prefetch is None:
-            return self.steps.step(state, self.problem.frozen, self.data, self.key, now)
+            step = steps.rest if rests else steps.step
+            return step(state, self.problem.frozen, self.data, self.key, now)
         draw, batch = self.prefetch.next(self.step, state.sampler, self.refresher.steps_left(self.step))
-        return self.steps.step_drawn(state, self.problem.frozen, draw, batch, self.key, now)
+        step = steps.rest_drawn if rests else steps.step_drawn
+        return step(state, self.problem.frozen, draw, batch, self.key, now)
 
 
 def fit(
@@ -95,6 +125,7 @@ def fit(
     refresh_every: int = 100,
     fresh_scores: FreshScores | None = None,
     make_refresher: Callable[..., Refresher] = refresher,
+    step_cost: float | Literal["measured"] | None = "measured",
 ) -> FitResult:
     """Train by importance sampling, or by whatever the sampler does.
 
@@ -122,6 +153,12 @@ def fit(
         refresh_every: steps between two refreshes of the proposal.
         fresh_scores: what the table gets of the drawn examples, ``(losses, gradients) -> scores``; norms by default.
         make_refresher: with other options than `refresher` has by default.
+        step_cost: time of a step that learns from norms, its share of a refresh included, over that of a plain step.
+            Where norms promise fewer steps than that, steps go without, and look now and then
+            (`isgd_jax.training.cost_gate`). "measured" times 48 steps of the run itself, from the 64th on, and tells
+            the ratio; a number is gone by in its place, so that a run can be repeated bit for bit; None learns in
+            every step while draws go by score. Asked only where nothing but draws is scored, and monitored: with an
+            engine, whoever gave it has chosen to score.
 
     Returns:
         Parameters, the whole state, and the history.
@@ -133,6 +170,7 @@ def fit(
     Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
     _check_fit(problem, sampler, num_steps)
+    check_step_cost(step_cost)
     callbacks = [PlainProgress()] if callbacks is None else list(callbacks)
     parallel = _parallel(sampler.batch_size, devices, shard_params)
     init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)
@@ -141,18 +179,25 @@ def fit(
     if problem.hold == "device":
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
     published = problem.published(picture_key)
-    steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores)
+    scored_by = make_refresher(engine, sampler, every=refresh_every, published=published)
+    costs = None
+    if step_cost is not None and CostWatch.suits(sampler, engine, state.sampler):
+        rehearse = functools.partial(scored_by.rehearse, chunks=0)
+        costs = CostWatch(sampler, scored_by.every, rehearse, step_cost)
+        state = state._replace(cost_gate=create())
+    steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, rests_if_shut=costs is None)
     run = Run(
         problem=problem,
         sampler=sampler,
         steps=steps,
-        refresher=make_refresher(engine, sampler, every=refresh_every, published=published),
+        refresher=scored_by,
         num_steps=num_steps,
         key=draw_key,
         state=state,
         data=data,
         parallel=parallel,
         prefetch=None if problem.hold == "device" else Prefetch(data, steps.draw_ahead, draw_key),
+        costs=costs,
     )
     try:
         return _loop(run, callbacks)
@@ -166,9 +211,10 @@ def fit(
 def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
     for callback in callbacks:
         callback.begin(run)
+    _check_costs(run)
     seconds = float(run.state.sampler.clock.seconds)
     while run.step < run.num_steps and run.stopped is None:
-        if run.refresher.is_due(run.step) or run.refresher.publishes(run.step):
+        if run.refreshes():
             refreshed = run.refresher(run.step, run.state.params, run.state.sampler)
             run.state = run.state._replace(sampler=refreshed)
             if run.refresher.is_due(run.step) and run.refresher.last is not None:
@@ -177,14 +223,24 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
                     callback.refreshed(run)
         run.state, info = run.advance(run.state, seconds)
         run.step += 1
+        told = run.weigh_costs()
         if run.step % STEPS_IN_FLIGHT == 0:
             jax.block_until_ready(info.loss)
         for callback in callbacks:
+            if told is not None:
+                callback.told(run, told)
             callback.stepped(run, info)
     for callback in callbacks:
         callback.end(run)
     records: list[Record] = next((callback.records for callback in callbacks if hasattr(callback, "records")), [])
     return FitResult(run.state.params, run.state, run.step, records, run.stopped)
+
+
+def _check_costs(run: Run) -> None:
+    """Refuse a saved state that knows more or less of costs than this run."""
+    if (run.costs is None) != (run.state.cost_gate is None):
+        was = "with step_cost=None, or with an engine" if run.costs else "without an engine, and with a step_cost"
+        raise ArgumentError(f"the state to go on from was made {was}: go on as it began")
 
 
 def _parallel(batch_size: int, devices: Sequence[jax.Device] | None, shard_params: bool) -> DataParallel | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.per_example import per_example_value_and_grad
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
-from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.sampling.state import BatchSampler, Clock, SamplerState
+from isgd_jax.training.cost_gate import CostGate
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Batch, Draw, Key, Params
@@ -40,6 +41,9 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     sampler: SamplerState
+    cost_gate: CostGate | None = None
+    """Whether steps learn from single gradients; None where nobody asks what that costs. It stays on the host: steps
+    are given None, and return None."""
 
 
 class StepInfo(NamedTuple):
@@ -63,6 +67,10 @@ class Steps(NamedTuple):
     """``(sampler state, key, num_steps)``: the draws of the steps to come, stacked."""
     step_drawn: Callable[..., tuple[TrainState, StepInfo]]
     """``(state, frozen, draw, batch, key, seconds)``: learns from draws that were made and fetched ahead."""
+    rest: Callable[..., tuple[TrainState, StepInfo]]
+    """As ``step``, but by the ordinary gradient, and nothing is learnt: at the price of plain SGD."""
+    rest_drawn: Callable[..., tuple[TrainState, StepInfo]]
+    """As ``step_drawn``, but so."""
 
 
 def make_steps(
@@ -72,6 +80,7 @@ def make_steps(
     *,
     parallel: DataParallel | None = None,
     fresh_scores: FreshScores | None = None,
+    rests_if_shut: bool = True,
 ) -> Steps:
     """The step of a problem, jitted: `fit` calls it, and so may a loop of one's own.
 
@@ -84,6 +93,7 @@ def make_steps(
         * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which needs no norms and
           teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says. The
           chain then gets one gradient, with ``probs`` and ``target`` of length 1.
+        * So it is in every step of a sampler that makes nothing of gradients: plain SGD has its usual price.
 
     Args:
         problem: what is trained.
@@ -91,18 +101,41 @@ def make_steps(
         tx: an Optax chain that begins with `isgd_jax.importance_weighting`.
         parallel: several devices, each with a part of the batch.
         fresh_scores: what the table gets of the drawn examples; their norms by default.
+        rests_if_shut: whether a step takes the ordinary gradient by itself while the gate is shut; not where the caller
+            decides between ``step`` and ``rest``.
 
     Returns:
-        The functions. Each donates the state it is given.
+        The functions. Each donates the state it is given; those that rest hand the sampler's state on.
 
     Source: the paper, section 4, with scores from the update's own backward pass; the gate is ours.
     """
-    made = _Step(problem, sampler, optax.with_extra_args_support(tx), parallel, fresh_scores)
+    made = _Step(problem, sampler, optax.with_extra_args_support(tx), parallel, fresh_scores, rests_if_shut)
     return Steps(
         CapturingJit(made.step, donate_argnums=(0,)),
         jax.jit(made.draw_ahead, static_argnames="num_steps"),
         CapturingJit(made.step_drawn, donate_argnums=(0,)),
+        _resting(CapturingJit(made.rest, donate_argnums=(0,))),
+        _resting(CapturingJit(made.rest_drawn, donate_argnums=(0,))),
     )
+
+
+class _Moving(NamedTuple):
+    """What a step that rests changes of the state. The rest of it, some eighty arrays, is only read."""
+
+    params: Params
+    opt_state: optax.OptState
+    clock: Clock
+
+
+def _resting(program: Callable[..., tuple[_Moving, StepInfo]]) -> Callable[..., tuple[TrainState, StepInfo]]:
+    """A step from a program of what moves and what stays."""
+
+    def rest(state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
+        moving, nothing = _Moving(state.params, state.opt_state, state.sampler.clock), cast("Clock", None)
+        after, info = program(moving, state.sampler._replace(clock=nothing), *given)
+        return TrainState(after.params, after.opt_state, state.sampler._replace(clock=after.clock)), info
+
+    return rest
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,7 @@ class _Step:
     tx: optax.GradientTransformationExtraArgs
     parallel: DataParallel | None
     fresh_scores: FreshScores | None
+    rests_if_shut: bool
 
     def step(
         self, state: TrainState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
@@ -135,12 +169,40 @@ class _Step:
     ) -> tuple[TrainState, StepInfo]:
         """Learn from a draw whose batch has been fetched."""
         seen = self._seen(batch, jax.random.fold_in(key, state.sampler.clock.step))
-        if isinstance(state.sampler.gate, Gate):
+        if not self.sampler.learns:
+            made = self._together(state, frozen, drawn, seen, seconds)
+        elif self.rests_if_shut and isinstance(state.sampler.gate, Gate):
             rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
             made = jax.lax.cond(rests, self._together, self._one_by_one, state, frozen, drawn, seen, seconds)
         else:
             made = self._one_by_one(state, frozen, drawn, seen, seconds)
         return made if self.parallel is None else _where_they_belong(self.parallel, *made)
+
+    def rest(
+        self, moving: _Moving, stays: SamplerState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
+    ) -> tuple[_Moving, StepInfo]:
+        """Draw, gather from data on the device, take the ordinary gradient."""
+        drawn = self._draw(stays._replace(clock=moving.clock), key, params=moving.params, data=data)
+        batch = jax.tree.map(lambda x: x[drawn.indices], data)
+        return self.rest_drawn(moving, stays, frozen, drawn, batch, key, seconds)
+
+    def rest_drawn(
+        self,
+        moving: _Moving,
+        stays: SamplerState,
+        frozen: Any,
+        drawn: Draw,
+        batch: Batch,
+        key: Key,
+        seconds: Float[Array, ""],
+    ) -> tuple[_Moving, StepInfo]:
+        """Take the ordinary gradient of a draw whose batch has been fetched."""
+        state = TrainState(moving.params, moving.opt_state, stays._replace(clock=moving.clock))
+        seen = self._seen(batch, jax.random.fold_in(key, moving.clock.step))
+        after, info = self._together(state, frozen, drawn, seen, seconds)
+        if self.parallel is not None:
+            after, info = _where_they_belong(self.parallel, after, info)
+        return _Moving(after.params, after.opt_state, after.sampler.clock), info
 
     def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
         return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)

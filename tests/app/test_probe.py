@@ -12,7 +12,7 @@ from problems import blobs, linear_loss, linear_problem, small_config
 
 from isgd_jax.app import checkpoints, optimizers, task
 from isgd_jax.app.html import probe_page
-from isgd_jax.app.probe import Period, findings, measure, periods, probe, verdict
+from isgd_jax.app.probe import AsDrawn, Period, findings, measure, periods, probe, verdict
 from isgd_jax.app.run import fit
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.per_example import stacked_per_example_grads
@@ -100,25 +100,39 @@ def test_periods_by_hand() -> None:
     assert found.at_equal_time_elsewhere == pytest.approx(0.525)
 
 
+POOR, RICH = AsDrawn(1.2, 1.08, 1.5), AsDrawn(4.0, 2.2, 1.5)
+
+
 @pytest.mark.parametrize(
-    ("period", "expected"),
+    ("period", "drawn", "expected"),
     [
-        (Period(100, 0.3, 1.5, 1.1), "can pay here, scoring included"),
-        (Period(100, 0.3, 9.0, 1.1), "only if other devices do the scoring"),
-        (Period(100, 0.9, 1.2, 1.08), "hardly pays"),
-        (Period(100, 0.95, 2.0, 1.2), "does not pay here"),
+        (Period(100, 0.3, 1.5, 1.1), POOR, "can pay here, scoring included"),
+        (Period(100, 0.95, 2.0, 1.2), RICH, "can pay here, scoring included"),
+        (Period(100, 0.3, 9.0, 1.1), POOR, "only if other devices do the scoring"),
+        (Period(100, 0.9, 1.2, 1.08), POOR, "hardly pays"),
+        (Period(100, 0.95, 2.0, 1.2), POOR, "does not pay here"),
     ],
 )
-def test_the_verdict_in_words(period: Period, expected: str) -> None:
-    assert expected in verdict(1.2, 1.3, [period], num_updates=10)[0]
+def test_the_verdict_in_words(period: Period, drawn: AsDrawn, expected: str) -> None:
+    words = verdict(1.2, 1.3, [period], drawn, num_updates=10, losses=(2.3, 1.0))
+    assert expected in words[0]
+    assert ("that should pay" in " ".join(words)) == (drawn is RICH)
+
+
+@pytest.mark.parametrize(("num_updates", "losses"), [(0, (2.3, 2.3)), (50, (2.3, 2.2)), (50, (2.3, 4.0))])
+def test_of_a_model_that_is_still_unlearnt_it_says_ask_again_later(
+    num_updates: int, losses: tuple[float, float]
+) -> None:
+    """Whatever the numbers promise."""
+    words = verdict(9.0, 9.0, [Period(100, 0.1, 1.1, 1.0)], RICH, num_updates=num_updates, losses=losses)
+    assert words[0].startswith(f"Ask again later: after {num_updates} updates the loss is {losses[1]:.3g}, of 2.3 at")
 
 
 def test_the_remarks_of_a_verdict() -> None:
     table = [Period(10, 0.9, 2.0, 1.0), Period(100, 1.3, 1.2, 1.0)]
-    words = " ".join(verdict(1.2, 1.3, table, num_updates=0))
-    assert "measured at initialization" in words
+    words = " ".join(verdict(1.2, 1.3, table, POOR, num_updates=5, losses=(2.3, 1.0)))
     assert "From 100 updates between refreshes on, stale scores are worse than none" in words
-    assert "initialization" not in " ".join(verdict(1.2, 1.3, table[:1], num_updates=5))
+    assert "worse than none" not in " ".join(verdict(1.2, 1.3, table[:1], POOR, num_updates=5, losses=(2.3, 1.0)))
 
 
 def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: Path) -> None:
@@ -126,19 +140,24 @@ def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: P
     result = fit(config, dataset=blobs())
     made = task.make(config.model, blobs())
     probed, first = probed_of(config, made), made.init(jax.random.key(1))
-    params, opt_state, step = findings._restored(tmp_path / "run", probed, made, first)
+    params, opt_state, step = findings._restored(tmp_path / "run", probed, first)
     assert step == 20
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     assert float(optax.tree.norm(opt_state)) > 0
-    found = probe(probed_of(config, made), made, run=tmp_path / "run", ages=[2, 5], num_examples=50)
+    found = probe(probed, run=tmp_path / "run", ages=[2, 5], num_examples=50)
     assert (found.num_updates, found.num_examples, list(found.by_age)) == (20, 50, [0, 2, 5])
     assert found.costs.score_all == pytest.approx(90 * found.costs.score_example)
+    losses = jax.vmap(made.loss_fn, (None, 0))(params, dict(made.train))
+    assert measure.mean_loss(probed, params, dict(made.train)) == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found.losses[0] > found.losses[1]
+    assert found.as_drawn.time == found.costs.reweighted_update / found.costs.update
+    assert 1.0 < found.as_drawn.saves < found.as_drawn.promised
     assert found.words[0] in probe_page(found, "blobs")
     with pytest.raises(ValueError, match="the checkpoint is of another data set"):
-        probe(probed_of(config, made), task.make(config.model, blobs(seed=1)), run=tmp_path / "run")
+        probe(probed_of(config, task.make(config.model, blobs(seed=1))), run=tmp_path / "run")
     wider, changed = work(tmp_path / "run", hidden=(9,))
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
-        probe(probed_of(wider, changed), changed, run=tmp_path / "run")
+        probe(probed_of(wider, changed), run=tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
@@ -160,10 +179,10 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_probed_is_refused_first(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
     config, made = work(tmp_path)
     with pytest.raises(ValueError, match=expected):
-        probe(probed_of(config, made), made, **options)
+        probe(probed_of(config, made), **options)
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     config, made = work(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        probe(probed_of(config, made), made, run=tmp_path / "nothing")
+        probe(probed_of(config, made), run=tmp_path / "nothing")

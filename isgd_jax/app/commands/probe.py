@@ -91,7 +91,6 @@ def run(command: Probe) -> int:
     work = task.make(command.model, dataset)
     found = probe(
         probed_of(command.training, command.scoring, work, mixture=command.mixture),
-        work,
         run=None if command.run is None else Path(command.run),
         after=command.after,
         ages=sorted(set(command.ages)),
@@ -147,6 +146,8 @@ def numbers(found: "Findings") -> dict[str, Any]:
     return found._asdict() | {
         "spread": spread,
         "costs": found.costs._asdict(),
+        "is_unlearnt": found.is_unlearnt,
+        "as_drawn": found.as_drawn._asdict() | {"pays": found.as_drawn.pays},
         "periods": [
             period._asdict()
             | {"at_equal_time": period.at_equal_time, "at_equal_time_elsewhere": period.at_equal_time_elsewhere}

@@ -1,18 +1,21 @@
 """Does importance sampling pay for this model, on this data, on this machine? Measured, then said in plain words."""
 
 from isgd_jax.app.probe.findings import Probe, probe, probed_of
-from isgd_jax.app.probe.measure import Costs, Spread, ageing, costs, spread
+from isgd_jax.app.probe.measure import Costs, Probed, Spread, ageing, costs, spread
 from isgd_jax.app.probe.plots import figures_of
-from isgd_jax.app.probe.verdict import Period, periods, verdict
+from isgd_jax.app.probe.verdict import AsDrawn, Period, is_unlearnt, periods, verdict
 
 __all__ = [
+    "AsDrawn",
     "Costs",
     "Period",
     "Probe",
+    "Probed",
     "Spread",
     "ageing",
     "costs",
     "figures_of",
+    "is_unlearnt",
     "periods",
     "probe",
     "probed_of",

@@ -10,10 +10,11 @@ import numpy as np
 from isgd_jax.app import build, checkpoints, optimizers
 from isgd_jax.app.config import ScoringConfig, TrainingConfig
 from isgd_jax.app.probe import measure
-from isgd_jax.app.probe.verdict import Period, periods, verdict
+from isgd_jax.app.probe.verdict import AsDrawn, Period, is_unlearnt, periods, verdict
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.task import Task
 from isgd_jax.errors import ArgumentError, DivergedError
+from isgd_jax.training.cost_gate import saves
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Params
 
@@ -33,11 +34,19 @@ class Probe(NamedTuple):
     """STALE/UNIFORM by the age of the scores."""
     periods: list[Period]
     words: list[str]
+    losses: tuple[float, float]
+    """Mean loss of the examples that were measured: with the first parameters, and with those that were probed."""
+    as_drawn: AsDrawn
+    """Where nothing but draws is scored."""
+
+    @property
+    def is_unlearnt(self) -> bool:
+        """Whether it is too early to say anything: hardly anything has been learnt yet."""
+        return is_unlearnt(self.num_updates, self.losses)
 
 
 def probe(
     probed: measure.Probed,
-    task: Task,
     *,
     run: Path | None = None,
     after: int = 0,
@@ -47,8 +56,7 @@ def probe(
     """Measure whether importance sampling can pay.
 
     Args:
-        probed: how it would be trained; see `probed_of`.
-        task: what would be trained; see `isgd_jax.app.task.make`.
+        probed: what would be trained, and how; see `probed_of`.
         run: the folder of a run of the same: its newest checkpoint is probed.
         after: steps of plain SGD to make first, from initialization.
         ages: after so many further steps the scores are tried again.
@@ -60,24 +68,29 @@ def probe(
         FloatingPointError: the gradients are not finite.
     """
     _check(run, after, ages, num_examples)
-    init_key, step_key, sample_key = jax.random.split(jax.random.key(probed.seed), 3)
-    params, opt_state = task.init(jax.random.split(jax.random.key(probed.seed), 4)[0]), None
+    problem, seed = probed.problem, jax.random.key(probed.seed)
+    init_key, step_key, sample_key = jax.random.split(seed, 3)
+    first, opt_state = problem.init(jax.random.split(seed, 4)[0]), None
+    params = first
     if run is not None:
-        params, opt_state, after = _restored(run, probed, task, params)
+        params, opt_state, after = _restored(run, probed, first)
     elif after:
-        params, opt_state = measure.run_plain(probed, params, num_steps=after, key=init_key)
-    size = min(num_examples, task.num_examples)
-    rows = np.sort(np.asarray(jax.random.permutation(sample_key, task.num_examples))[:size])
-    sample = jax.tree.map(lambda x: x[rows], dict(task.train))
-    spread = measure.spread(task.loss_fn, params, sample, is_whole=size == task.num_examples)
+        params, opt_state = measure.run_plain(probed, first, num_steps=after, key=init_key)
+    size = min(num_examples, problem.num_examples)
+    rows = np.sort(np.asarray(jax.random.permutation(sample_key, problem.num_examples))[:size])
+    sample = jax.tree.map(lambda x: x[rows], problem.train)
+    spread = measure.spread(problem.loss_fn, params, sample, is_whole=size == problem.num_examples)
     if not np.isfinite(spread.norms).all():
         raise DivergedError(f"the gradients are not finite after {after} updates: lower learning_rate")
+    losses = measure.mean_loss(probed, first, sample), measure.mean_loss(probed, params, sample)
     cost = measure.costs(probed, params)
     by_age = measure.ageing(probed, params, opt_state, sample=sample, ages=ages, key=step_key)
     table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
+    promised = measure.as_drawn(probed, params, opt_state, key=step_key)
+    drawn = AsDrawn(promised.drawn, saves(promised.drawn), cost.reweighted_update / cost.update)
     headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
-    words = verdict(spread.second_moment_ratio, headroom, table, num_updates=after)
-    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words)
+    words = verdict(spread.second_moment_ratio, headroom, table, drawn, num_updates=after, losses=losses)
+    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words, losses, drawn)
 
 
 def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, mixture: float = 0.3) -> measure.Probed:
@@ -96,6 +109,7 @@ def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, m
         raise ArgumentError(f"mixture must be above 0 and at most 1; got {mixture}")
     return measure.Probed(
         problem=Problem(task.loss_fn, task.init, dict(task.train)),
+        fingerprint=task.fingerprint,
         optimizer=optimizers.behind(training, task.num_examples),
         batch_size=training.batch_size,
         scorer=build.make_scorer(scoring.scorer, task)[0],
@@ -105,14 +119,14 @@ def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, m
     )
 
 
-def _restored(run: Path, probed: measure.Probed, task: Task, params: Params) -> tuple[Params, Any, int]:
+def _restored(run: Path, probed: measure.Probed, params: Params) -> tuple[Params, Any, int]:
     """Parameters, optimizer state and step of the newest checkpoint."""
     saved = checkpoints.read(RunDir(run).own_checkpoints(), only=("state/params", "state/opt_state"))
     if saved is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialization, without run=")
     theirs = saved.identity.get("data set")
-    if theirs != task.fingerprint:
-        raise ArgumentError(f"the checkpoint is of another data set: it has {theirs}, this one has {task.fingerprint}")
+    if theirs != probed.fingerprint:
+        raise ArgumentError(f"the checkpoint is of another data set: it has {theirs}, this one {probed.fingerprint}")
     template = {"params": params, "opt_state": measure.Steps(probed).tx.init(params)}
     state = checkpoints.into(template, saved.tree["state"])
     return state["params"], state["opt_state"], saved.step

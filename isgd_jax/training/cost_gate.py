@@ -1,0 +1,345 @@
+"""Learn from the gradients of single examples only while that brings more than it costs.
+
+A step that learns from single gradients (fresh norms, and all that the estimator makes of them) is dearer than one that
+rests: that takes the ordinary gradient of the same draw, by a program of its own (`isgd_jax.training.train_step`). By
+how much is measured once, on steps of the run itself: for a while every other four of them rest. The ratio is kept in
+the state, and all that follows is decided from it and from the draws, never from a clock again: a run that goes on from
+a saved state decides the same.
+
+While this gate is shut, draws go on by the scores that there are, which costs nothing, and every so many steps one
+looks at single gradients, so that the gate can open again: so seldom that it costs `LOOK_SHARE` of the time. It also
+shuts while scores do harm and draws are uniform (`isgd_jax.variance.gate`).
+
+Guarantees:
+
+* what is estimated stays unbiased, whatever is decided: the gate changes what is learnt, not how draws are weighted;
+* nothing is decided before the measurement is over; until then all steps learn but those timed at rest;
+* decisions are a function of the state, of the arguments of the run, and of the recorded ratio;
+* a gate that has failed a trial waits twice as long before the next.
+
+Source: ours. Katharopoulos & Fleuret (2018) compare what scores promise with a fixed count of operations.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isgd_jax.errors import ArgumentError
+from isgd_jax.sampling import gates
+from isgd_jax.sampling.estimator import MONITOR_EVERY
+from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.training.data_parallel import agree, local_copy
+from isgd_jax.variance import rolling
+from isgd_jax.variance.monitor import Monitor
+from isgd_jax.variance.speedup import expected_speedup
+
+__all__ = [
+    "DECIDE_EVERY",
+    "LOOK_SELDOM",
+    "LOOK_SHARE",
+    "MEASURE_AT",
+    "REALIZED",
+    "ROUNDS",
+    "CostGate",
+    "CostWatch",
+    "Promise",
+    "check_step_cost",
+    "create",
+    "decide",
+    "promise",
+    "saves",
+    "trial_steps",
+]
+
+LOOK_SELDOM = 64
+"""Steps from one look to the next while steps rest, at most. Looks fall on multiples of `MONITOR_EVERY`, since draws in
+halves tell more."""
+
+LOOK_SHARE = 0.03
+"""What looks may cost, of the time of a plain step."""
+
+MEASURE_AT, ROUNDS = 64, 6
+"""The step at which measuring begins, and how often four steps that learn and four that rest are timed."""
+
+DECIDE_EVERY = 128
+"""Steps between two decisions; each waits for the device."""
+
+REALIZED = 0.4
+"""The part of what variance promises that is kept: on Fashion-MNIST variances 2.6 times smaller saved a factor 1.67 in
+passes, with a rate tuned for each side (docs/results.md)."""
+
+OPEN_ABOVE = 1.05
+"""What a shut gate must be promised, times the cost, to open: it does not flutter."""
+
+TRIAL_REFRESHES = (2, 10)
+"""A trial lasts a sweep of the data, and at least and at most so many refreshes of the proposal."""
+
+REFRESH_SELDOM = 16
+"""While the gate is shut, one of so many refreshes is made."""
+
+_SPAN = 2 * ROUNDS * MONITOR_EVERY
+
+RECENT = {True: 64, False: 16}
+"""Steps that a decision is made of, while the gate is open and while it is shut."""
+
+
+class CostGate(NamedTuple):
+    """Whether steps learn from single gradients, and why: a part of the state of training that stays on the host."""
+
+    seconds: np.ndarray
+    """The least [2] that four steps took, which learn and which rest; 0 while none were timed. Float32, as `step_cost`:
+    time of a step that learns, refreshes included, over that of one that rests; 0 while it is not known."""
+    step_cost: np.ndarray
+    is_open: np.ndarray
+    """Whether all steps learn."""
+    look_every: np.ndarray
+    """Steps between two looks while steps rest."""
+    moved_at: np.ndarray
+    """The step at which the gate last moved."""
+    wait: np.ndarray
+    """Steps that it stays shut at least."""
+    patience: np.ndarray
+    """Steps to wait after the next trial that fails; 0 before the first."""
+
+
+class Promise(NamedTuple):
+    """Plain steps that a step with these draws replaces, as far as variance goes."""
+
+    drawn: float
+    """With draws as they are made now."""
+    ideal: float
+    """With ideal independent draws."""
+
+
+def create() -> CostGate:
+    """An open gate that knows nothing of costs."""
+    looks, *zeros = (np.asarray(x, np.int32) for x in (MONITOR_EVERY, 0, 0, 0))
+    return CostGate(np.zeros(2, np.float32), np.zeros((), np.float32), np.asarray(True), looks, *zeros)
+
+
+def check_step_cost(step_cost: float | str | None) -> None:
+    """Refuse what is no cost.
+
+    Raises:
+        ValueError: it is another word, or a number that is not above 0.
+    """
+    if step_cost is None or step_cost == "measured":
+        return
+    if isinstance(step_cost, str) or not 0.0 < step_cost < math.inf:
+        raise ArgumentError(
+            'step_cost must be "measured", None, or the time of a step that learns from norms over that of a plain '
+            f"step, a number above 0; got {step_cost!r}"
+        )
+
+
+def trial_steps(sampler: BatchSampler, refresh_every: int) -> int:
+    """Steps that an estimator is given to show what it can: a sweep of the data, within `TRIAL_REFRESHES`.
+
+    Args:
+        sampler: whose draws score.
+        refresh_every: steps between two refreshes of its proposal.
+    """
+    least, most = (count * refresh_every for count in TRIAL_REFRESHES)
+    return max(least, min(-(-sampler.num_examples // sampler.batch_size), most))
+
+
+def promise(monitor: Monitor, *, batch_size: int, is_open: bool) -> Promise:
+    """What draws are worth, from what the monitor has seen last.
+
+    Args:
+        monitor: of the sampler's state.
+        batch_size: draws in a step.
+        is_open: whether steps learn; while they rest, fewer of the last ones count.
+
+    Returns:
+        The two speed-ups, 1 while nothing is measured. Draws as made count as DRAWN where its 95 % band lies below
+        STALE, else as STALE, which is much surer.
+    """
+    found = jax.device_get(_moments(monitor, recent=RECENT[is_open]))
+    square = max(float(found["square"]), 0.0)
+    uniform, stale, ideal = (max(float(found[name]) - square, 0.0) for name in ("uniform", "stale", "ideal"))
+    drawn = max(float(found["drawn"].value), 0.0) if float(found["drawn"].high) < stale else stale
+    return Promise(*(_speedup(uniform, x, square, batch_size) for x in (drawn, ideal)))
+
+
+def saves(speedup: float) -> float:
+    """How many plain steps one step is likely to replace, of a speed-up that the variance promises.
+
+    >>> round(saves(2.6), 2)
+    1.64
+    """
+    return 1.0 + REALIZED * (speedup - 1.0)
+
+
+def _speedup(uniform: float, drawn: float, square: float, batch_size: int) -> float:
+    return expected_speedup(uniform=uniform, drawn=drawn, mean_grad_norm_sq=square, batch_size=batch_size)
+
+
+def _means(monitor: Monitor, *, recent: int) -> dict[str, Any]:
+    """Second moments of the last steps that learnt, ‖mean gradient‖², and DRAWN with its band."""
+    rows = rolling.latest(monitor.steps, recent)
+    uniform, stale, norm, *_ = rolling.means(monitor.steps, rows)
+    count = jnp.maximum(jnp.sum(rows, dtype=jnp.int32).astype(jnp.float32), 2.0)
+    own = jnp.sum(jnp.where(rows, jnp.square(monitor.steps.values[:, 2]), 0.0)) / count
+    few = rolling.latest(monitor.squares, max(recent // MONITOR_EVERY, 8))
+    return {
+        "uniform": uniform,
+        "stale": stale,
+        "ideal": (count * jnp.square(norm) - own) / (count - 1.0),  # over pairs of steps: without bias
+        "square": rolling.means(monitor.squares, few)[0],
+        "drawn": rolling.band_of_series(monitor.batches),
+    }
+
+
+_moments = jax.jit(_means, static_argnames="recent")
+
+
+def decide(gate: CostGate, found: Promise, *, step: int, trial: int, scores_help: bool = True) -> CostGate:
+    """The gate after a look at what draws promise; a function of its arguments alone.
+
+    An open gate shuts while scores do harm, and where even ideal draws promise less than steps cost. Once a trial is
+    over, it also shuts where draws as they are made do, and then waits; the wait doubles each time.
+
+    Args:
+        gate: whose ``step_cost`` is known.
+        found: what draws promise now.
+        step: the present one.
+        trial: steps that an open gate is given to show what it can.
+        scores_help: whether draws go by score (`isgd_jax.sampling.gates.is_open`).
+    """
+    cost, is_open = float(gate.step_cost), bool(gate.is_open)
+    now, best = (saves(x) for x in found)
+    since = step - int(gate.moved_at)
+    if is_open and (not scores_help or best < cost):
+        return _moved(gate, False, step)
+    if is_open and since >= trial and now < cost:
+        patience = 2 * int(gate.patience) or trial
+        waits = np.asarray(patience, np.int32)
+        return _moved(gate, False, step)._replace(wait=waits, patience=waits)
+    if not is_open and scores_help and since >= int(gate.wait) and best >= OPEN_ABOVE * cost:
+        return _moved(gate, True, step)
+    return gate
+
+
+def _moved(gate: CostGate, is_open: bool, step: int) -> CostGate:
+    return gate._replace(is_open=np.asarray(is_open), moved_at=np.asarray(step, np.int32), wait=np.zeros((), np.int32))
+
+
+class CostWatch:
+    """What `fit` does about costs between steps: times a few, records the ratio, and decides.
+
+    Args:
+        sampler: of the run.
+        refresh_every: steps between two refreshes of its proposal.
+        rehearse: what a refresh does, to be timed; it forgets the result.
+        step_cost: "measured", or a ratio to go by in its place: the same steps rest then as if they were timed, so with
+            the ratio that another run has measured this one repeats it bit for bit.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        refresh_every: int,
+        rehearse: Callable[[SamplerState], Any],
+        step_cost: float | str,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._batch_size, self._every, self._rehearse, self._clock = sampler.batch_size, refresh_every, rehearse, clock
+        self._given = None if isinstance(step_cost, str) else float(step_cost)
+        self._trial = trial_steps(sampler, refresh_every)
+        self._timed: list[float] = []
+        self.last: Promise | None = None
+        """What draws promised at the last decision of this process."""
+
+    @staticmethod
+    def suits(sampler: BatchSampler, engine: Any, state: SamplerState) -> bool:
+        """Whether a run scores only what it draws, and sees what that is worth."""
+        return sampler.is_scored and engine is None and state.monitor is not None
+
+    def skips_refresh(self, gate: CostGate, step: int) -> bool:
+        """Whether a refresh that is due before a step need not be made: steps rest, and little is learnt."""
+        return not gate.is_open and step // self._every % REFRESH_SELDOM != 0
+
+    def rests(self, gate: CostGate, step: int) -> bool:
+        """Whether a step takes the ordinary gradient and learns nothing."""
+        if gate.step_cost > 0.0:
+            return not gate.is_open and step % int(gate.look_every) != 0
+        return 0 <= step - MEASURE_AT < _SPAN and (step - MEASURE_AT) // MONITOR_EVERY % 2 == 1
+
+    def advance(self, gate: CostGate, step: int, make: Callable[[], Any]) -> Any:
+        """Make a step; wait for it where it is one of those that are timed."""
+        if gate.step_cost > 0.0 or self._given is not None or not 0 <= step - MEASURE_AT < _SPAN:
+            return make()
+        if step % MONITOR_EVERY == 0:
+            self._timed = []
+        began = self._clock()
+        made = jax.block_until_ready(make())
+        self._timed.append(self._clock() - began)
+        return made
+
+    def after(self, gate: CostGate, sampler: SamplerState, step: int) -> tuple[CostGate, str | None]:
+        """The gate after a step, and what a person should hear of it.
+
+        Args:
+            gate: before.
+            sampler: state of the sampler; it is not changed.
+            step: steps made so far.
+        """
+        at = step - MEASURE_AT
+        if not gate.step_cost > 0.0:
+            if at <= 0 or step % MONITOR_EVERY:
+                return gate, None
+            gate = self._with_seconds(gate, at // MONITOR_EVERY - 1)
+            return (gate, None) if at < _SPAN else self._with_cost(gate, sampler)
+        if step % DECIDE_EVERY or at < _SPAN:
+            return gate, None
+        sampler, was_open = local_copy(sampler), bool(gate.is_open)
+        assert sampler.monitor is not None
+        self.last = promise(sampler.monitor, batch_size=self._batch_size, is_open=was_open)
+        helps = bool(gates.is_open(sampler))
+        after = decide(gate, self.last, step=step, trial=self._trial, scores_help=helps)
+        return after, None if bool(after.is_open) == was_open else _told(after, self.last, helps)
+
+    def _with_seconds(self, gate: CostGate, turn: int) -> CostGate:
+        """The gate with the four steps that have just been timed; a resumed run may have begun within them."""
+        if len(self._timed) < MONITOR_EVERY or turn >= 2 * ROUNDS:
+            return gate
+        seconds, kind, taken = np.array(gate.seconds), turn % 2, agree(sum(self._timed))
+        seconds[kind], self._timed = min(taken, seconds[kind]) if seconds[kind] else taken, []
+        return gate._replace(seconds=seconds)
+
+    def _with_cost(self, gate: CostGate, sampler: SamplerState) -> tuple[CostGate, str]:
+        """The gate with the ratio that was measured or given."""
+        learning, resting = (float(x) / MONITOR_EVERY for x in gate.seconds)
+        cost, how = (1.0, "not measured") if self._given is None else (self._given, "given")
+        if self._given is None and learning and resting:
+            refresh = agree(self._seconds_of_refresh(sampler)) / self._every
+            cost, how = max(round((learning + refresh) / resting, 2), 0.01), "measured"
+        looks = math.ceil((cost - 1.0) / LOOK_SHARE / MONITOR_EVERY) * MONITOR_EVERY
+        looks = min(max(looks, MONITOR_EVERY), LOOK_SELDOM)
+        text = f"a step that learns from norms takes {cost:.2f} times a plain one ({how}, refreshes included)"
+        return gate._replace(step_cost=np.asarray(cost, np.float32), look_every=np.asarray(looks, np.int32)), text
+
+    def _seconds_of_refresh(self, sampler: SamplerState) -> float:
+        found = []
+        for _ in range(3):
+            began = self._clock()
+            jax.block_until_ready(self._rehearse(sampler))
+            found.append(self._clock() - began)
+        return min(found)
+
+
+def _told(gate: CostGate, found: Promise, scores_help: bool) -> str:
+    """What has just been decided, and why."""
+    cost, now, best = float(gate.step_cost), *(saves(x) for x in found)
+    numbers = f"draws promise {now:.2f} times fewer steps, ideal ones {best:.2f}, and cost {cost:.2f} times the time"
+    if bool(gate.is_open):
+        return f"{numbers}: steps learn from norms again"
+    why = numbers if scores_help else "scores do harm"
+    return f"{why}: norms are looked at in every {int(gate.look_every)}th step alone"

@@ -1,0 +1,218 @@
+"""Whether steps learn from norms: decided from numbers in the state, measured by a clock that is handed in."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import linear_loss, linear_problem
+
+import isgd_jax as isgd
+from isgd_jax.sampling.gates import with_gate
+from isgd_jax.training import cost_gate
+from isgd_jax.training.cost_gate import CostGate, CostWatch, Promise, create, decide, promise, saves
+from isgd_jax.variance import monitor
+
+N, M = 40, 8
+SPAN = 2 * cost_gate.ROUNDS * cost_gate.MONITOR_EVERY
+
+
+def gate(**changes: float) -> CostGate:
+    made = create()._replace(step_cost=np.asarray(1.2, np.float32))
+    return made._replace(**{name: np.asarray(value) for name, value in changes.items()})
+
+
+HIGH, LOW = 2.0, 1.1
+"""Promises of which 1.4 and 1.04 times fewer steps are likely: above and below a cost of 1.2."""
+
+
+@pytest.mark.parametrize(
+    ("before", "found", "step", "expected"),
+    [
+        pytest.param({}, Promise(LOW, HIGH), 256, {"is_open": True}, id="on trial"),
+        pytest.param({}, Promise(LOW, LOW), 256, {"is_open": False, "moved_at": 256, "wait": 0}, id="hopeless"),
+        pytest.param({}, Promise(LOW, HIGH), 384, {"is_open": False, "wait": 300, "patience": 300}, id="trial failed"),
+        pytest.param({"patience": 300}, Promise(LOW, HIGH), 384, {"wait": 600, "patience": 600}, id="failed again"),
+        pytest.param({}, Promise(HIGH, HIGH), 384, {"is_open": True, "moved_at": 0}, id="it pays"),
+        pytest.param({"is_open": False, "wait": 300}, Promise(LOW, HIGH), 256, {"is_open": False}, id="waits"),
+        pytest.param({"is_open": False, "wait": 300}, Promise(LOW, HIGH), 384, {"is_open": True}, id="tries again"),
+        pytest.param({"is_open": False}, Promise(HIGH, 1.6), 384, {"is_open": False}, id="too little to flutter for"),
+    ],
+)
+def test_decisions_by_hand(before: dict[str, Any], found: Promise, step: int, expected: dict[str, Any]) -> None:
+    after = decide(gate(**before), found, step=step, trial=300)
+    assert {name: getattr(after, name).item() for name in expected} == expected
+
+
+def test_while_scores_do_harm_nothing_is_learnt_whatever_is_promised() -> None:
+    found = Promise(HIGH, HIGH)
+    assert not decide(gate(), found, step=256, trial=300, scores_help=False).is_open
+    assert not decide(gate(is_open=False), found, step=256, trial=300, scores_help=False).is_open
+
+
+def test_what_is_likely_is_less_than_what_is_promised() -> None:
+    assert saves(1.0) == 1.0
+    assert 1.0 < saves(HIGH) < HIGH
+
+
+def test_a_promise_by_hand() -> None:
+    """Steps that each see all examples once: moments without noise. DRAWN counts where it is surely below STALE."""
+    norms, square, drawn = jnp.asarray([1.0, 1.0, 2.0, 8.0]), 3.0, 2.0
+    uniform, ideal = 17.5 - square, 9.0 - square
+    assert promise(monitor.create(8), batch_size=4, is_open=True) == Promise(1.0, 1.0)  # nothing was seen
+    for own, expected in ((square + drawn / 4, drawn), (square + 100.0, uniform)):
+        watched = monitor.create(8)
+        for _ in range(3):
+            watched = monitor.observe(
+                watched, jnp.ones(4), norms, jnp.float32(square), batch_grad_norm_sq=jnp.float32(own)
+            )
+        found = promise(watched, batch_size=4, is_open=True)
+        assert found.ideal == pytest.approx((square + uniform / 4) / (square + ideal / 4), rel=1e-5)
+        assert found.drawn == pytest.approx((square + uniform / 4) / (square + expected / 4), rel=1e-5)
+
+
+SAMPLER = isgd.importance_sampler(N, batch_size=M)
+
+
+def watch(step_cost: float | str = "measured", rehearse: Any = lambda state: state, **options: Any) -> CostWatch:
+    return CostWatch(SAMPLER, 100, rehearse, step_cost, **options)
+
+
+def test_the_ratio_is_that_of_the_clock_refreshes_included() -> None:
+    """Steps that learn take 3 seconds, those that rest 2, but for one disturbed one; a refresh takes 50."""
+    now, state = [0.0], SAMPLER.init()
+
+    def rehearse(state: Any) -> Any:
+        now[0] += 50.0
+        return state
+
+    measuring = watch(rehearse=rehearse, clock=lambda: now[0])
+    known, rested, told = create(), list[int](), None
+    for step in range(cost_gate.MEASURE_AT + SPAN):
+        rests = measuring.rests(known, step)
+        rested += [step] if rests else []
+
+        def make(rests: bool = rests, step: int = step) -> None:
+            now[0] += (2.0 if rests else 3.0) + 100.0 * (step in (69, 74))
+
+        measuring.advance(known, step, make)
+        known, told = measuring.after(known, state, step + 1)
+        now[0] += 7.0  # what callbacks do counts for nothing
+    assert rested == [cost_gate.MEASURE_AT + at for at in range(SPAN) if at // 4 % 2]
+    assert known.seconds.tolist() == [12.0, 8.0]
+    assert float(known.step_cost) == pytest.approx((3.0 + 0.5) / 2.0)
+    assert told == "a step that learns from norms takes 1.75 times a plain one (measured, refreshes included)"
+    assert int(known.look_every) % 4 == 0
+    assert 0.75 / int(known.look_every) <= cost_gate.LOOK_SHARE < 0.75 / (int(known.look_every) - 4)
+
+
+def test_a_run_that_was_broken_off_while_measuring_has_enough_of_the_rest() -> None:
+    now = [0.0]
+    measuring, known, state = watch(clock=lambda: now[0]), create(), SAMPLER.init()
+
+    def make() -> None:
+        now[0] += 1.0
+
+    for step in range(cost_gate.MEASURE_AT + 6, cost_gate.MEASURE_AT + SPAN):
+        measuring.advance(known, step, make)
+        known, _ = measuring.after(known, state, step + 1)
+    assert float(known.step_cost) == 1.0
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), "auto"])
+def test_what_is_no_cost_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match='step_cost must be "measured", None, or the time of a step'):
+        cost_gate.check_step_cost(wrong)
+
+
+class Notes(isgd.Callback):
+    """What is told, which steps learnt, and a state to go on from."""
+
+    def __init__(self, begin: Any = None, keep_at: int = -1) -> None:
+        self.texts, self.learnt, self.kept = list[str](), list[int](), begin
+        self._begins, self._keep_at = begin is not None, keep_at
+
+    def begin(self, run: Any) -> None:
+        if self._begins:
+            run.state, run.step = jax.tree.map(np.array, self.kept), int(self.kept.sampler.clock.step)
+        self._versions = np.array(run.state.sampler.table.versions)
+
+    def told(self, run: Any, text: str) -> None:
+        self.texts.append(f"{run.step}: {text}")
+
+    def stepped(self, run: Any, info: Any) -> None:
+        versions = np.array(run.state.sampler.table.versions)
+        self.learnt += [run.step - 1] if np.any(versions != self._versions) else []
+        self._versions = versions
+        if run.step == self._keep_at:
+            self.kept = jax.tree.map(np.array, run.state)
+
+
+def fitted(notes: Notes, num_steps: int = 300, **options: Any) -> isgd.FitResult:
+    params, data = linear_problem(N)
+    tx = optax.chain(isgd.importance_weighting(N), optax.sgd(0.01))
+    options = {"step_cost": 30.0, "sampler": isgd.importance_sampler(N, batch_size=M)} | options
+    make: Any = lambda *args, **given: isgd.refresher(*args, clock=lambda: 0.0, **given)  # noqa: E731
+    return isgd.fit(
+        isgd.Problem(linear_loss, params, data, hold=options.pop("hold", "device")), tx=tx, num_steps=num_steps,
+        key=jax.random.key(0), callbacks=[notes], refresh_every=20, make_refresher=make, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hold", ["device", "host"])
+def test_norms_that_cost_too_much_are_left_and_a_run_goes_on_bit_for_bit(hold: str) -> None:
+    """At thirty times a plain step nothing can pay: from the first decision on, a look at every 64th step."""
+    whole = Notes(keep_at=170)
+    result = fitted(whole, hold=hold)
+    assert (
+        whole.texts[0] == "112: a step that learns from norms takes 30.00 times a plain one (given, refreshes included)"
+    )
+    assert whole.texts[1].startswith("128: draws promise ")
+    assert whole.texts[1].endswith("and cost 30.00 times the time: norms are looked at in every 64th step alone")
+    assert len(whole.texts) == 2
+    timed = [step for step in range(64, 112) if (step - 64) // 4 % 2]
+    assert whole.learnt == [step for step in range(128) if step not in timed] + [128, 192, 256]
+    again = Notes(begin=whole.kept)
+    resumed = fitted(again, hold=hold)
+    chex.assert_trees_all_equal(resumed.state, result.state)
+    assert again.learnt == [192, 256]
+    assert np.isfinite(float(result.params["b"]))
+
+
+@pytest.mark.slow
+def test_a_measured_ratio_repeats_the_run_and_a_cheap_one_changes_no_more_than_the_timed_steps() -> None:
+    measured = Notes()
+    first = fitted(measured, step_cost="measured")
+    cost = float(first.state.cost_gate.step_cost)
+    second = fitted(Notes(), step_cost=round(cost, 2))
+    chex.assert_trees_all_equal(second.state._replace(cost_gate=None), first.state._replace(cost_gate=None))
+    assert measured.texts[0].startswith(
+        f"112: a step that learns from norms takes {cost:.2f} times a plain one (measured"
+    )
+    cheap = Notes()
+    result = fitted(cheap, step_cost=0.01)
+    assert len(cheap.learnt) == 300 - 24
+    assert bool(result.state.cost_gate.is_open)
+    with pytest.raises(ValueError, match="the state to go on from was made without an engine, and with a step_cost"):
+        fitted(Notes(begin=result.state), step_cost=None)
+
+
+@pytest.mark.slow
+def test_who_has_given_an_engine_or_no_monitor_is_not_asked() -> None:
+    params, data = linear_problem(N)
+    problem = isgd.Problem(linear_loss, params, data)
+    with isgd.engines.inline(problem.scorer(), problem.train) as engine:
+        assert fitted(Notes(), 5, engine=engine).state.cost_gate is None
+    unwatched = isgd.importance_sampler(N, batch_size=M, monitor=False)
+    assert fitted(Notes(), 5, sampler=unwatched).state.cost_gate is None
+    assert fitted(Notes(), 5, step_cost=None).state.cost_gate is None
+
+
+def test_a_shut_gate_of_draws_is_heard_of() -> None:
+    after, told = watch(2.0).after(gate(), with_gate(SAMPLER.init(), False), 128)
+    assert not after.is_open
+    assert told == "scores do harm: norms are looked at in every 4th step alone"

@@ -89,6 +89,7 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/ablations.py
 	$(BIN)/python experiments/fashion_mnist.py
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py
+	$(ONE_CORE) $(BIN)/python experiments/do_no_harm.py
 	$(ONE_CORE) $(BIN)/python experiments/neural_field.py
 	$(ONE_CORE) $(BIN)/python experiments/rare_events.py
 	$(ONE_CORE) $(BIN)/python experiments/language.py

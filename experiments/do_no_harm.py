@@ -245,15 +245,15 @@ def row(plain: Sequence[Record], ours: Sequence[Record]) -> Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--problems", nargs="+", choices=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="three problems, two seeds, a quarter of the steps")
     parser.add_argument("--folder", type=Path, default=Path("runs/do_no_harm"), help="of the cells")
     parser.add_argument("--data-dir", default=None, help="where prepared data sets are kept")
     args = parser.parse_args(argv)
-    names, seeds, shorter = args.problems, args.seeds, 1
+    names, seeds, shorter = args.problems or list(CASES), args.seeds, 1
     if args.quick:
-        names, seeds, shorter = QUICK, 2, 4
+        names, seeds, shorter = args.problems or list(QUICK), 2, 4
     races = {
         name: Race(name, args.folder / ("quick" if args.quick else "whole"), args.data_dir, shorter) for name in names
     }

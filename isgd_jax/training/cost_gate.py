@@ -2,9 +2,9 @@
 
 A step that learns from single gradients (fresh norms, and all that the estimator makes of them) is dearer than one that
 rests: that takes the ordinary gradient of the same draw, by a program of its own (`isgd_jax.training.train_step`). By
-how much is measured once, on steps of the run itself: for a while every other four of them rest. The ratio is kept in
-the state, and all that follows is decided from it and from the draws, never from a clock again: a run that goes on from
-a saved state decides the same.
+how much is measured once, on steps of the run itself, of which every other eight rest. The ratio is kept in the state,
+and all that follows is decided from it and from the draws, never from a clock again: a run that goes on from a saved
+state decides the same.
 
 While this gate is shut, draws go on by the scores that there are, which costs nothing, and every so many steps one
 looks at single gradients, so that the gate can open again: so seldom that it costs `LOOK_SHARE` of the time. It also
@@ -13,7 +13,7 @@ shuts while scores do harm and draws are uniform (`isgd_jax.variance.gate`).
 Guarantees:
 
 * what is estimated stays unbiased, whatever is decided: the gate changes what is learnt, not how draws are weighted;
-* nothing is decided before the measurement is over; until then all steps learn but those timed at rest;
+* a run of cheap norms learns from its first step on; where they are dear they are to show first that they can pay;
 * decisions are a function of the state, of the arguments of the run, and of the recorded ratio;
 * a gate that has failed a trial waits twice as long before the next.
 
@@ -40,11 +40,15 @@ from isgd_jax.variance.speedup import expected_speedup
 
 __all__ = [
     "DECIDE_EVERY",
+    "GROUP",
+    "LOOK_OFTEN",
+    "LOOK_OFTEN_UNTIL",
     "LOOK_SELDOM",
     "LOOK_SHARE",
     "MEASURE_AT",
     "REALIZED",
     "ROUNDS",
+    "TRY_AT_ONCE",
     "CostGate",
     "CostWatch",
     "Promise",
@@ -56,18 +60,24 @@ __all__ = [
     "trial_steps",
 ]
 
-LOOK_SELDOM = 64
+LOOK_SELDOM = 128
 """Steps from one look to the next while steps rest, at most. Looks fall on multiples of `MONITOR_EVERY`, since draws in
 halves tell more."""
 
-LOOK_SHARE = 0.03
-"""What looks may cost, of the time of a plain step."""
+LOOK_SHARE = 0.02
+"""What looks may cost, of the time of a plain step, after `LOOK_OFTEN_UNTIL`; before, every eighth step looks."""
 
-MEASURE_AT, ROUNDS = 64, 6
-"""The step at which measuring begins, and how often four steps that learn and four that rest are timed."""
+LOOK_OFTEN, LOOK_OFTEN_UNTIL = 8, 128
+
+MEASURE_AT, GROUP, ROUNDS = 8, 8, 2
+"""The step at which measuring begins, and how often so many steps that learn, and then as many that rest, are timed."""
 
 DECIDE_EVERY = 128
 """Steps between two decisions; each waits for the device."""
+
+TRY_AT_ONCE = 1.25
+"""The cost up to which a run begins by learning in every step; dearer norms are first to show, in looks, that ideal
+draws would pay."""
 
 REALIZED = 0.4
 """The part of what variance promises that is kept: on Fashion-MNIST variances 2.6 times smaller saved a factor 1.67 in
@@ -82,9 +92,9 @@ TRIAL_REFRESHES = (2, 10)
 REFRESH_SELDOM = 16
 """While the gate is shut, one of so many refreshes is made."""
 
-_SPAN = 2 * ROUNDS * MONITOR_EVERY
+_SPAN = 2 * ROUNDS * GROUP
 
-RECENT = {True: 64, False: 16}
+RECENT = {True: 64, False: 8}
 """Steps that a decision is made of, while the gate is open and while it is shut."""
 
 
@@ -92,9 +102,9 @@ class CostGate(NamedTuple):
     """Whether steps learn from single gradients, and why: a part of the state of training that stays on the host."""
 
     seconds: np.ndarray
-    """The least [2] that four steps took, which learn and which rest; 0 while none were timed. Float32, as `step_cost`:
-    time of a step that learns, refreshes included, over that of one that rests; 0 while it is not known."""
+    """The least [2] that `GROUP` steps took, which learn and which rest, float32; 0 while none were timed."""
     step_cost: np.ndarray
+    """Time of a step that learns, refreshes included, over that of one that rests; 0 while it is not known."""
     is_open: np.ndarray
     """Whether all steps learn."""
     look_every: np.ndarray
@@ -253,7 +263,7 @@ class CostWatch:
         self._batch_size, self._every, self._rehearse, self._clock = sampler.batch_size, refresh_every, rehearse, clock
         self._given = None if isinstance(step_cost, str) else float(step_cost)
         self._trial = trial_steps(sampler, refresh_every)
-        self._timed: list[float] = []
+        self._timed = 0, 0.0  # steps of the group, and their seconds
         self.last: Promise | None = None
         """What draws promised at the last decision of this process."""
 
@@ -269,18 +279,34 @@ class CostWatch:
     def rests(self, gate: CostGate, step: int) -> bool:
         """Whether a step takes the ordinary gradient and learns nothing."""
         if gate.step_cost > 0.0:
-            return not gate.is_open and step % int(gate.look_every) != 0
-        return 0 <= step - MEASURE_AT < _SPAN and (step - MEASURE_AT) // MONITOR_EVERY % 2 == 1
+            looks = min(int(gate.look_every), LOOK_OFTEN) if step < LOOK_OFTEN_UNTIL else int(gate.look_every)
+            return not gate.is_open and step % looks != 0
+        if step < MEASURE_AT:
+            return step >= MEASURE_AT // 2  # to compile both
+        return (step - MEASURE_AT) // GROUP % 2 == 1
 
-    def advance(self, gate: CostGate, step: int, make: Callable[[], Any]) -> Any:
-        """Make a step; wait for it where it is one of those that are timed."""
-        if gate.step_cost > 0.0 or self._given is not None or not 0 <= step - MEASURE_AT < _SPAN:
+    def advance(self, gate: CostGate, step: int, state: Any, make: Callable[[], Any]) -> Any:
+        """Make a step; in a group of steps that is timed, wait before it and after it, and not between.
+
+        Args:
+            gate: as it is.
+            step: the number of the step.
+            state: that the step begins from.
+            make: makes it.
+        """
+        at = step - MEASURE_AT
+        if gate.step_cost > 0.0 or self._given is not None or at < 0:
             return make()
-        if step % MONITOR_EVERY == 0:
-            self._timed = []
+        if at % GROUP == 0:
+            self._timed = 0, 0.0
+        if at % GROUP == 0 or step % self._every == 0:  # a refresh has its own account
+            jax.block_until_ready(state)
         began = self._clock()
-        made = jax.block_until_ready(make())
-        self._timed.append(self._clock() - began)
+        made = make()
+        if at % GROUP == GROUP - 1:
+            jax.block_until_ready(made)
+        count, seconds = self._timed
+        self._timed = count + 1, seconds + self._clock() - began
         return made
 
     def after(self, gate: CostGate, sampler: SamplerState, step: int) -> tuple[CostGate, str | None]:
@@ -293,11 +319,11 @@ class CostWatch:
         """
         at = step - MEASURE_AT
         if not gate.step_cost > 0.0:
-            if at <= 0 or step % MONITOR_EVERY:
+            if at <= 0 or at % GROUP:
                 return gate, None
-            gate = self._with_seconds(gate, at // MONITOR_EVERY - 1)
-            return (gate, None) if at < _SPAN else self._with_cost(gate, sampler)
-        if step % DECIDE_EVERY or at < _SPAN:
+            gate = self._with_seconds(gate, at // GROUP - 1)
+            return (gate, None) if at < _SPAN else self._with_cost(gate, sampler, step)
+        if step % DECIDE_EVERY:
             return gate, None
         sampler, was_open = local_copy(sampler), bool(gate.is_open)
         assert sampler.monitor is not None
@@ -307,24 +333,28 @@ class CostWatch:
         return after, None if bool(after.is_open) == was_open else _told(after, self.last, helps)
 
     def _with_seconds(self, gate: CostGate, turn: int) -> CostGate:
-        """The gate with the four steps that have just been timed; a resumed run may have begun within them."""
-        if len(self._timed) < MONITOR_EVERY or turn >= 2 * ROUNDS:
+        """The gate with the group that has just been timed; a resumed run may have begun within it."""
+        count, taken = self._timed
+        if count < GROUP:
             return gate
-        seconds, kind, taken = np.array(gate.seconds), turn % 2, agree(sum(self._timed))
-        seconds[kind], self._timed = min(taken, seconds[kind]) if seconds[kind] else taken, []
+        seconds, kind, taken = np.array(gate.seconds), turn % 2, agree(taken)
+        seconds[kind], self._timed = min(taken, seconds[kind]) if seconds[kind] else taken, (0, 0.0)
         return gate._replace(seconds=seconds)
 
-    def _with_cost(self, gate: CostGate, sampler: SamplerState) -> tuple[CostGate, str]:
+    def _with_cost(self, gate: CostGate, sampler: SamplerState, step: int) -> tuple[CostGate, str]:
         """The gate with the ratio that was measured or given."""
-        learning, resting = (float(x) / MONITOR_EVERY for x in gate.seconds)
+        learning, resting = (float(x) / GROUP for x in gate.seconds)
         cost, how = (1.0, "not measured") if self._given is None else (self._given, "given")
         if self._given is None and learning and resting:
             refresh = agree(self._seconds_of_refresh(sampler)) / self._every
             cost, how = max(round((learning + refresh) / resting, 2), 0.01), "measured"
         looks = math.ceil((cost - 1.0) / LOOK_SHARE / MONITOR_EVERY) * MONITOR_EVERY
         looks = min(max(looks, MONITOR_EVERY), LOOK_SELDOM)
+        gate = gate._replace(step_cost=np.asarray(cost, np.float32), look_every=np.asarray(looks, np.int32))
         text = f"a step that learns from norms takes {cost:.2f} times a plain one ({how}, refreshes included)"
-        return gate._replace(step_cost=np.asarray(cost, np.float32), look_every=np.asarray(looks, np.int32)), text
+        if cost <= TRY_AT_ONCE:
+            return gate, text
+        return _moved(gate, False, step), f"{text}: few norms until they promise more"
 
     def _seconds_of_refresh(self, sampler: SamplerState) -> float:
         found = []

@@ -88,10 +88,9 @@ class Run:
         if self.costs is None or gate is None:
             return self._advance(state, seconds, rests=False)
         rests = self.costs.rests(gate, self.step)
-        state, info = self.costs.advance(
-            gate, self.step, lambda: self._advance(state._replace(cost_gate=None), seconds, rests=rests)
-        )
-        return state._replace(cost_gate=gate), info
+        before = state._replace(cost_gate=None)
+        made = self.costs.advance(gate, self.step, before, lambda: self._advance(before, seconds, rests=rests))
+        return made[0]._replace(cost_gate=gate), made[1]
 
     def weigh_costs(self) -> str | None:
         """After a step: decide whether the next ones learn from norms; what a person should hear of it."""
@@ -155,8 +154,8 @@ def fit(
         make_refresher: with other options than `refresher` has by default.
         step_cost: time of a step that learns from norms, its share of a refresh included, over that of a plain step.
             Where norms promise fewer steps than that, steps go without, and look now and then
-            (`isgd_jax.training.cost_gate`). "measured" times 48 steps of the run itself, from the 64th on, and tells
-            the ratio; a number is gone by in its place, so that a run can be repeated bit for bit; None learns in
+            (`isgd_jax.training.cost_gate`). "measured" times 32 of the first 40 steps of the run and tells the
+            ratio; a number is gone by in its place, so that a run can be repeated bit for bit; None learns in
             every step while draws go by score. Asked only where nothing but draws is scored, and monitored: with an
             engine, whoever gave it has chosen to score.
 

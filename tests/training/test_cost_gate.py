@@ -17,7 +17,9 @@ from isgd_jax.training.cost_gate import CostGate, CostWatch, Promise, create, de
 from isgd_jax.variance import monitor
 
 N, M = 40, 8
-SPAN = 2 * cost_gate.ROUNDS * cost_gate.MONITOR_EVERY
+MEASURED = cost_gate.MEASURE_AT + 2 * cost_gate.ROUNDS * cost_gate.GROUP
+RESTED = [4, 5, 6, 7, *range(16, 24), *range(32, 40)]
+"""Steps that rest while the cost is not known."""
 
 
 def gate(**changes: float) -> CostGate:
@@ -91,35 +93,44 @@ def test_the_ratio_is_that_of_the_clock_refreshes_included() -> None:
 
     measuring = watch(rehearse=rehearse, clock=lambda: now[0])
     known, rested, told = create(), list[int](), None
-    for step in range(cost_gate.MEASURE_AT + SPAN):
+    for step in range(MEASURED):
         rests = measuring.rests(known, step)
         rested += [step] if rests else []
 
         def make(rests: bool = rests, step: int = step) -> None:
-            now[0] += (2.0 if rests else 3.0) + 100.0 * (step in (69, 74))
+            now[0] += (2.0 if rests else 3.0) + 100.0 * (step in (10, 33))
 
-        measuring.advance(known, step, make)
-        known, told = measuring.after(known, state, step + 1)
+        measuring.advance(known, step, state, make)
         now[0] += 7.0  # what callbacks do counts for nothing
-    assert rested == [cost_gate.MEASURE_AT + at for at in range(SPAN) if at // 4 % 2]
-    assert known.seconds.tolist() == [12.0, 8.0]
+        known, told = measuring.after(known, state, step + 1)
+    assert rested == RESTED
+    assert known.seconds.tolist() == [24.0, 16.0]
     assert float(known.step_cost) == pytest.approx((3.0 + 0.5) / 2.0)
-    assert told == "a step that learns from norms takes 1.75 times a plain one (measured, refreshes included)"
-    assert int(known.look_every) % 4 == 0
-    assert 0.75 / int(known.look_every) <= cost_gate.LOOK_SHARE < 0.75 / (int(known.look_every) - 4)
+    expected = "a step that learns from norms takes 1.75 times a plain one (measured, refreshes included): few norms"
+    assert told == f"{expected} until they promise more"
+    assert (bool(known.is_open), int(known.moved_at)) == (False, MEASURED)
+    every = int(known.look_every)
+    assert every % 4 == 0
+    assert 0.75 / every <= cost_gate.LOOK_SHARE < 0.75 / (every - 4)
+    assert [step for step in range(MEASURED, 300) if not measuring.rests(known, step)] == [
+        *range(MEASURED, 128, 8), *range(-(-128 // every) * every, 300, every),
+    ]  # fmt: skip
 
 
 def test_a_run_that_was_broken_off_while_measuring_has_enough_of_the_rest() -> None:
+    """Cheap norms are learnt from at once."""
     now = [0.0]
     measuring, known, state = watch(clock=lambda: now[0]), create(), SAMPLER.init()
 
     def make() -> None:
         now[0] += 1.0
 
-    for step in range(cost_gate.MEASURE_AT + 6, cost_gate.MEASURE_AT + SPAN):
-        measuring.advance(known, step, make)
+    for step in range(cost_gate.MEASURE_AT + 6, MEASURED):
+        measuring.advance(known, step, state, make)
         known, _ = measuring.after(known, state, step + 1)
+    assert known.seconds.tolist() == [8.0, 8.0]
     assert float(known.step_cost) == 1.0
+    assert bool(known.is_open)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), "auto"])
@@ -165,21 +176,18 @@ def fitted(notes: Notes, num_steps: int = 300, **options: Any) -> isgd.FitResult
 @pytest.mark.slow
 @pytest.mark.parametrize("hold", ["device", "host"])
 def test_norms_that_cost_too_much_are_left_and_a_run_goes_on_bit_for_bit(hold: str) -> None:
-    """At thirty times a plain step nothing can pay: from the first decision on, a look at every 64th step."""
+    """At thirty times a plain step nothing can pay: a look at every eighth step at first, then at every 128th."""
     whole = Notes(keep_at=170)
     result = fitted(whole, hold=hold)
-    assert (
-        whole.texts[0] == "112: a step that learns from norms takes 30.00 times a plain one (given, refreshes included)"
+    (told,) = whole.texts
+    assert told.startswith(
+        "40: a step that learns from norms takes 30.00 times a plain one (given, refreshes included)"
     )
-    assert whole.texts[1].startswith("128: draws promise ")
-    assert whole.texts[1].endswith("and cost 30.00 times the time: norms are looked at in every 64th step alone")
-    assert len(whole.texts) == 2
-    timed = [step for step in range(64, 112) if (step - 64) // 4 % 2]
-    assert whole.learnt == [step for step in range(128) if step not in timed] + [128, 192, 256]
+    assert whole.learnt == [*(step for step in range(40) if step not in RESTED), *range(40, 128, 8), 128, 256]
     again = Notes(begin=whole.kept)
     resumed = fitted(again, hold=hold)
     chex.assert_trees_all_equal(resumed.state, result.state)
-    assert again.learnt == [192, 256]
+    assert again.learnt == [256]
     assert np.isfinite(float(result.params["b"]))
 
 
@@ -195,7 +203,7 @@ def test_a_measured_ratio_repeats_the_run_and_a_cheap_one_changes_no_more_than_t
     )
     cheap = Notes()
     result = fitted(cheap, step_cost=0.01)
-    assert len(cheap.learnt) == 300 - 24
+    assert cheap.learnt == [step for step in range(300) if step not in RESTED]
     assert bool(result.state.cost_gate.is_open)
     with pytest.raises(ValueError, match="the state to go on from was made without an engine, and with a step_cost"):
         fitted(Notes(begin=result.state), step_cost=None)

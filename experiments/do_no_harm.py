@@ -10,7 +10,8 @@ Protocol   Nesterov momentum 0.9, or Adam; the rate decays to zero by a cosine o
            best is an end. Then seeds outer, sides inner. Seconds by wall clock from the second step on:
            compiling and measuring the loss stand outside, all else of `fit` (timing, deciding, refreshing) inside.
            Told, all over plain, paired by seed with 95 % intervals: seconds to a common mean training loss, the worse
-           end of the pair, and the steps alone; and the last loss. A side wins where seconds differ by more than 5 %; it is harm where the interval lies above 1.05.
+           end of the pair, and the steps alone; and the last loss. A side wins where seconds differ by more than 5 %;
+           it is harm where the interval lies above 1.05.
            The probe is asked after two fifths of the steps of plain SGD.
 
 Claims     `fit` never costs more than 5 % beyond its interval; each side wins at least 4 of 12; the probe names the

@@ -7,8 +7,9 @@ leaves its estimator off where norms cost more than they promise, against `isgd.
 
 Protocol   Nesterov momentum 0.9, or Adam; the rate decays to zero by a cosine over a number of steps that is the same
            for both sides. Rates are tuned for each side on a seed that is not reported, three each, one more where the
-           best is an end. Then seeds outer, sides inner. Seconds by wall clock from the second step on:
-           compiling and measuring the loss stand outside, all else of `fit` (timing, deciding, refreshing) inside.
+           best is an end. Then seeds outer, sides inner. Seconds count from the second step on: compiling and measuring
+           the loss stand outside, all else of `fit` (timing, deciding, refreshing) inside. They are those of the
+           process, which on one core is what a clock on the wall of a quiet machine shows; the wall's stand beside.
            Told, all over plain, paired by seed with 95 % intervals: seconds to a common mean training loss, the worse
            end of the pair, and the steps alone; and the last loss. A side wins where seconds differ by more than 5 %;
            it is harm where the interval lies above 1.05.
@@ -85,13 +86,18 @@ def optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformatio
     return optax.chain(inner, decaying(rate, steps))
 
 
+def clocks() -> np.ndarray:
+    """Seconds of this process on any core, and of the wall."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
 class Curve(isgd.Callback):
-    """The mean loss over the whole training set, by seconds of training alone."""
+    """The mean loss over the whole training set, by seconds of training alone: (step, cpu, loss, wall)."""
 
     def __init__(self, mean_loss: Callable[[Any], float], steps: int) -> None:
         self._mean_loss, self._marks = mean_loss, set(np.linspace(0, steps, LOOKS + 1).round().astype(int))
-        self.curve: list[tuple[int, float, float]] = []
-        self._seconds = self._began = 0.0
+        self.curve: list[tuple[int, float, float, float]] = []
+        self._spent, self._began = np.zeros(2), np.zeros(2)
         self._learning = 0
         self.messages: list[str] = []
 
@@ -112,15 +118,16 @@ class Curve(isgd.Callback):
         self._learning += gate is None or not run.costs.rests(gate, run.step)
         if run.step == 1:
             jax.block_until_ready(info.loss)
-            self._began = time.perf_counter()
+            self._began = clocks()
         elif run.step in self._marks:
             jax.block_until_ready(run.state.params)
-            self._seconds += time.perf_counter() - self._began
+            self._spent += clocks() - self._began
             loss = self._mean_loss(run.state.params)
-            self.curve.append((run.step, self._seconds, loss if math.isfinite(loss) else math.inf))
+            cpu, wall = (float(x) for x in self._spent)
+            self.curve.append((run.step, cpu, loss if math.isfinite(loss) else math.inf, wall))
             if not math.isfinite(loss):
                 run.stop("diverged")
-            self._began = time.perf_counter()
+            self._began = clocks()
 
     def end(self, run: Any) -> None:
         gate = run.state.cost_gate
@@ -212,12 +219,12 @@ class Race:
 
 
 def arrival(curve: Sequence[Sequence[float]], level: float, axis: int) -> float:
-    """Steps (axis 0) or seconds (axis 1) to a loss: between two looks by a straight line; infinite if never.
+    """Steps (axis 0) or seconds (1 of the process, 3 of the wall) to a loss, a straight line between two looks.
 
-    >>> arrival([(10, 1.0, 4.0), (20, 2.0, 2.0)], 3.0, 1)
+    >>> arrival([(10, 1.0, 4.0, 1.1), (20, 2.0, 2.0, 2.2)], 3.0, 1)
     1.5
     """
-    before: Sequence[float] = (0.0, 0.0, math.inf)
+    before: Sequence[float] = (0.0, 0.0, math.inf, 0.0)
     for point in curve:
         if point[2] <= level:
             share = (before[2] - level) / (before[2] - point[2]) if math.isfinite(before[2]) else 1.0
@@ -230,12 +237,14 @@ class Row(NamedTuple):
     """What came out of a problem, importance sampling over plain."""
 
     seconds: Interval
+    """Of the process."""
     steps: Interval
+    wall: Interval
     loss: Interval
 
     @property
     def winner(self) -> str:
-        """By seconds, beyond a tie."""
+        """By seconds of the process, beyond a tie."""
         if self.seconds.value > TIE:
             return "plain"
         return "importance" if self.seconds.value < 1 / TIE else "tie"
@@ -246,7 +255,7 @@ def row(plain: Sequence[Record], ours: Sequence[Record]) -> Row:
     levels = [max(r["curve"][-1][2] for r in pair) for pair in zip(plain, ours, strict=True)]
     times = [
         [[arrival(r["curve"], level, axis) for r, level in zip(side, levels, strict=True)] for side in (ours, plain)]
-        for axis in (1, 0)
+        for axis in (1, 0, 3)
     ]
     losses = [[r["curve"][-1][2] for r in side] for side in (ours, plain)]
     return Row(*(paired_ratio(*pair) for pair in (*times, losses)))
@@ -294,7 +303,8 @@ def told(race: Race, seeds: int) -> tuple[Row, bool | None]:
     made = row(runs["plain"], runs["importance"])
     ours = runs["importance"]
     print(
-        f"{race.name:13} seconds {_told(made.seconds)}  steps {_told(made.steps)}  last loss {_told(made.loss)}  "
+        f"{race.name:13} seconds {_told(made.seconds)}  steps {_told(made.steps)}  wall {_told(made.wall)}  "
+        f"last loss {_told(made.loss)}  "
         f"norms cost {np.median([r['cost'] for r in ours]):.2f}, learnt in {np.median([r['learnt'] for r in ours]):.0%}"
         f" of the steps; the probe said {_word(pays)}: {made.winner}",
         flush=True,

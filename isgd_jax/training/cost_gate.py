@@ -1,18 +1,18 @@
 """Learn from the gradients of single examples only while that brings more than it costs.
 
 A step that learns from single gradients (fresh norms, and all that the estimator makes of them) is dearer than one that
-rests: that takes the ordinary gradient of the same draw, by a program of its own (`isgd_jax.training.train_step`). By
-how much is measured once, on steps of the run itself, of which every other eight rest. The ratio is kept in the state,
-and all that follows is decided from it and from the draws, never from a clock again: a run that goes on from a saved
-state decides the same.
+rests: that is plain SGD, the ordinary gradient of a batch of shuffled epochs, by a program of its own. By how much is
+measured once, on steps of the run itself, of which every other four rest. The ratio is kept in the state, and all that
+follows is decided from it and from the draws, never from a clock again: a run that goes on from a saved state decides
+the same.
 
-While this gate is shut, draws go on by the scores that there are, which costs nothing, and every so many steps one
-looks at single gradients, so that the gate can open again: so seldom that it costs `LOOK_SHARE` of the time. It also
-shuts while scores do harm and draws are uniform (`isgd_jax.variance.gate`).
+While this gate is shut, steps rest, and every so many steps one looks: it draws by score and learns, so that the gate
+can open again; so seldom that it costs `LOOK_SHARE` of the time. It also shuts while scores do harm and draws are
+uniform (`isgd_jax.variance.gate`).
 
 Guarantees:
 
-* what is estimated stays unbiased, whatever is decided: the gate changes what is learnt, not how draws are weighted;
+* what is estimated stays unbiased, whatever is decided: both kinds of draws carry their own weights, for one target;
 * a run of cheap norms learns from its first step on; where they are dear they are to show first that they can pay;
 * decisions are a function of the state, of the arguments of the run, and of the recorded ratio;
 * a gate that has failed a trial waits twice as long before the next.
@@ -32,6 +32,7 @@ import numpy as np
 from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import gates
 from isgd_jax.sampling.estimator import MONITOR_EVERY
+from isgd_jax.sampling.plain import shuffled_epochs
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import agree, local_copy
 from isgd_jax.variance import rolling
@@ -55,6 +56,7 @@ __all__ = [
     "check_step_cost",
     "create",
     "decide",
+    "epochs_of",
     "promise",
     "saves",
     "trial_steps",
@@ -69,7 +71,7 @@ LOOK_SHARE = 0.02
 
 LOOK_OFTEN, LOOK_OFTEN_UNTIL = 8, 128
 
-MEASURE_AT, GROUP, ROUNDS = 8, 8, 2
+MEASURE_AT, GROUP, ROUNDS = 8, 4, 8
 """The step at which measuring begins, and how often so many steps that learn, and then as many that rest, are timed."""
 
 DECIDE_EVERY = 128
@@ -145,6 +147,22 @@ def check_step_cost(step_cost: float | str | None) -> None:
             'step_cost must be "measured", None, or the time of a step that learns from norms over that of a plain '
             f"step, a number above 0; got {step_cost!r}"
         )
+
+
+def epochs_of(sampler: BatchSampler, state: SamplerState) -> BatchSampler:
+    """Shuffled epochs for the target of a sampler: what a run goes over to while norms do not pay.
+
+    Args:
+        sampler: of the run.
+        state: of it; its weights of examples are taken.
+    """
+    return shuffled_epochs(
+        sampler.num_examples,
+        batch_size=sampler.batch_size,
+        monitor=False,
+        example_weights=state.examples.target,
+        steps_per_update=sampler.steps_per_update,
+    )
 
 
 def trial_steps(sampler: BatchSampler, refresh_every: int) -> int:
@@ -263,14 +281,24 @@ class CostWatch:
         self._batch_size, self._every, self._rehearse, self._clock = sampler.batch_size, refresh_every, rehearse, clock
         self._given = None if isinstance(step_cost, str) else float(step_cost)
         self._trial = trial_steps(sampler, refresh_every)
+        self._gate: CostGate | None = None
+        self._known = 0.0, True, MONITOR_EVERY
         self._timed = 0, 0.0  # steps of the group, and their seconds
         self.last: Promise | None = None
         """What draws promised at the last decision of this process."""
 
     @staticmethod
     def suits(sampler: BatchSampler, engine: Any, state: SamplerState) -> bool:
-        """Whether a run scores only what it draws, and sees what that is worth."""
-        return sampler.is_scored and engine is None and state.monitor is not None
+        """Whether a run scores only what it draws, sees what that is worth, and could do without."""
+        has_epochs = state.examples.groups is None and sampler.batch_size <= sampler.num_examples
+        return sampler.is_scored and engine is None and state.monitor is not None and has_epochs
+
+    def _numbers(self, gate: CostGate) -> tuple[float, bool, int]:
+        """Of a gate: cost, whether it is open, and steps between looks. Asked before every step, so they are kept."""
+        if gate is not self._gate:
+            self._gate = gate
+            self._known = float(gate.step_cost), bool(gate.is_open), int(gate.look_every)
+        return self._known
 
     def skips_refresh(self, gate: CostGate, step: int) -> bool:
         """Whether a refresh that is due before a step need not be made: steps rest, and little is learnt."""
@@ -278,9 +306,10 @@ class CostWatch:
 
     def rests(self, gate: CostGate, step: int) -> bool:
         """Whether a step takes the ordinary gradient and learns nothing."""
-        if gate.step_cost > 0.0:
-            looks = min(int(gate.look_every), LOOK_OFTEN) if step < LOOK_OFTEN_UNTIL else int(gate.look_every)
-            return not gate.is_open and step % looks != 0
+        cost, is_open, looks = self._numbers(gate)
+        if cost > 0.0:
+            looks = min(looks, LOOK_OFTEN) if step < LOOK_OFTEN_UNTIL else looks
+            return not is_open and step % looks != 0
         if step < MEASURE_AT:
             return step >= MEASURE_AT // 2  # to compile both
         return (step - MEASURE_AT) // GROUP % 2 == 1
@@ -295,7 +324,7 @@ class CostWatch:
             make: makes it.
         """
         at = step - MEASURE_AT
-        if gate.step_cost > 0.0 or self._given is not None or at < 0:
+        if at < 0 or self._given is not None or self._numbers(gate)[0] > 0.0:
             return make()
         if at % GROUP == 0:
             self._timed = 0, 0.0
@@ -318,17 +347,18 @@ class CostWatch:
             step: steps made so far.
         """
         at = step - MEASURE_AT
-        if not gate.step_cost > 0.0:
+        if not self._numbers(gate)[0] > 0.0:
             if at <= 0 or at % GROUP:
                 return gate, None
             gate = self._with_seconds(gate, at // GROUP - 1)
             return (gate, None) if at < _SPAN else self._with_cost(gate, sampler, step)
         if step % DECIDE_EVERY:
             return gate, None
-        sampler, was_open = local_copy(sampler), bool(gate.is_open)
-        assert sampler.monitor is not None
-        self.last = promise(sampler.monitor, batch_size=self._batch_size, is_open=was_open)
-        helps = bool(gates.is_open(sampler))
+        was_open = bool(gate.is_open)
+        seen = sampler._replace(monitor=local_copy(sampler.monitor), gate=local_copy(sampler.gate))
+        assert seen.monitor is not None
+        self.last = promise(seen.monitor, batch_size=self._batch_size, is_open=was_open)
+        helps = bool(gates.is_open(seen))
         after = decide(gate, self.last, step=step, trial=self._trial, scores_help=helps)
         return after, None if bool(after.is_open) == was_open else _told(after, self.last, helps)
 

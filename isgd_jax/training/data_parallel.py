@@ -97,12 +97,13 @@ class DataParallel:
         """A state of training from the memory of the host: parameters and optimizer in parts, the sampler everywhere.
 
         Args:
-            state: a named tuple of ``params``, ``opt_state`` and ``sampler``.
+            state: a named tuple of ``params``, ``opt_state``, ``sampler``, and ``plain``, a sampler's too or None.
         """
         return state._replace(
             params=self.place(state.params),
             opt_state=self.place(state.opt_state),
             sampler=self.replicate(state.sampler),
+            plain=self.replicate(state.plain),
         )
 
     def _parts(self, tree: Any) -> Any:

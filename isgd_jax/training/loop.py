@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
-from isgd_jax.training.cost_gate import CostWatch, check_step_cost, create
+from isgd_jax.training.cost_gate import CostWatch, check_step_cost, create, epochs_of
 from isgd_jax.training.data_parallel import DataParallel
-from isgd_jax.training.prefetch import Prefetch
+from isgd_jax.training.prefetch import BLOCK, Prefetch
 from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import FreshScores, Steps, TrainState, check_chain, make_steps
 from isgd_jax.types import Batch, Key, Params
@@ -65,6 +65,7 @@ class Run:
     step: int = 0
     parallel: DataParallel | None = None
     prefetch: Prefetch | None = None
+    prefetch_plain: Prefetch | None = None
     costs: CostWatch | None = None
     """Who decides whether steps learn from norms; None where they always do."""
     stopped: Any = field(default=None)
@@ -101,13 +102,36 @@ class Run:
         return told
 
     def _advance(self, state: TrainState, seconds: float, *, rests: bool) -> tuple[TrainState, Any]:
-        now, steps = jnp.float32(seconds), self.steps
+        now, steps = np.float32(seconds), self.steps
+        if rests:
+            return self._rest(state, now)
+        plain, state = state.plain, state._replace(plain=None)
         if self.prefetch is None:
-            step = steps.rest if rests else steps.step
-            return step(state, self.problem.frozen, self.data, self.key, now)
-        draw, batch = self.prefetch.next(self.step, state.sampler, self.refresher.steps_left(self.step))
-        step = steps.rest_drawn if rests else steps.step_drawn
-        return step(state, self.problem.frozen, draw, batch, self.key, now)
+            state, info = steps.step(state, self.problem.frozen, self.data, self.key, now)
+        else:
+            left = min(self.refresher.steps_left(self.step), self._same_for())
+            draw, batch = self.prefetch.next(self.step, state.sampler, left)
+            state, info = steps.step_drawn(state, self.problem.frozen, draw, batch, self.key, now)
+        return state._replace(plain=plain), info
+
+    def _rest(self, state: TrainState, now: Any) -> tuple[TrainState, Any]:
+        """A step of plain SGD."""
+        steps = self.steps
+        assert steps.rest is not None
+        assert steps.rest_drawn is not None
+        assert state.plain is not None
+        if self.prefetch_plain is None:
+            return steps.rest(state, self.problem.frozen, self.data, self.key, now)
+        draw, batch = self.prefetch_plain.next(self.step, state.plain, self._same_for())
+        return steps.rest_drawn(state, self.problem.frozen, draw, batch, self.key, now)
+
+    def _same_for(self) -> int:
+        """For how many steps, this one included and within a block, norms are learnt from or not as in this one."""
+        gate = self.state.cost_gate
+        if self.costs is None or gate is None:
+            return BLOCK
+        kinds = [self.costs.rests(gate, self.step + ahead) for ahead in range(BLOCK)]
+        return next((ahead for ahead, kind in enumerate(kinds) if kind != kinds[0]), BLOCK)
 
 
 def fit(
@@ -153,11 +177,11 @@ def fit(
         fresh_scores: what the table gets of the drawn examples, ``(losses, gradients) -> scores``; norms by default.
         make_refresher: with other options than `refresher` has by default.
         step_cost: time of a step that learns from norms, its share of a refresh included, over that of a plain step.
-            Where norms promise fewer steps than that, steps go without, and look now and then
-            (`isgd_jax.training.cost_gate`). "measured" times 32 of the first 40 steps of the run and tells the
-            ratio; a number is gone by in its place, so that a run can be repeated bit for bit; None learns in
-            every step while draws go by score. Asked only where nothing but draws is scored, and monitored: with an
-            engine, whoever gave it has chosen to score.
+            Where norms promise fewer steps than that, `fit` goes over to shuffled epochs, which need none, and looks
+            now and then (`isgd_jax.training.cost_gate`). "measured" times 64 of the first 72 steps of the run and tells
+            the ratio; a number is gone by in its place, so that a run can be repeated bit for bit; None learns in every
+            step while draws go by score. Asked only where nothing but draws is scored, and monitored, without groups:
+            with an engine, whoever gave it has chosen to score.
 
     Returns:
         Parameters, the whole state, and the history.
@@ -179,12 +203,14 @@ def fit(
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
     published = problem.published(picture_key)
     scored_by = make_refresher(engine, sampler, every=refresh_every, published=published)
-    costs = None
+    costs = plain = None
     if step_cost is not None and CostWatch.suits(sampler, engine, state.sampler):
         rehearse = functools.partial(scored_by.rehearse, chunks=0)
-        costs = CostWatch(sampler, scored_by.every, rehearse, step_cost)
-        state = state._replace(cost_gate=create())
-    steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, rests_if_shut=costs is None)
+        costs, plain = CostWatch(sampler, scored_by.every, rehearse, step_cost), epochs_of(sampler, state.sampler)
+        first = plain.init(sampler_key)
+        state = state._replace(cost_gate=create(), plain=first if parallel is None else parallel.replicate(first))
+    steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, plain=plain)
+    is_fetched = problem.hold != "device"
     run = Run(
         problem=problem,
         sampler=sampler,
@@ -195,14 +221,16 @@ def fit(
         state=state,
         data=data,
         parallel=parallel,
-        prefetch=None if problem.hold == "device" else Prefetch(data, steps.draw_ahead, draw_key),
+        prefetch=Prefetch(data, steps.draw_ahead, draw_key) if is_fetched else None,
+        prefetch_plain=Prefetch(data, steps.rest_ahead, draw_key) if is_fetched and steps.rest_ahead else None,
         costs=costs,
     )
     try:
         return _loop(run, callbacks)
     finally:
-        if run.prefetch is not None:
-            run.prefetch.close()
+        for prefetch in (run.prefetch, run.prefetch_plain):
+            if prefetch is not None:
+                prefetch.close()
         for callback in callbacks:
             callback.close()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.per_example import per_example_value_and_grad
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
-from isgd_jax.sampling.state import BatchSampler, Clock, SamplerState
+from isgd_jax.sampling.state import BatchSampler, Clock, SamplerState, advanced
 from isgd_jax.training.cost_gate import CostGate
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.problem import Problem
@@ -44,6 +44,8 @@ class TrainState(NamedTuple):
     cost_gate: CostGate | None = None
     """Whether steps learn from single gradients; None where nobody asks what that costs. It stays on the host: steps
     are given None, and return None."""
+    plain: SamplerState | None = None
+    """Of the shuffled epochs that steps take while norms do not pay; None where there is no cost gate."""
 
 
 class StepInfo(NamedTuple):
@@ -67,10 +69,12 @@ class Steps(NamedTuple):
     """``(sampler state, key, num_steps)``: the draws of the steps to come, stacked."""
     step_drawn: Callable[..., tuple[TrainState, StepInfo]]
     """``(state, frozen, draw, batch, key, seconds)``: learns from draws that were made and fetched ahead."""
-    rest: Callable[..., tuple[TrainState, StepInfo]]
-    """As ``step``, but by the ordinary gradient, and nothing is learnt: at the price of plain SGD."""
-    rest_drawn: Callable[..., tuple[TrainState, StepInfo]]
-    """As ``step_drawn``, but so."""
+    rest: Callable[..., tuple[TrainState, StepInfo]] | None = None
+    """As ``step``, but plain SGD on the epochs of ``state.plain``, which teaches nothing, at its price."""
+    rest_ahead: Callable[..., Draw] | None = None
+    """As ``draw_ahead``, of ``state.plain``."""
+    rest_drawn: Callable[..., tuple[TrainState, StepInfo]] | None = None
+    """As ``step_drawn``, of such draws."""
 
 
 def make_steps(
@@ -80,7 +84,7 @@ def make_steps(
     *,
     parallel: DataParallel | None = None,
     fresh_scores: FreshScores | None = None,
-    rests_if_shut: bool = True,
+    plain: BatchSampler | None = None,
 ) -> Steps:
     """The step of a problem, jitted: `fit` calls it, and so may a loop of one's own.
 
@@ -101,39 +105,48 @@ def make_steps(
         tx: an Optax chain that begins with `isgd_jax.importance_weighting`.
         parallel: several devices, each with a part of the batch.
         fresh_scores: what the table gets of the drawn examples; their norms by default.
-        rests_if_shut: whether a step takes the ordinary gradient by itself while the gate is shut; not where the caller
-            decides between ``step`` and ``rest``.
+        plain: of the same examples, for the caller that decides itself between ``step`` and ``rest``; a step then does
+            not take the ordinary gradient while the gate is shut.
 
     Returns:
-        The functions. Each donates the state it is given; those that rest hand the sampler's state on.
+        The functions. Each donates the state it is given; those that rest hand all but the clock of the sampler's on.
 
     Source: the paper, section 4, with scores from the update's own backward pass; the gate is ours.
     """
-    made = _Step(problem, sampler, optax.with_extra_args_support(tx), parallel, fresh_scores, rests_if_shut)
-    return Steps(
+    tx = optax.with_extra_args_support(tx)
+    made = _Step(problem, sampler, tx, parallel, fresh_scores, rests_if_shut=plain is None)
+    steps = Steps(
         CapturingJit(made.step, donate_argnums=(0,)),
         jax.jit(made.draw_ahead, static_argnames="num_steps"),
         CapturingJit(made.step_drawn, donate_argnums=(0,)),
-        _resting(CapturingJit(made.rest, donate_argnums=(0,))),
-        _resting(CapturingJit(made.rest_drawn, donate_argnums=(0,))),
+    )
+    if plain is None:
+        return steps
+    other = _Step(problem, plain, tx, parallel, None, rests_if_shut=False)
+    return steps._replace(
+        rest=_resting(CapturingJit(other.rest, donate_argnums=(0,))),
+        rest_ahead=jax.jit(other.draw_ahead, static_argnames="num_steps"),
+        rest_drawn=_resting(CapturingJit(other.rest_drawn, donate_argnums=(0,))),
     )
 
 
 class _Moving(NamedTuple):
-    """What a step that rests changes of the state. The rest of it, some eighty arrays, is only read."""
+    """What a step that rests takes of the state: to hand arrays in and out costs as much as a small step."""
 
     params: Params
     opt_state: optax.OptState
+    plain: SamplerState
     clock: Clock
 
 
 def _resting(program: Callable[..., tuple[_Moving, StepInfo]]) -> Callable[..., tuple[TrainState, StepInfo]]:
-    """A step from a program of what moves and what stays."""
+    """A step of the whole state from a program of what moves."""
 
     def rest(state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
-        moving, nothing = _Moving(state.params, state.opt_state, state.sampler.clock), cast("Clock", None)
-        after, info = program(moving, state.sampler._replace(clock=nothing), *given)
-        return TrainState(after.params, after.opt_state, state.sampler._replace(clock=after.clock)), info
+        assert state.plain is not None
+        after, info = program(_Moving(state.params, state.opt_state, state.plain, state.sampler.clock), *given)
+        sampler = state.sampler._replace(clock=after.clock)
+        return TrainState(after.params, after.opt_state, sampler, None, after.plain), info
 
     return rest
 
@@ -179,30 +192,23 @@ class _Step:
         return made if self.parallel is None else _where_they_belong(self.parallel, *made)
 
     def rest(
-        self, moving: _Moving, stays: SamplerState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
+        self, moving: _Moving, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[_Moving, StepInfo]:
         """Draw, gather from data on the device, take the ordinary gradient."""
-        drawn = self._draw(stays._replace(clock=moving.clock), key, params=moving.params, data=data)
-        batch = jax.tree.map(lambda x: x[drawn.indices], data)
-        return self.rest_drawn(moving, stays, frozen, drawn, batch, key, seconds)
+        drawn = self._draw(moving.plain, key)
+        return self.rest_drawn(moving, frozen, drawn, jax.tree.map(lambda x: x[drawn.indices], data), key, seconds)
 
     def rest_drawn(
-        self,
-        moving: _Moving,
-        stays: SamplerState,
-        frozen: Any,
-        drawn: Draw,
-        batch: Batch,
-        key: Key,
-        seconds: Float[Array, ""],
+        self, moving: _Moving, frozen: Any, drawn: Draw, batch: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[_Moving, StepInfo]:
-        """Take the ordinary gradient of a draw whose batch has been fetched."""
-        state = TrainState(moving.params, moving.opt_state, stays._replace(clock=moving.clock))
+        """Take the ordinary gradient of a draw whose batch has been fetched; both samplers' clocks move on."""
+        state = TrainState(moving.params, moving.opt_state, moving.plain)
         seen = self._seen(batch, jax.random.fold_in(key, moving.clock.step))
         after, info = self._together(state, frozen, drawn, seen, seconds)
         if self.parallel is not None:
             after, info = _where_they_belong(self.parallel, after, info)
-        return _Moving(after.params, after.opt_state, after.sampler.clock), info
+        clock = advanced(moving.clock, steps_per_update=self.sampler.steps_per_update, seconds=seconds)
+        return _Moving(after.params, after.opt_state, after.sampler, clock), info
 
     def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
         return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)

@@ -151,7 +151,7 @@ class PlainProgress(History):
 
     def told(self, run: "Run", text: str) -> None:
         """Print what is told."""
-        print(f"step {run.step:>{len(str(run.num_steps))}}/{run.num_steps} | {text}", file=self._out(), flush=True)
+        print(f"step {run.step:>{len(str(run.num_steps))}}/{run.num_steps} | {text}", file=self._file or sys.stdout, flush=True)
 
     def recorded(self, run: "Run", record: Record) -> None:
         """Print the line."""
@@ -165,10 +165,7 @@ class PlainProgress(History):
         if not record.get("steps_learn", True):
             parts.append("few norms")
         parts.append(f"{record['seconds']:.1f} s")
-        print(" | ".join(parts), file=self._out(), flush=True)
-
-    def _out(self) -> IO[str]:
-        return self._file or sys.stdout
+        print(" | ".join(parts), file=self._file or sys.stdout, flush=True)
 
 
 def _over(above: Any, below: Any) -> float:

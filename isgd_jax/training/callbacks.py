@@ -151,7 +151,8 @@ class PlainProgress(History):
 
     def told(self, run: "Run", text: str) -> None:
         """Print what is told."""
-        print(f"step {run.step:>{len(str(run.num_steps))}}/{run.num_steps} | {text}", file=self._file or sys.stdout, flush=True)
+        place = f"step {run.step:>{len(str(run.num_steps))}}/{run.num_steps}"
+        print(f"{place} | {text}", file=self._file or sys.stdout, flush=True)
 
     def recorded(self, run: "Run", record: Record) -> None:
         """Print the line."""

@@ -108,7 +108,8 @@ class Curve(isgd.Callback):
             run.steps.rest(copied, None, run.data, run.key, jnp.float32(0.0))
             run.refresher.rehearse(run.state.sampler, chunks=0)
             for is_open in (True, False):
-                promise(run.state.sampler.monitor, batch_size=run.sampler.batch_size, is_open=is_open)
+                sizes = {"num_examples": run.sampler.num_examples, "batch_size": run.sampler.batch_size}
+                promise(run.state.sampler.monitor, **sizes, is_open=is_open)
 
     def told(self, run: Any, text: str) -> None:
         self.messages.append(f"{run.step}: {text}")

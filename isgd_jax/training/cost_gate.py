@@ -176,12 +176,13 @@ def trial_steps(sampler: BatchSampler, refresh_every: int) -> int:
     return max(least, min(-(-sampler.num_examples // sampler.batch_size), most))
 
 
-def promise(monitor: Monitor, *, batch_size: int, is_open: bool) -> Promise:
-    """What draws are worth, from what the monitor has seen last.
+def promise(monitor: Monitor, *, num_examples: int, batch_size: int, is_open: bool) -> Promise:
+    """What draws are worth beside shuffled epochs, from what the monitor has seen last.
 
     Args:
         monitor: of the sampler's state.
-        batch_size: draws in a step.
+        num_examples: N, of which a plain batch takes none twice: its variance is (N - m) / (N - 1) of independent ones.
+        batch_size: draws in a step, m.
         is_open: whether steps learn; while they rest, fewer of the last ones count.
 
     Returns:
@@ -192,7 +193,8 @@ def promise(monitor: Monitor, *, batch_size: int, is_open: bool) -> Promise:
     square = max(float(found["square"]), 0.0)
     uniform, stale, ideal = (max(float(found[name]) - square, 0.0) for name in ("uniform", "stale", "ideal"))
     drawn = max(float(found["drawn"].value), 0.0) if float(found["drawn"].high) < stale else stale
-    return Promise(*(_speedup(uniform, x, square, batch_size) for x in (drawn, ideal)))
+    plain = uniform * (num_examples - batch_size) / max(num_examples - 1, 1)
+    return Promise(*(_speedup(plain, x, square, batch_size) for x in (drawn, ideal)))
 
 
 def saves(speedup: float) -> float:
@@ -278,7 +280,8 @@ class CostWatch:
         step_cost: float | str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._batch_size, self._every, self._rehearse, self._clock = sampler.batch_size, refresh_every, rehearse, clock
+        self._num_examples, self._batch_size = sampler.num_examples, sampler.batch_size
+        self._every, self._rehearse, self._clock = refresh_every, rehearse, clock
         self._given = None if isinstance(step_cost, str) else float(step_cost)
         self._trial = trial_steps(sampler, refresh_every)
         self._gate: CostGate | None = None
@@ -357,7 +360,9 @@ class CostWatch:
         was_open = bool(gate.is_open)
         seen = sampler._replace(monitor=local_copy(sampler.monitor), gate=local_copy(sampler.gate))
         assert seen.monitor is not None
-        self.last = promise(seen.monitor, batch_size=self._batch_size, is_open=was_open)
+        self.last = promise(
+            seen.monitor, num_examples=self._num_examples, batch_size=self._batch_size, is_open=was_open
+        )
         helps = bool(gates.is_open(seen))
         after = decide(gate, self.last, step=step, trial=self._trial, scores_help=helps)
         return after, None if bool(after.is_open) == was_open else _told(after, self.last, helps)

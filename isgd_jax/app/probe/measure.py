@@ -165,7 +165,7 @@ def as_drawn(probed: Probed, params: Params, opt_state: Any | None, *, key: Key)
             jax.block_until_ready(info.loss)
     monitor = state.sampler.monitor
     assert monitor is not None
-    return promise(monitor, batch_size=probed.batch_size, is_open=True)
+    return promise(monitor, num_examples=problem.num_examples, batch_size=probed.batch_size, is_open=True)
 
 
 def mean_loss(probed: Probed, params: Params, sample: Batch) -> float:

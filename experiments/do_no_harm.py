@@ -23,7 +23,34 @@ Commands   python experiments/do_no_harm.py                    all, two hours on
            python experiments/do_no_harm.py --problems burgers digits --seeds 5
 It goes on where it was stopped. Pin it to a core: taskset -c 1.
 
-Result     Not run yet.
+Result     Nine of the twelve, three seeds, pinned to one core of a machine that a dozen other programs kept busy: even
+           seconds of the process differ by half between runs of one program, so most intervals say little. Not run:
+           "long tail", "wrong labels", "language".
+
+           problem     seconds            steps              last loss          cost learnt  probe       won by
+           fashion     0.98 [0.74, 1.29]  0.80 [0.52, 1.24]  0.89 [0.62, 1.27]   1.8   60 %  plain       tie
+           digits      1.66 [0.13, 22]    1.45 [0.38, 5.5]   1.18 [0.68, 2.06]   1.7   10 %  plain       plain
+           separable   3.14 [0.15, 68]    2.00 [0.08, 51]    1.22 [0.56, 2.67]   5.5   18 %  plain       plain
+           burgers     0.95 [0.43, 2.06]  0.91 [0.44, 1.88]  0.85 [0.15, 4.68]   2.4    3 %  plain       importance
+           image       0.99 [0.69, 1.42]  0.92 [0.87, 0.96]  0.99 [0.96, 1.01]   1.8    4 %  plain       tie
+           tiny model  0.67 [0.00, 152]   0.42 [0.00, 135]   0.99 [0.63, 1.54]   2.9    3 %  plain       importance
+           huge batch  2.88 [0.07, 118]   1.68 [0.05, 56]    1.59 [0.19, 13]     1.4   93 %  importance  plain
+           convex      1.60 [0.64, 4.01]  1.12 [0.73, 1.74]  1.00 [1.00, 1.00]   2.4    3 %  plain       plain
+           regression  1.56 [1.04, 2.34]  1.04 [1.01, 1.08]  1.00 [1.00, 1.00]   2.1    3 %  plain       plain
+
+           "cost" is that of a step that learns over a plain one, as `fit` measured it, "learnt" the share of such
+           steps, medians. No interval lies above 1.05, but five ratios are above 1.5: that there is no harm is not
+           shown. Won by importance sampling 2, by plain SGD 5 (claimed: 4 each), and where it won it had hardly learnt
+           from norms, so that is chance. The probe is right in 4 of 7, the constant guess "plain" in 5: the claim is
+           refuted. The best rate of digits, separable, tiny model, huge batch and regression is the end of its grid.
+
+           A first, unfinished run (same problems) is why `fit` is as it is. Its estimator, left off, still drew by
+           score, and its costs were timed on too few steps: digits came out 9 times as dear, the last loss 15 times
+           as large, probably since draws with replacement end higher than epochs where all is learnt; Fashion-MNIST
+           took 0.56 [0.47, 0.67] of the steps and 1.07 [0.74, 1.54] of the seconds (of the wall), learning in 76 % of
+           its steps at the same rate. Since then `fit` rests on shuffled epochs. After the second run, promises are
+           held against batches without replacement, which "huge batch" asked for; that was not run again. The rates of
+           plain SGD on digits, regression, convex, separable and tiny model were tuned in the first run.
 """
 
 import argparse

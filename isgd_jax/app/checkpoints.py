@@ -262,7 +262,7 @@ def read(folder: Path, *, only: Sequence[str] = ()) -> Saved | None:
             record = _record(manager, step)
             with _damage_told():
                 tree = _part(manager, step, only)
-            _check_sums(tree, record)
+            _check_sums(tree, record, only)
             return tree, record
 
         (tree, record), step, damages = _newest_whole(steps, read_at, folder)
@@ -427,12 +427,16 @@ def _name(key: Any) -> str:
     return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
 
 
-def _check_sums(tree: Any, record: dict[str, Any]) -> None:
-    """What was read is what was written.
+def _check_sums(tree: Any, record: dict[str, Any], only: Sequence[str] = ()) -> None:
+    """What was read is what was written, and all of it: Orbax leaves out what its own list of arrays does not name.
 
     Raises:
-        DamagedFileError: an array has other bytes.
+        DamagedFileError: an array has other bytes, or is missing.
     """
-    for place, found in checksums(tree).items():
-        if record["sums"].get(place) != found:
+    found, written = checksums(tree), record["sums"]
+    asked = [place for place in written if not only or any(f"{place}/".startswith(f"{part}/") for part in only)]
+    for place in dict.fromkeys([*found, *asked]):
+        if place not in found:
+            raise DamagedFileError(f"{place} is missing, which was saved")
+        if written.get(place) != found[place]:
             raise DamagedFileError(f"{place} has other bytes than were saved")

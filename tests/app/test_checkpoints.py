@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import random
 import shutil
@@ -175,6 +176,24 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_told(tmp_pa
     again.close()
     assert Checkpoints(tmp_path, identity=IDENTITY).restore(tree()).notes == {"cursor": 22}
     assert (tmp_path / "damaged-2").is_dir()
+
+
+def test_an_array_that_the_list_of_arrays_does_not_name_any_more_is_missed(tmp_path: Path) -> None:
+    """Orbax reads what its list names: the rest would be left out without a word."""
+    saved(tmp_path, (1, 2)).close()
+    listed = tmp_path / "2" / "arrays" / "_METADATA"
+    content = json.loads(listed.read_text())
+    del content["tree_metadata"]["('weights',)"]
+    listed.write_text(json.dumps(content))
+    found = checkpoints_module.read(tmp_path)
+    assert found is not None
+    assert found.remarks == [
+        "the checkpoint of step 2 is damaged (weights is missing, which was saved): this is the one of step 1"
+    ]
+    for only, step in (("weights", 1), ("count", 2)):
+        found = checkpoints_module.read(tmp_path, only=(only,))
+        assert found is not None
+        assert (found.step, list(found.tree)) == (step, [only])
 
 
 @pytest.mark.usefixtures("failed_reads")

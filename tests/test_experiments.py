@@ -13,7 +13,7 @@ import optax
 import paper
 import prompts
 import pytest
-from benchmarks import lengths
+from benchmarks import equivalent_batch, lengths
 from selection import bench, contest, orders, problems, pruning, race, rivals, sources
 
 from isgd_jax.sampling import score_table
@@ -484,3 +484,8 @@ def test_every_experiment_can_be_imported() -> None:
         f"runpy.run_path({str(path)!r}, run_name='imported')" for path in scripts
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_the_batch_of_a_loss_is_read_off_a_line_through_logarithms() -> None:
+    losses = [3.0 * batch**-0.5 for batch in (100, 150, 225)]
+    assert equivalent_batch.interpolated(3.0 * 180**-0.5, [100, 150, 225], losses) == pytest.approx(180)

@@ -58,8 +58,9 @@ class SamplerReport(NamedTuple):
     """Arrays; nothing is read to the host until it is looked at. Printing it makes a table.
 
     ``equivalent_batch`` is the plain batch with the variance of the batches that are drawn: draws times
-    uniform / drawn. ``noise_scale`` is Tr Cov of one uniform draw over ‖mean gradient‖² (McCandlish et al. 2018):
-    plain batches far below it are bound by noise. Both are 0 while the monitor has not measured them.
+    uniform / drawn. It speaks of variance: under Adam draws may be worth less in loss. ``noise_scale`` is Tr Cov of one
+    uniform draw over ‖mean gradient‖² (McCandlish et al. 2018): plain batches far below it are bound by noise. Both are
+    0 while the monitor has not measured them.
     """
 
     variance: monitor.Report | None

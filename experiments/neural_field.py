@@ -12,7 +12,10 @@ Commands   python experiments/neural_field.py                              all, 
            python experiments/neural_field.py --picture experiments/figures/neural_field.png
 It goes on where it was stopped.
 
-Result     Not run yet.
+Result     The quick form on one picture (siren/china, three arms, three seeds, ten seconds a run by price, one core):
+           nobody came to 25 dB. Errors at the end, over uniform's [95 %]: residual 1.06 [1.04, 1.07], ours 1.07
+           [1.04, 1.11]; a step took 8.4 ms, 10.0 and 10.6. **A loss** at this length: what draws save in variance they
+           do not bring back in seconds. The claim is not met; the whole race was not run.
 """
 
 from pathlib import Path

@@ -135,7 +135,8 @@ def left_behind(place: Place) -> list[str]:
 
 
 def check_nothing_is_left(place: Place) -> None:
-    deadline = time.monotonic() + 60
+    """Ray's own agents look for the process that started them about once a minute: after kill -9 they stay so long."""
+    deadline = time.monotonic() + 120
     while (left := left_behind(place)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left

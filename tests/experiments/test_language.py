@@ -78,6 +78,7 @@ def test_epochs_of_arms_use_what_they_say(text):
     assert counts[9] / counts.sum() == pytest.approx((1 - 100**-0.1) / 0.99, abs=0.07)
 
 
+@pytest.mark.slow
 def test_rows_that_are_shared_have_the_losses_of_single_sequences(short, params):
     """And so have padding and chunks; the gradient of all draws is the weighted sum."""
     size = len(short.lengths)

@@ -157,6 +157,7 @@ def test_parameters_without_effect_and_only_in_the_regulariser():
     np.testing.assert_array_equal(isgd.norms(grads["unused"]), np.zeros(3))
 
 
+@pytest.mark.slow
 def test_integer_parameters_have_zero_gradients_of_their_own_type():
     params = {"w": W, "steps": jnp.arange(3)}
     grads = isgd.per_example_grads(lambda p, x: jnp.sum(x @ p["w"]) * p["steps"][1].astype(jnp.float32))(params, X)

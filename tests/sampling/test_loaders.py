@@ -50,6 +50,7 @@ def test_timing_and_order_of_observations_change_nothing():
     same(plain, late)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [SAMPLER, isgd.shuffled_epochs(N, batch_size=M)], ids=["drawn", "epochs"])
 def test_a_saved_state_goes_on_bit_for_bit_and_hands_out_again_what_was_not_observed(sampler):
     draws = made(sampler)

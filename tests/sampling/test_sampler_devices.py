@@ -141,6 +141,7 @@ and a batch whose type is split. (`jax.pmap` is the first by another name, Auto 
 QUICK = (("stratified", "shard_map"),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "way"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )

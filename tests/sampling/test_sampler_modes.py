@@ -26,6 +26,7 @@ def _all_finite(state: SamplerState) -> None:
             assert np.all(np.isfinite(leaf)), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_donated_whole_from_init_on_it_learns_and_compiles_once(kind: str) -> None:
     ran = problem.train(kind)

@@ -54,9 +54,7 @@ Result     Nine of the twelve, three seeds, pinned to one core of a machine that
 """
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,6 +64,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cells import cell
 from harm.problems import CASES, Case, case
 
 import isgd_jax as isgd
@@ -183,7 +182,7 @@ class Race:
 
     def run(self, side: str, rate: float, seed: int) -> Record:
         """A run, or what is kept of it."""
-        return self._cell(f"run-{side}-{rate:g}-{seed}", lambda: self._run(side, rate, seed))
+        return cell(self.folder, f"run-{side}-{rate:g}-{seed}", lambda: self._run(side, rate, seed))
 
     def _run(self, side: str, rate: float, seed: int) -> Record:
         found, mean_loss = self.made
@@ -210,11 +209,11 @@ class Race:
         return best, sorted(ends)
 
     def _rates(self) -> Sequence[float]:
-        return self._cell("rates", lambda: {"rates": self.made[0].rates})["rates"]
+        return cell(self.folder, "rates", lambda: {"rates": self.made[0].rates})["rates"]
 
     def probed(self, rate: float, after: int) -> Record:
         """What the probe says after so many plain steps at a rate."""
-        return self._cell(f"probe-{rate:g}-{after}", lambda: self._probed(rate, after))
+        return cell(self.folder, f"probe-{rate:g}-{after}", lambda: self._probed(rate, after))
 
     def _probed(self, rate: float, after: int) -> Record:
         found, _ = self.made
@@ -233,17 +232,6 @@ class Race:
             "words": told.words,
             "drawn": told.as_drawn._asdict(),
         }
-
-    def _cell(self, name: str, make: Callable[[], Record]) -> Record:
-        file = self.folder / f"{name}.json"
-        if file.exists():
-            return json.loads(file.read_text())
-        record = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(record))
-        part.replace(file)
-        return record
 
 
 def arrival(curve: Sequence[Sequence[float]], level: float, axis: int) -> float:

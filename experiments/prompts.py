@@ -50,9 +50,7 @@ rollouts, all of uniform's did: a digit that is never named has gradients that h
 
 import argparse
 import functools
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +60,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cells import cell
 
 import isgd_jax as isgd
 from isgd_jax import rollouts
@@ -409,15 +408,8 @@ class Race:
 
     def curve(self, name: str, own: float, rate: float, seed: int) -> list[float]:
         """A run, or what is kept of it."""
-        file = self.folder / f"{name}-{own:g}-{rate:g}-{seed}-{self.steps}.json"
-        if file.exists():
-            return json.loads(file.read_text())
-        curve = run(self.verifier, name, own, rate, seed, self.steps, self.scratch)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(curve))
-        part.replace(file)
-        return curve
+        key = f"{name}-{own:g}-{rate:g}-{seed}-{self.steps}"
+        return cell(self.folder, key, lambda: run(self.verifier, name, own, rate, seed, self.steps, self.scratch))
 
     def tuned(self, name: str, rates: tuple[float, ...]) -> tuple[float, float, str]:
         """The arm's own value, its rate, and what is to be told of the search."""

@@ -19,7 +19,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cells import cell
 
 from domains import arms, problems
 from isgd_jax.app.compare import Interval, paired_ratio
@@ -179,25 +179,14 @@ class Race:
     def price(self, name: str, larger: float) -> float:
         """Of an arm's step, measured once a folder."""
         if (name, larger) not in self.prices:
-            found = self._cell(f"price-{name}-{larger}", lambda: {"price": price(self.problem, name, larger)})
+            found = cell(self.folder, f"price-{name}-{larger}", lambda: {"price": price(self.problem, name, larger)})
             self.prices[name, larger] = found["price"]
         return self.prices[name, larger]
 
     def run(self, name: str, trial: Trial, seed: int) -> Record:
         """A run, or what is kept of it."""
         key = f"run-{name}-{trial.rate:g}-{trial.larger}-{trial.seconds:g}-{seed}"
-        return self._cell(key, lambda: run(self.problem, name, trial, seed, self.price(name, trial.larger)))
-
-    def _cell(self, name: str, make: Callable[[], Record]) -> Record:
-        file = self.folder / f"{name}.json"
-        if file.exists():
-            return json.loads(file.read_text())
-        record = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(record))
-        part.replace(file)
-        return record
+        return cell(self.folder, key, lambda: run(self.problem, name, trial, seed, self.price(name, trial.larger)))
 
     def tuned(self, name: str) -> tuple[Trial, str]:
         """The best trial of an arm, and what is to be told of the search."""

@@ -18,7 +18,6 @@ Cells are files in a folder, written whole: a race goes on where it was stopped,
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from cells import cell
 
 from isgd_jax.app.compare import Interval, mean
 
@@ -162,14 +162,7 @@ class Cells:
 
     def get(self, name: str, make: Callable[[], Record]) -> Record:
         """What is there under a name, or what is made now and kept."""
-        file = self._file(name)
-        if not file.exists():
-            record = make()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(record))
-            part.replace(file)
-        return json.loads(file.read_text())
+        return cell(self.folder, name, make)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.json"

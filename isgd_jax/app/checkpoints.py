@@ -289,11 +289,15 @@ def _pruned(tree: Any, only: Sequence[str], here: str) -> Any:
     kept = {}
     for name, inside in tree.items():
         path = f"{here}{name}"
-        if any(path == part or path.startswith(f"{part}/") for part in only):
+        if _lies_in(path, only):
             kept[name] = inside
         elif isinstance(inside, dict) and any(part.startswith(f"{path}/") for part in only):
             kept[name] = _pruned(inside, only, f"{path}/")
     return kept
+
+
+def _lies_in(path: str, parts: Sequence[str]) -> bool:
+    return any(path == part or path.startswith(f"{part}/") for part in parts)
 
 
 def into(template: Tree, tree: Any) -> Tree:
@@ -434,7 +438,7 @@ def _check_sums(tree: Any, record: dict[str, Any], only: Sequence[str] = ()) -> 
         DamagedFileError: an array has other bytes, or is missing.
     """
     found, written = checksums(tree), record["sums"]
-    asked = [place for place in written if not only or any(f"{place}/".startswith(f"{part}/") for part in only)]
+    asked = [place for place in written if not only or _lies_in(place, only)]
     for place in dict.fromkeys([*found, *asked]):
         if place not in found:
             raise DamagedFileError(f"{place} is missing, which was saved")

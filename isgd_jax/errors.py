@@ -23,6 +23,7 @@ __all__ = [
     "ReferenceNotFoundError",
     "RunInUseError",
     "Wrong",
+    "check_array",
     "check_unmasked",
     "check_whole",
     "first_wrong",

@@ -34,7 +34,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole, seen
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole, seen
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.weights import draw_weights, first_not_finite, is_probability
 
@@ -73,11 +73,11 @@ def importance_weighting(
         * ``indices=draw.indices`` [m], where there are example weights and no target.
 
     Raises:
-        TypeError: ``num_examples`` is no whole number, or the weights are a masked array; from ``update``, without
-            ``probs``, or without ``indices`` where there are example weights.
+        TypeError: ``num_examples`` is no whole number, or the weights are no array, or a masked one; from ``update``,
+            without ``probs``, or without ``indices`` where there are example weights, or for lists in place of arrays.
         ValueError: ``num_examples`` is not positive, or the weights are not N finite numbers; from ``update``:
-            gradients that are not one a draw, a target beside example weights, an array of another shape, or, where
-            values can be seen, a probability or an index out of range.
+            gradients that are not one a draw, a target beside example weights, an array of another shape or of no
+            draws, or, where values can be seen, a probability or an index out of range.
     """
     num_examples = check_whole("num_examples", num_examples, least=1, most=None)
     weights = None if example_weights is None else _checked_weights(example_weights, num_examples)
@@ -104,11 +104,15 @@ def importance_weighting(
                 "importance_weighting needs the probabilities of the draws: tx.update(grads, state, params, "
                 "probs=draw.probs). flax's TrainState.apply_gradients drops them; call tx.update yourself."
             )
-        if jnp.ndim(probs) != 1:
-            raise ArgumentError(f"probs must have one number a draw, [m]; got shape {jnp.shape(probs)}")
+        check_array("probs", probs)
+        if probs.ndim != 1 or not probs.size:
+            raise ArgumentError(f"probs must have one number a draw, [m], m at least 1; got shape {probs.shape}")
         for name, given in (("mask", mask), ("target", target), ("indices", indices)):
-            if given is not None and jnp.shape(given) != probs.shape:
-                raise ArgumentError(f"{name} must have one number a draw, {probs.shape}; got {jnp.shape(given)}")
+            if given is None:
+                continue
+            check_array(name, given)
+            if given.shape != probs.shape:
+                raise ArgumentError(f"{name} must have one number a draw, {probs.shape}; got {given.shape}")
         _check_gradients(updates, params, probs.shape[0])
         wanted = _wanted(state, num_examples, indices, mask) if target is None else _given(state, target)
         _check_probs(probs, mask)
@@ -119,9 +123,7 @@ def importance_weighting(
 
 def _checked_weights(weights: Any, num_examples: int) -> Any:
     """The weights, if they are one finite number an example."""
-    check_unmasked("example_weights", weights)
-    if not hasattr(weights, "shape"):
-        weights = np.asarray(weights, np.float32)
+    check_array("example_weights", weights)
     if weights.shape != (num_examples,):
         raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
     wrong = first_not_finite(weights)
@@ -188,6 +190,8 @@ def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
 
 
 def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
+    if not lazy.is_factored(leaf):
+        check_array("each leaf of the gradients", leaf)
     shape = _batched_shape(leaf)
     if shape == expected:
         return

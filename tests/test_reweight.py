@@ -160,15 +160,30 @@ def test_arrays_have_one_entry_a_draw(batch: tuple, name: str) -> None:
         tx.update(stacked(batch), tx.init(PARAMS), PARAMS, **given | {name: given[name][0]})
 
 
-def test_weights_may_be_a_list_and_must_be_finite(batch: tuple) -> None:
-    probs, indices = jnp.full(6, 1 / 6), jnp.arange(6)
+@pytest.mark.parametrize("name", ["probs", "mask", "target", "indices"])
+def test_lists_in_place_of_arrays_and_no_draws_are_refused(batch: tuple, name: str) -> None:
+    """As the samplers refuse them; the leaf ``b`` of the gradients too."""
+    tx, grads = reweight.importance_weighting(6), stacked(batch)
+    given = {"probs": jnp.full(6, 1 / 6), "mask": jnp.ones(6, bool), "target": jnp.ones(6), "indices": jnp.arange(6)}
+    state = tx.init(PARAMS)
     with unchecked():
-        updates = [
-            tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs, indices=indices)[0]["w"]
-            for tx in (reweight.importance_weighting(6, w) for w in ([1.0] * 6, jnp.ones(6), np.ones(6)))
-        ]
-    np.testing.assert_array_equal(updates[0], updates[1])
-    np.testing.assert_array_equal(updates[0], updates[2])
+        with pytest.raises(TypeError, match=rf"{name} must be an array, np.asarray\(...\), got list"):
+            tx.update(grads, state, PARAMS, **given | {name: given[name].tolist()})
+        with pytest.raises(TypeError, match=r"each leaf of the gradients must be an array, .* got list"):
+            tx.update(grads | {"b": grads["b"].tolist()}, state, PARAMS, **given)
+        with pytest.raises(ValueError, match=r"probs must have one number a draw, \[m\], m at least 1; got"):
+            tx.update(grads, state, PARAMS, probs=jnp.zeros(0))
+        with pytest.raises(TypeError, match=r"example_weights must be an array, .* got list"):
+            reweight.importance_weighting(6, [1.0] * 6)
+
+
+def test_weights_must_be_finite(batch: tuple) -> None:
+    indices, probs = jnp.arange(6), jnp.full(6, 1 / 6)
+    first, second = (
+        tx.update(stacked(batch), tx.init(PARAMS), PARAMS, probs=probs, indices=indices)[0]["w"]
+        for tx in (reweight.importance_weighting(6, w) for w in (jnp.ones(6), np.ones(6)))
+    )
+    np.testing.assert_array_equal(first, second)
     with pytest.raises(ValueError, match="example_weights must be finite, got nan at 1"):
         reweight.importance_weighting(2, np.asarray([1.0, np.nan], np.float32))
 

@@ -118,7 +118,7 @@ def make_plan(
 
     Raises:
         TypeError: there is no real or complex number to differentiate, or a random key beside them.
-        ValueError: the loss is no scalar, or an array of the batch has no leading axis.
+        ValueError: the loss is no scalar, or an array of the batch has no leading axis, or no example.
     """
     example = jax.tree.map(_without_batch_axis, batch)
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
@@ -169,6 +169,8 @@ def _check_differentiable(params: Any) -> None:
 def _without_batch_axis(x: Any) -> jax.ShapeDtypeStruct:
     if not jnp.shape(x):
         raise ArgumentError("every array of a batch needs a leading axis of examples, got a scalar in the batch")
+    if not jnp.shape(x)[0]:
+        raise ArgumentError(f"a batch needs at least one example, got an array of shape {jnp.shape(x)} in the batch")
     return one_example(x)
 
 

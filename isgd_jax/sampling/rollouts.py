@@ -44,7 +44,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, check_unmasked, check_whole, first_wrong, seen
+from isgd_jax.errors import ArgumentError, check_array, check_whole, first_wrong, seen
 from isgd_jax.sampling import calibration, samplers
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.types import Draw, Key
@@ -243,7 +243,7 @@ def expected_counts(
             every prompt in every step; 2 also gives each a leave-one-out baseline.
 
     Raises:
-        TypeError: ``num_rollouts`` is no whole number, or an array is masked.
+        TypeError: ``num_rollouts`` is no whole number, or an array is masked or a list.
         ValueError: a shape does not fit; or, where values can be seen, a number is out of range, or the floors sum to
             more than ``num_rollouts``. Inside ``jax.jit`` all counts are then NaN.
     """
@@ -315,7 +315,7 @@ def _checked(
     name: str, given: Float[Array | np.ndarray, " n"], size: int, *, is_signed: bool = False
 ) -> Float[Array, " n"]:
     """The numbers in float32, if they are one a prompt; those out of range show as NaN where they cannot be seen."""
-    check_unmasked(name, given)
+    check_array(name, given)
     if given.shape != (size,):
         raise ArgumentError(f"{name} must have one number a prompt, [{size}]; got shape {given.shape}")
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, check_whole, first_wrong
+from isgd_jax.errors import ArgumentError, check_array, check_whole, first_wrong
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
 from isgd_jax.sampling.placement import replicated
@@ -107,15 +107,18 @@ def prepare(probs: Float[Array, " n"], order: Int[Array, " n"] | None = None) ->
         order: a permutation [n] of the examples, such as `order_by` makes; None takes them as they are numbered.
 
     Raises:
+        TypeError: the probabilities or the order are no array, such as a list.
         ValueError: there are no examples, or 2^31 or more; ``order`` is not one number an example; or, where values
             can be seen, a mass is negative or not finite.
     """
+    check_array("probs", probs)
     _check_size(probs.shape[0])
     _check_masses(probs)
     masses = replicated(probs).astype(jnp.float32)
     masses, scale = double_float.in_range(jnp.where(jnp.isfinite(masses) & (masses >= 0.0), masses, jnp.nan))
     if order is None:
         return Law(masses, _sums(masses, scale), None, None)
+    check_array("order", order)
     if order.shape != probs.shape:
         raise ArgumentError(f"order must have one number for each of the {probs.shape[0]} masses, got {order.shape}")
     order = replicated(order).astype(jnp.int32)
@@ -135,8 +138,11 @@ def update(law: Law, indices: Int[Array, " c"], probs: Float[Array, " c"]) -> La
         probs: their masses [c], on the scale of those that the law was made of.
 
     Raises:
+        TypeError: the indices or their masses are no array, such as a list.
         ValueError: where values can be seen, a mass is negative or not finite.
     """
+    check_array("indices", indices)
+    check_array("probs", probs)
     _check_masses(probs)
     law, indices, probs = _whole(law), replicated(indices), replicated(probs)
     if not indices.shape[0]:
@@ -323,6 +329,8 @@ def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         ValueError: ``num_draws`` is below 1.
     """
     check_whole("num_draws", num_draws, least=1)
+    if not isinstance(law, Law):
+        check_array("law", law)
     size = (law.masses if isinstance(law, Law) else law).shape[0]
     indices = jax.random.randint(key, (num_draws,), 0, _check_size(size), dtype=jnp.int32)
     return Draw(indices, jnp.full((num_draws,), 1.0 / size, jnp.float32), jnp.ones((num_draws,), bool))

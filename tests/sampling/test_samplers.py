@@ -238,6 +238,23 @@ def test_numbers_of_draws_that_are_none_are_refused(sampler: Callable, wrong: ob
         sampler(jax.random.key(0), jnp.ones(3), num_draws=wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("probs", lambda law: samplers.prepare([1.0, 2.0])),
+        ("order", lambda law: samplers.prepare(jnp.ones(2), [1, 0])),
+        ("probs", lambda law: samplers.stratified(jax.random.key(0), [1.0, 2.0], num_draws=1)),
+        ("law", lambda law: samplers.uniform(jax.random.key(0), [1.0, 2.0], num_draws=1)),
+        ("indices", lambda law: samplers.update(law, [0], jnp.ones(1))),
+        ("probs", lambda law: samplers.update(law, jnp.zeros(1, int), [1.0])),
+    ],
+)
+def test_lists_are_refused(name: str, call: Callable) -> None:
+    law = prepare(jnp.ones(2))
+    with unchecked(), pytest.raises(TypeError, match=rf"{name} must be an array, np.asarray\(...\), got list"):
+        call(law)
+
+
 def test_probabilities_of_what_is_no_example_show() -> None:
     found = samplers.probabilities_of(prepare(jnp.asarray([1.0, 3.0])), jnp.asarray([1, 2, -1, 0]))
     np.testing.assert_array_equal(found, [0.75, np.nan, np.nan, 0.25])

@@ -23,7 +23,9 @@ Source: Katharopoulos & Fleuret, "Not all samples are created equal" (2018), alg
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,7 +47,7 @@ from isgd_jax.sampling.estimator import (
 )
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes
-from isgd_jax.types import Batch, Draw, Key, Params, Scorer
+from isgd_jax.types import Batch, Draw, Key, Params, Scorer, Scores
 
 __all__ = ["presampling"]
 
@@ -71,8 +73,9 @@ def presampling(
     Args:
         num_examples: of the training set, N.
         batch_size: draws in a step.
-        scorer: ``(params, batch) -> scores [b]``; None where `candidates` and `resample` are called with scores of
-            one's own.
+        scorer: ``(params, batch) -> scores [b]``, or ``(params, frozen, batch)`` where ``sample`` is given frozen
+            arrays, as by `isgd_jax.fit` of a problem that has some; None where `candidates` and `resample` are called
+            with scores of one's own.
         candidates: scored for each draw.
         uniform_fraction: share of uniform draws among the candidates.
         gate: score only while the scores promise more than they cost.
@@ -155,9 +158,24 @@ class _Presampling(_Still):
         return self._joined(state, parts, ahead)
 
     def sample(
-        self, key: Key, state: SamplerState, *, params: Params = None, data: Any = None, ahead: int | Array = 0
+        self,
+        key: Key,
+        state: SamplerState,
+        *,
+        params: Params = None,
+        data: Any = None,
+        frozen: Any = None,
+        ahead: int | Array = 0,
     ) -> Draw:
         """The draw of this step.
+
+        Args:
+            key: of this step alone.
+            state: of this sampler.
+            params: to score with.
+            data: the training set, of which the candidates are taken.
+            frozen: arrays that the scorer needs besides; None where it takes none.
+            ahead: steps since the last ``observe``.
 
         Raises:
             TypeError: there is no scorer, or no ``params`` and ``data`` to score with.
@@ -167,9 +185,9 @@ class _Presampling(_Still):
                 "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
                 "data=...), or call candidates() and resample() with scores of your own"
             )
-        found, pays = self.candidates(key, state), self._scores_are_used(state)
+        found, pays, shared = self.candidates(key, state), self._scores_are_used(state), _given(params, frozen)
         parts = [
-            self._chosen(self.scorer, pick, (params, data), part.draw, pays, size)
+            self._chosen(partial(self.scorer, *shared), pick, data, part.draw, pays, size)
             for pick, part, size in self._halves(key, found)
         ]
         return self._joined(state, parts, ahead)
@@ -196,13 +214,13 @@ class _Presampling(_Still):
         return [(pick, _part(found, self.each, start, size), size) for pick, start, size in halves if size]
 
     def _chosen(
-        self, scorer: Scorer, key: Key, of: tuple[Params, Batch], found: Draw, pays: Array, size: int
+        self, score: Callable[[Batch], Scores], key: Key, data: Batch, found: Draw, pays: Array, size: int
     ) -> tuple[Draw, Float[Array, ""]]:
-        """Draws of one half, by score if that pays; ``of`` are parameters and data."""
-        (params, data), count = of, found.indices.shape[0]
+        """Draws of one half, by score if that pays."""
+        count = found.indices.shape[0]
 
         def scored(indices: Array) -> Array:
-            return scorer(params, jax.tree.map(lambda x: x[indices], data)).astype(jnp.float32)
+            return score(jax.tree.map(lambda x: x[indices], data)).astype(jnp.float32)
 
         def by_chance() -> tuple[Draw, Array]:
             draw = samplers.uniform(key, jnp.ones(count, jnp.float32), num_draws=size)
@@ -234,6 +252,11 @@ class _Part:
 
 def _part(found: Draw, each: int, start: int, size: int) -> _Part:
     return _Part(jax.tree.map(lambda x: x[each * start : each * (start + size)], found), each * start)
+
+
+def _given(params: Params, frozen: Any) -> tuple[Any, ...]:
+    """What a scorer is called with before the batch."""
+    return (params,) if frozen is None else (params, frozen)
 
 
 def _expected_speedup(state: SamplerState) -> Float[Array, ""]:

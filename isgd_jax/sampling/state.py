@@ -138,7 +138,8 @@ class BatchSampler(NamedTuple):
     init: Callable[..., SamplerState]
     """``init(key=None) -> state``."""
     sample: Callable[..., Draw]
-    """``sample(key, state, *, params=None, data=None, ahead=0) -> draw``: changes nothing."""
+    """``sample(key, state, *, params=None, data=None, ahead=0) -> draw``: changes nothing. Presampling's also takes
+    ``frozen=``, what its scorer needs besides."""
     observe: Callable[..., SamplerState]
     """``observe(state, draw, grads=None, *, norms=None, scores=None, seconds=None, axis_name=None) -> state``."""
     record: Callable[..., SamplerState]

@@ -198,6 +198,7 @@ def fit(
     parallel = _parallel(sampler.batch_size, devices, shard_params)
     init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)
     state = _first_state(problem, tx, sampler, parallel, init_key, sampler_key)
+    _check_scorer(problem, sampler, state)
     data = problem.train
     if problem.hold == "device":
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
@@ -296,6 +297,24 @@ def _first_state(
     makes = problem.makes_params
     params = parallel.made(problem.init, init_key) if makes else parallel.place(problem.params)
     return TrainState(params, parallel.made(tx.init, params), parallel.replicate(sampler.init(sampler_key)))
+
+
+def _check_scorer(problem: Problem, sampler: BatchSampler, state: TrainState) -> None:
+    """See, from shapes alone, that presampling can score its candidates: its scorer is called as the loss is."""
+    if sampler.candidates is None:
+        return
+
+    def sample(key: Key, state: TrainState, data: Batch, frozen: Any) -> Any:
+        return sampler.sample(key, state.sampler, params=state.params, data=data, frozen=frozen)
+
+    try:
+        jax.eval_shape(sample, jax.random.key(0), state, problem.train, problem.frozen)
+    except (TypeError, ValueError) as error:
+        arguments = "params, batch" if problem.frozen is None else "params, frozen, batch"
+        raise ArgumentError(
+            f"presampling's scorer must take ({arguments}) and give one score an example, as those of "
+            f"isgd_jax.scorers made of the problem's loss do: {error}"
+        ) from error
 
 
 def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:

@@ -34,8 +34,8 @@ class Problem:
         train: a pytree of arrays with leading axis n, on the device or on the host (NumPy, memory-mapped). Integers
             stay integers, and nothing is standardized: that is the loss's business.
         held_out: more such pytrees, by name; measured, never trained on.
-        frozen: arrays that the loss needs and nobody trains, such as a pretrained base. What the loss captures is
-            passed to the program too, not written into it.
+        frozen: arrays that the loss needs and nobody trains, such as a pretrained base; presampling's scorer gets them
+            too. What the loss captures is passed to the program as well, not written into it.
         needs_key: the loss draws random numbers, such as dropout.
         augment: ``(key, example) -> example``: another picture of an example at each draw.
         metrics: ``(params, example) -> scalar`` by name (with ``frozen`` in between), measured on held-out data; by

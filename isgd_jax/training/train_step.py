@@ -170,7 +170,10 @@ class _Step:
         self, state: TrainState, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
         """Draw, gather from data on the device, learn."""
-        drawn = self._draw(state.sampler, key, params=state.params, data=data)
+        scoring = {"params": state.params, "data": data}
+        if self.sampler.candidates is not None:
+            scoring["frozen"] = frozen
+        drawn = self._draw(state.sampler, key, **scoring)
         return self.step_drawn(state, frozen, drawn, jax.tree.map(lambda x: x[drawn.indices], data), key, seconds)
 
     def draw_ahead(self, state: SamplerState, key: Key, num_steps: int) -> Draw:

@@ -165,6 +165,29 @@ def test_given_parameters_on_a_frozen_base() -> None:
     chex.assert_trees_all_equal(jax.tree.map(np.array, base), kept)
 
 
+def test_presampling_scores_with_the_frozen_arrays_of_the_problem() -> None:
+    """Passed or captured, the run is the same; a scorer of other arguments is refused before the first step."""
+    params, data = linear_problem(N)
+    frozen = {"scale": jnp.linspace(0.1, 3.0, 4)}
+
+    def loss_fn(params: Any, frozen: Any, example: Any) -> jax.Array:
+        return linear_loss(params, example | {"x": example["x"] * frozen["scale"]})
+
+    def captures(params: Any, example: Any) -> jax.Array:
+        return loss_fn(params, frozen, example)
+
+    def trained(loss_fn: Any, own: Any, **options: Any) -> isgd.FitResult:
+        sampler = isgd.presampling(N, batch_size=M, scorer=isgd.scorers.loss(own), gate=False, monitor=False)
+        return quiet(isgd.Problem(loss_fn, params, data, **options), sampler, num_steps=3)
+
+    passed, captured = trained(loss_fn, loss_fn, frozen=frozen), trained(captures, captures)
+    chex.assert_trees_all_close(passed.params, captured.params, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"presampling's scorer must take \(params, frozen, batch\) and give one"):
+        trained(loss_fn, linear_loss, frozen=frozen)
+    with pytest.raises(ValueError, match=r"presampling's scorer must take \(params, batch\) and give one"):
+        trained(captures, loss_fn)
+
+
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 @pytest.mark.slow
 def test_class_weights_are_the_weights_of_examples() -> None:

@@ -130,8 +130,7 @@ class Curve(isgd.Callback):
     def begin(self, run: Any) -> None:
         """Compile what `fit` would compile between steps."""
         if run.costs is not None:
-            copied = jax.tree.map(jnp.copy, run.state._replace(cost_gate=None))
-            run.steps.rest(copied, None, run.data, run.key, jnp.float32(0.0))
+            run.rehearse(1, rests=True)
             run.refresher.rehearse(run.state.sampler, chunks=0)
             for is_open in (True, False):
                 sizes = {"num_examples": run.sampler.num_examples, "batch_size": run.sampler.batch_size}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax.app import build, data, models, multihost, plots, schedule, shared_checkpoints, task
@@ -29,7 +28,7 @@ from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback
 from isgd_jax.training.data_parallel import agree, local_copy
 from isgd_jax.training.loop import STEPS_IN_FLIGHT, Run
-from isgd_jax.training.train_step import StepInfo, TrainState
+from isgd_jax.training.train_step import StepInfo
 from isgd_jax.types import Params
 from isgd_jax.variance import gate
 
@@ -477,15 +476,8 @@ class Recorder(Callback):
     def _plan(self, run: Run) -> Record:
         """What is about to be done, with the cost of scoring measured on this machine."""
 
-        def updates() -> TrainState:
-            """A few updates that are forgotten, one dispatched behind the other as in training."""
-            state = jax.tree.map(jnp.copy, run.state)  # a step takes over the state that it is given
-            for _ in range(REHEARSED):
-                state, _ = run.advance(state, 0.0)
-            return state
-
         with self._clock.spending("planning"):
-            (seconds,) = middle_seconds(updates, repeats=1)
+            (seconds,) = middle_seconds(lambda: run.rehearse(REHEARSED), repeats=1)
             refresh = 0.0 if self._parts.engine is None else self._seconds_per_refresh(run)
         return {
             "event": "plan",

@@ -307,6 +307,14 @@ class CostWatch:
         """Whether a refresh that is due before a step need not be made: steps rest, and little is learnt."""
         return not gate.is_open and step // self._every % REFRESH_SELDOM != 0
 
+    def is_known(self, gate: CostGate) -> bool:
+        """Whether the ratio is there, so that no step is timed."""
+        return self._numbers(gate)[0] > 0.0
+
+    def weighs(self, gate: CostGate, step: int) -> bool:
+        """Whether something is found or decided after a step, the last of so many."""
+        return step % DECIDE_EVERY == 0 or not self.is_known(gate)
+
     def rests(self, gate: CostGate, step: int) -> bool:
         """Whether a step takes the ordinary gradient and learns nothing."""
         cost, is_open, looks = self._numbers(gate)
@@ -317,26 +325,26 @@ class CostWatch:
             return step >= MEASURE_AT // 2  # to compile both
         return (step - MEASURE_AT) // GROUP % 2 == 1
 
-    def advance(self, gate: CostGate, step: int, state: Any, make: Callable[[], Any]) -> Any:
+    def advance(self, gate: CostGate, step: int, ready: Callable[[], Any], make: Callable[[], Any]) -> Any:
         """Make a step; in a group of steps that is timed, wait before it and after it, and not between.
 
         Args:
             gate: as it is.
             step: the number of the step.
-            state: that the step begins from.
+            ready: what the step before left, to wait for.
             make: makes it.
         """
         at = step - MEASURE_AT
-        if at < 0 or self._given is not None or self._numbers(gate)[0] > 0.0:
+        if at < 0 or self._given is not None or self.is_known(gate):
             return make()
         if at % GROUP == 0:
             self._timed = 0, 0.0
         if at % GROUP == 0 or step % self._every == 0:  # a refresh has its own account
-            jax.block_until_ready(state)
+            jax.block_until_ready(ready())
         began = self._clock()
         made = make()
         if at % GROUP == GROUP - 1:
-            jax.block_until_ready(made)
+            jax.block_until_ready(ready())
         count, seconds = self._timed
         self._timed = count + 1, seconds + self._clock() - began
         return made
@@ -350,7 +358,7 @@ class CostWatch:
             step: steps made so far.
         """
         at = step - MEASURE_AT
-        if not self._numbers(gate)[0] > 0.0:
+        if not self.is_known(gate):
             if at <= 0 or at % GROUP:
                 return gate, None
             gate = self._with_seconds(gate, at // GROUP - 1)

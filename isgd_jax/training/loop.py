@@ -23,11 +23,12 @@ from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
-from isgd_jax.training.cost_gate import CostWatch, check_step_cost, create, epochs_of
+from isgd_jax.training.cost_gate import CostGate, CostWatch, check_step_cost, create, epochs_of
 from isgd_jax.training.data_parallel import DataParallel
+from isgd_jax.training.packing import Held, Packing
 from isgd_jax.training.prefetch import BLOCK, Prefetch
 from isgd_jax.training.problem import Problem
-from isgd_jax.training.train_step import FreshScores, Steps, TrainState, check_chain, make_steps
+from isgd_jax.training.train_step import FreshScores, StepInfo, Steps, TrainState, beside, check_chain, make_steps
 from isgd_jax.types import Batch, Key, Params
 
 __all__ = ["STEPS_IN_FLIGHT", "FitResult", "Run", "fit"]
@@ -60,7 +61,13 @@ class Run:
     num_steps: int
     key: Key
     """Of the draws."""
-    state: TrainState
+    held: Held
+    """The state but for ``cost_gate``; callbacks look at ``state``."""
+    cost_gate: CostGate | None
+    learn: Callable[..., tuple[Any, StepInfo]]
+    """A step as ``held`` makes it."""
+    rest: Callable[..., tuple[Any, StepInfo]] | None
+    """One that takes the ordinary gradient."""
     data: Batch
     step: int = 0
     parallel: DataParallel | None = None
@@ -69,6 +76,15 @@ class Run:
     costs: CostWatch | None = None
     """Who decides whether steps learn from norms; None where they always do."""
     stopped: Any = field(default=None)
+
+    @property
+    def state(self) -> TrainState:
+        """The whole state now; the next step takes its arrays over, so that who keeps it copies it."""
+        return self.held.state._replace(cost_gate=self.cost_gate)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self.held.state, self.cost_gate = state._replace(cost_gate=None), state.cost_gate
 
     def stop(self, reason: Any) -> None:
         """End the run after this step.
@@ -80,57 +96,65 @@ class Run:
 
     def refreshes(self) -> bool:
         """Whether the proposal is renewed, or parameters are published, before the next step."""
-        gate, is_due = self.state.cost_gate, self.refresher.is_due(self.step) or self.refresher.publishes(self.step)
-        return is_due and not (self.costs and gate and self.costs.skips_refresh(gate, self.step))
+        is_due = self.refresher.is_due(self.step) or self.refresher.publishes(self.step)
+        return is_due and not (self.costs and self.cost_gate and self.costs.skips_refresh(self.cost_gate, self.step))
 
-    def advance(self, state: TrainState, seconds: float) -> tuple[TrainState, Any]:
-        """One step from this state, which is donated but for its ``cost_gate``."""
-        gate = state.cost_gate
-        if self.costs is None or gate is None:
-            return self._advance(state, seconds, rests=False)
-        rests = self.costs.rests(gate, self.step)
-        before = state._replace(cost_gate=None)
-        made = self.costs.advance(gate, self.step, before, lambda: self._advance(before, seconds, rests=rests))
-        return made[0]._replace(cost_gate=gate), made[1]
+    def advance(self, seconds: float) -> StepInfo:
+        """Make a step.
+
+        Args:
+            seconds: by the clock that scores age by.
+        """
+        costs, gate = self.costs, self.cost_gate
+        if costs is None or gate is None:
+            return self._advance(self.held, seconds, rests=False)
+        rests = costs.rests(gate, self.step)
+        if costs.is_known(gate):
+            return self._advance(self.held, seconds, rests=rests)
+        return costs.advance(gate, self.step, self.held.ready, lambda: self._advance(self.held, seconds, rests=rests))
+
+    def rehearse(self, num_steps: int, *, rests: bool = False) -> Any:
+        """Make steps from a copy of the state, one dispatched behind the other as in training, and forget them.
+
+        Args:
+            num_steps: how many.
+            rests: whether they take the ordinary gradient.
+
+        Returns:
+            What to wait for.
+        """
+        held = self.held.copy()
+        for _ in range(num_steps):
+            self._advance(held, 0.0, rests=rests)
+        return held.ready()
 
     def weigh_costs(self) -> str | None:
         """After a step: decide whether the next ones learn from norms; what a person should hear of it."""
-        if self.costs is None or self.state.cost_gate is None:
+        if self.costs is None or self.cost_gate is None or not self.costs.weighs(self.cost_gate, self.step):
             return None
-        gate, told = self.costs.after(self.state.cost_gate, self.state.sampler, self.step)
-        self.state = self.state._replace(cost_gate=gate)
+        self.cost_gate, told = self.costs.after(self.cost_gate, self.held.state.sampler, self.step)
         return told
 
-    def _advance(self, state: TrainState, seconds: float, *, rests: bool) -> tuple[TrainState, Any]:
-        now, steps = np.float32(seconds), self.steps
-        if rests:
-            return self._rest(state, now)
-        plain, state = state.plain, state._replace(plain=None)
+    def _advance(self, held: Held, seconds: float, *, rests: bool) -> StepInfo:
+        program = self.rest if rests else self.learn
+        assert program is not None
+        frozen, now = self.problem.frozen, np.float32(seconds)
         if self.prefetch is None:
-            state, info = steps.step(state, self.problem.frozen, self.data, self.key, now)
+            return held.advance(program, frozen, self.data, self.key, now)
+        if rests:
+            assert self.prefetch_plain is not None
+            draw, batch = self.prefetch_plain.next(self.step, held.state.plain, self._same_for())
         else:
             left = min(self.refresher.steps_left(self.step), self._same_for())
-            draw, batch = self.prefetch.next(self.step, state.sampler, left)
-            state, info = steps.step_drawn(state, self.problem.frozen, draw, batch, self.key, now)
-        return state._replace(plain=plain), info
-
-    def _rest(self, state: TrainState, now: Any) -> tuple[TrainState, Any]:
-        """A step of plain SGD."""
-        steps = self.steps
-        assert steps.rest is not None
-        assert steps.rest_drawn is not None
-        assert state.plain is not None
-        if self.prefetch_plain is None:
-            return steps.rest(state, self.problem.frozen, self.data, self.key, now)
-        draw, batch = self.prefetch_plain.next(self.step, state.plain, self._same_for())
-        return steps.rest_drawn(state, self.problem.frozen, draw, batch, self.key, now)
+            draw, batch = self.prefetch.next(self.step, held.state.sampler, left)
+        return held.advance(program, frozen, draw, batch, self.key, now)
 
     def _same_for(self) -> int:
         """For how many steps, this one included and within a block, norms are learnt from or not as in this one."""
-        gate = self.state.cost_gate
-        if self.costs is None or gate is None:
+        costs, gate = self.costs, self.cost_gate
+        if costs is None or gate is None:
             return BLOCK
-        kinds = [self.costs.rests(gate, self.step + ahead) for ahead in range(BLOCK)]
+        kinds = [costs.rests(gate, self.step + ahead) for ahead in range(BLOCK)]
         return next((ahead for ahead, kind in enumerate(kinds) if kind != kinds[0]), BLOCK)
 
 
@@ -204,14 +228,20 @@ def fit(
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
     published = problem.published(picture_key)
     scored_by = make_refresher(engine, sampler, every=refresh_every, published=published)
-    costs = plain = None
+    costs = plain = gate = None
     if step_cost is not None and CostWatch.suits(sampler, engine, state.sampler):
         rehearse = functools.partial(scored_by.rehearse, chunks=0)
-        costs, plain = CostWatch(sampler, scored_by.every, rehearse, step_cost), epochs_of(sampler, state.sampler)
+        costs, plain, gate = (
+            CostWatch(sampler, scored_by.every, rehearse, step_cost),
+            epochs_of(sampler, state.sampler),
+            create(),
+        )
         first = plain.init(sampler_key)
-        state = state._replace(cost_gate=create(), plain=first if parallel is None else parallel.replicate(first))
+        state = state._replace(plain=first if parallel is None else parallel.replicate(first))
     steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, plain=plain)
     is_fetched = problem.hold != "device"
+    learn, rest = (steps.step_drawn, steps.rest_drawn) if is_fetched else (steps.step, steps.rest)
+    packing = Packing(state) if parallel is None and not is_fetched else None
     run = Run(
         problem=problem,
         sampler=sampler,
@@ -219,7 +249,10 @@ def fit(
         refresher=scored_by,
         num_steps=num_steps,
         key=draw_key,
-        state=state,
+        held=Held(state, packing),
+        cost_gate=gate,
+        learn=beside(learn) if packing is None else packing.step(beside(learn.__wrapped__)),
+        rest=rest if packing is None or rest is None else packing.step(rest.__wrapped__),
         data=data,
         parallel=parallel,
         prefetch=Prefetch(data, steps.draw_ahead, draw_key) if is_fetched else None,
@@ -249,7 +282,7 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
                 seconds = run.refresher.last.seconds
                 for callback in callbacks:
                     callback.refreshed(run)
-        run.state, info = run.advance(run.state, seconds)
+        info = run.advance(seconds)
         run.step += 1
         told = run.weigh_costs()
         if run.step % STEPS_IN_FLIGHT == 0:
@@ -266,7 +299,7 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
 
 def _check_costs(run: Run) -> None:
     """Refuse a saved state that knows more or less of costs than this run."""
-    if (run.costs is None) != (run.state.cost_gate is None):
+    if (run.costs is None) != (run.cost_gate is None):
         was = "with step_cost=None, or with an engine" if run.costs else "without an engine, and with a step_cost"
         raise ArgumentError(f"the state to go on from was made {was}: go on as it began")
 

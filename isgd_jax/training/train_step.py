@@ -1,8 +1,9 @@
 """The jitted step: draw, gather, differentiate once, reweight, update, and learn from the fresh norms."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,18 @@ from isgd_jax.types import Batch, Draw, Key, Params
 from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.rolling import Band
 
-__all__ = ["LOOK_EVERY", "PICTURES", "FreshScores", "StepInfo", "Steps", "TrainState", "check_chain", "make_steps"]
+__all__ = [
+    "LOOK_EVERY",
+    "PICTURES",
+    "FreshScores",
+    "JittedStep",
+    "StepInfo",
+    "Steps",
+    "TrainState",
+    "beside",
+    "check_chain",
+    "make_steps",
+]
 
 PICTURES = 0x70696374
 """Folded into a step's key, it gives the keys of augmentation. Splitting, which samplers do, never gets so far."""
@@ -60,20 +72,30 @@ class StepInfo(NamedTuple):
     """What the gate judged: above 1 the scores do harm."""
 
 
+class JittedStep(Protocol):
+    """A step that donates the state it is given."""
+
+    __wrapped__: Callable[..., tuple[TrainState, StepInfo]]
+    """Not jitted."""
+
+    def __call__(self, state: TrainState, /, *given: Any) -> tuple[TrainState, StepInfo]:
+        """The state after the step, and what a person looks at."""
+
+
 class Steps(NamedTuple):
     """The jitted functions of a run, their arguments given by position. The state is donated."""
 
-    step: Callable[..., tuple[TrainState, StepInfo]]
+    step: JittedStep
     """``(state, frozen, data, key, seconds)``: draws, gathers from the data on the device, learns."""
     draw_ahead: Callable[..., Draw]
     """``(sampler state, key, num_steps)``: the draws of the steps to come, stacked."""
-    step_drawn: Callable[..., tuple[TrainState, StepInfo]]
+    step_drawn: JittedStep
     """``(state, frozen, draw, batch, key, seconds)``: learns from draws that were made and fetched ahead."""
-    rest: Callable[..., tuple[TrainState, StepInfo]] | None = None
+    rest: JittedStep | None = None
     """As ``step``, but plain SGD on the epochs of ``state.plain``, which teaches nothing, at its price."""
     rest_ahead: Callable[..., Draw] | None = None
     """As ``draw_ahead``, of ``state.plain``."""
-    rest_drawn: Callable[..., tuple[TrainState, StepInfo]] | None = None
+    rest_drawn: JittedStep | None = None
     """As ``step_drawn``, of such draws."""
 
 
@@ -124,9 +146,9 @@ def make_steps(
         return steps
     other = _Step(problem, plain, tx, parallel, None, rests_if_shut=False)
     return steps._replace(
-        rest=_resting(CapturingJit(other.rest, donate_argnums=(0,))),
+        rest=_Resting(other.rest),
         rest_ahead=jax.jit(other.draw_ahead, static_argnames="num_steps"),
-        rest_drawn=_resting(CapturingJit(other.rest_drawn, donate_argnums=(0,))),
+        rest_drawn=_Resting(other.rest_drawn),
     )
 
 
@@ -139,16 +161,43 @@ class _Moving(NamedTuple):
     clock: Clock
 
 
-def _resting(program: Callable[..., tuple[_Moving, StepInfo]]) -> Callable[..., tuple[TrainState, StepInfo]]:
-    """A step of the whole state from a program of what moves."""
+class _Resting:
+    """A step of the whole state from one of what moves, jitted; ``__wrapped__`` is not.
 
-    def rest(state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
+    Args:
+        step: ``(moving, *given) -> (moving, info)``.
+    """
+
+    def __init__(self, step: Callable[..., tuple[_Moving, StepInfo]]) -> None:
+        self.__wrapped__: Callable[..., tuple[TrainState, StepInfo]] = functools.partial(self._whole, step)
+        self._program = CapturingJit(step, donate_argnums=(0,))
+
+    def __call__(self, state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
+        """The state after a step, and what a person looks at."""
+        return self._whole(self._program, state, *given)
+
+    @staticmethod
+    def _whole(
+        program: Callable[..., tuple[_Moving, StepInfo]], state: TrainState, *given: Any
+    ) -> tuple[TrainState, StepInfo]:
         assert state.plain is not None
         after, info = program(_Moving(state.params, state.opt_state, state.plain, state.sampler.clock), *given)
         sampler = state.sampler._replace(clock=after.clock)
         return TrainState(after.params, after.opt_state, sampler, None, after.plain), info
 
-    return rest
+
+def beside(step: Callable[..., tuple[TrainState, StepInfo]]) -> Callable[..., tuple[TrainState, StepInfo]]:
+    """The step that leaves ``plain`` as it is: what a step that learns neither needs nor changes.
+
+    Args:
+        step: of states without it.
+    """
+
+    def learn(state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
+        after, info = step(state._replace(plain=None), *given)
+        return after._replace(plain=state.plain), info
+
+    return learn
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_the_ratio_is_that_of_the_clock_refreshes_included() -> None:
         def make(rests: bool = rests, step: int = step) -> None:
             now[0] += (2.0 if rests else 3.0) + 100.0 * (step in (10, 33, 62))
 
-        measuring.advance(known, step, state, make)
+        measuring.advance(known, step, lambda: state, make)
         now[0] += 7.0  # what callbacks do counts for nothing
         known, told = measuring.after(known, state, step + 1)
     assert rested == RESTED
@@ -131,7 +131,7 @@ def test_a_run_that_was_broken_off_while_measuring_has_enough_of_the_rest() -> N
         now[0] += 1.0
 
     for step in range(cost_gate.MEASURE_AT + 6, MEASURED):
-        measuring.advance(known, step, state, make)
+        measuring.advance(known, step, lambda: state, make)
         known, _ = measuring.after(known, state, step + 1)
     assert known.seconds.tolist() == [4.0, 4.0]
     assert float(known.step_cost) == 1.0

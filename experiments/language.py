@@ -76,7 +76,7 @@ MEASURES = (
 @functools.cache
 def graph() -> Any:
     """Of the model."""
-    return nnx.split(Transformer(nnx.Rngs(0)))[0]
+    return nnx.split(Transformer(nnx.Rngs(0)), nnx.Param)[0]
 
 
 def token_losses(params: Tree, row: Any) -> Array:
@@ -387,7 +387,7 @@ def pretrained(file: Path, text: code.Text) -> Tree:
         file: ``.npz``.
         text: what is learnt from.
     """
-    first = nnx.split(Transformer(nnx.Rngs(PRETRAINING["seed"])))[1]
+    first = nnx.split(Transformer(nnx.Rngs(PRETRAINING["seed"])), nnx.Param)[1]
     leaves, tree = jax.tree.flatten(first)
     if not file.exists():
         params, opt_state = first, TX.init(first)

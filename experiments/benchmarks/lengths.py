@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
 @functools.cache
 def model() -> tuple[Any, Any]:
     """Its graph and first parameters."""
-    return nnx.split(Transformer(nnx.Rngs(0)))
+    return nnx.split(Transformer(nnx.Rngs(0)), nnx.Param)
 
 
 def loss_fn(params: Any, example: dict[str, jax.Array]) -> jax.Array:

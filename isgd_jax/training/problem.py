@@ -29,8 +29,8 @@ class Problem:
     Args:
         loss_fn: the loss of ONE example, a scalar: ``loss_fn(params, example)``; with ``frozen`` it is
             ``loss_fn(params, frozen, example)``, and with ``needs_key`` it takes a key of the example's own, last.
-        params: to start from, a pytree of arrays (`flax.nnx.split` and `equinox.partition` make one); or a function
-            ``key -> params``.
+        params: to start from, a pytree of arrays (``nnx.split(model, nnx.Param)`` and `equinox.partition` make one);
+            or a function ``key -> params``.
         train: a pytree of arrays with leading axis n, on the device or on the host (NumPy, memory-mapped). Integers
             stay integers, and nothing is standardized: that is the loss's business.
         held_out: more such pytrees, by name; measured, never trained on.
@@ -194,8 +194,8 @@ def _check_params(params: Params) -> None:
         got = "no leaves at all" if wrong is None else f"a leaf of type {type(wrong).__name__}"
         got = f"the module {type(params).__name__}" if is_module else got
         raise ArgumentTypeError(
-            f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (flax.nnx.split, "
-            "equinox.partition), and close the rest over in loss_fn"
+            f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (nnx.split(model, "
+            "nnx.Param), equinox.partition), and close the rest over in loss_fn"
         )
     check_no_keys(params)
 

@@ -24,7 +24,7 @@ def short(text) -> code.Text:
 
 @pytest.fixture(scope="module")
 def params():
-    return language.nnx.split(language.Transformer(language.nnx.Rngs(0)))[1]
+    return language.nnx.split(language.Transformer(language.nnx.Rngs(0)), language.nnx.Param)[1]
 
 
 def sequences_in(chunk: code.Chunk) -> list[bytes]:

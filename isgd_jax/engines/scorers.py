@@ -198,9 +198,14 @@ def validation_product(
     """By how much a small step on each example lowers a validation loss: ⟨gradient of the example, of that loss⟩.
 
     Draws by it stay unbiased for the training loss, but their variance is not made small: an example whose gradient is
-    large and orthogonal to the validation gradient scores 0. To keep the ``k`` best (``negative="keep"``), as `GREATS`
-    does, is a bias toward the validation set, which is its purpose. Only its first-order term is here: `GREATS` also
-    takes off what selected examples have in common, which `isgd_jax.gram` tells.
+    large and orthogonal to the validation gradient scores 0. To keep the ``k`` best (``negative="keep"``), as GREATS
+    does, is a bias toward the validation set, which is its purpose.
+
+    Only the first-order term of GREATS is here. It chooses one example after the other, the next by the largest
+    η ⟨g_i, v⟩ - η² sum of ⟨g_i, g_j⟩ over the chosen j (η the learning rate, v the validation gradient), so that no two
+    are alike. That is left out because it is no score: what an example is worth depends on which were chosen before,
+    and of what is chosen for certain, and the rest never, no weights make an unbiased estimate. In a loop of your own
+    that accepts this bias, `isgd_jax.inner` and `isgd_jax.gram` give both products.
 
     The scorer's parameters are the pair ``(params, validation_gradient)``, the second a tree like the first:
     ``jax.grad`` of the mean validation loss, made anew as often as scores are.
@@ -214,7 +219,7 @@ def validation_product(
         ValueError: an option is unknown; when called, the trees of the pair differ.
 
     Source: Wang et al., "GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration" (NeurIPS
-    2024), section 3; the product without the gradients is ours.
+    2024), section 3, and its authors' program for the term that is left out; the product without the gradients is ours.
     """
     as_scores = _signed(negative)
 

@@ -6,6 +6,8 @@ import importlib
 import logging
 import os
 import sys
+import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,8 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from jax._src import compilation_cache
+from jax._src.interpreters import mlir
 from jax._src.lru_cache import LRUCache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -61,6 +65,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="isgd-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 for name, value in {
+    "jax_traceback_in_locations_limit": 0,  # which line of Python asked for an operation: kept with each of them
     "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -77,6 +82,25 @@ def put_whole(cache: LRUCache, key: str, value: bytes) -> None:
 
 
 LRUCache.put = put_whole
+compilation_cache.zlib = SimpleNamespace(compress=functools.partial(zlib.compress, level=1), decompress=zlib.decompress)
+
+
+class Lowering(threading.local):
+    """What JAX makes anew for each program that it lowers, 4 ms each: here one for all programs of a file of tests."""
+
+    context: Any = None
+
+
+make_context, lowering = mlir.make_ir_context, Lowering()
+
+
+def same_context() -> Any:
+    """One of this thread's own: a context is filled as it is used."""
+    lowering.context = lowering.context or make_context()
+    return lowering.context
+
+
+mlir.make_ir_context = same_context
 
 
 def pytest_collection_finish() -> None:
@@ -87,7 +111,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-MAPPED_REGIONS = 30_000
+MAPPED_REGIONS = 45_000
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,6 +122,7 @@ def room_for_programs() -> Iterator[None]:
     ends by a segmentation fault: a worker of the whole suite came there.
     """
     yield
+    lowering.context = None
     mapped = Path("/proc/self/maps")
     if mapped.exists() and len(mapped.read_bytes().splitlines()) > MAPPED_REGIONS:
         jax.clear_caches()

@@ -1,17 +1,20 @@
-"""The command as a user types it, in a process of its own."""
+"""The command as a user types it: in a process of its own where that is what matters."""
 
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jax._src.lru_cache import LRUCache
 
 import isgd_jax
 from isgd_jax.app.cli import FIRST_PAGES, _at_home, _leave_failures_to_us, _parse, main
@@ -144,10 +147,22 @@ def test_the_code_that_a_runs_folder_names_is_told_before_it_is_imported(
     assert "--loss nowhere_to_be_found:loss imports nowhere_to_be_found from nowhere: it is not there" in said
 
 
+def ended(*arguments: str) -> Any:
+    """The code that the command ends with, in this process: what imports it has is not asked here."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    return exit_info.value.code
+
+
 @pytest.mark.slow
-def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
-    code, out, err = finished(isgd("train", "--run-dir", "run", "--data-dir", "data", *SMALL, cwd=tmp_path))
-    assert (code, err) == (0, "")
+@pytest.mark.figures
+def test_train_on_digits_from_plan_to_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ended("train", "--run-dir", "run", "--data-dir", "data", *SMALL) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     for text in ("digits, N = 1,437", "of the training time", "held-out error", "run/variance.png"):
         assert text in " ".join(out.split())
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == {
@@ -156,7 +171,9 @@ def test_train_on_digits_from_plan_to_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Kill -9 as soon as the first checkpoint is there; the same parameters come out as without a kill."""
     arguments = ["train", "--run-dir", "run", "--data-dir", "data", *PLAIN, "--steps", "400"]
     # Without the cache of compiled programs: killed while it writes there, a process would leave half an entry.
@@ -167,8 +184,9 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
     process.kill()
     process.communicate()
     assert (tmp_path / "run" / "config.json").is_file()
-    code, _, err = finished(isgd("train", "--resume", "run", cwd=tmp_path))
-    assert (code, err) == (0, "")
+    monkeypatch.chdir(tmp_path)
+    assert ended("train", "--resume", "run") == 0
+    assert capsys.readouterr().err == ""
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert steps[-1] == 400
@@ -176,43 +194,49 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Writing is refused past a size, as by a quota: the run ends with a sentence, and goes on when there is room."""
     monkeypatch.chdir(tmp_path)
-
-    def code_of(*arguments: str) -> Any:
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        return ended.value.code
-
     large = ["--hidden", "2048"]  # a checkpoint of it is larger than the limit, a figure is not
-    assert code_of("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, *large) == 0
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
-    code = f"{limit}from isgd_jax.app.cli import main; main()"
+    assert ended("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, *large) == 0
     more = ["train", "--resume", "run", "--steps", "100"]
-    full = subprocess.run(
-        [sys.executable, "-c", code, *more], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # or the limit would cut its entries in half
-    )  # fmt: skip
-    assert full.returncode == 1
-    assert "isgd: cannot write a checkpoint to" in full.stderr
-    assert "the one of step 60 stays; make room and resume" in full.stderr
-    assert "Traceback" not in full.stderr
-    assert code_of(*more) == 0
+    monkeypatch.setattr(LRUCache, "put", lambda self, key, value: None)  # or the limit would cut what is compiled
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    try:
+        full = str(ended(*more))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "isgd: cannot write a checkpoint to" in full
+    assert "the one of step 60 stays; make room and resume" in full
+    assert "Traceback" not in full + capsys.readouterr().err
+    assert ended(*more) == 0
 
 
 @pytest.mark.slow
-def test_sigterm_saves_says_how_to_go_on_and_leaves(tmp_path: Path) -> None:
-    process = isgd("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, "--steps", "100000", cwd=tmp_path)
-    deadline = time.monotonic() + 150
+def test_sigterm_saves_says_how_to_go_on_and_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.is_file() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    code, out, _ = finished(process)
+
+    def terminate() -> None:
+        while not (metrics.is_file() and '"step": 20,' in metrics.read_text()):
+            if over.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    over = threading.Event()
+    waiting = threading.Thread(target=terminate)
+    waiting.start()
+    try:
+        code = ended("train", "--run-dir", "run", "--data-dir", "data", *PLAIN, "--steps", "100000")
+    finally:
+        over.set()
+        waiting.join()
     assert code == 128 + signal.SIGTERM
-    assert "Go on with: isgd train --resume run" in out
+    assert "Go on with: isgd train --resume run" in capsys.readouterr().out
 
 
 def test_the_bare_command_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -338,6 +338,14 @@ def test_the_plan_comes_first_and_costs_are_measured(whole: tuple[Result, list[R
 LOCAL: dict[str, Any] = {"engine": "local"}
 
 
+@pytest.fixture
+def three_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trains and two score: each that scores compiles for itself."""
+    three = jax.local_devices()[:3]
+    monkeypatch.setattr(jax, "local_devices", lambda: three)
+
+
+@pytest.mark.usefixtures("three_devices")
 def test_exact_mode_gives_the_same_parameters_on_every_engine(
     tmp_path: Path, whole: tuple[Result, list[Record]]
 ) -> None:
@@ -349,6 +357,7 @@ def arrivals(folder: Path) -> list[Any]:
     return [(record["step"], record["arrived"]) for record in RunDir(folder).records("refresh")]
 
 
+@pytest.mark.usefixtures("three_devices")
 def test_a_relaxed_run_with_workers_is_replayed_bit_for_bit(tmp_path: Path) -> None:
     """Also one that was stopped in the middle and resumed, with other workers in flight, and distrust by the clock."""
     changes: dict[str, Any] = {
@@ -367,6 +376,7 @@ def test_a_relaxed_run_with_workers_is_replayed_bit_for_bit(tmp_path: Path) -> N
     assert arrivals(again.run_dir) == arrivals(run.run_dir)
 
 
+@pytest.mark.usefixtures("three_devices")
 def test_all_workers_gone_training_goes_on_and_the_proposal_becomes_uniform(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ example go in, a contraction and the operation under test come out. A rule that 
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -194,9 +195,9 @@ def ask(programs: dict[str, Any], batch: Any) -> tuple[Any, dict[str, Any], dict
     return grads, of, jax.jit(isgd.stacked_per_example_grads(loss_fn))(params, batch)
 
 
-def each_grad(programs: dict[str, Any], batch: Any) -> dict[str, np.ndarray]:
+def each_grad(programs: dict[str, Any], batch: Any, grad: Any = None) -> dict[str, np.ndarray]:
     """One `jax.grad` an example."""
-    params, grad = params_of(programs, batch), jax.jit(jax.grad(loss_of(programs)))
+    params, grad = params_of(programs, batch), grad or jax.jit(jax.grad(loss_of(programs)))
     host = jax.tree.map(np.asarray, batch)
     rows = [grad(params, jax.tree.map(lambda x, n=n: x[n], host)) for n in range(B)]
     return {name: np.stack([np.asarray(row[name]).astype(np.complex128) for row in rows]) for name in programs}
@@ -230,16 +231,31 @@ def programs_of(name: str) -> dict[str, Any]:
     return {**REAL, **COMPLEX} if name.startswith("complex") else {**REAL, **WIDER} if name == "float32" else REAL
 
 
+WIDE = ("float64", "complex128")
+
+
+@functools.cache
+def asked_of(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What is asked of all programs in a type, once for all tests."""
+    with jax.enable_x64(True) if name in WIDE else contextlib.nullcontext():
+        return ask(programs_of(name), jax.tree.map(jnp.asarray, factors(jnp.dtype(name))))
+
+
+@functools.cache
+def widest(name: str) -> tuple[Any, dict[str, Any], Any]:
+    """The widest type of a kind, the programs of all its types, and their gradient in it: one program for all."""
+    programs = programs_of(name)
+    return np.result_type(name, np.float64), programs, jax.jit(jax.grad(loss_of(programs)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTH)
 def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
-    dtype, programs = jnp.dtype(name), programs_of(name)
-    widest = np.complex128 if name.startswith("complex") else np.float64
-    held = factors(dtype)
+    dtype, programs, grad = widest("complex64" if name.startswith("complex") else "float32")
     with jax.enable_x64(True):
-        right = each_grad(programs, jax.tree.map(lambda x: jnp.asarray(x.astype(widest)), held))
-    with jax.enable_x64(dtype.itemsize >= 16 or name == "float64") if name in WIDE else contextlib.nullcontext():
-        _, found, stacked = ask(programs, jax.tree.map(jnp.asarray, held))
+        held = jax.tree.map(lambda x: jnp.asarray(x.astype(dtype)), factors(jnp.dtype(name)))
+        right = each_grad(programs, held, grad)
+    _, found, stacked = asked_of(name)
     wrong = {}
     for case, answers in found.items():
         allowed = max(4 * of_stacked(stacked[case], right[case]), 4e-3 if "16" in case else SMOOTH[name])
@@ -247,9 +263,6 @@ def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
             {(case, what): (e, allowed) for what, e in errors(answers, right[case]).items() if not e <= allowed}
         )
     assert not wrong
-
-
-WIDE = ("float64", "complex128")
 
 
 @pytest.mark.slow
@@ -267,8 +280,7 @@ def test_what_is_not_linear_is_as_one_gradient_an_example():
 @pytest.mark.parametrize("name", ["float32", "complex64"])
 def test_rules_do_cut(name):
     """A rule that formed everything would agree as well."""
-    programs = programs_of(name)
-    grads, _, _ = ask(programs, jax.tree.map(jnp.asarray, factors(jnp.dtype(name))))
+    grads, _, _ = asked_of(name)
     assert {case for case, leaf in grads.items() if not is_factored(leaf)} <= {"fft", "imag, of the other"}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import isgd_jax as isgd
 
-NUM_EXAMPLES, BATCH = 24, 8
+NUM_EXAMPLES, BATCH, REFRESH_EVERY = 24, 8, 8
 
 
 QUICK = ("stratified",)
@@ -162,7 +162,7 @@ def train(
     own, state, examples = (place(tree) for tree in (own, state, data(own["w1"].dtype)))
     opt_state, key, seen = optimizer().init(own), jax.random.key(3), []
     for at in range(start, start + steps):
-        if at % 8 == 0:
+        if at % REFRESH_EVERY == 0:
             state = refresh(state)
         own, opt_state, state, indices = step(own, opt_state, state, examples, jax.random.fold_in(key, at))
         seen.append(np.asarray(indices))

@@ -11,8 +11,9 @@ Guarantees:
 * a gradient of zero has the sketch zero, never NaN.
 
 Not guaranteed: the same clusters on several devices as on one. Their sketches differ in a last bit, because products
-over parts of a batch round otherwise than over the whole, and k-means makes much of it: an order made of sketches of
-observed gradients, and so the draws after it, may differ. Draws stay unbiased.
+over parts of a batch round otherwise than over the whole. Nothing is left to such a bit where lengths are equal, as those
+of clusters of one example are; but an example just between two clusters may go to the other one, and k-means makes much
+of it: an order made of sketches of observed gradients, and so the draws after it, may differ. Draws stay unbiased.
 
 Source: ours; Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
 PCM" (1982).
@@ -30,6 +31,9 @@ __all__ = ["by_cells", "cells", "chain", "nearest"]
 
 ROWS = 4096
 """Examples compared with all cells at a time."""
+
+AS_LONG = 1e-5
+"""Relative difference of squared lengths that is taken for rounding."""
 
 
 def by_cells(
@@ -127,6 +131,8 @@ def nearest(sketches: Float[Array, "n dims"], centres: Float[Array, "cells dims"
 def chain(centres: Float[Array, "cells dims"]) -> Int[Array, " cells"]:
     """The cells in the order of a walk that always goes to the nearest cell not yet visited, from the longest.
 
+    Of those that are as long as the longest but for rounding, as all cells of one unit vector are, the first.
+
     The nearest-neighbor heuristic of the traveling salesman, O(cells²) time and memory: it need not be the shortest
     walk, only one whose steps are short.
     """
@@ -139,6 +145,6 @@ def chain(centres: Float[Array, "cells dims"]) -> Int[Array, " cells"]:
         following = jnp.argmin(jnp.where(visited, jnp.inf, distance[walk[step - 1]])).astype(jnp.int32)
         return walk.at[step].set(following), visited.at[following].set(True)
 
-    first = jnp.argmax(square).astype(jnp.int32)
+    first = jnp.argmax(square >= (1.0 - AS_LONG) * jnp.max(square)).astype(jnp.int32)
     state = (jnp.zeros(count, jnp.int32).at[0].set(first), jnp.zeros(count, bool).at[first].set(True))
     return jax.lax.fori_loop(1, count, go, state)[0]

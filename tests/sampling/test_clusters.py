@@ -36,6 +36,16 @@ def test_a_chain_walks_along_a_line() -> None:
     assert clusters.chain(places[:, None]).tolist() == [4, 0, 2, 3, 1]
 
 
+def test_where_a_chain_begins_is_no_matter_of_rounding() -> None:
+    """Unit vectors, as cells of one example are, each with another last bit on other devices: one walk."""
+    rng = np.random.default_rng(0)
+    places = rng.normal(size=(16, 8))
+    places /= np.linalg.norm(places, axis=1, keepdims=True)
+    rounded = places * (1.0 + 2e-7 * rng.choice([-1.0, 0.0, 1.0], size=(20, 16, 1)))
+    walks = np.asarray(jax.jit(jax.vmap(clusters.chain))(jnp.asarray(rounded, jnp.float32)))
+    np.testing.assert_array_equal(walks, np.broadcast_to(walks[0], walks.shape))
+
+
 def test_sketches_preserve_inner_products_of_directions() -> None:
     rng = np.random.default_rng(0)
     grads = {"w": jnp.asarray(rng.normal(size=(40, 20, 5)), jnp.float32), "b": jnp.ones((40, 5))}

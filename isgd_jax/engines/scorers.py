@@ -202,10 +202,10 @@ def validation_product(
     does, is a bias toward the validation set, which is its purpose.
 
     Only the first-order term of GREATS is here. It chooses one example after the other, the next by the largest
-    η ⟨g_i, v⟩ - η² sum of ⟨g_i, g_j⟩ over the chosen j (η the learning rate, v the validation gradient), which holds back
-    near copies. That is left out because it is no score: what an example is worth depends on which were chosen before,
-    and of what is chosen for certain, and the rest never, no weights make an unbiased estimate. In a loop of your own
-    that accepts this bias, `isgd_jax.inner` and `isgd_jax.gram` give both products.
+    η ⟨g_i, v⟩ - η² sum of ⟨g_i, g_j⟩ over the chosen j (η the learning rate, v the validation gradient), which holds
+    back near copies. That is left out because it is no score: what an example is worth depends on which were chosen
+    before, and of what is chosen for certain, and the rest never, no weights make an unbiased estimate. In a loop of
+    your own that accepts this bias, `isgd_jax.inner` and `isgd_jax.gram` give both products.
 
     The scorer's parameters are the pair ``(params, validation_gradient)``, the second a tree like the first:
     ``jax.grad`` of the mean validation loss, made anew as often as scores are.

@@ -11,9 +11,9 @@ Guarantees:
 * a gradient of zero has the sketch zero, never NaN.
 
 Not guaranteed: the same clusters on several devices as on one. Their sketches differ in a last bit, because products
-over parts of a batch round otherwise than over the whole. Nothing is left to such a bit where lengths are equal, as those
-of clusters of one example are; but an example just between two clusters may go to the other one, and k-means makes much
-of it: an order made of sketches of observed gradients, and so the draws after it, may differ. Draws stay unbiased.
+over parts of a batch round otherwise than over the whole. Nothing is left to it where lengths are equal, as those of
+clusters of one example are; but an example just between two clusters may go to the other one, and k-means makes much of
+it: an order made of sketches of observed gradients, and so the draws after it, may differ. Draws stay unbiased.
 
 Source: ours; Johnson & Lindenstrauss (1984); Lloyd, "Least squares quantization in
 PCM" (1982).

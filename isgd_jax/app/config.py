@@ -136,7 +136,7 @@ class SamplingConfig(Part):
             mode, and of relaxed mode with the inline engine). Elsewhere the default is label-score: nobody waits for
             sketches.
         mixture: Share of uniform draws in the proposal: the largest weight is 1/mixture. auto: the share that the draws
-            so far show to be best, between 0.03 and 0.5, and 0.3 until they show anything.
+            so far show to be best, between 0.2 and 0.5, and 0.3 until they show anything.
         calibrate: Draw by what old scores have turned out to be worth, once two periods have taught it: √E[norm² |
             score, age].
         gate: Uniform draws while the scores do harm. Each switch is logged with its reason.

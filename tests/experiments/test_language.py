@@ -4,6 +4,7 @@ import jax
 import language
 import numpy as np
 import pytest
+from benchmarks import lengths
 from equal_seconds import code, race
 
 LENGTHS = np.array([16, 20, 33, 17, 120, 31, 40, 250, 64, 16])
@@ -24,7 +25,12 @@ def short(text) -> code.Text:
 
 @pytest.fixture(scope="module")
 def params():
-    return language.nnx.split(language.Transformer(language.nnx.Rngs(0)), language.nnx.Param)[1]
+    """Of a model of one block: half as much to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lengths, "BLOCKS", 1)
+        language.graph.cache_clear()
+        yield language.nnx.split(language.Transformer(language.nnx.Rngs(0)), language.nnx.Param)[1]
+    language.graph.cache_clear()
 
 
 def sequences_in(chunk: code.Chunk) -> list[bytes]:

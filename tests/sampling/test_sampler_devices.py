@@ -62,12 +62,6 @@ def _begin(sampler: isgd.BatchSampler) -> Any:
     return problem.params(), sampler.init()
 
 
-@functools.cache
-def _on_one(sampler: isgd.BatchSampler, steps: int) -> Any:
-    step, refresh = jax.jit(_step(sampler)), jax.jit(sampler.refresh)
-    return _run(sampler, step, refresh, _begin(sampler), problem.data(), steps)
-
-
 def _under_pmap(sampler: isgd.BatchSampler, steps: int = STEPS) -> Any:
     devices = jax.devices()[:DEVICES]
     step = jax.pmap(_step(sampler, share=True), "data", in_axes=(0, 0, 0, None), devices=devices)
@@ -159,20 +153,16 @@ def test_four_devices_are_one(kind: str, way: str) -> None:
     assert not problem.unlike(state, other_state, rtol=ROUNDED)
 
 
-@functools.cache
-def sketching() -> isgd.BatchSampler:
-    return isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=problem.BATCH, order=problem.sketch())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shard_map", "explicit"])
 def test_four_devices_are_one_in_their_sketches(way: str) -> None:
     """Until the second order is made: k-means makes much of a last bit, so later lines may differ."""
-    sampler = sketching()
-    (_, one, indices, _), (_, several, others, _) = _on_one(sampler, 8), RUNS[way](sampler, 8)
-    assert np.array_equal(indices, others)
-    assert not problem.unlike(one, several, rtol=ROUNDED)
-    assert int(one.ordering.is_sketched.sum()) > problem.BATCH
+    kind = "without_replacement"
+    one = problem.train(kind, steps=problem.REFRESH_EVERY)
+    _, several, indices, _ = RUNS[way](problem.samplers()[kind], problem.REFRESH_EVERY)
+    assert np.array_equal(one.indices, indices)
+    assert not problem.unlike(one.state, several, rtol=ROUNDED)
+    assert int(one.state.ordering.is_sketched.sum()) > problem.BATCH
 
 
 @pytest.mark.slow

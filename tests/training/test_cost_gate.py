@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from problems import linear_loss, linear_problem
+from sampling_problem import jitted
 
 import isgd_jax as isgd
 from isgd_jax.sampling.gates import with_gate
@@ -81,7 +82,8 @@ def test_a_promise_by_hand() -> None:
         assert found.drawn == pytest.approx((square + 0.75 * uniform / 4) / (square + expected / 4), rel=1e-5)
 
 
-SAMPLER = isgd.importance_sampler(N, batch_size=M)
+SAMPLER = jitted(isgd.importance_sampler(N, batch_size=M))
+"""The same one for all: its functions are traced once, whatever program they are a part of."""
 
 
 def watch(step_cost: float | str = "measured", rehearse: Any = lambda state: state, **options: Any) -> CostWatch:
@@ -170,7 +172,7 @@ class Notes(isgd.Callback):
 def fitted(notes: Notes, num_steps: int = 300, **options: Any) -> isgd.FitResult:
     params, data = linear_problem(N)
     tx = optax.chain(isgd.importance_weighting(N), optax.sgd(0.01))
-    options = {"step_cost": 30.0, "sampler": isgd.importance_sampler(N, batch_size=M)} | options
+    options = {"step_cost": 30.0, "sampler": SAMPLER} | options
     make: Any = lambda *args, **given: isgd.refresher(*args, clock=lambda: 0.0, **given)  # noqa: E731
     return isgd.fit(
         isgd.Problem(linear_loss, params, data, hold=options.pop("hold", "device")), tx=tx, num_steps=num_steps,

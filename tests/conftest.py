@@ -17,6 +17,11 @@ from processes import forced
 
 gc.disable()  # until all is imported: see pytest_collection_finish
 
+# Bytecode is kept, here and in the processes that tests start: without it each worker takes 3 s to compile the package
+# with its checks of types, and as long again for the tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Before jax is imported. NPROC: more threads than devices, or collectives can starve each other on a small machine.
 os.environ.setdefault("XLA_FLAGS", forced(8))
 os.environ.setdefault("NPROC", "16")

@@ -14,6 +14,7 @@ from .gradients.lazy import inner as inner
 from .gradients.lazy import norms as norms
 from .gradients.lazy import stack as stack
 from .gradients.lazy import weighted_mean as weighted_mean
+from .gradients.one_pass import value_norms_and_mean as value_norms_and_mean
 from .gradients.per_example import from_batch_loss as from_batch_loss
 from .gradients.per_example import per_example_grads as per_example_grads
 from .gradients.per_example import per_example_value_and_grad as per_example_value_and_grad

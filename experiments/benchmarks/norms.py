@@ -3,6 +3,7 @@
 Claim       exact norms of an unmodified model cost less than one gradient where the model is dense, about one where it
             convolves; the update and the norms together little more.
 Command     python experiments/benchmarks/norms.py [--models mlp gpt] [--batches 32 128] [--processes 3] [--compile]
+            [--ways norms "both in one pass"]
             [--torch-python /path/to/python]    (an environment with torch, opacus and backpack-for-pytorch)
 Time        an hour on two cores; a model at batch 32 in two processes, two to six minutes
 Result      a table on the screen; norms.json and norms.png beside it (`--out`). Two processes; nothing else running:
@@ -84,6 +85,10 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
         grads = isgd.per_example_grads(loss_fn)(params, batch)
         return isgd.weighted_mean(grads, weights), isgd.norms(grads)
 
+    def one_pass(count):
+        asked = isgd.value_norms_and_mean(loss_fn, microbatch_size=count)
+        return lambda params, batch: asked(params, batch, weights)[1:]
+
     def stacked(params, batch):
         return isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
 
@@ -97,9 +102,11 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
         "ordinary": jax.grad(mean_loss),
         "norms": isgd.scorers.grad_norm(loss_fn),
         "update and norms": both,
+        "both in one pass": one_pass("auto"),
     }
     for count in (n for n in SLICES if n < size):
         found[f"ordinary in {count}"] = ordinary_in_slices(mean_loss, count)
+        found[f"one pass in {count}"] = one_pass(count)
     each = 4 * sum(x.size for x in jax.tree.leaves(params))
     for label, count, function in [
         ("vmap(grad)", size, stacked),
@@ -163,11 +170,14 @@ def floor(name: str, size: int) -> float:
     return (2 + cheapest / sum(rows * i * o for rows, _, i, o in sizes)) / 3
 
 
-def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
+def measure(name: str, size: int, repeats: int, only: list[str] | None) -> dict[str, Any]:
     """One process's figures: for each way seconds, ratio to the ordinary gradient, temporary and output bytes."""
     import jax
 
     found, params, batch, left_out = ways(name, size)
+    if only:
+        found = {label: function for label, function in found.items() if label in ("ordinary", *only)}
+        left_out = {}
     compiled = {}
     for label, function in found.items():
         try:
@@ -270,6 +280,7 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.models:
         for size in sizes(name, args):
             command = [sys.executable, __file__, "--one", name, str(size), "--repeats", str(args.repeats)]
+            command += ["--ways", *args.ways] if args.ways else []
             runs = [_json_of(command) for _ in range(args.processes)]
             result = runs[0]
             for label, row in result["ways"].items():
@@ -323,11 +334,12 @@ def main() -> None:
     parser.add_argument("--torch-python", help="python of an environment with torch, opacus and backpack-for-pytorch")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--compile", action="store_true", help="print compile times in place of run times")
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them; by default all")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "BATCH"), help="one measurement in this process, as JSON")
     args = parser.parse_args()
     if args.one:
         name, size = args.one[0], int(args.one[1])
-        print(json.dumps(compile_times(name, size) if args.compile else measure(name, size, args.repeats)))
+        print(json.dumps(compile_times(name, size) if args.compile else measure(name, size, args.repeats, args.ways)))
         return
     if args.compile:
         compile_table(args)

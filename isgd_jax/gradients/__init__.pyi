@@ -5,6 +5,7 @@ from .lazy import inner as inner
 from .lazy import norms as norms
 from .lazy import stack as stack
 from .lazy import weighted_mean as weighted_mean
+from .one_pass import value_norms_and_mean as value_norms_and_mean
 from .per_example import from_batch_loss as from_batch_loss
 from .per_example import per_example_grads as per_example_grads
 from .per_example import per_example_value_and_grad as per_example_value_and_grad

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.lazy import spec_of
 
-__all__ = ["AUTO_BYTES", "Scoring", "in_microbatches"]
+__all__ = ["AUTO_BYTES", "Scoring", "check_microbatch_size", "in_microbatches"]
 
 Scoring = Callable[..., Any]
 """``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone.
@@ -51,8 +51,7 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
 
     Source: ours.
     """
-    if size not in (None, "auto") and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ArgumentError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
+    check_microbatch_size(size)
     fitting: dict[str, int] = {}
 
     def scored(*args: Any) -> Any:
@@ -72,6 +71,12 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
         return _sliced(score, shared, batch, fitting[key])
 
     return scored
+
+
+def check_microbatch_size(size: Any) -> None:
+    """Raises ValueError unless ``size`` is a positive integer, "auto" or None."""
+    if size not in (None, "auto") and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ArgumentError(f'microbatch_size must be a positive integer, "auto" or None, got {size!r}')
 
 
 def _sliced(score: Scoring, shared: Sequence[Any], batch: Any, size: int) -> Any:

@@ -14,10 +14,12 @@ __all__ = [
     "CACHE",
     "DRAW",
     "FAR",
+    "HELD",
     "NEAR",
     "SLICE",
     "SLICED",
     "Shape",
+    "examples_at_a_time",
     "gram",
     "prefers_batch_gram",
     "prefers_formed",
@@ -35,6 +37,9 @@ SLICE = 2 << 20
 
 NEAR, FAR = 2, 24
 """Operations that cost as much as moving a byte, within the cache and beyond it."""
+
+HELD = 48 << 20
+"""Bytes of the factors of a few examples, where a batch is differentiated a few examples at a time (measured)."""
 
 SLICED = 1.2
 """How much slower a product is when it is made a few examples at a time."""
@@ -147,3 +152,24 @@ def slice_size(terms: Sequence[Shape]) -> int | None:
     one = sum(term.product + term.windows for term in terms)
     windows = any(term.windows for term in terms)
     return None if terms[0].b * one <= (SLICE if windows else CACHE) else max(1, SLICE // max(one, 1))
+
+
+def examples_at_a_time(b: int, held: int, params: int) -> int | None:
+    """How many examples of a batch to differentiate at a time; None for all of them.
+
+    As many as hold `HELD` bytes. Each time the sum of the gradients is read and written, so there must be about
+    twice as much to hold as the parameters are large. Of about as many the number is taken that divides the batch.
+
+    >>> examples_at_a_time(32, held=5 << 20, params=10 << 20), examples_at_a_time(32, held=1 << 17, params=70 << 20)
+    (8, None)
+
+    Args:
+        b: examples in the batch.
+        held: bytes of the factors of one example.
+        params: bytes of the parameters that are differentiated.
+    """
+    most = max(HELD, 2 * params) // max(held, 1)
+    most = max(most, 1)
+    if 2 * most > b:
+        return None
+    return next((size for size in range(most, most // 2, -1) if b % size == 0), most)

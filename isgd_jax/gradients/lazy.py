@@ -55,6 +55,7 @@ __all__ = [
     "stack",
     "unguarded_norms",
     "weighted_mean",
+    "weighted_sum",
 ]
 
 ANYWHERE = PartitionSpec()
@@ -275,7 +276,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
     b = _batch_size(grads)
     if weights.shape != (b,):
         raise ArgumentError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
-    return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
+    return _map(lambda leaf: weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
 @_placed(out=_stacked_split)
@@ -349,7 +350,7 @@ def halves(
         if is_factored(leaf) and costs.prefers_gram_of_means(_shapes(leaf)) and _is_plain(leaf):
             return einsum("ua,ab,vb->uv", rows, _gram(leaf, precision), rows, precision=precision)
         parts = [(rows[0, :half], first(leaf, half)), (rows[1, half:], last(leaf, rest))]
-        means = [_weighted_sum(part, own, precision) for own, part in parts]
+        means = [weighted_sum(part, own, precision) for own, part in parts]
         flat = jnp.stack([mean.astype(wide(mean.dtype)).reshape(-1) for mean in means])
         return jnp.real(einsum("up,vp->uv", flat, conjugate(flat), precision=precision))
 
@@ -513,7 +514,8 @@ def _stack(leaf: Any, precision: Any) -> Array:
     return _sum(parts)
 
 
-def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
+def weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
+    """``Σ_b weights[b] · g_b`` of one leaf, lazy or stacked, not yet rounded to the parameter's dtype."""
     if not is_factored(leaf):
         return einsum("b,b...->...", weights, leaf, precision=precision)
     parts = [weighted_term(term, leaf.shape, weights, precision) for term in leaf.terms]

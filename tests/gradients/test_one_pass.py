@@ -1,0 +1,103 @@
+"""Losses, norms and mean in one pass: against the gradients of `vmap(jax.grad)`, whole and in slices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import images, mlp, mlp_loss
+
+from isgd_jax import value_norms_and_mean
+from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients import costs, one_pass
+
+WEIGHTS = np.linspace(0.5, 2.0, 7, dtype=np.float32)
+
+
+@pytest.mark.parametrize("size", [3, None])  # slices of 3, of which the last is filled; all at once
+def test_the_numbers_of_the_definition(key: jax.Array, size: int | None) -> None:
+    params, batch = mlp(key, [12, 16, 5]), images(key, 7, 4, 12)
+    params = {"net": params, "steps": jnp.int32(3)}  # of an integer the mean is a zero of its own dtype
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        loss = mlp_loss(params["net"], example) + 0.1 * sum(jnp.sum(jnp.sin(x["w"])) for x in params["net"])
+        return loss, {"twice": 2 * loss}
+
+    asked = jax.jit(value_norms_and_mean(loss_fn, has_aux=True, microbatch_size=size))
+    (losses, aux), norms, mean = asked(params, batch, WEIGHTS)
+    formed = oracle.stacked(lambda net, example: loss_fn({"net": net}, example)[0], params["net"], batch)
+    np.testing.assert_allclose(norms, oracle.norms_of(formed), rtol=1e-5)
+    expected = WEIGHTS.astype(np.float64) @ oracle.flat(formed) / 7
+    np.testing.assert_allclose(oracle.flat(jax.tree.map(lambda x: x[None], mean["net"]))[0], expected, atol=1e-6)
+    assert (mean["steps"], mean["steps"].dtype) == (0, jnp.int32)
+    plain = [float(loss_fn(params, jax.tree.map(lambda x, i=i: x[i], batch))[0]) for i in range(7)]
+    np.testing.assert_allclose(losses, plain, rtol=1e-5)
+    np.testing.assert_allclose(aux["twice"], 2 * losses, rtol=1e-6)
+
+
+def test_slices_are_summed_in_float32() -> None:
+    asked = value_norms_and_mean(lambda w, x: w * x, microbatch_size=1)
+    _, norms, mean = jax.jit(asked)(jnp.bfloat16(1.0), jnp.ones(3000, jnp.bfloat16), jnp.ones(3000))
+    assert (float(mean), mean.dtype, norms.shape) == (1.0, jnp.bfloat16, (3000,))
+
+
+def test_by_default_slices_on_a_cpu_alone_and_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight rows of 100 numbers to 10: of each example 100·8 and 10·8 numbers are held, and 1,000 are parameters."""
+
+    def loops(b: int, platform: str, **options: Any) -> int:
+        asked = value_norms_and_mean(lambda w, x: jnp.sum(jnp.tanh(x @ w)), **options)
+        args = (jnp.ones((100, 10)), jnp.ones((b, 8, 100)), jnp.ones(b))
+        return jax.jit(asked).trace(*args).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
+
+    assert loops(16, "cpu") == 0  # a small batch is taken at once
+    assert loops(16, "cuda", microbatch_size=4) == loops(16, "cpu", microbatch_size=4) == 1
+    monkeypatch.setattr(costs, "HELD", 16_000)  # 4 examples
+    assert (loops(16, "cpu"), loops(16, "cuda")) == (1, 0)
+    assert loops(4, "cpu") == 0
+
+    def convolved(kernel: Any, x: Any) -> Any:
+        return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
+
+    args = (jnp.ones((4, 3, 3, 3)), jnp.ones((64, 3, 16, 16)), jnp.ones(64))
+    assert "scan" not in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+    monkeypatch.setattr(one_pass, "CONVOLVED", 1.0)
+    assert "scan" in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+
+
+def test_how_many_at_a_time() -> None:
+    """Of 48 MiB, or twice the parameters; a number that divides the batch, where one is near; not of two slices."""
+    asked = [(128, 5, 11), (97, 5, 11), (128, 12, 33), (16, 5, 11), (1, 100, 1), (32, 0, 1)]
+    found = [costs.examples_at_a_time(b, held << 20, params << 20) for b, held, params in asked]
+    assert found == [8, 9, 4, None, None, None]
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_over_a_mesh_each_device_has_its_examples_at_once(
+    key: jax.Array, monkeypatch: pytest.MonkeyPatch, types: AxisType
+) -> None:
+    monkeypatch.setattr(costs, "HELD", 1)
+    params, batch = [{"w": jnp.ones((12, 5))}], images(key, 8, 4, 12)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(types,), devices=jax.devices()[:2])
+    placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        return jnp.sum(jnp.sin(example["x"] @ params[0]["w"]))
+
+    with jax.set_mesh(mesh):
+        default, whole = (
+            str(jax.make_jaxpr(value_norms_and_mean(loss_fn, microbatch_size=size))(params, placed, jnp.ones(8)))
+            for size in ("auto", None)
+        )
+        assert default == whole
+        with pytest.raises(ArgumentError, match="mesh of several devices"):
+            value_norms_and_mean(loss_fn, microbatch_size=4)(params, placed, jnp.ones(8))
+
+
+def test_what_is_asked_wrongly_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="positive integer"):
+        value_norms_and_mean(lambda w, x: w * x, microbatch_size=0)
+    with pytest.raises(ArgumentError, match=r"weights of 3 examples must have shape \(3,\), got \(2,\)"):
+        value_norms_and_mean(lambda w, x: w * x)(jnp.float32(1.0), jnp.ones(3), jnp.ones(2))

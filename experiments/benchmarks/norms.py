@@ -1,7 +1,7 @@
 """What per-example gradient norms cost, against ONE ordinary gradient of the same batch's mean loss.
 
 Claim       exact norms of an unmodified model cost less than one gradient where the model is dense, about one where it
-            convolves; the update and the norms together, in one pass, no more than one.
+            convolves; the update and the norms together little more.
 Command     python experiments/benchmarks/norms.py [--models mlp gpt] [--batches 32 128] [--processes 3] [--compile]
             [--ways norms "both in one pass"]
             [--torch-python /path/to/python]    (an environment with torch, opacus and backpack-for-pytorch)
@@ -25,28 +25,35 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
                        Opacus               1.16    1.53
                        BackPACK             1.04    2.01
 
-            All of this with version 0.1. Of version 0.2, three processes, batch 32, median (range); `both in one pass`
-            is `isgd.value_norms_and_mean`, which takes these two models 8 examples at a time. Other work took part
-            of the cores now and then:
+            All of this with version 0.1. Of version 0.2, three quiet processes, batch 32, median (range):
+
+                                            ViT                   GPT
+                       norms                0.88 (0.84 to 1.03)   0.71 (0.66 to 0.71)
+                       update and norms     1.10 (1.10 to 1.11)   1.01 (0.98 to 1.05)
+                       vmap(grad), best     1.11 (1.06 to 1.16)   1.04 (1.04 to 1.09)
+                       ordinary in 8        0.90 (0.89 to 0.91)   0.81 (0.78 to 0.88)
+
+            With `isgd.value_norms_and_mean` (both in one pass, these models 8 examples at a time), three processes of
+            a machine that was NOT quiet: seconds were up to four times a quiet run's, which favors what needs little
+            memory. Compare within these columns alone; only one pass is new code:
 
                                             ViT                   GPT
                        norms                0.72 (0.71 to 0.74)   0.61 (0.58 to 0.62)
                        update and norms     1.09 (1.08 to 1.14)   0.93 (0.90 to 0.96)
-                       both in one pass     0.86 (0.85 to 0.88)   0.79 (0.76 to 0.85)
                        ordinary in 8        0.87 (0.85 to 0.88)   0.70 (0.55 to 0.74)
-                       memory: one pass     0.27                  0.25
+                       both in one pass     0.86 (0.85 to 0.88)   0.79 (0.76 to 0.85)
+                       its memory           0.27                  0.25
 
-            and before, on a quiet machine, vmap(grad) at best 1.11 (1.06 to 1.16) and 1.04 (1.04 to 1.09).
+            Not measured with version 0.2: batch 128, and one pass for the other models.
 
             Of losses with inner derivatives, 1,024 points, 2-64x3-1, one process of a busy machine: Burgers by nested
             forward differentiation norms 0.52, update and norms 0.72, vmap(grad) 4.05 (in slices 3.19); by nested
             reverse 0.87, 1.13, 3.28. Compiling took 5.0 times as long as the ordinary gradient for norms by nested
             reverse (goal: 3), 2.8 for a SIREN's.
 
-            The claim holds but for Burgers by nested reverse and, asked of the whole batch, the update and norms of the
-            ViT: in slices these cost what the ordinary gradient costs in slices, so memory, not operations, was the
-            rest. The GPT's ordinary gradient in slices is ahead of both in one pass. Networks of convolutions are
-            not sliced. (The floor counts operations; an ordinary
+            The claim holds but for the update and norms of the ViT, asked of the whole batch, and of Burgers by nested
+            reverse, and next to an ordinary gradient in slices, which this processor's cache favors: one pass is level
+            with that on the ViT and behind it on the GPT. (The floor counts operations; an ordinary
             gradient also writes the parameters' gradient, which norms do not, so small batches of wide layers go below
             it.)
 

@@ -140,7 +140,7 @@ class Curve(isgd.Callback):
         self.messages.append(f"{run.step}: {text}")
 
     def stepped(self, run: Any, info: Any) -> None:
-        gate = run.state.cost_gate
+        gate = run.cost_gate
         self._learning += gate is None or not run.costs.rests(gate, run.step)
         if run.step == 1:
             jax.block_until_ready(info.loss)
@@ -156,7 +156,7 @@ class Curve(isgd.Callback):
             self._began = clocks()
 
     def end(self, run: Any) -> None:
-        gate = run.state.cost_gate
+        gate = run.cost_gate
         self.cost = None if gate is None else float(gate.step_cost)
         self.learnt = self._learning / max(run.step, 1)
 

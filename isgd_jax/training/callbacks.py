@@ -33,7 +33,8 @@ class Callback:
         """After each step; ``run.step`` counts it.
 
         Args:
-            run: whose ``state`` is that after the step. It will be donated to the next: copy what is to be kept.
+            run: whose ``state`` is that after the step. It is put together when it is asked for, so ask seldom, and
+                donated to the next: copy what is to be kept.
             info: `StepInfo`, on the device. Reading it waits for the step, so read it seldom.
         """
 
@@ -102,7 +103,7 @@ class History(Callback):
             record["equivalent_batch"] = float(found.equivalent_batch)
         record |= {"scored_share": float(found.scores.known_share), "mean_age": float(found.scores.mean_age)}
         record["gate_is_open"] = bool(found.gate_is_open)
-        gate = run.state.cost_gate
+        gate = run.cost_gate
         if gate is not None and float(gate.step_cost):
             record |= {"step_cost": float(gate.step_cost), "steps_learn": bool(gate.is_open)}
         return record

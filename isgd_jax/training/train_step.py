@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class StepInfo(NamedTuple):
     """What the gate judged: above 1 the scores do harm."""
 
 
+@runtime_checkable
 class JittedStep(Protocol):
     """A step that donates the state it is given."""
 

@@ -17,10 +17,12 @@ from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.reweight import importance_weighting
 from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
+from isgd_jax.sampling.plain import shuffled_epochs
 from isgd_jax.sampling.state import BatchSampler
 from isgd_jax.training.cost_gate import Promise, promise, trial_steps
+from isgd_jax.training.packing import Held, Packing
 from isgd_jax.training.problem import Problem
-from isgd_jax.training.train_step import StepInfo, TrainState, make_steps
+from isgd_jax.training.train_step import JittedStep, TrainState, make_steps
 from isgd_jax.types import Batch, Key, LossFn, Params, Scorer
 from isgd_jax.variance import second_moments
 
@@ -105,7 +107,7 @@ class Probed(NamedTuple):
 
 
 def costs(probed: Probed, params: Params) -> Costs:
-    """Time a plain step, the step of training by importance sampling, and the scoring of one chunk.
+    """Time a plain step and one by importance sampling, as `isgd_jax.fit` makes them, and the scoring of one chunk.
 
     Args:
         probed: what is trained, and how.
@@ -117,20 +119,26 @@ def costs(probed: Probed, params: Params) -> Costs:
     steps = Steps(probed)
     data, num_examples = jax.device_put(probed.problem.train), probed.problem.num_examples
     opt_state, key = steps.tx.init(params), jax.random.key(0)
-    sampler = importance_sampler(num_examples, batch_size=probed.batch_size)
-    reweighted, state = steps.reweighted(sampler), [TrainState(params, opt_state, sampler.init())]
-    state = jax.tree.map(jnp.copy, state)  # a step takes over the state that it is given
+    samplers = (
+        shuffled_epochs(num_examples, batch_size=min(probed.batch_size, num_examples), monitor=False),
+        importance_sampler(num_examples, batch_size=probed.batch_size),
+    )
 
-    def advance() -> TrainState:
-        state[0], _ = reweighted(state[0], None, data, key, jnp.float32(0.0))
-        return state[0]
+    def made_by(sampler: BatchSampler) -> Callable[[], Any]:
+        state = jax.tree.map(jnp.copy, TrainState(params, opt_state, sampler.init()))  # a step takes over its state
+        packing = Packing(state)
+        held, step = Held(state, packing), packing.step(steps.of_training(sampler).__wrapped__)
+
+        def advance() -> Any:
+            held.advance(step, None, data, key, jnp.float32(0.0))
+            return held.ready()
+
+        return advance
 
     size = min(probed.chunk_size, num_examples)
     chunk = jax.tree.map(lambda x: x[:size], probed.problem.train)
     scorer = sharded(probed.scorer)
-    plain, ours, scoring = middle_seconds(
-        lambda: steps.plain(params, opt_state, data, key), advance, lambda: scorer(params, chunk), repeats=REPEATS
-    )
+    plain, ours, scoring = middle_seconds(*map(made_by, samplers), lambda: scorer(params, chunk), repeats=REPEATS)
     return Costs(plain, ours, scoring / size, scoring / size * num_examples)
 
 
@@ -156,7 +164,7 @@ def as_drawn(probed: Probed, params: Params, opt_state: Any | None, *, key: Key)
     refresh, num_steps = jax.jit(sampler.refresh, donate_argnums=0), trial_steps(sampler, REFRESH_EVERY)
     state = TrainState(params, steps.tx.init(params) if opt_state is None else opt_state, sampler.init())
     state = jax.tree.map(jnp.copy, state)  # a step takes over the state that it is given
-    advance, data = steps.reweighted(sampler), jax.device_put(problem.train)
+    advance, data = steps.of_training(sampler), jax.device_put(problem.train)
     for at in range(num_steps):
         if at % REFRESH_EVERY == 0:
             state = state._replace(sampler=refresh(state.sampler))
@@ -236,7 +244,7 @@ class Steps:
 
         self.plain = CapturingJit(plain)
 
-    def reweighted(self, sampler: BatchSampler) -> Callable[..., tuple[TrainState, StepInfo]]:
+    def of_training(self, sampler: BatchSampler) -> JittedStep:
         """The step of training by this sampler, ``(state, frozen, data, key, seconds)``; the state is donated."""
         return make_steps(self._problem, sampler, self.tx).step
 

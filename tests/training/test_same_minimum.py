@@ -45,12 +45,12 @@ def descended(train: dict[str, np.ndarray], share: np.ndarray, rate: float, num_
 
 
 def drawn(train: dict[str, np.ndarray], ridge: float, rate: Any, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """By `fit` with the default sampler; the parameters, and the probabilities that were drawn with at the end."""
+    """By `fit`, with few uniform draws; the parameters, and the probabilities that were drawn with at the end."""
 
     def loss_fn(w: jax.Array, example: Any) -> jax.Array:
         return jax.nn.softplus(-example["y"] * (example["x"] @ w)) + 0.5 * ridge * jnp.sum(w * w)
 
-    sampler = isgd.importance_sampler(N, batch_size=M)
+    sampler = isgd.importance_sampler(N, batch_size=M, uniform_fraction=0.05)
     tx = optax.chain(isgd.importance_weighting(N), optax.scale_by_schedule(lambda count: -rate(count)))
     result = isgd.fit(
         isgd.Problem(loss_fn, jnp.zeros(2), train),

@@ -33,16 +33,15 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
                        vmap(grad), best     1.11 (1.06 to 1.16)   1.04 (1.04 to 1.09)
                        ordinary in 8        0.90 (0.89 to 0.91)   0.81 (0.78 to 0.88)
 
-            With `isgd.value_norms_and_mean` (both in one pass, these models 8 examples at a time), three processes of
-            a machine that was NOT quiet: seconds were up to four times a quiet run's, which favors what needs little
-            memory. Compare within these columns alone; only one pass is new code:
+            With `isgd.value_norms_and_mean` (both in one pass, these models 8 examples at a time), three other quiet
+            processes:
 
                                             ViT                   GPT
-                       norms                0.72 (0.71 to 0.74)   0.61 (0.58 to 0.62)
-                       update and norms     1.09 (1.08 to 1.14)   0.93 (0.90 to 0.96)
-                       ordinary in 8        0.87 (0.85 to 0.88)   0.70 (0.55 to 0.74)
-                       both in one pass     0.86 (0.85 to 0.88)   0.79 (0.76 to 0.85)
-                       its memory           0.27                  0.25
+                       norms                0.88 (0.84 to 1.05)   0.67 (0.66 to 0.68)
+                       update and norms     1.15 (1.06 to 1.15)   1.01 (1.01 to 1.02)
+                       both in one pass     0.93 (0.91 to 0.96)   0.83 (0.82 to 0.85)
+                       ordinary in 8        0.91 (0.83 to 0.92)   0.82 (0.81 to 0.83)
+                       memory of one pass   0.27                  0.25
 
             Not measured with version 0.2: batch 128, and one pass for the other models.
 
@@ -52,10 +51,9 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             reverse (goal: 3), 2.8 for a SIREN's.
 
             The claim holds but for the update and norms of the ViT, asked of the whole batch, and of Burgers by nested
-            reverse, and next to an ordinary gradient in slices, which this processor's cache favors: one pass is level
-            with that on the ViT and behind it on the GPT. (The floor counts operations; an ordinary
-            gradient also writes the parameters' gradient, which norms do not, so small batches of wide layers go below
-            it.)
+            reverse; next to an ordinary gradient in slices, which this processor's cache favors, one pass is level.
+            (The floor counts operations; an ordinary gradient also writes the parameters' gradient, which norms do not,
+            so small batches of wide layers go below it.)
 
 Every measurement is a ratio of medians within one process, alternating with the ordinary gradient; with several
 processes, the median of their ratios, because XLA's CPU convolutions differ from process to process.

@@ -312,8 +312,9 @@ class CostWatch:
         return self._numbers(gate)[0] > 0.0
 
     def weighs(self, gate: CostGate, step: int) -> bool:
-        """Whether something is found or decided after a step, the last of so many."""
-        return step % DECIDE_EVERY == 0 or not self.is_known(gate)
+        """Whether something is found or decided after so many steps: where a group has been timed, and then seldom."""
+        at = step - MEASURE_AT
+        return step % DECIDE_EVERY == 0 if self.is_known(gate) else at > 0 and at % GROUP == 0
 
     def rests(self, gate: CostGate, step: int) -> bool:
         """Whether a step takes the ordinary gradient and learns nothing."""
@@ -357,14 +358,12 @@ class CostWatch:
             sampler: state of the sampler; it is not changed.
             step: steps made so far.
         """
-        at = step - MEASURE_AT
+        if not self.weighs(gate, step):
+            return gate, None
         if not self.is_known(gate):
-            if at <= 0 or at % GROUP:
-                return gate, None
+            at = step - MEASURE_AT
             gate = self._with_seconds(gate, at // GROUP - 1)
             return (gate, None) if at < _SPAN else self._with_cost(gate, sampler, step)
-        if step % DECIDE_EVERY:
-            return gate, None
         was_open = bool(gate.is_open)
         seen = sampler._replace(monitor=local_copy(sampler.monitor), gate=local_copy(sampler.gate))
         assert seen.monitor is not None

@@ -66,6 +66,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cells import cell
+from clocks import core_seconds
 from harm.problems import CASES, Case, case
 
 import isgd_jax as isgd
@@ -114,8 +115,8 @@ def optimizer(name: str, rate: float, steps: int) -> optax.GradientTransformatio
 
 
 def clocks() -> np.ndarray:
-    """Seconds of this process on any core, and of the wall."""
-    return np.array([time.process_time(), time.perf_counter()])
+    """Seconds of this process on any core (on an accelerator those of the wall), and of the wall."""
+    return np.array([core_seconds(), time.perf_counter()])
 
 
 class Curve(isgd.Callback):

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.lax import Precision
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
@@ -72,7 +71,7 @@ def grad_norm(
     sketch: None = None,
     select: Select | None = None,
     microbatch_size: int | Literal["auto"] | None = "auto",
-    precision: Any = Precision.HIGHEST,
+    precision: Any = None,
 ) -> Scorer: ...
 
 
@@ -83,7 +82,7 @@ def grad_norm(
     sketch: GradientSketch,
     select: None = None,
     microbatch_size: int | Literal["auto"] | None = "auto",
-    precision: Any = Precision.HIGHEST,
+    precision: Any = None,
 ) -> SketchingScorer: ...
 
 
@@ -93,7 +92,7 @@ def grad_norm(
     sketch: GradientSketch | None = None,
     select: Select | None = None,
     microbatch_size: int | Literal["auto"] | None = "auto",
-    precision: Any = Precision.HIGHEST,
+    precision: Any = None,
 ) -> Any:
     """The exact norm of each example's gradient; with a sketch, also where it points, of the same backward pass.
 
@@ -102,7 +101,8 @@ def grad_norm(
         sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
             ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
         select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
+            4 GiB; None: all at once.
         precision: of the matrix products.
 
     Raises:
@@ -145,7 +145,8 @@ def preconditioned_norm(
 
     Args:
         loss_fn: ``(params, example) -> scalar``.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
+            4 GiB; None: all at once.
 
     Returns:
         A scorer whose parameters are the pair ``(params, scale)``, two trees of the same shapes; publish both
@@ -213,7 +214,8 @@ def validation_product(
     Args:
         loss_fn: ``(params, example) -> scalar``.
         negative: what becomes of scores below zero.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
+            4 GiB; None: all at once.
 
     Raises:
         ValueError: an option is unknown; when called, the trees of the pair differ.
@@ -280,7 +282,8 @@ def token_norms(
     Args:
         losses_fn: ``(params, example) -> [t]``, the loss of each token.
         masks: a row [t] for each part, which weighs the losses of its tokens; None: a part for each token.
-        microbatch_size: so many pairs of example and mask at a time; "auto": as many as need some 512 MiB.
+        microbatch_size: so many pairs of example and mask at a time; "auto": as many as need some 512 MiB, on
+            an accelerator 4 GiB.
 
     Returns:
         ``(params, batch) -> [b, k]``; exact norms.

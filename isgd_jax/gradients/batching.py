@@ -3,7 +3,8 @@
 Guarantees:
 
 * the scores are those of the whole batch, to rounding, for any size;
-* "auto" depends on shapes alone, so it is the same in every run and process, and nothing is compiled to find it;
+* "auto" depends on shapes and the kind of device alone, so it is the same in every run and process, and nothing is
+  compiled to find it;
 * examples that lie on several devices stay there: each slice has as many of each device.
 """
 
@@ -21,9 +22,10 @@ from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients import costs
 from isgd_jax.gradients.lazy import spec_of
 
-__all__ = ["AUTO_BYTES", "Scoring", "check_microbatch_size", "in_microbatches"]
+__all__ = ["Scoring", "check_microbatch_size", "in_microbatches"]
 
 Scoring = Callable[..., Any]
 """``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone.
@@ -32,16 +34,14 @@ There may be more arguments, the same for all examples: the batch is the last.""
 
 _TRACED = 64
 
-AUTO_BYTES = 512 * 2**20
-"""What the intermediate values of one slice may come to, if none gave its place to another: an upper bound."""
-
 
 def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scoring:
     """``score``, on some examples of a batch at a time.
 
     Args:
         score: a pure function ``(params, batch) -> rows``, or with more arguments before the batch.
-        size: so many at a time; "auto": as many as keep intermediate values within `AUTO_BYTES`; None: all at once.
+        size: so many at a time; "auto": as many as keep intermediate values within `costs.Machine.scored`,
+            512 MiB on a CPU and 4 GiB on an accelerator; None: all at once.
 
     Returns:
         A function of the same arguments and results.
@@ -62,12 +62,13 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
         if size != "auto":
             return _sliced(score, shared, batch, size)
         traced, rows = jax.make_jaxpr(score, return_shape=True)(*args)
-        if _bytes(traced.jaxpr) <= AUTO_BYTES:  # what was traced to be looked at is what runs: tracing takes seconds
+        most = costs.machine().scored
+        if _bytes(traced.jaxpr) <= most:  # what was traced to be looked at is what runs: tracing takes seconds
             found = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
             return jax.tree.unflatten(jax.tree.structure(rows), found)
         key = str(traced.in_avals)
         if key not in fitting:
-            fitting[key] = max(1, AUTO_BYTES // max(1, _bytes_an_example(score, shared, batch)))
+            fitting[key] = max(1, most // max(1, _bytes_an_example(score, shared, batch)))
         return _sliced(score, shared, batch, fitting[key])
 
     return scored

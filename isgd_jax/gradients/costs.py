@@ -2,7 +2,8 @@
 
 A squared norm ``‖Σ_t x_t δ_tᵀ‖²`` is a sum over pairs of rows (the Gram form, ``t²(i + o)``) or the square of the
 product (``t·i·o``, and ``i·o`` numbers written and read). The Gram form can cancel, the product cannot: it wins a draw.
-Costs are in floating-point operations, traffic counted as the operations that could be done meanwhile.
+Costs are in floating-point operations, traffic counted as the operations that could be done meanwhile: a `Machine` says
+how many, CPUs and accelerators differ in it. What is chosen is a matter of speed alone.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 __all__ = [
-    "CACHE",
+    "ACCELERATOR",
+    "CPU",
     "DRAW",
-    "FAR",
     "HELD",
-    "NEAR",
-    "SLICE",
     "SLICED",
+    "Machine",
     "Shape",
     "examples_at_a_time",
     "gram",
+    "machine",
     "prefers_batch_gram",
     "prefers_formed",
     "prefers_gram",
@@ -29,14 +32,39 @@ __all__ = [
     "slice_size",
 ]
 
-CACHE = 12 << 20
-"""Bytes of products that are still cheap to write and read again (measured on two CPU cores, as all here)."""
 
-SLICE = 2 << 20
-"""Bytes of the products of a few examples worked on at a time, where those of all do not fit."""
+class Machine(NamedTuple):
+    """What the choice between forms depends on."""
 
-NEAR, FAR = 2, 24
-"""Operations that cost as much as moving a byte, within the cache and beyond it."""
+    cache: int
+    """Bytes of products that are still cheap to write and read again."""
+    part: int
+    """Bytes of the products of a few examples worked on at a time, where those of all are too many."""
+    windows: int
+    """Bytes of products and windows from which on a convolution's are worked on a part at a time."""
+    near: float
+    """Operations that cost as much as moving a byte, within the cache,"""
+    far: float
+    """and beyond it."""
+    passes: float
+    """How often a Gram sum reads or writes its factors and pairs besides multiplying them, where that counts."""
+    scored: int
+    """Bytes that the intermediate values of examples scored at a time may come to, if none gave its place to another:
+    an upper bound, of which some fifth is needed at once."""
+    guards_each: bool
+    """Whether each parameter's Gram sum is looked at by itself, which lets its factors go early; else all together: a
+    condition makes an accelerator wait for its host."""
+
+
+CPU = Machine(
+    cache=12 << 20, part=2 << 20, windows=2 << 20, near=2, far=24, passes=0, scored=512 << 20, guards_each=True
+)
+"""Measured on two cores."""
+
+ACCELERATOR = Machine(
+    cache=1 << 30, part=1 << 30, windows=1 << 30, near=30, far=30, passes=2.5, scored=4 << 30, guards_each=False
+)
+"""An H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave it idle, so there are none below 1 GiB."""
 
 HELD = 48 << 20
 """Bytes of factors where a batch is differentiated a few examples at a time: those of 8 of a small ViT or GPT."""
@@ -46,6 +74,13 @@ SLICED = 1.2
 
 DRAW = 0.8
 """The part of the product's cost below which the Gram form is chosen."""
+
+
+def machine() -> Machine:
+    """That of the device which programs are made for, unless they say otherwise: `jax.default_device`, or JAX's own."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return CPU if platform == "cpu" else ACCELERATOR
 
 
 class Shape(NamedTuple):
@@ -90,7 +125,10 @@ def gram(terms: Sequence[Shape]) -> float:
     """
     pairs = [(a, b) for place, a in enumerate(terms) for b in terms[place:]]
     operations = sum(2 * a.b * a.k * a.t * b.t * (a.o + min(a.columns, b.columns)) for a, b in pairs)
-    return operations + sum((_traffic(2 * term.b * term.windows) for term in terms), start=0.0)
+    moved = sum(term.itemsize * term.b * term.k * term.t * (term.columns + term.o) for term in terms)
+    moved += sum(a.itemsize * a.b * a.k * a.t * b.t for a, b in pairs)
+    windows = sum((_traffic(2 * term.b * term.windows) for term in terms), start=0.0)
+    return operations + windows + machine().passes * machine().near * moved
 
 
 def product(terms: Sequence[Shape]) -> float:
@@ -100,11 +138,12 @@ def product(terms: Sequence[Shape]) -> float:
     are made in slices, which costs a fifth more arithmetic; beyond it otherwise.
     """
     contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
-    return min(contractions + _traffic(2 * formed), SLICED * contractions + NEAR * 2 * formed)
+    return min(contractions + _traffic(2 * formed), SLICED * contractions + machine().near * 2 * formed)
 
 
 def _traffic(moved: int) -> float:
-    return float(moved) * (NEAR if moved <= 2 * CACHE else FAR)
+    on = machine()
+    return float(moved) * (on.near if moved <= 2 * on.cache else on.far)
 
 
 def prefers_gram(terms: Sequence[Shape]) -> bool:
@@ -149,9 +188,9 @@ def _pairs_of_rows(terms: Sequence[Shape]) -> int:
 
 def slice_size(terms: Sequence[Shape]) -> int | None:
     """How many examples to form at a time, so that their products stay within the cache; None for all of them."""
-    one = sum(term.product + term.windows for term in terms)
-    windows = any(term.windows for term in terms)
-    return None if terms[0].b * one <= (SLICE if windows else CACHE) else max(1, SLICE // max(one, 1))
+    one, on = sum(term.product + term.windows for term in terms), machine()
+    most = on.windows if any(term.windows for term in terms) else on.cache
+    return None if terms[0].b * one <= most else max(1, on.part // max(one, 1))
 
 
 def examples_at_a_time(b: int, held: int, params: int) -> int | None:

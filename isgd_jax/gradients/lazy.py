@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.lax import Precision
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
@@ -163,7 +162,7 @@ _RISK = 1e-3
 
 
 @_placed
-def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     """The norm of each example's gradient, over the whole tree.
 
     Each leaf is asked in the way that its shapes make cheapest: of its factors' norms, of the inner products of its
@@ -172,7 +171,9 @@ def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "
 
     Args:
         grads: of `per_example_grads`, or any tree of stacked arrays ``[b, *param.shape]``.
-        precision: of matrix products, as for `jax.numpy.einsum`.
+        precision: of matrix products, a `jax.lax.Precision`; None: that which the program has, as an ordinary gradient
+            would (TF32 on NVIDIA cards, bfloat16 on TPUs, unless ``jax_default_matmul_precision`` says otherwise).
+            Norms are then as exact as those of gradients formed in it: a factor is rounded alike wherever it stands.
 
     Returns:
         ``sqrt(Σ |g|²)`` over all entries of all leaves, for each of the b examples; in float32 or, where gradients are
@@ -184,20 +185,35 @@ def norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "
     Source: Goodfellow (arXiv 1510.01799) for layers used once; Li et al. (arXiv 2110.05679), section 4, for Gram sums
     over positions.
     """
-    squares = []
-    for leaf in _leaves(grads):
-        found = _squares(leaf, precision)
-        if found.sizes is not None:
-            kept = found._replace(sizes=None)
-            formed = partial(_formed_squares, leaf, precision)
-            found = lax.cond(jnp.any(found.values < _RISK * found.sizes), formed, lambda kept=kept: kept)
-        squares.append(found)
-    return root(together(squares))
+    leaves = _leaves(grads)
+    found = [_squares(leaf, precision) for leaf in leaves]
+    risky = [at for at, squares in enumerate(found) if squares.sizes is not None]
+    for asked in [[at] for at in risky] if costs.machine().guards_each else [risky]:
+        safe = _guarded([leaves[at] for at in asked], [found[at] for at in asked], precision)
+        for at, squares in zip(asked, safe, strict=True):
+            found[at] = squares
+    return root(together(found))
 
 
-def unguarded_norms(
-    grads: Grads, *, precision: Any = Precision.HIGHEST
-) -> tuple[Float[Array, " b"], Bool[Array, ""] | None]:
+def _guarded(leaves: Sequence[Any], found: Sequence[Squares], precision: Any) -> Sequence[Squares]:
+    """Squares that a Gram sum found, or those of products if any sum has cancelled."""
+    if not leaves:
+        return found
+    kept = [squares._replace(sizes=None) for squares in found]
+    cancelled = [jnp.any(_has_cancelled(squares)) for squares in found]
+
+    def formed() -> list[Squares]:
+        return [_formed_squares(leaf, precision) for leaf in leaves]
+
+    return lax.cond(jnp.any(jnp.stack(cancelled)), formed, lambda: kept)
+
+
+def _has_cancelled(squares: Squares) -> Bool[Array, " b"]:
+    assert squares.sizes is not None
+    return squares.values < _RISK * squares.sizes
+
+
+def unguarded_norms(grads: Grads, *, precision: Any = None) -> tuple[Float[Array, " b"], Bool[Array, ""] | None]:
     """`norms` for those who can do it over: the norms, and whether a Gram sum has cancelled (None: there are none).
 
     Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
@@ -211,11 +227,11 @@ def unguarded_norms(
         has them right.
     """
     found = together([_squares(leaf, precision) for leaf in _leaves(grads)])
-    return root(found), None if found.sizes is None else jnp.any(found.values < _RISK * found.sizes)
+    return root(found), None if found.sizes is None else jnp.any(_has_cancelled(found))
 
 
 @_placed
-def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def product_norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     """`norms` from products alone, which cannot cancel.
 
     Args:
@@ -236,7 +252,7 @@ def product_norms(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[
 
 
 @_placed
-def scaled_norms(grads: Grads, scale: Any, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def scaled_norms(grads: Grads, scale: Any, *, precision: Any = None) -> Float[Array, " b"]:
     """The norm of each example's gradient times ``scale``, entry by entry.
 
     With the inverse root of Adam's second moments, it is the norm of the step that an example alone would make.
@@ -257,7 +273,7 @@ def scaled_norms(grads: Grads, scale: Any, *, precision: Any = Precision.HIGHEST
 
 
 @_placed(out=_as_parameters)
-def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST) -> Any:
+def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any = None) -> Any:
     """``(1/b) Σ_b weights[b] · g_b``: a tree like the parameters.
 
     For the cost of the ordinary gradient's last contraction; no example's own gradient is made.
@@ -280,7 +296,7 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
 
 
 @_placed(out=_stacked_split)
-def stack(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Any:
+def stack(grads: Grads, *, precision: Any = None) -> Any:
     """The definition: every leaf formed, ``[b, *param.shape]``.
 
     Args:
@@ -313,7 +329,7 @@ def _part(grads: Grads, which: slice) -> Grads:
 
 
 @_placed
-def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b b"]:
+def gram(grads: Grads, *, precision: Any = None) -> Float[Array, "b b"]:
     """Inner products between the gradients of all pairs of examples; the diagonal holds the squares of `norms`.
 
     Args:
@@ -327,7 +343,7 @@ def gram(grads: Grads, *, precision: Any = Precision.HIGHEST) -> Float[Array, "b
 
 
 def halves(
-    grads: Grads, weights: Float[Array, " b"], *, precision: Any = Precision.HIGHEST
+    grads: Grads, weights: Float[Array, " b"], *, precision: Any = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """``⟨first, second⟩`` of the weighted means of the two halves of a batch, and the squared norm of the whole mean.
 
@@ -360,7 +376,7 @@ def halves(
 
 
 @_placed
-def inner(grads: Grads, tree: Any, *, precision: Any = Precision.HIGHEST) -> Float[Array, " b"]:
+def inner(grads: Grads, tree: Any, *, precision: Any = None) -> Float[Array, " b"]:
     """Inner product of each example's gradient with one tree shaped like the parameters.
 
     With the gradient of a validation loss it says how far a step on each example would lower that loss.
@@ -436,7 +452,7 @@ def formed_if_cheaper(leaf: Factored) -> Any:
     """The leaf, formed if norms and a mean together are then cheaper than each asked of the factors."""
     if leaf.formed is not None or leaf.shared is not None or not costs.prefers_formed(_shapes(leaf)):
         return leaf
-    return _in_slices(lambda part: _stack(part, Precision.HIGHEST), leaf).astype(leaf.dtype)
+    return _in_slices(lambda part: _stack(part, None), leaf).astype(leaf.dtype)
 
 
 def _in_slices(function: Any, leaf: Factored) -> Any:

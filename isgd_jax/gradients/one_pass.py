@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.lax import Precision
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
@@ -40,7 +39,7 @@ def value_norms_and_mean(
     has_aux: bool = False,
     *,
     microbatch_size: int | Literal["auto"] | None = "auto",
-    precision: Any = Precision.HIGHEST,
+    precision: Any = None,
 ) -> Callable[..., tuple[Any, Float[Array, " b"], Any]]:
     """A function ``(params, batch, weights) -> (losses [b], norms [b], mean)``: what a step needs of its batch.
 

@@ -90,8 +90,8 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
 
     Args:
         terms: of one parameter, laid out alike.
-        precision: of the matrix products. Less than the highest shows where pairs cancel: the rounding of the largest
-            pair may be all that is left.
+        precision: of the matrix products. A factor is rounded alike wherever it stands, so the sum is the squared norm
+            of a gradient of rounded factors, as a product in this precision has it too.
 
     Returns:
         The squares, over the scale of each example; where pairs can cancel also ``sizes``, the sum of the pairs without

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import images, mlp, mlp_loss
 
 from isgd_jax.engines import scorers
-from isgd_jax.gradients import batching
+from isgd_jax.gradients import costs
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_scores_are_the_same_for_any_size(key, size):
 
 @pytest.mark.slow
 def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array) -> None:
-    """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once, less than `AUTO_BYTES` by default."""
+    """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once, below `CPU.scored` by default."""
 
     def loss_fn(params, tokens):
         x = params["embed"][tokens]
@@ -41,8 +41,8 @@ def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array)
     def temporary(scorer):
         return jax.jit(scorer).lower(params, many).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(scorers.grad_norm(loss_fn, microbatch_size=None)) > 3 * batching.AUTO_BYTES
-    assert temporary(scorers.grad_norm(loss_fn)) < batching.AUTO_BYTES
+    assert temporary(scorers.grad_norm(loss_fn, microbatch_size=None)) > 3 * costs.CPU.scored
+    assert temporary(scorers.grad_norm(loss_fn)) < costs.CPU.scored
 
 
 def test_small_batches_are_scored_at_once_by_default(key: jax.Array) -> None:

@@ -94,12 +94,16 @@ def test_bfloat16_compute_to_two_digits_of_float64(key, rows):
     np.testing.assert_allclose(norms, expected, rtol=1e-2)
 
 
-def test_contractions_are_at_the_highest_precision_unless_told():
+def test_contractions_have_the_precision_of_the_program_unless_told():
     grads = outer(jnp.ones((2, 8, 64)), jnp.ones((2, 8, 96)))
-    for precision, expected in (({}, "HIGHEST"), ({"precision": jax.lax.Precision.DEFAULT}, "DEFAULT")):
-        jaxpr = str(jax.make_jaxpr(lambda g, how=precision: isgd.norms(g, **how))(grads))
-        assert f"Precision.{expected}" in jaxpr
-    assert "DEFAULT" not in str(jax.make_jaxpr(isgd.norms)(grads))
+
+    def asked(**how):
+        return str(jax.make_jaxpr(lambda g: isgd.norms(g, **how))(grads))
+
+    assert "Precision." not in asked()
+    assert "Precision.HIGH," in asked(precision=jax.lax.Precision.HIGH)
+    with jax.default_matmul_precision("highest"):
+        assert "Precision.HIGHEST" in asked()
 
 
 @pytest.mark.slow

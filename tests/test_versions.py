@@ -1,8 +1,10 @@
-"""Pairs of versions that do not work together are told, in a sentence; all others are not."""
+"""Pairs of versions that do not work together are told, in a sentence; all others are not. Nor do tests ask XLA for
+what a version of it does not know."""
 
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from processes import forced, quick_to_compile
 
 from isgd_jax.versions import check_versions, found_bad
 
@@ -35,3 +37,18 @@ def test_a_good_pair_is_not(flax: str, jax: str) -> None:
 
 def test_what_is_installed_here_works_together() -> None:
     assert found_bad() == []
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "count"),
+    [("0.10.0", 2), ("0.11.0", 2), ("0.11.1.dev20260801", 1), ("0.11.1", 1), ("0.11.2", 1), ("0.12.0.1", 1), ("1.0", 1)],
+)
+def test_xla_is_asked_for_what_it_knows(jaxlib: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.11.1 gave up the older emitters of fusions, and a process with a flag that XLA does not know ends at once."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags = quick_to_compile(jaxlib)
+    assert len(flags) == count
+    assert ("--xla_cpu_use_fusion_emitters=false" in flags) == (count == 2)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    assert quick_to_compile(jaxlib) == []
+    assert forced(3) == "--xla_force_host_platform_device_count=3"

@@ -101,9 +101,19 @@ def read(app, docname: str, source: list[str]) -> None:
 
     def file(found: re.Match) -> str:
         path = (folder / found[1]).resolve()
+        app.env.note_dependency(str(path), docname=docname)  # the page is made again when this changes
         return with_links(path.read_text(), path.parent, folder)
 
-    source[0] = re.sub(r"^```\{include\} (\S+)\n```$", file, text, flags=re.MULTILINE)
+    source[0] = with_whole_intervals(re.sub(r"^```\{include\} (\S+)\n```$", file, text, flags=re.MULTILINE))
+
+
+def with_whole_intervals(text: str) -> str:
+    """A page whose tables do not break a line within an interval such as [0.65, 0.80], nor before a percent sign."""
+
+    def whole(row: re.Match) -> str:
+        return re.sub(r"(?<=[\d.]),? (?=[-+]?[\d.]+\]|%)", lambda gap: gap[0].replace(" ", "\u00a0"), row[0])
+
+    return re.sub(r"^\|.*\|$", whole, text, flags=re.MULTILINE)
 
 
 def docstring(app, what: str, name: str, obj, options, lines: list[str]) -> None:
@@ -146,6 +156,16 @@ def math(self, node) -> None:
     raise nodes.SkipNode
 
 
+def source_buttons(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """The buttons of a page that is a whole file from elsewhere lead to that file."""
+    shown = {page_of(ROOT / name): name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")}
+    shown |= {f"{pagename}.ipynb": f"experiments/{pagename}.ipynb"} if pagename.startswith("notebooks/") else {}
+    file = shown.get(f"{pagename}{context.get('page_source_suffix')}")
+    if file is not None:
+        context["theme_source_view_link"] = f"{REPOSITORY}/blob/main/{file}"
+        context["theme_source_edit_link"] = f"{REPOSITORY}/edit/main/{file}"
+
+
 def setup(app) -> None:
     """What Sphinx calls first."""
     copies = DOCS / "notebooks"
@@ -158,6 +178,7 @@ def setup(app) -> None:
         (copies / path.name).write_text(text)
     app.add_html_math_renderer("mathml", inline_renderers=(math, None), block_renderers=(math, None))
     app.connect("source-read", read)
+    app.connect("html-page-context", source_buttons)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", docstring, priority=400)  # before napoleon
 

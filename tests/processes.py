@@ -26,4 +26,5 @@ def quick_to_compile(jaxlib: str) -> list[str]:
 
 def forced(devices: int) -> str:
     """XLA_FLAGS of a process with so many CPU devices."""
-    return " ".join([f"--xla_force_host_platform_device_count={devices}", *quick_to_compile(metadata.version("jaxlib"))])
+    flags = quick_to_compile(metadata.version("jaxlib"))
+    return " ".join([f"--xla_force_host_platform_device_count={devices}", *flags])

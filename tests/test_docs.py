@@ -169,13 +169,21 @@ class Links(html.parser.HTMLParser):
                 self.places.add(value or "")
 
 
+IN_REPOSITORY = re.compile(
+    r"https://(?:github\.com|colab\.research\.google\.com/github)/isgd-jax/isgd_jax/(?:blob|edit|tree)/main/([^?#]*)"
+)
+
+
 def broken_links(site: Path) -> list[str]:
-    """Links within a site that lead nowhere, and pictures or scripts that come from elsewhere."""
+    """Links that lead nowhere, in a site or in the repository, and pictures or scripts that come from elsewhere."""
     pages = {page: Links(page) for page in site.rglob("*.html")}
     broken = []
     for page, links in pages.items():
         for link in links.to:
             url = urllib.parse.urlsplit(link)
+            file = IN_REPOSITORY.match(link)
+            if file and not (ROOT / file[1]).exists():
+                broken.append(f"{page.relative_to(site)}: {link}")
             if url.scheme or link.startswith("//"):
                 continue
             path = (page.parent / urllib.parse.unquote(url.path)).resolve() if url.path else page
@@ -193,5 +201,6 @@ def test_the_site_builds_without_a_warning_and_without_a_broken_link(tmp_path: P
     assert broken_links(tmp_path) == []
     assert "isgd_jax.importance_sampler" in (tmp_path / "reference" / "samplers.html").read_text()
     index = tmp_path / "index.html"
-    index.write_text(index.read_text() + '<a href="nowhere.html">')
-    assert broken_links(tmp_path) == ["index.html: nowhere.html"]
+    gone = "https://github.com/isgd-jax/isgd_jax/edit/main/docs/nowhere.md"
+    index.write_text(index.read_text() + f'<a href="nowhere.html"><a href="{gone}">')
+    assert sorted(broken_links(tmp_path)) == [f"index.html: {gone}", "index.html: nowhere.html"]

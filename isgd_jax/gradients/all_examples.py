@@ -3,6 +3,7 @@
 Guarantees:
 
 * both are those of the definition, one `jax.grad` an example, to rounding, whatever ``batch_size`` is;
+* the mean is summed in float32 or wider, and not rounded to the dtypes of the parameters on the way;
 * no ``[n, parameters]`` array is made, and of data on the host no more than a batch is on the device;
 * one program for each loss, batch size and data set: asking again along a run compiles nothing.
 
@@ -10,19 +11,20 @@ Source: the paper, section 4.1: the variance of every proposal is a function of 
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Float, Int
+from jax import Array
+from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients import lazy
 from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.factors import wide
-from isgd_jax.gradients.per_example import per_example_grads
+from isgd_jax.gradients.jaxpr import made_varying
+from isgd_jax.gradients.one_pass import sums_by_slices
+from isgd_jax.gradients.plan import make_plan
 from isgd_jax.types import Batch, Params
 
 __all__ = ["norms_and_mean_gradient"]
@@ -60,60 +62,34 @@ def norms_and_mean_gradient(
     size = jax.tree.leaves(data)[0].shape[0]
     if size < 1 or batch_size < 1:
         raise ArgumentError(f"expected at least one example and a positive batch_size, got {size} and {batch_size}")
-    width = min(batch_size, size)
+    program = _program(loss_fn, batch_size)
     if all(isinstance(leaf, Array) for leaf in jax.tree.leaves(data)):
-        return _programs(loss_fn, width)[1](params, frozen, data)
-    total, norms = _zeros(params), []
-    for start in range(0, size, width):
+        norms, total = program(params, frozen, data, None)
+        return norms, _over(total, size)
+    total, every = _zeros(params), []  # with a first sum of None, the first batch would be a program of its own
+    for start in range(0, size, batch_size):
         # The last batch is cut to what is left: one more program, and no row of the host's is read twice.
-        batch = jax.tree.map(lambda x, start=start: x[start : start + width], data)
-        counts = jnp.ones(min(width, size - start), jnp.float32)
-        total, some = _programs(loss_fn, width)[0](params, frozen, batch, total, counts)
-        norms.append(some)
-    return jnp.concatenate(norms), _over(total, size)
+        batch = jax.tree.map(lambda x, start=start: x[start : start + batch_size], data)
+        norms, total = program(params, frozen, batch, total)
+        every.append(norms)
+    return jnp.concatenate(every), _over(total, size)
 
 
 @lru_cache(maxsize=64)
-def _programs(loss_fn: Callable[..., Any], width: int) -> tuple[CapturingJit, CapturingJit]:
-    """`_added` and `_scanned` of a loss, compiled."""
+def _program(loss_fn: Callable[..., Any], batch_size: int) -> CapturingJit:
+    """``(params, frozen, data, total) -> (norms, total)``, the gradients of the data added; compiled."""
 
-    def scanned(params: Params, frozen: Any, data: Batch) -> tuple[Float[Array, " n"], Params]:
-        return _scanned(loss_fn, width, params, frozen, data)
+    def added(params: Params, frozen: Any, data: Batch, total: Params | None) -> tuple[Float[Array, " n"], Params]:
+        shared = made_varying([params] if frozen is None else [params, frozen], data)
+        plan = make_plan(loss_fn, 0, False, shared, data)
+        alike = jnp.ones(jax.tree.leaves(data)[0].shape[0], jnp.float32)
+        _, norms, sums = sums_by_slices(plan, shared, data, alike, batch_size)
+        return norms, sums if total is None else jax.tree.map(jnp.add, total, sums)
 
-    return CapturingJit(partial(_added, loss_fn)), CapturingJit(scanned)
-
-
-def _scanned(
-    loss_fn: Callable[..., Any], width: int, params: Params, frozen: Any, data: Batch
-) -> tuple[Float[Array, " n"], Params]:
-    size = jax.tree.leaves(data)[0].shape[0]
-    rows = jnp.arange(-(-size // width) * width, dtype=jnp.int32).reshape(-1, width)
-
-    def add(total: Params, at: Int[Array, " b"]) -> tuple[Params, Array]:
-        batch = jax.tree.map(lambda x: x[jnp.minimum(at, size - 1)], data)  # padded with the last example
-        return _added(loss_fn, params, frozen, batch, total, (at < size).astype(jnp.float32))
-
-    total, norms = lax.scan(add, _zeros(params), rows)
-    return norms.reshape(-1)[:size], _over(total, size)
-
-
-def _added(
-    loss_fn: Callable[..., Any],
-    params: Params,
-    frozen: Any,
-    batch: Batch,
-    total: Params,
-    counts: Float[Array, " b"],
-) -> tuple[Params, Float[Array, " b"]]:
-    """The sum of gradients with those of a batch added, and their norms; padding ``counts`` 0."""
-    grads = per_example_grads(loss_fn)(params, *(() if frozen is None else (frozen,)), batch)
-    mean = lazy.weighted_mean(grads, counts)
-    size = counts.shape[0]
-    return jax.tree.map(lambda t, m: t + m.astype(t.dtype) * size, total, mean), lazy.norms(grads)
+    return CapturingJit(added)
 
 
 def _zeros(params: Params) -> Params:
-    """Where gradients are summed: in float32 or wider, since the mean of many is small beside each."""
     return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide(jnp.result_type(x))), params)
 
 

@@ -54,7 +54,7 @@ __all__ = [
     "stack",
     "unguarded_norms",
     "weighted_mean",
-    "weighted_sum",
+    "weighted_sums",
 ]
 
 ANYWHERE = PartitionSpec()
@@ -290,9 +290,36 @@ def weighted_mean(grads: Grads, weights: Float[Array, " b"], *, precision: Any =
         ValueError: there is not one weight an example.
     """
     b = _batch_size(grads)
+    _check_weights(weights, b)
+    return _map(lambda leaf: _weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
+
+
+@_placed(out=_as_parameters)
+def weighted_sums(grads: Grads, weights: Float[Array, " b"], *, precision: Any = None) -> Any:
+    """``Σ_b weights[b] · g_b``, not rounded to the dtypes of the parameters: what is to be added to others.
+
+    Args:
+        grads: per-example gradients of b examples, as for `norms`.
+        weights: of each example.
+        precision: of matrix products.
+
+    Returns:
+        The sum, a tree like the parameters, every leaf in float32 or wider.
+
+    Raises:
+        ValueError: there is not one weight an example.
+    """
+    _check_weights(weights, _batch_size(grads))
+
+    def summed(leaf: Any) -> Array:
+        return _weighted_sum(leaf, weights, precision).astype(wide(leaf.dtype))
+
+    return _map(summed, grads)
+
+
+def _check_weights(weights: Array, b: int) -> None:
     if weights.shape != (b,):
         raise ArgumentError(f"weights of {b} examples must have shape ({b},), got {weights.shape}")
-    return _map(lambda leaf: weighted_sum(leaf, weights / b, precision).astype(leaf.dtype), grads)
 
 
 @_placed(out=_stacked_split)
@@ -366,7 +393,7 @@ def halves(
         if is_factored(leaf) and costs.prefers_gram_of_means(_shapes(leaf)) and _is_plain(leaf):
             return einsum("ua,ab,vb->uv", rows, _gram(leaf, precision), rows, precision=precision)
         parts = [(rows[0, :half], first(leaf, half)), (rows[1, half:], last(leaf, rest))]
-        means = [weighted_sum(part, own, precision) for own, part in parts]
+        means = [_weighted_sum(part, own, precision) for own, part in parts]
         flat = jnp.stack([mean.astype(wide(mean.dtype)).reshape(-1) for mean in means])
         return jnp.real(einsum("up,vp->uv", flat, conjugate(flat), precision=precision))
 
@@ -530,7 +557,7 @@ def _stack(leaf: Any, precision: Any) -> Array:
     return _sum(parts)
 
 
-def weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
+def _weighted_sum(leaf: Any, weights: Float[Array, " b"], precision: Any) -> Array:
     """``Σ_b weights[b] · g_b`` of one leaf, lazy or stacked, not yet rounded to the parameter's dtype."""
     if not is_factored(leaf):
         return einsum("b,b...->...", weights, leaf, precision=precision)

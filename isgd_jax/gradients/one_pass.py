@@ -27,7 +27,7 @@ from isgd_jax.gradients.factors import Window, wide
 from isgd_jax.gradients.jaxpr import Node, made_varying
 from isgd_jax.gradients.plan import Plan, make_plan
 
-__all__ = ["CONVOLVED", "value_norms_and_mean"]
+__all__ = ["CONVOLVED", "sums_by_slices", "value_norms_and_mean"]
 
 CONVOLVED = 0.1
 """The part of the factors that convolutions may hold where a batch is taken in slices."""
@@ -89,7 +89,7 @@ def value_norms_and_mean(
 
 def _computed(plan: Plan, size: int | Literal["auto"] | None, precision: Any, *args: Any) -> tuple[Any, Any, Any]:
     b = args[-1].shape[0]
-    whole, on_a_mesh = partial(_whole, plan, precision), _lies_on_a_mesh(args)
+    whole, on_a_mesh = partial(_rounded, plan, precision, None), _lies_on_a_mesh(args)
     if size not in (None, "auto") and on_a_mesh:
         raise ArgumentError(
             f'microbatch_size must be "auto" or None where arrays lie on a mesh of several devices, got {size}: there '
@@ -98,40 +98,74 @@ def _computed(plan: Plan, size: int | Literal["auto"] | None, precision: Any, *a
     fitting = (None if on_a_mesh else _fitting(plan, b)) if size == "auto" else size
     if fitting is None or fitting >= b:
         return whole(*args)
-    sliced = partial(_of_slices, plan, precision, fitting)
+    sliced = partial(_rounded, plan, precision, fitting)
     return lax.platform_dependent(*args, cpu=sliced, default=whole) if size == "auto" else sliced(*args)
 
 
-def _whole(plan: Plan, precision: Any, shared: Any, batch: Any, weights: Any) -> tuple[Any, Any, Any]:
-    value, grads = plan.run(shared, batch, joint=True)
-    norms = lazy.norms(grads, precision=precision)
-    return value, norms, lazy.weighted_mean(grads, weights, precision=precision)
+def _rounded(plan: Plan, precision: Any, size: int | None, shared: Any, batch: Any, weights: Any) -> Any:
+    """Losses, norms, and the weighted mean in the dtypes of the parameters."""
+    value, norms, sums = sums_by_slices(plan, shared, batch, weights / weights.shape[0], size, precision=precision)
+    dtypes = jax.tree.unflatten(plan.grads_tree, [leaf.param.dtype for leaf in plan.leaves])
+    return value, norms, jax.tree.map(lambda total, dtype: total.astype(dtype), sums, dtypes)
 
 
-def _of_slices(plan: Plan, precision: Any, size: int, shared: Any, batch: Any, weights: Any) -> tuple[Any, Any, Any]:
-    """Slices of one size, the last filled with the last examples again, of weight 0."""
+def sums_by_slices(
+    plan: Plan,
+    shared: Any,
+    batch: Any,
+    weights: Float[Array, " b"],
+    size: int | None,
+    *,
+    precision: Any = None,
+) -> tuple[tuple[Any, Any], Float[Array, " b"], Any]:
+    """Losses, norms and the weighted sum of the gradients of a batch, ``size`` examples at a time.
+
+    Of the batch no more than a slice is copied. The last slice begins early enough to be whole; what it has of the one
+    before weighs nothing there.
+
+    Args:
+        plan: of the gradients, as `plan.make_plan` made it of ``shared`` and ``batch``.
+        shared: the arguments of the loss but the example.
+        batch: examples with a leading axis b.
+        weights: of each example.
+        size: of a slice, which becomes smaller where as many slices then do; None, or b and more, takes all at once.
+        precision: of matrix products.
+
+    Returns:
+        ``(losses, aux)`` [b, ...], the norm of each example's gradient [b], and ``Σ_b weights[b] · g_b``, a tree like
+        the parameters in float32 or wider: whoever wants it in their dtypes rounds once.
+    """
+
+    def of_slice(examples: Any, own: Array) -> tuple[Any, Any, Any]:
+        value, grads = plan.run(shared, examples, joint=True)
+        sums = lazy.weighted_sums(grads, own, precision=precision)
+        return value, lazy.norms(grads, precision=precision), sums
+
     b = weights.shape[0]
+    if size is None or size >= b:
+        return of_slice(batch, weights)
     count = -(-b // size)
     size = -(-b // count)
-    more = size * count - b
-    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[b - more :]]) if more else x, batch)
-    shares = jnp.pad(weights / b, (0, more))
-    slices = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), (padded, shares))
-    params = [leaf.param for leaf in plan.leaves]
+    last = (count - 1) * size
+    again = count * size - b
+    shares = jnp.concatenate([weights[:last], jnp.zeros(again, weights.dtype), weights[last:]]).reshape(count, size)
+    starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, b - size)
 
-    def add(totals: list[Array], some: Any) -> Any:
-        examples, own = some
-        value, grads = plan.run(shared, examples, joint=True)
-        leaves = jax.tree.leaves(grads, is_leaf=lazy.is_factored)
-        parts = [lazy.weighted_sum(leaf, own, precision) for leaf in leaves]
-        sums = [total + part.astype(total.dtype) for total, part in zip(totals, parts, strict=True)]
-        return sums, (value, lazy.norms(grads, precision=precision))
+    def add(totals: Any, some: tuple[Array, Array]) -> tuple[Any, Any]:
+        start, own = some
+        examples = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), batch)
+        value, norms, sums = of_slice(examples, own)
+        return jax.tree.map(jnp.add, totals, sums), (value, norms)
 
-    zeros = [jnp.zeros(param.shape, wide(param.dtype)) for param in params]
-    totals, rows = lax.scan(add, zeros, slices)
-    value, norms = jax.tree.map(lambda x: x.reshape(size * count, *x.shape[2:])[:b], rows)
-    mean = [total.astype(param.dtype) for total, param in zip(totals, params, strict=True)]
-    return value, norms, jax.tree.unflatten(plan.grads_tree, mean)
+    zeros = [jnp.zeros(leaf.param.shape, wide(leaf.param.dtype)) for leaf in plan.leaves]
+    totals, rows = lax.scan(add, jax.tree.unflatten(plan.grads_tree, zeros), (starts, shares))
+
+    def in_a_row(x: Array) -> Array:
+        x = x.reshape(count * size, *x.shape[2:])
+        return jnp.concatenate([x[:last], x[last + again :]]) if again else x
+
+    value, norms = jax.tree.map(in_a_row, rows)
+    return value, norms, totals
 
 
 def _fitting(plan: Plan, b: int) -> int | None:

@@ -61,13 +61,16 @@ def test_by_the_closed_form_inside_jit() -> None:
     np.testing.assert_allclose(mean["b"], residual.mean(), rtol=1e-3, atol=1e-5)
 
 
-def test_low_precision_is_summed_in_float32() -> None:
-    norms, mean = norms_and_mean_gradient(
-        lambda w, x: w * x, jnp.bfloat16(1.0), jnp.ones(3000, jnp.bfloat16), batch_size=1
-    )
-    assert mean.dtype == jnp.float32
-    assert float(mean) == 1.0  # in bfloat16 the sum would stand still at 256
-    assert norms.shape == (3000,)
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_low_precision_is_summed_in_float32_and_rounded_nowhere(batch_size: int) -> None:
+    """Each gradient is x itself. In bfloat16 a sum would stand still at 256, and means of batches of 64, each rounded
+    to it, would be wrong in the fourth digit."""
+    x = jnp.asarray(1.0 + np.random.default_rng(0).random(3000), jnp.bfloat16)
+    exact = np.mean(np.asarray(x, np.float64))
+    for data in (x, np.asarray(x)):
+        norms, mean = norms_and_mean_gradient(lambda w, x: w * x, jnp.bfloat16(1.0), data, batch_size=batch_size)
+        assert (mean.dtype, norms.shape) == (jnp.float32, (3000,))
+        assert abs(float(mean) - exact) < 2e-6 * exact
 
 
 def test_asking_again_compiles_nothing() -> None:

@@ -38,7 +38,7 @@ def picture(file: Path, problem: str) -> None:
     """The network's picture, and where it looks, at three moments of a run."""
     domain, moments = problems.domain(problem), (0.03, 0.2, 1.0)
     rows = race.captured(problem, 0, race.Trial(1e-3, 1, 20.0), moments, count=6_000)
-    figure, panels = plt.subplots(2, len(rows), figsize=(12, 5.6), constrained_layout=True)
+    figure, panels = plt.subplots(2, len(rows), figsize=(9.6, 4.7), constrained_layout=True)
     image = domain.truth
     long = max(image.shape)
     value = jax.jit(lambda params, points: jax.lax.map(lambda p: domain.value(params, p), points, batch_size=4_096))
@@ -49,12 +49,12 @@ def picture(file: Path, problem: str) -> None:
         column[0].set_title(f"{share:.0%} of the run, {-20 * np.log10(error):.1f} dB", fontsize=10)
         column[1].imshow(np.full_like(image, 1.0))
         at = points * (long / 2) + (np.array(image.shape[:2]) - 1) / 2
-        column[1].scatter(at[:, 1], at[:, 0], s=1.0, c="black", alpha=0.6, linewidths=0)
+        column[1].scatter(at[:, 1], at[:, 0], s=0.7, c="black", alpha=0.6, linewidths=0)
         column[1].set_title("6,000 draws", fontsize=10)
         for panel in column:
             panel.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=150)
     print(f"wrote {file}")
 
 

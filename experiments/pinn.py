@@ -39,20 +39,20 @@ def picture(file: Path, problem: str) -> None:
     """The solution with the points that were drawn, at four moments of a run."""
     domain, moments = problems.domain(problem), (0.02, 0.1, 0.4, 1.0)
     rows = race.captured(problem, 0, race.Trial(3e-3, 1, 15.0), moments)
-    figure, panels = plt.subplots(1, len(rows), figsize=(13, 3.6), sharey=True, constrained_layout=True)
+    figure, panels = plt.subplots(1, len(rows), figsize=(10.4, 3.1), sharey=True, constrained_layout=True)
     first, second = domain.grid[..., 0], domain.grid[..., 1]
     value = jax.jit(jax.vmap(domain.value, (None, 0)))
     for panel, share, (params, points) in zip(panels, moments, rows, strict=True):
         found = np.asarray(value(params, domain.grid.reshape(-1, 2).astype(np.float32))).reshape(first.shape)
         mesh = panel.pcolormesh(first, second, found, cmap="RdBu_r", vmin=-1, vmax=1, shading="auto", rasterized=True)
-        panel.scatter(points[:, 0], points[:, 1], s=1.5, c="black", alpha=0.5, linewidths=0)
+        panel.scatter(points[:, 0], points[:, 1], s=1.2, c="black", alpha=0.5, linewidths=0)
         panel.set(xlabel="t" if problem != "poisson" else "x", xlim=(first.min(), first.max()), ylim=(-1, 1))
         error = float(domain.error(params))
         panel.set_title(f"{share:.0%} of the run, error {error:.3f}", fontsize=10)
     panels[0].set_ylabel("x" if problem != "poisson" else "y")
-    figure.colorbar(mesh, ax=panels, label="the network's u", fraction=0.02)
+    figure.colorbar(mesh, ax=panels, label="the network's u", pad=0.01, aspect=30)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=150)
     print(f"wrote {file}")
 
 

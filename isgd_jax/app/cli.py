@@ -271,6 +271,9 @@ def _leave_failures_to_us() -> None:
     sys.unraisablehook = hook
 
 
+DESCRIPTION = "Importance-sampling SGD for JAX. More: isgd COMMAND --help, isgd --version."
+
+
 def _parse(arguments: list[str]) -> Command:
     """The command in typed form."""
     refuse_gone(arguments)
@@ -287,9 +290,7 @@ def _parse(arguments: list[str]) -> Command:
         described = first_line if named != [name] else None  # among others a line is enough
         default = {"default": defaults[kind]} if kind in defaults else {}
         commands.append(Annotated[kind, tyro.conf.subcommand(name, description=described, **default)])
-    return parse(
-        functools.reduce(operator.or_, commands), arguments, prog="isgd", description="Importance-sampling SGD for JAX."
-    )
+    return parse(functools.reduce(operator.or_, commands), arguments, prog="isgd", description=DESCRIPTION)
 
 
 def _show_help(arguments: list[str]) -> None:

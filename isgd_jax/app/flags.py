@@ -15,7 +15,7 @@ import tyro
 
 from isgd_jax.app.config import Config
 from isgd_jax.app.gone import IN_PYTHON
-from isgd_jax.app.help import narrow
+from isgd_jax.app.help import narrow, without_none
 from isgd_jax.errors import IsgdError
 
 __all__ = ["in_flags", "parse"]
@@ -45,9 +45,9 @@ def parse(what: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
         IsgdError: one of the dataclasses refused its values. tyro would print it itself, under names of its own.
         SystemExit: help was asked for, or the arguments cannot be read; it has been said.
     """
-    said = io.StringIO()
+    said, shown = io.StringIO(), _Shown()
     try:
-        with contextlib.redirect_stderr(said), narrow():
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown), narrow():
             return tyro.cli(what, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options)
     except SystemExit as exit_error:
         cause = exit_error.__context__
@@ -56,7 +56,20 @@ def parse(what: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
         if cause is not None:
             raise cause from None
         sys.stderr.write(said.getvalue())
+        sys.stdout.write(without_none(shown.text()))
         raise
+
+
+class _Shown(io.TextIOWrapper):
+    """Help, kept until it is printed: in the letters and colors of the terminal that it is for."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), sys.stdout.encoding or "utf-8", write_through=True)
+        self.isatty = sys.stdout.isatty  # type: ignore[method-assign]
+
+    def text(self) -> str:
+        self.seek(0)
+        return self.read()
 
 
 def in_flags(text: str) -> str:

@@ -17,7 +17,7 @@ import tyro
 
 from isgd_jax.app.gone import IN_PYTHON
 
-__all__ = ["WIDTH", "first_page", "narrow"]
+__all__ = ["WIDTH", "first_page", "narrow", "without_none"]
 
 WIDTH = 100
 """Columns: nothing that the command prints is wider, but paths."""
@@ -76,6 +76,28 @@ def narrow() -> Iterator[None]:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
+
+
+def without_none(text: str) -> str:
+    """A help of tyro's for people: what may be left out is known by having no default, and not by Python's None.
+
+    >>> print(without_none("│ --epochs {None}|FLOAT   So many passes. (default: None) │"))
+    │ --epochs FLOAT          So many passes.                 │
+
+    Args:
+        text: panels of tyro's; their width stays.
+    """
+    text = re.sub(r"\{None\}\|(\w+)", r"\1" + " " * len("{None}|"), text)
+    text = re.sub(r"\{None,([^}\s]*\})", r"{\1" + " " * len("None,"), text)
+    text = re.sub(rf"\(default:(?:{_COLOR}|[\s│])*None\)", _blank, text)
+    return re.sub(rf"^(?:{_COLOR})*│(?:{_COLOR}| )*│(?:{_COLOR})*\n", "", text, flags=re.MULTILINE)
+
+
+_COLOR = r"\x1b\[[\d;]*m"
+
+
+def _blank(found: re.Match[str]) -> str:
+    return re.sub(rf"({_COLOR}|[│\n])|.", lambda letter: letter[1] or " ", found[0])
 
 
 def _fields(command: type) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LABELS: Mapping[str, str] = {
     "share_measuring": "time spent on measuring",
     "scores_per_second": "scores a second",
     "scores_per_second_by_worker": "scores a second, by worker",
-    "bytes_moved": "bytes moved between processes",
+    "bytes_moved": "bytes to and from workers",
     "chunks_again": "chunks scored again",
     "results_refused": "results refused",
     "trusted_share": "share of scores trusted",

@@ -276,8 +276,8 @@ def _time(lines: Sequence[Record]) -> Figure:
 
 
 def _others(lines: Sequence[Record], fields: Sequence[str]) -> Figure:
-    """Small pictures of what else was measured, each on its own scale."""
-    columns = 3
+    """Pictures of what else was measured, each on its own scale: up to three side by side fill the width."""
+    columns = min(3, len(fields))
     rows = -(-len(fields) // columns)
     figure = Figure(figsize=(7.2, 1.6 * rows + 0.5))
     grid = figure.subplots(rows, columns, squeeze=False)

@@ -305,6 +305,7 @@ def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_p
     parts = list(Config().to_dict())[1:]
     for name, named in {"train": parts, "compare": parts, "probe": ["data", "model", "training", "scoring"]}.items():
         told = said(name, "--help-all")
+        assert "None" not in told  # of Python's, which nobody types
         assert re.findall(r"^\W+ (\w+) options \W+$", told, flags=re.MULTILINE) == named
         flags = {f"--{flag.replace('_', '-')}" for part in named for flag in Config().to_dict()[part]}
         shown = {flag for flag in flags if re.search(rf"^\W {flag}\b", told, flags=re.MULTILINE)}

@@ -31,6 +31,13 @@ def test_the_figures_are_pictures_of_the_lines(tmp_path: Path, age: float | None
         assert picture.std() > 0.02
 
 
+def test_what_has_no_figure_of_its_own_fills_the_width() -> None:
+    lines = [{**line(step, age=None), "bytes_moved": step} for step in (0, 10, 20)]
+    figure = plots.all_figures(lines)["others"]
+    assert [axes.get_title() for axes in figure.axes] == ["bytes to and from workers"]
+    assert figure.axes[0].get_position().width > 0.7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(0.55, 1.3), (1.9, 2.6), (0.03, 1.0), (1e-6, 10.0)])
 def test_a_logarithmic_axis_can_be_read_however_short(low: float, high: float) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import urllib.parse
 from pathlib import Path
 
@@ -138,6 +139,8 @@ def test_a_command_that_does_not_exist_is_found() -> None:
 
 def test_what_a_page_includes_is_a_whole_file_or_an_example_that_is_run() -> None:
     whole = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert whole <= {*project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}  # the site is built from it too
     for page in GUIDES:
         for directive, name in re.findall(
             r"^```\{(literalinclude|include)\} (\S+)", page.read_text(), flags=re.MULTILINE

@@ -72,7 +72,7 @@ BENCHMARKS := estimators watching balanced ranks sampling lengths norms sharded 
 # Both go on where they were stopped, but for the benchmarks; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev
 	if [ -f runs/readme/config.json ]; then $(BIN)/isgd train --resume runs/readme; else $(BIN)/isgd train --run-dir runs/readme; fi
-	cp runs/readme/variance.png experiments/figures/
+	for name in variance error scores; do cp runs/readme/$$name.png experiments/figures/; done
 	$(BIN)/python experiments/paper.py --settings 1 --seeds 3 --copy-to experiments/figures
 	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3 --batches 128 --methods uniform ranks prune ours-free
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py --quick --problems burgers
@@ -117,8 +117,8 @@ lock:
 
 # Set-up is done once, and again when what is asked for has changed.
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
+	  { echo "Python 3.11 to 3.14 is needed; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 

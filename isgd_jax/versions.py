@@ -22,27 +22,32 @@ class BadPair(NamedTuple):
     why: str
 
 
-KNOWN_BAD = (BadPair("flax", "0.12.10", "jax", "0.11.1", "it subclasses what JAX no longer has, and fails at import"),)
+KNOWN_BAD = (
+    BadPair("flax", "0.12.10", "jax", "0.11.1", "it subclasses what JAX no longer has, and fails at import"),
+    BadPair("flax", "0.12.1", "jax", "0.10", "it imports what JAX no longer has"),
+)
+"""Of two pairs of the same packages, the one that asks for more stands first: it alone is told."""
 
 
 def found_bad(version_of: Callable[[str], str] = metadata.version) -> list[str]:
-    """A sentence for each pair of `KNOWN_BAD` that is installed; a package that is not there is no pair's.
+    """A sentence for each two packages that `KNOWN_BAD` has as installed; a package that is not there is no pair's.
 
     Args:
         version_of: the version of a package by its name; raises `importlib.metadata.PackageNotFoundError`.
     """
-    found = []
+    found: dict[tuple[str, str], str] = {}
     for pair in KNOWN_BAD:
         try:
             version, other = version_of(pair.package), version_of(pair.other)
         except metadata.PackageNotFoundError:
             continue
         if _numbers(version) < _numbers(pair.below) and _numbers(other) >= _numbers(pair.since):
-            found.append(
+            found.setdefault(
+                (pair.package, pair.other),
                 f"{pair.package} {version} does not work with {pair.other} {other} ({pair.why}): "
-                f"install {pair.package} {pair.below} or newer, or {pair.other} below {pair.since}"
+                f"install {pair.package} {pair.below} or newer, or {pair.other} below {pair.since}",
             )
-    return found
+    return list(found.values())
 
 
 def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:

@@ -4,7 +4,8 @@
   the *price* of the arm's step, which is measured first: the least of several blocks, so that a busy machine does not
   favor anybody. Compiling and measuring errors stand outside the clock.
 * *Tuning*: every arm tries the same grid of rates, batch sizes and budgets on a seed that is not reported, and keeps
-  what comes to the level soonest, or else nearest. Where a best rate is an end of the grid, one more is tried (told).
+  what comes to the level soonest, or else nearest. Where a best rate or batch is an end of the grid, the next one is
+  tried too (told).
 * *Seeds* are outer, arms inner: what disturbs the machine meets all. A run that never arrives is censored.
 * Told: how many arrived, median seconds, the ratio to `uniform` and to the best rival paired by seed with its 95 %
   interval (Student's, of logarithms); the same by the price alone (steps times price); and errors at the end of the
@@ -192,15 +193,16 @@ class Race:
         """The best trial of an arm, and what is to be told of the search."""
         tried = {trial: self.run(name, trial, TUNING_SEED) for trial in self.grid.trials()}
         best = min(tried, key=lambda trial: self._merit(tried[trial]))
-        rates = list(self.grid.rates)
-        ends = {rates[0]: rates[0] / 3, rates[-1]: rates[-1] * 3} if len(rates) > 1 else {}
-        told = ""
-        if best.rate in ends:
-            further = best._replace(rate=ends[best.rate])
-            tried[further] = self.run(name, further, TUNING_SEED)
-            best = min(tried, key=lambda trial: self._merit(tried[trial]))
-            told = f"; also tried rate {further.rate:g}"
-        return best, told
+        told = []
+        for field, values in (("rate", self.grid.rates), ("larger", self.grid.larger)):
+            at = getattr(best, field)
+            if len(values) > 1 and at in (values[0], values[-1]):
+                down, up = values[0] ** 2 / values[1], values[-1] ** 2 / values[-2]
+                further = best._replace(**{field: down if at == values[0] else up})
+                tried[further] = self.run(name, further, TUNING_SEED)
+                told.append(f"; also tried {further}")
+                best = min(tried, key=lambda trial: self._merit(tried[trial]))
+        return best, "".join(told)
 
     def _merit(self, record: Record) -> tuple[float, float]:
         return arrival(record, self.level), record["curve"][-1][2] if record["curve"] else math.inf

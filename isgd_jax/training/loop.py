@@ -28,7 +28,16 @@ from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.packing import Held, Packing
 from isgd_jax.training.prefetch import BLOCK, Prefetch
 from isgd_jax.training.problem import Problem
-from isgd_jax.training.train_step import FreshScores, StepInfo, Steps, TrainState, beside, check_chain, make_steps
+from isgd_jax.training.train_step import (
+    FreshScores,
+    StepInfo,
+    Steps,
+    TrainState,
+    beside,
+    check_chain,
+    make_steps,
+    moving,
+)
 from isgd_jax.types import Batch, Key, Params
 
 __all__ = ["STEPS_IN_FLIGHT", "FitResult", "Run", "fit"]
@@ -241,7 +250,7 @@ def fit(
     steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, plain=plain)
     is_fetched = problem.hold != "device"
     learn, rest = (steps.step_drawn, steps.rest_drawn) if is_fetched else (steps.step, steps.rest)
-    packing = Packing(state) if parallel is None and not is_fetched else None
+    packing = Packing(state, None if plain is None else moving) if parallel is None and not is_fetched else None
     run = Run(
         problem=problem,
         sampler=sampler,
@@ -252,7 +261,7 @@ def fit(
         held=Held(state, packing),
         cost_gate=gate,
         learn=beside(learn) if packing is None else packing.step(beside(learn.__wrapped__)),
-        rest=rest if packing is None or rest is None else packing.step(rest.__wrapped__),
+        rest=rest if packing is None or rest is None else packing.moving_step(rest.__wrapped__),
         data=data,
         parallel=parallel,
         prefetch=Prefetch(data, steps.draw_ahead, draw_key) if is_fetched else None,

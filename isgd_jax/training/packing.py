@@ -1,7 +1,8 @@
 """The small arrays of a state as one array, from one jitted step to the next.
 
 To hand an array to a program and to take another one back costs a CPU some 5 µs, as much as a small operation, and the
-state of a sampler has thirty arrays that every step changes, most of them single numbers.
+state of a sampler has thirty arrays that every step changes, most of them single numbers. Steps that need a part of the
+state alone are given no more.
 
 Guarantees:
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,24 @@ from jax import lax
 
 from isgd_jax.gradients.captured import CapturingJit
 
-__all__ = ["LARGEST", "Held", "Packing"]
+__all__ = ["LARGEST", "Held", "Packed", "Packing"]
 
 LARGEST = 1024
 """Numbers that an array may have to be packed: copying more of them costs what handing it on does."""
 
-Packed = list[Any]
-"""The small arrays, as 32-bit words [w]; and the others as they are."""
-
 _WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)))
+
+Arrays = list[Any]
+"""The small arrays of a part, as 32-bit words [w]; and the others as they are."""
+
+
+class Packed(NamedTuple):
+    """A state, packed in two parts."""
+
+    moving: Arrays
+    """What every step takes."""
+    standing: Arrays
+    """What some steps can do without."""
 
 
 class Packing:
@@ -39,32 +49,37 @@ class Packing:
 
     Args:
         state: a pytree of arrays that lie on one device.
+        moving: the part of a state that steps take which leave the rest as it is; all of it by default.
 
     >>> state = {"step": jnp.int32(3), "is_open": jnp.asarray(True), "table": jnp.zeros(5_000)}
     >>> packing = Packing(state)
-    >>> [x.shape for x in packing.pack(state)]
+    >>> [x.shape for x in packing.pack(state).moving]
     [(2,), (5000,)]
     >>> jax.tree.map(jnp.array_equal, packing.unpack(packing.pack(state)), state) == dict.fromkeys(state, True)
     True
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, moving: Callable[[Any], Any] | None = None) -> None:
         leaves, structure = jax.tree.flatten(state)
         self._structure: Any = structure
-        self._shapes = [jnp.shape(x) for x in leaves]
-        self._dtypes = [jnp.result_type(x) for x in leaves]
-        self._is_small = [_is_small(x) for x in leaves]
-        self._join, self._split = jax.jit(_joined), jax.jit(self._parts)
+        places = range(len(leaves))
+        taken = set(places if moving is None else jax.tree.leaves(moving(jax.tree.unflatten(structure, places))))
+        self._moving = _Part(leaves, [at for at in places if at in taken])
+        self._standing = _Part(leaves, [at for at in places if at not in taken])
 
     def pack(self, state: Any) -> Packed:
         """A state, packed; the large arrays are the same ones."""
-        return self._packed(state, self._join)
+        leaves = self._leaves(state)
+        return Packed(self._moving.packed(leaves), self._standing.packed(leaves))
 
     def unpack(self, packed: Packed) -> Any:
         """The state again; the large arrays are the same ones."""
-        return self._whole(packed, self._split)
+        leaves = self._nowhere()
+        self._moving.fill(leaves, packed.moving)
+        self._standing.fill(leaves, packed.standing)
+        return jax.tree.unflatten(self._structure, leaves)
 
-    def step(self, function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Packed, Any]]:
+    def step(self, function: Callable[..., tuple[Any, Any]]) -> PackedStep:
         """``(state, *given) -> (state, result)`` of packed states, jitted; what it is given of the state is donated.
 
         Args:
@@ -73,32 +88,99 @@ class Packing:
         """
 
         def packed_step(packed: Packed, *given: Any) -> tuple[Packed, Any]:
-            after, result = function(self._whole(packed, self._parts), *given)
-            return self._packed(after, _joined), result
+            leaves = self._nowhere()
+            self._moving.fill(leaves, packed.moving, traced=True)
+            self._standing.fill(leaves, packed.standing, traced=True)
+            after, result = function(jax.tree.unflatten(self._structure, leaves), *given)
+            leaves = self._leaves(after)
+            return Packed(self._moving.packed(leaves, traced=True), self._standing.packed(leaves, traced=True)), result
 
-        return CapturingJit(packed_step, donate_argnums=(0,))
+        return PackedStep(CapturingJit(packed_step, donate_argnums=(0,)), lambda program, *given: program(*given))
 
-    def _packed(self, state: Any, join: Callable[[list[Any]], Any]) -> Packed:
+    def moving_step(self, function: Callable[..., tuple[Any, Any]]) -> PackedStep:
+        """The same of a function that neither reads nor changes what stands: the program is not given it.
+
+        Args:
+            function: pure; in the place of each array that stands its state has None, or an object of no meaning.
+        """
+
+        def packed_step(moving: Arrays, *given: Any) -> tuple[Arrays, Any]:
+            leaves = self._nowhere()
+            self._moving.fill(leaves, moving, traced=True)
+            after, result = function(jax.tree.unflatten(self._structure, leaves), *given)
+            return self._moving.packed(self._leaves(after), traced=True), result
+
+        def beside(program: Any, packed: Packed, *given: Any) -> tuple[Packed, Any]:
+            moving, result = program(packed.moving, *given)
+            return Packed(moving, packed.standing), result
+
+        return PackedStep(CapturingJit(packed_step, donate_argnums=(0,)), beside)
+
+    def _nowhere(self) -> list[Any]:
+        return [_NOWHERE] * self._structure.num_leaves
+
+    def _leaves(self, state: Any) -> list[Any]:
         leaves, structure = jax.tree.flatten(state)
         if structure != self._structure:
             raise AssertionError(f"packed for {self._structure}, got {structure}")
-        both = list(zip(leaves, self._is_small, strict=True))
-        return [join([x for x, is_small in both if is_small]), *(x for x, is_small in both if not is_small)]
+        return leaves
 
-    def _whole(self, packed: Packed, split: Callable[[Any], list[Any]]) -> Any:
-        words, *large = packed
-        small, others = iter(split(words)), iter(large)
-        return jax.tree.unflatten(self._structure, [next(small if is_it else others) for is_it in self._is_small])
 
-    def _parts(self, words: Any) -> list[Any]:
+class PackedStep:
+    """A step of packed states.
+
+    Args:
+        program: jitted.
+        call: ``(program, packed, *given) -> (packed, result)``.
+    """
+
+    def __init__(self, program: CapturingJit, call: Callable[..., tuple[Packed, Any]]) -> None:
+        self._program, self._call = program, call
+
+    def __call__(self, packed: Packed, *given: Any) -> tuple[Packed, Any]:
+        """The state after the step, and the step's result."""
+        return self._call(self._program, packed, *given)
+
+    def _cache_size(self) -> int:
+        """How many programs were compiled."""
+        return self._program._cache_size()
+
+
+class _Part:
+    """Some of the leaves of a state.
+
+    Args:
+        leaves: of a state, all of them.
+        places: of those that belong to it.
+    """
+
+    def __init__(self, leaves: list[Any], places: list[int]) -> None:
+        self._small = [at for at in places if _is_small(leaves[at])]
+        self._large = [at for at in places if not _is_small(leaves[at])]
+        self._shapes = [jnp.shape(leaves[at]) for at in self._small]
+        self._dtypes = [jnp.result_type(leaves[at]) for at in self._small]
+        self._join, self._split = jax.jit(_joined), jax.jit(self._arrays)
+
+    def packed(self, leaves: list[Any], *, traced: bool = False) -> Arrays:
+        """These leaves, packed."""
+        small = [leaves[at] for at in self._small]
+        return [(_joined if traced else self._join)(small), *(leaves[at] for at in self._large)]
+
+    def fill(self, leaves: list[Any], arrays: Arrays, *, traced: bool = False) -> None:
+        """Put these leaves into their places."""
+        words, *large = arrays
+        small = (self._arrays if traced else self._split)(words)
+        for at, value in zip((*self._small, *self._large), (*small, *large), strict=True):
+            leaves[at] = value
+
+    def _arrays(self, words: Any) -> list[Any]:
         """The small arrays of their words."""
-        parts, at = [], 0
-        for shape, dtype, is_small in zip(self._shapes, self._dtypes, self._is_small, strict=True):
-            if is_small:
-                size = math.prod(shape)
-                parts.append(_from_words(words[at : at + size], dtype).reshape(shape))
-                at += size
-        return parts
+        arrays, start = [], 0
+        for shape, dtype in zip(self._shapes, self._dtypes, strict=True):
+            size = math.prod(shape)
+            arrays.append(_from_words(words[start : start + size], dtype).reshape(shape))
+            start += size
+        return arrays
 
 
 class Held:
@@ -149,6 +231,13 @@ class Held:
     def copy(self) -> Held:
         """A state of its own."""
         return Held(jax.tree.map(jnp.copy, self.state), self._packing)
+
+
+class _Nowhere:
+    """In the place of an array that a step is not given: whoever computes with it fails."""
+
+
+_NOWHERE = _Nowhere()
 
 
 def _is_small(x: Any) -> bool:

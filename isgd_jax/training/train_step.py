@@ -35,6 +35,7 @@ __all__ = [
     "beside",
     "check_chain",
     "make_steps",
+    "moving",
 ]
 
 PICTURES = 0x70696374
@@ -162,6 +163,16 @@ class _Moving(NamedTuple):
     clock: Clock
 
 
+def moving(state: TrainState) -> _Moving:
+    """What a step that rests takes and changes.
+
+    Args:
+        state: with shuffled epochs to rest by, in ``plain``.
+    """
+    assert state.plain is not None
+    return _Moving(state.params, state.opt_state, state.plain, state.sampler.clock)
+
+
 class _Resting:
     """A step of the whole state from one of what moves, jitted; ``__wrapped__`` is not.
 
@@ -181,8 +192,7 @@ class _Resting:
     def _whole(
         program: Callable[..., tuple[_Moving, StepInfo]], state: TrainState, *given: Any
     ) -> tuple[TrainState, StepInfo]:
-        assert state.plain is not None
-        after, info = program(_Moving(state.params, state.opt_state, state.plain, state.sampler.clock), *given)
+        after, info = program(moving(state), *given)
         sampler = state.sampler._replace(clock=after.clock)
         return TrainState(after.params, after.opt_state, sampler, None, after.plain), info
 

@@ -40,10 +40,11 @@ def step(state: State, by: jax.Array) -> tuple[State, jax.Array]:
 def test_what_is_unpacked_is_what_was_packed_bit_for_bit() -> None:
     first = state()
     packing = Packing(first)
-    words, *others = packing.pack(first)
+    packed = packing.pack(first)
+    words, *others = packed.moving
     assert (words.shape, words.dtype) == ((4 + 6 + 2 + 1,), jnp.int32)
     assert [x.dtype.name for x in others] == ["float32", "bfloat16", "key<fry>", "float32"]
-    again = packing.unpack([words, *others])
+    again = packing.unpack(packed)
     assert jax.tree.structure(again) == jax.tree.structure(first)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(again)] == [(x.shape, x.dtype) for x in jax.tree.leaves(first)]
     assert bits(again) == bits(first)
@@ -68,5 +69,27 @@ def test_packed_steps_do_what_whole_ones_do_and_whoever_looks_or_sets_sees_the_s
     held.state = seen | {"step": jnp.int32(40)}
     held.advance(packed_step, by)
     assert int(held.state["step"]) == 42
-    assert packed_step._cache_size() == 1  # type: ignore[attr-defined]
+    assert packed_step._cache_size() == 1
     assert seen["table"].is_deleted()  # donated
+
+
+def test_a_step_that_leaves_what_stands_is_not_given_it() -> None:
+    """It computes what the step of the whole state does; who touches what stands fails while it is traced."""
+
+    def some(state: State, by: jax.Array) -> tuple[State, jax.Array]:
+        return state | {"step": state["step"] + by, "half": state["half"] * 2.0}, by
+
+    packing, by = Packing(state(), lambda state: (state["step"], state["half"])), jnp.int32(2)
+    held, whole, seen = Held(state(), packing), Held(state()), state()
+    of_all, of_some = packing.step(step), packing.moving_step(some)
+    assert [x.shape for x in packing.pack(seen).moving] == [(1,), (3,)]
+    for packed_step, whole_step in [(of_some, some), (of_all, step), (of_some, some)]:
+        held.advance(packed_step, by), whole.advance(whole_step, by)
+    assert bits(held.state) == bits(whole.state)
+    held.state = seen
+    held.advance(of_some, by)
+    assert (seen["half"].is_deleted(), seen["table"].is_deleted()) == (True, False)
+    assert held.state["table"] is seen["table"]
+    assert (of_some._cache_size(), of_all._cache_size()) == (1, 1)
+    with pytest.raises((TypeError, AttributeError)):
+        Held(state(), packing).advance(packing.moving_step(step), by)

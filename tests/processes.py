@@ -5,6 +5,10 @@ from importlib import metadata
 
 from packaging.version import Version
 
+# On any machine: a TPU is one process's alone, and a GPU is one device where tests want eight. To run some of them on
+# an accelerator, name it: JAX_PLATFORMS=cuda.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # For XLA's optimizations, as users compile, ask by 0: `make test-optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

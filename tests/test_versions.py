@@ -1,9 +1,12 @@
 """Pairs of versions that do not work together are told, in a sentence; all others are not. Nor do tests ask XLA for
 what a version of it does not know."""
 
+import importlib
+import os
 import re
 from importlib.metadata import PackageNotFoundError
 
+import processes
 import pytest
 from processes import forced, quick_to_compile
 
@@ -61,3 +64,12 @@ def test_xla_is_asked_for_what_it_knows(jaxlib: str, count: int, monkeypatch: py
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     assert quick_to_compile(jaxlib) == []
     assert forced(3) == "--xla_force_host_platform_device_count=3"
+
+
+def test_tests_run_on_the_cpu_of_any_machine_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS")
+    importlib.reload(processes)
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    importlib.reload(processes)
+    assert os.environ["JAX_PLATFORMS"] == "cuda"

@@ -9,7 +9,7 @@ how many, CPUs and accelerators differ in it. What is chosen is a matter of spee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -78,7 +78,8 @@ DRAW = 0.8
 
 def machine() -> Machine:
     """That of the device which programs are made for, unless they say otherwise: `jax.default_device`, or JAX's own."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    config: Any = jax.config  # its fields are known to the types of some versions, and not of others
+    device = config.jax_default_device
     platform = getattr(device, "platform", device) or jax.default_backend()
     return CPU if platform == "cpu" else ACCELERATOR
 

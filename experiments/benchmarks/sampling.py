@@ -97,7 +97,11 @@ def time_update(law: Law, masses: np.ndarray) -> None:
 
 def count_starved(law: Law, masses: np.ndarray, chunk: int = 10**6) -> int:
     """Aim a 48-bit random value at the middle of every example's share; count those where it does not land."""
-    land = jax.jit(partial(samplers._descend, denominator=1))
+
+    def at(law: Law, unit: double_float.Pair) -> jax.Array:
+        return samplers._descend(law, samplers._scaled(unit, jnp.float32(1.0), samplers._total(law)))
+
+    land = jax.jit(at)
     total, before, starved = masses.sum(dtype=np.float64), 0.0, 0
     for start in range(0, len(masses), chunk):
         part = masses[start : start + chunk].astype(np.float64)

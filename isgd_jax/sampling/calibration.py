@@ -16,6 +16,7 @@ Guarantees:
 Source: ours.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,8 @@ def create() -> Calibration:
     return Calibration(jnp.zeros((SCORE_BINS, AGE_BINS, 4), jnp.float32))
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True, static_argnames="half_life")
 def observe(
     calibration: Calibration,
     scores: Float[Array, " m"],
@@ -93,6 +96,7 @@ def observe(
     return Calibration((2.0 ** (-1.0 / half_life) * calibration.sums).at[at].add(rows))
 
 
+@partial(jax.jit, inline=True, static_argnames=("strength", "floor"))
 def predict(
     calibration: Calibration,
     scores: Float[Array, " n"],

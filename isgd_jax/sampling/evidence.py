@@ -224,7 +224,9 @@ def monitored(
 
     nothing = jnp.zeros((), jnp.float32)
     square, own = lax.cond(draw.in_halves, measured, lambda: (nothing, nothing))
-    return monitor.observe(watched, draw_scale, wanted, square, draw.mask, own, draw.in_halves)
+    return monitor.observe(
+        watched, draw_scale, wanted, square, draw.mask, batch_grad_norm_sq=own, is_measured=draw.in_halves
+    )
 
 
 def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> Params:

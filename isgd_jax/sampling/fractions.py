@@ -14,6 +14,7 @@ Guarantees:
 Source: ours.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,6 +48,8 @@ def create() -> Mixtures:
     return Mixtures(jnp.float32(0), *(jnp.zeros(len(GRID), jnp.float32) for _ in range(2)))
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True, static_argnames="half_life")
 def observe(
     mixtures: Mixtures,
     weights: Float[Array, " m"],
@@ -80,6 +83,7 @@ def observe(
     return jax.tree.map(lambda kept, row: keep * kept + row, mixtures, rows)
 
 
+@partial(jax.jit, inline=True, static_argnames="min_steps")
 def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
     """The share whose moment, a standard error of its difference from the cautious one added, is the least.
 

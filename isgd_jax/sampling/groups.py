@@ -385,7 +385,7 @@ def drawn_by(
     within = (1.0 - uniform_fraction) * within + uniform_fraction * inverse
     cost = jnp.ones(size, jnp.float32) if costs is None else group_sums(within * costs, ids, size)
     targets = target_shares(state, groups, target, step)
-    share = allocated(state, groups, sums, targets, cost, uniform_fraction, step)
+    share = allocated(state, groups, sums, targets, costs=cost, uniform_fraction=uniform_fraction, step=step)
     return within * share[ids]
 
 
@@ -394,6 +394,7 @@ def allocated(
     groups: Groups,
     sums: Float[Array, " g"],
     targets: Float[Array, " g"],
+    *,
     costs: Float[Array, " g"],
     uniform_fraction: float | Float[Array, ""],
     step: Int[Array, ""],

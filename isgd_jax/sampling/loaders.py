@@ -107,7 +107,9 @@ def index_sampler(
         )
     if count > 1 and gather is None:
         raise ArgumentError("of several processes each sees its own norms: gather= must bring them together")
-    return IndexSampler(sampler, key, ahead, refresh_every, shard, gather, timeout)
+    return IndexSampler(
+        sampler, key, ahead=ahead, refresh_every=refresh_every, shard=shard, gather=gather, timeout=timeout
+    )
 
 
 class IndexSampler:
@@ -117,6 +119,7 @@ class IndexSampler:
         self,
         sampler: BatchSampler,
         key: Key,
+        *,
         ahead: int,
         refresh_every: int,
         shard: tuple[int, int],

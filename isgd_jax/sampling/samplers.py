@@ -21,6 +21,7 @@ All but ``poisson`` and ``without_replacement`` draw in O(num_draws log n) from 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
@@ -483,11 +484,14 @@ def _places(
     return double_float.add(double_float.exact(start), offset), parts
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True)
 def _scaled(numerator: Pair, denominator: Float[Array, "..."], length: Pair) -> Pair:
     step = double_float.divide(length, denominator)
     return double_float.multiply(numerator, Pair(*(jnp.broadcast_to(part, numerator.hi.shape) for part in step)))
 
 
+@partial(jax.jit, inline=True, static_argnames="size")
 def _scaled_index(size: int, numerator: Pair, denominator: Float[Array, "..."]) -> Int[Array, " m"]:
     """The places of the fractions on a line of ``size`` examples that are all alike."""
     length = Pair(jnp.float32(size), jnp.float32(size - int(jnp.finfo(jnp.float32).dtype.type(size))))
@@ -497,6 +501,7 @@ def _scaled_index(size: int, numerator: Pair, denominator: Float[Array, "..."]) 
     return jnp.clip(index, 0, size - 1)
 
 
+@partial(jax.jit, inline=True)
 def _descend(law: Law, rest: Pair) -> Int[Array, " m"]:
     """The places on the line where the running sums pass these numbers, from the root down.
 
@@ -559,6 +564,7 @@ def _levels(size: int) -> list[range]:
     return levels
 
 
+@partial(jax.jit, inline=True)
 def _sums(masses: Float[Array, " n"], scale: Float[Array, ""]) -> Float[Array, "k 16 2"]:
     """The tree over these masses, from the foot up."""
     levels = _levels(masses.shape[0])
@@ -611,6 +617,7 @@ def _total(law: Law) -> Pair:
     return Pair(law.sums[0, 0, 0], law.sums[0, 0, 1])
 
 
+@partial(jax.jit, inline=True, static_argnames="size")
 def _unit_pair(key: Key, size: int) -> Pair:
     """Uniform on [0, 1) in steps of 2^-48: the 24 bits of one float32 cannot reach every item beyond 16 million."""
     bits = (jax.random.bits(key, (2, size), jnp.uint32) >> 8).astype(jnp.float32)

@@ -31,7 +31,6 @@ from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import (
     FreshScores,
     StepInfo,
-    Steps,
     TrainState,
     beside,
     check_chain,
@@ -65,7 +64,6 @@ class Run:
 
     problem: Problem
     sampler: BatchSampler
-    steps: Steps
     refresher: Refresher
     num_steps: int
     key: Key
@@ -240,11 +238,8 @@ def fit(
     costs = plain = gate = None
     if step_cost is not None and CostWatch.suits(sampler, engine, state.sampler):
         rehearse = functools.partial(scored_by.rehearse, chunks=0)
-        costs, plain, gate = (
-            CostWatch(sampler, scored_by.every, rehearse, step_cost),
-            epochs_of(sampler, state.sampler),
-            create(),
-        )
+        costs = CostWatch(sampler, scored_by.every, rehearse, step_cost)
+        plain, gate = epochs_of(sampler, state.sampler), create()
         first = plain.init(sampler_key)
         state = state._replace(plain=first if parallel is None else parallel.replicate(first))
     steps = make_steps(problem, sampler, tx, parallel=parallel, fresh_scores=fresh_scores, plain=plain)
@@ -254,7 +249,6 @@ def fit(
     run = Run(
         problem=problem,
         sampler=sampler,
-        steps=steps,
         refresher=scored_by,
         num_steps=num_steps,
         key=draw_key,

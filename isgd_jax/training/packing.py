@@ -175,12 +175,11 @@ class _Part:
 
     def _arrays(self, words: Any) -> list[Any]:
         """The small arrays of their words."""
-        arrays, start = [], 0
-        for shape, dtype in zip(self._shapes, self._dtypes, strict=True):
-            size = math.prod(shape)
-            arrays.append(_from_words(words[start : start + size], dtype).reshape(shape))
-            start += size
-        return arrays
+        each = lax.split(words, [math.prod(shape) for shape in self._shapes]) if self._shapes else []
+        return [
+            _from_words(own, dtype).reshape(shape)
+            for own, shape, dtype in zip(each, self._shapes, self._dtypes, strict=True)
+        ]
 
 
 class Held:

@@ -14,8 +14,10 @@ Guarantees:
 Source: ours. The effective sample size of the weights would be no gate: it falls while the variance falls too.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -54,6 +56,8 @@ def create(size: int = 64) -> Gate:
     return Gate(rolling.create(size, 2), jnp.asarray(True), jnp.int32(0))
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True, static_argnames=("min_steps", "open_below"))
 def observe(
     gate: Gate,
     weights: Float[Array, " m"],

@@ -16,8 +16,10 @@ times its size: what the sampler really does. Ordered dependent draws have it be
 Source: Kutsuna (2025) for the estimates from draws; the pairs of steps and the bands are ours.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
@@ -70,12 +72,15 @@ def create(size: int = 64, squares: int | None = None) -> Monitor:
     return Monitor(rolling.create(STRETCHES * size, 7), rolling.create(squares, 1), rolling.create(squares, 1))
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True)
 def observe(
     monitor: Monitor,
     weights: Float[Array, " m"],
     norms: Float[Array, " m"],
     mean_grad_norm_sq: Float[Array, ""] | None,
     mask: Bool[Array, " m"] | None = None,
+    *,
     batch_grad_norm_sq: Float[Array, ""] | None = None,
     is_measured: Bool[Array, ""] | None = None,
 ) -> Monitor:

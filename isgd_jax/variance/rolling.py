@@ -4,6 +4,7 @@ A step's measurements are one independent sample whatever the sampler inside the
 draws too. Everything is a fixed-size ring, so it lives inside a jitted step and in a checkpoint.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -200,6 +201,8 @@ def less(first: Band, second: Band) -> Band:
     return Band(value, value - half, value + half)
 
 
+# Inline: traced once for each set of shapes, and written out in the program of whoever calls it.
+@partial(jax.jit, inline=True)
 def ratio(window: Window, numerator: Float[Array, " w"], denominator: Float[Array, " w"]) -> Band:
     """The ratio of two means, with the band of the means over the window (not of the value now).
 

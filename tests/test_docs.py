@@ -65,7 +65,7 @@ for page in sys.argv[1:]:
 WITH_CODE = [page for page in GUIDES if code_of(page) and page.stem != "command"]
 """The code of the command's page is a file and a script of their own: `test_readme.py` runs both."""
 
-PARTS = 3
+PARTS = 2
 
 
 @pytest.mark.slow

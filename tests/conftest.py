@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,24 @@ def names_shapes(function: Any) -> bool:
     return False
 
 
-def types_alone(function: Any) -> Any:
-    """Checked by `beartype`, unless a test has switched the hook's checks off."""
-    checked = with_tower(function)
+def when_called(function: Any, check: Callable[[Any], Any]) -> Any:
+    """``check(function)``, made at the first call: of what a worker imports it calls a part, and to make the checks of
+    all of it takes seconds."""
+    checked: list[Any] = []
 
     @functools.wraps(function)
     def either(*args: Any, **options: Any) -> Any:
-        return (function if jaxtyping.config.jaxtyping_disable else checked)(*args, **options)
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **options)
+        if not checked:
+            checked.append(check(function))
+        return checked[0](*args, **options)
 
     return either
+
+
+def checks(function: Any) -> Any:
+    return with_tower(function) if not names_shapes(function) else whole_check(function, typechecker=with_tower)
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
@@ -64,13 +73,12 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     code = getattr(function, "__code__", None)
+    if code is not None and "<locals>" not in function.__qualname__:
+        return when_called(function, checks)
     if code is not None:
-        if "<locals>" in function.__qualname__:
-            closures_made[code] += 1
-            if closures_made[code] > CHECKED_CLOSURES:
-                return function
-        if not names_shapes(function):
-            return types_alone(function)
+        closures_made[code] += 1
+        if closures_made[code] > CHECKED_CLOSURES:
+            return function
     return whole_check(function, typechecker=with_tower)
 
 
@@ -114,6 +122,24 @@ def put_whole(cache: LRUCache, key: str, value: bytes) -> None:
 
 
 LRUCache.put = put_whole
+
+KEPT = 100
+loaded: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+load = compilation_cache.get_executable_and_time
+
+
+def load_once(cache_key: str, *args: Any) -> tuple[Any, Any]:
+    """A program that this process has loaded is not linked a second time, which takes tens of milliseconds: the key
+    tells programs, options and devices."""
+    found = loaded.pop(cache_key, None) or load(cache_key, *args)
+    if found[0] is not None:
+        loaded[cache_key] = found
+        if len(loaded) > KEPT:
+            loaded.popitem(last=False)
+    return found
+
+
+compilation_cache.get_executable_and_time = load_once
 compilation_cache.zlib = SimpleNamespace(compress=functools.partial(zlib.compress, level=1), decompress=zlib.decompress)
 
 
@@ -158,6 +184,7 @@ def room_for_programs() -> Iterator[None]:
     mapped = Path("/proc/self/maps")
     if mapped.exists() and len(mapped.read_bytes().splitlines()) > MAPPED_REGIONS:
         jax.clear_caches()
+        loaded.clear()
         gc.collect()
 
 

@@ -32,6 +32,10 @@ import jaxtyping
 CHECKED_CLOSURES = 3
 with_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 """An int will do for a float, as in Python's own rules of types."""
+types_alone = beartype.beartype(
+    conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError)
+)
+"""The same, with the error of the checks of shapes."""
 whole_check, closures_made = jaxtyping.jaxtyped, Counter()
 
 
@@ -65,7 +69,7 @@ def when_called(function: Any, check: Callable[[Any], Any]) -> Any:
 
 
 def checks(function: Any) -> Any:
-    return with_tower(function) if not names_shapes(function) else whole_check(function, typechecker=with_tower)
+    return types_alone(function) if not names_shapes(function) else whole_check(function, typechecker=with_tower)
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:

@@ -5,6 +5,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import zlib
@@ -47,7 +48,8 @@ def names_shapes(function: Any) -> bool:
             meant = eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
         except NameError:  # of a module that is imported for types alone, or defined further down
             return True
-        if "jaxtyping" in repr(meant):
+        words = re.sub(r"Literal\[[^]]*\]", "", repr(meant))
+        if "jaxtyping" in words or "'" in words:  # or a name within quotes, likewise
             return True
     return False
 

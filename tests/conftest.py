@@ -134,10 +134,13 @@ loaded: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
 load = compilation_cache.get_executable_and_time
 
 
-def load_once(cache_key: str, *args: Any) -> tuple[Any, Any]:
+def load_once(cache_key: str, options: Any, backend: Any, devices: Any, *callbacks: Any) -> tuple[Any, Any]:
     """A program that this process has loaded is not linked a second time, which takes tens of milliseconds: the key
-    tells programs, options and devices."""
-    found = loaded.pop(cache_key, None) or load(cache_key, *args)
+    tells programs, options and devices, but not which functions of Python a program calls (JAX 0.11.2 and newer)."""
+    given = (options, backend, devices, *callbacks)
+    if any(callbacks):
+        return load(cache_key, *given)
+    found = loaded.pop(cache_key, None) or load(cache_key, *given)
     if found[0] is not None:
         loaded[cache_key] = found
         if len(loaded) > KEPT:

@@ -67,7 +67,7 @@ dist: $(VENV)/.python
 
 # Seconds of one device are told on one core, where there is a way to ask for it.
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c 0)
-BENCHMARKS := estimators watching balanced ranks sampling lengths norms sharded loaders equivalent_batch
+BENCHMARKS := estimators watching balanced ranks sampling lengths exactness norms sharded loaders equivalent_batch
 
 # Both go on where they were stopped, but for the benchmarks; what they made stays in runs/.
 experiments-quick: $(VENV)/.dev

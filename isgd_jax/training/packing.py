@@ -24,7 +24,7 @@ from jax import lax
 
 from isgd_jax.gradients.captured import CapturingJit
 
-__all__ = ["LARGEST", "Held", "Packed", "Packing"]
+__all__ = ["LARGEST", "Held", "Packed", "PackedStep", "Packing"]
 
 LARGEST = 1024
 """Numbers that an array may have to be packed: copying more of them costs what handing it on does."""
@@ -134,7 +134,7 @@ class PackedStep:
         call: ``(program, packed, *given) -> (packed, result)``.
     """
 
-    def __init__(self, program: CapturingJit, call: Callable[..., tuple[Packed, Any]]) -> None:
+    def __init__(self, program: Any, call: Callable[..., tuple[Packed, Any]]) -> None:
         self._program, self._call = program, call
 
     def __call__(self, packed: Packed, *given: Any) -> tuple[Packed, Any]:

@@ -29,6 +29,7 @@ __all__ = [
     "PICTURES",
     "FreshScores",
     "JittedStep",
+    "Moving",
     "StepInfo",
     "Steps",
     "TrainState",
@@ -154,7 +155,7 @@ def make_steps(
     )
 
 
-class _Moving(NamedTuple):
+class Moving(NamedTuple):
     """What a step that rests takes of the state: to hand arrays in and out costs as much as a small step."""
 
     params: Params
@@ -163,14 +164,14 @@ class _Moving(NamedTuple):
     clock: Clock
 
 
-def moving(state: TrainState) -> _Moving:
+def moving(state: TrainState) -> Moving:
     """What a step that rests takes and changes.
 
     Args:
         state: with shuffled epochs to rest by, in ``plain``.
     """
     assert state.plain is not None
-    return _Moving(state.params, state.opt_state, state.plain, state.sampler.clock)
+    return Moving(state.params, state.opt_state, state.plain, state.sampler.clock)
 
 
 class _Resting:
@@ -180,7 +181,7 @@ class _Resting:
         step: ``(moving, *given) -> (moving, info)``.
     """
 
-    def __init__(self, step: Callable[..., tuple[_Moving, StepInfo]]) -> None:
+    def __init__(self, step: Callable[..., tuple[Moving, StepInfo]]) -> None:
         self.__wrapped__: Callable[..., tuple[TrainState, StepInfo]] = functools.partial(self._whole, step)
         self._program = CapturingJit(step, donate_argnums=(0,))
 
@@ -190,7 +191,7 @@ class _Resting:
 
     @staticmethod
     def _whole(
-        program: Callable[..., tuple[_Moving, StepInfo]], state: TrainState, *given: Any
+        program: Callable[..., tuple[Moving, StepInfo]], state: TrainState, *given: Any
     ) -> tuple[TrainState, StepInfo]:
         after, info = program(moving(state), *given)
         sampler = state.sampler._replace(clock=after.clock)
@@ -255,15 +256,15 @@ class _Step:
         return made if self.parallel is None else _where_they_belong(self.parallel, *made)
 
     def rest(
-        self, moving: _Moving, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
-    ) -> tuple[_Moving, StepInfo]:
+        self, moving: Moving, frozen: Any, data: Batch, key: Key, seconds: Float[Array, ""]
+    ) -> tuple[Moving, StepInfo]:
         """Draw, gather from data on the device, take the ordinary gradient."""
         drawn = self._draw(moving.plain, key)
         return self.rest_drawn(moving, frozen, drawn, jax.tree.map(lambda x: x[drawn.indices], data), key, seconds)
 
     def rest_drawn(
-        self, moving: _Moving, frozen: Any, drawn: Draw, batch: Batch, key: Key, seconds: Float[Array, ""]
-    ) -> tuple[_Moving, StepInfo]:
+        self, moving: Moving, frozen: Any, drawn: Draw, batch: Batch, key: Key, seconds: Float[Array, ""]
+    ) -> tuple[Moving, StepInfo]:
         """Take the ordinary gradient of a draw whose batch has been fetched; both samplers' clocks move on."""
         state = TrainState(moving.params, moving.opt_state, moving.plain)
         seen = self._seen(batch, jax.random.fold_in(key, moving.clock.step))
@@ -271,7 +272,7 @@ class _Step:
         if self.parallel is not None:
             after, info = _where_they_belong(self.parallel, after, info)
         clock = advanced(moving.clock, steps_per_update=self.sampler.steps_per_update, seconds=seconds)
-        return _Moving(after.params, after.opt_state, after.sampler, clock), info
+        return Moving(after.params, after.opt_state, after.sampler, clock), info
 
     def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
         return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)

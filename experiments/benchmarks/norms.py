@@ -43,8 +43,8 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
                        ordinary in 8        0.91 (0.83 to 0.92)   0.82 (0.81 to 0.83)
                        memory of one pass   0.27                  0.25
 
-            Batch 128, three more quiet processes (--ways norms "update and norms" "both in one pass" "ordinary in 8" "in
-            slices of 8"):
+            Batch 128, three more quiet processes (--batches 128 --ways norms "update and norms" "both in one pass"
+            "ordinary in 8" "in slices of 8"):
 
                                             ViT                   GPT
                        norms                0.71 (0.66 to 0.71)   0.64 (0.63 to 0.68)
@@ -54,15 +54,17 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
                        vmap(grad) in 8      1.03 (1.02 to 1.03)   1.19 (1.17 to 1.19)
                        memory of one pass   0.06                  0.07
 
-            Not measured with version 0.2: the other models, but for a few by nested derivatives. An H100: `precision.py`.
+            Not measured with version 0.2: the other models, but for a few by nested derivatives. An H100:
+            `precision.py`.
 
             Of losses with inner derivatives, 1,024 points, 2-64x3-1, one process of a busy machine: Burgers by nested
             forward differentiation norms 0.52, update and norms 0.72, vmap(grad) 4.05 (in slices 3.19); by nested
             reverse 0.87, 1.13, 3.28. Compiling took 5.0 times as long as the ordinary gradient for norms by nested
             reverse (goal: 3), 2.8 for a SIREN's.
 
-            The claim holds but for update and norms asked of the whole batch, of the ViT and at 128 of the GPT too, and of
-            Burgers by nested reverse; next to an ordinary gradient in slices, which this processor's cache favors, one pass is level.
+            The claim holds but for update and norms asked of the whole batch, of the ViT and at 128 of the GPT too,
+            and of Burgers by nested reverse; next to an ordinary gradient in slices, which this processor's cache
+            favors, one pass is level.
             (The floor counts operations; an ordinary gradient also writes the parameters' gradient, which norms do not,
             so small batches of wide layers go below it.)
 

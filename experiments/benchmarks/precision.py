@@ -41,10 +41,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
+
+from norms import _json_of
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
 PRECISIONS = ("default", "highest")
@@ -92,25 +93,19 @@ def measure(name: str, size: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {label: [] for label in programs}
     for label, program in programs.items():
         for _ in range(ROUNDS + 1):
-            for which in ("ordinary", label):
-                began = time.perf_counter()
-                found = [programs[which](params, batch) for _ in range(CALLS)]
-                jax.block_until_ready(found)
-                if which == label:
-                    seconds[label].append((time.perf_counter() - began) / CALLS)
-        del program
+            began = time.perf_counter()
+            jax.block_until_ready([program(params, batch) for _ in range(CALLS)])
+            seconds[label].append((time.perf_counter() - began) / CALLS)
     base, rows = statistics.median(seconds["ordinary"][1:]), {}
     for label, program in programs.items():
         found = jax.device_get(program(params, batch))
         row = {"seconds": statistics.median(seconds[label][1:])}
         row["ratio"] = row["seconds"] / base
-        found_norms = (
-            found if "update" not in label and label != "ordinary" else found[0] if "update" in label else None
-        )
-        found_mean = found if label == "ordinary" else found[1] if "update" in label else None
-        if found_norms is not None:
+        has_norms, has_mean = label != "ordinary", label == "ordinary" or "update" in label
+        found_norms, found_mean = found if has_norms and has_mean else (found, found)
+        if has_norms:
             row["error of norms"] = float(np.max(np.abs(found_norms - true_norms) / true_norms))
-        if found_mean is not None:
+        if has_mean:
             pairs = list(zip(jax.tree.leaves(found_mean), jax.tree.leaves(true_mean), strict=True))
             off = sum(np.sum(np.square(a.astype(np.float64) - b)) for a, b in pairs)
             row["error of update"] = float(
@@ -149,8 +144,7 @@ def main() -> None:
         return
     for name in args.models:
         command = [sys.executable, __file__, "--one", name, "--batch", str(args.batch)]
-        runs = [subprocess.run(command, capture_output=True, check=True, text=True) for _ in range(args.processes)]
-        print(told([json.loads(run.stdout.splitlines()[-1]) for run in runs]), flush=True)
+        print(told([_json_of(command) for _ in range(args.processes)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Source: ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,16 +86,7 @@ class Packing:
             function: pure; the state it returns is of this packing. Large arrays that it captures are arguments of the
                 program (`CapturingJit`).
         """
-
-        def packed_step(packed: Packed, *given: Any) -> tuple[Packed, Any]:
-            leaves = self._nowhere()
-            self._moving.fill(leaves, packed.moving, traced=True)
-            self._standing.fill(leaves, packed.standing, traced=True)
-            after, result = function(jax.tree.unflatten(self._structure, leaves), *given)
-            leaves = self._leaves(after)
-            return Packed(self._moving.packed(leaves, traced=True), self._standing.packed(leaves, traced=True)), result
-
-        return PackedStep(CapturingJit(packed_step, donate_argnums=(0,)), lambda program, *given: program(*given))
+        return self._stepped(function, [self._moving, self._standing])
 
     def moving_step(self, function: Callable[..., tuple[Any, Any]]) -> PackedStep:
         """The same of a function that neither reads nor changes what stands: the program is not given it.
@@ -103,18 +94,18 @@ class Packing:
         Args:
             function: pure; in the place of each array that stands its state has None, or an object of no meaning.
         """
+        return self._stepped(function, [self._moving])
 
-        def packed_step(moving: Arrays, *given: Any) -> tuple[Arrays, Any]:
+    def _stepped(self, function: Callable[..., tuple[Any, Any]], parts: Sequence[_Part]) -> PackedStep:
+        def packed_step(packed: list[Arrays], *given: Any) -> tuple[list[Arrays], Any]:
             leaves = self._nowhere()
-            self._moving.fill(leaves, moving, traced=True)
+            for part, arrays in zip(parts, packed, strict=True):
+                part.fill(leaves, arrays, traced=True)
             after, result = function(jax.tree.unflatten(self._structure, leaves), *given)
-            return self._moving.packed(self._leaves(after), traced=True), result
+            leaves = self._leaves(after)
+            return [part.packed(leaves, traced=True) for part in parts], result
 
-        def beside(program: Any, packed: Packed, *given: Any) -> tuple[Packed, Any]:
-            moving, result = program(packed.moving, *given)
-            return Packed(moving, packed.standing), result
-
-        return PackedStep(CapturingJit(packed_step, donate_argnums=(0,)), beside)
+        return PackedStep(CapturingJit(packed_step, donate_argnums=(0,)), len(parts))
 
     def _nowhere(self) -> list[Any]:
         return [_NOWHERE] * self._structure.num_leaves
@@ -130,16 +121,17 @@ class PackedStep:
     """A step of packed states.
 
     Args:
-        program: jitted.
-        call: ``(program, packed, *given) -> (packed, result)``.
+        program: ``(parts, *given) -> (parts, result)``, jitted.
+        count: how many of the parts it takes; the others stay as they are.
     """
 
-    def __init__(self, program: Any, call: Callable[..., tuple[Packed, Any]]) -> None:
-        self._program, self._call = program, call
+    def __init__(self, program: Any, count: int) -> None:
+        self._program, self._count = program, count
 
     def __call__(self, packed: Packed, *given: Any) -> tuple[Packed, Any]:
         """The state after the step, and the step's result."""
-        return self._call(self._program, packed, *given)
+        taken, result = self._program(list(packed[: self._count]), *given)
+        return Packed(*taken, *packed[self._count :]), result
 
     def _cache_size(self) -> int:
         """How many programs were compiled."""

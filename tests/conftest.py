@@ -178,6 +178,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """On an accelerator (JAX_PLATFORMS=cuda,cpu) there may be one device where a test is of several."""
+    asked = item.get_closest_marker("devices")
+    if asked and len(jax.devices()) < asked.args[0]:
+        pytest.skip(f"needs {asked.args[0]} devices, there are {len(jax.devices())}")
+
+
 MAPPED_REGIONS = 45_000
 
 

@@ -23,9 +23,9 @@ __all__ = ["Squares", "abs_square", "largest", "over", "power_of_two", "root", "
 class Squares(NamedTuple):
     """Squared norms over ``scale²``, for each example; ``sizes`` of what was added, where that can cancel, or None."""
 
-    scale: Float[Array, " b"]
-    values: Float[Array, " b"]
-    sizes: Float[Array, " b"] | None = None
+    scale: Float[Array, "b ..."]
+    values: Float[Array, "b ..."]
+    sizes: Float[Array, "b ..."] | None = None
 
 
 def abs_square(x: Array) -> Array:
@@ -42,7 +42,8 @@ def largest(x: Array, axes: Sequence[int]) -> Array:
     axes = tuple(axes)
     if any(x.shape[axis] == 0 for axis in axes):
         return jnp.zeros([size for axis, size in enumerate(x.shape) if axis not in axes], x.dtype)
-    return lax.reduce_max(lax.abs(x), axes)
+    dense, axes, units = _without_units(x, axes)
+    return lax.expand_dims(lax.reduce_max(lax.abs(dense), axes), units)
 
 
 def power_of_two(x: Array) -> Array:
@@ -62,7 +63,7 @@ def over(x: Array, scale: Array) -> Array:
     return x * (1 / scale).astype(x.dtype)
 
 
-def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:
+def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1) -> Squares:
     """The squared norm of each row of an array over its own scale: exact where a plain sum of squares would be 0 or
     infinite.
 
@@ -72,10 +73,13 @@ def sum_squares(array: Inexact[Array, "b ..."]) -> Squares:
 
     Args:
         array: [b, ...], float32 or wider, real or complex.
+        lead: how many axes are kept, from the first; all others are summed over.
     """
-    axes = tuple(range(1, array.ndim))
-    scale = power_of_two(largest(array, axes))
-    return Squares(scale, jnp.sum(abs_square(over(array, scale.reshape(-1, *(1 for _ in axes)))), axis=axes))
+    axes = tuple(range(lead, array.ndim))
+    dense, axes, units = _without_units(array, axes)
+    scale = power_of_two(largest(dense, axes))
+    values = jnp.sum(abs_square(over(dense, lax.expand_dims(scale, axes))), axes)
+    return Squares(lax.expand_dims(scale, units), lax.expand_dims(values, units))
 
 
 def together(parts: Sequence[Squares]) -> Squares:
@@ -101,6 +105,18 @@ def together(parts: Sequence[Squares]) -> Squares:
 def root(squares: Squares) -> Float[Array, " b"]:
     """The norms."""
     return squares.scale * jnp.sqrt(jnp.maximum(squares.values, 0))  # a Gram sum may round below zero
+
+
+def _without_units(x: Array, axes: Sequence[int]) -> tuple[Array, tuple[int, ...], list[int]]:
+    """An array to reduce over ``axes``, without the other axes of size 1; ``axes`` in it; where the result has those.
+
+    What a layer reads and what its bias asks for have none: XLA then reduces that array itself, where otherwise it
+    would compute it a second time, sines and all, to lay it out anew.
+    """
+    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    units = [axis for axis in kept[1:] if x.shape[axis] == 1]
+    places = [axis for axis in range(x.ndim) if axis not in units]
+    return lax.squeeze(x, units), tuple(places.index(axis) for axis in axes), [kept.index(axis) for axis in units]
 
 
 def _stacked(rows: Sequence[Array]) -> Array:

@@ -26,7 +26,7 @@ from isgd_jax.gradients.factors import (
     total,
     wide,
 )
-from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two
+from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two, sum_squares
 
 __all__ = [
     "Axes",
@@ -99,8 +99,7 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     """
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        scale, left, right = unit_factors(first)
-        return Squares(scale, jnp.sum(_sum_last(left) * _sum_last(right), axis=(1, 2)))
+        return _row_squares(first.left, first.right)
     left_sizes, bounds, scale, rights = _scaled(terms)
     if len(terms) == 1 and isinstance(first.left, OneHot):
         return Squares(scale, _rows_squares(first.left, rights[0], precision))
@@ -118,6 +117,15 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     far = _any_far(left_sizes, bounds, scale)
     values, sums = (sum(x[1:], start=x[0]) for x in (squares, sizes))
     return Squares(scale, jnp.where(far, 0, values), jnp.where(far, _NEVER_SAFE, sums))
+
+
+def _row_squares(left: Array, right: Array) -> Squares:
+    """``Σ_k ‖x_k‖²‖δ_k‖²`` of factors [b, k, 1, ...], each row over a scale of its own."""
+    rows, slopes = (sum_squares(x.astype(wide(x.dtype)), lead=3) for x in (left, right))
+    with jax.numpy_dtype_promotion("standard"):
+        scales, values = rows.scale * slopes.scale, rows.values * slopes.values  # 0 or infinite where the norm is
+    scale = power_of_two(jnp.max(scales, axis=(1, 2)))
+    return Squares(scale, jnp.sum(values * jnp.square(over(scales, scale[:, None, None])), axis=(1, 2)))
 
 
 def unit_factors(term: Outer) -> tuple[Array, Array, Array]:
@@ -237,8 +245,15 @@ def _layout(term: Outer) -> Any:
 def _one_below_another(terms: Sequence[Outer]) -> Outer:
     if len(terms) == 1:
         return terms[0]
-    left = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *(term.left for term in terms))
-    return Outer(left, jnp.concatenate([term.right for term in terms], axis=2), terms[0].axes)
+    left = jax.tree.map(_rows_of_all, *(term.left for term in terms))
+    return Outer(left, _rows_of_all(*(term.right for term in terms)), terms[0].axes)
+
+
+def _rows_of_all(*arrays: Array) -> Array:
+    """[b, k, t, ...] joined along t; without k where that is 1, so that XLA lays the rows out once for all who ask."""
+    if arrays[0].shape[1] > 1:
+        return jnp.concatenate(arrays, axis=2)
+    return jnp.concatenate([x[:, 0] for x in arrays], axis=1)[:, None]
 
 
 def _sum_last(array: Array) -> Array:

@@ -18,6 +18,8 @@ from isgd_jax.engines.inline_engine import InlineEngine
 from isgd_jax.engines.rates import Rates
 from isgd_jax.types import Scorer
 
+pytestmark = pytest.mark.devices(8)
+
 NUM_EXAMPLES = 40
 
 

@@ -10,6 +10,8 @@ from problems import images, mlp, mlp_loss
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
 
+pytestmark = pytest.mark.devices(8)
+
 score = scorers.grad_norm(mlp_loss)
 
 

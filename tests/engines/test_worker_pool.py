@@ -16,6 +16,8 @@ from isgd_jax.engines.local_engine import TRIES, DeviceWorker, Job, device_pool
 from isgd_jax.engines.worker_pool import WorkerPool
 from isgd_jax.sampling import score_table
 
+pytestmark = pytest.mark.devices(8)
+
 NUM_EXAMPLES, CHUNK = 40, 8
 NUM_CHUNKS = NUM_EXAMPLES // CHUNK
 DEADLINE = 60.0

@@ -54,6 +54,7 @@ def test_small_batches_are_scored_at_once_by_default(key: jax.Array) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_a_batch_that_is_split_over_devices_stays_split_in_its_slices(key: jax.Array) -> None:
     params, batch = mlp(key, [12, 16, 5]), images(key, 64, 4, 12)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -36,6 +36,7 @@ def text(program, *args):
     return len(program.lower(*args).as_text())
 
 
+@pytest.mark.devices(4)
 def test_a_program_of_ours_holds_none_of_what_is_captured():
     assert FROZEN.nbytes > LARGE
     params, batch = make()
@@ -81,6 +82,7 @@ def test_steps_of_training_hold_none_of_it():
     np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 def test_many_devices_are_given_it_once(monkeypatch):
     params, batch = make()
     many = isgd.sharded(scorers.grad_norm(captured_loss))

@@ -75,6 +75,7 @@ def test_how_many_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.devices(2)
 def test_over_a_mesh_each_device_has_its_examples_at_once(
     key: jax.Array, monkeypatch: pytest.MonkeyPatch, types: AxisType
 ) -> None:

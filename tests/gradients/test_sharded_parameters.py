@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import isgd_jax as isgd
 
+pytestmark = pytest.mark.devices(8)
+
 P = PartitionSpec
 WIDTHS, B = (16, 32, 8), 16
 TENSOR = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None), "b2": P(None)}

@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import isgd_jax as isgd
 
+pytestmark = pytest.mark.devices(4)
+
 DEVICES, STEPS = 4, 50
 WAYS = ("pmap", "shard_map", "auto", "explicit")
 

@@ -397,6 +397,7 @@ def test_an_array_of_probabilities_is_a_law_too(sampler: Callable) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_a_law_sharded_over_devices_draws_the_same() -> None:
     masses = log_normal(4096, 2.0)
     law = prepare(jnp.asarray(masses), samplers.order_by(jnp.asarray(masses)))

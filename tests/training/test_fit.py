@@ -247,6 +247,7 @@ def test_a_run_goes_on_from_its_saved_state_bit_for_bit(hold: str, tmp_path: Pat
 
 @pytest.mark.parametrize("devices", [pytest.param(4, id="4 devices")])
 @pytest.mark.slow
+@pytest.mark.devices(4)
 def test_on_four_devices_the_losses_are_those_of_one(devices: int) -> None:
     one, four = (
         quiet(linear(), devices=used, callbacks=[History(every=1)]) for used in (None, jax.devices()[:devices])
@@ -261,6 +262,7 @@ def test_on_four_devices_the_losses_are_those_of_one(devices: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.devices(4)
 def test_with_shard_params_no_device_holds_all_of_them_and_the_run_is_that_of_one() -> None:
     """Parameters, momentum and norms of an engine's scores; the state can be saved and placed again."""
     made, devices = linear(), jax.devices()[:4]
@@ -290,6 +292,7 @@ def test_parts_need_devices_to_be_on() -> None:
         quiet(linear(), shard_params=True)
 
 
+@pytest.mark.devices(3)
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 devices that train"):
         DataParallel(M, jax.devices()[:3])

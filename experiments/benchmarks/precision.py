@@ -5,6 +5,7 @@ a loss is computed so whoever asks for it; what is chosen here is how norms and 
 
 Claims     At the program's own precision norms are as exact as those of `vmap(grad)`; they cost an ordinary gradient.
 Command    python experiments/benchmarks/precision.py [--models vit gpt] [--batch 128] [--processes 3]
+           [--ways scorer "norms, default"]
 Time       a minute or two a model on an accelerator, most of it to compile; a CPU has one precision, and no choice
 Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the largest of 128 norms and the update's in L2,
            against gradients in full float32. Contracted at the highest precision norms and update came out with the
@@ -17,9 +18,9 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
            ordinary update      2.3e-2    8.1e-3    3.4e-3    6.2e-4
            update, default      2.3e-2    8.1e-3    3.4e-3    6.3e-4
 
-           Times over one ordinary gradient (0.21, 0.30, 2.46 and 3.06 ms), as long as forms were chosen as for a CPU,
-           and then with `costs.ACCELERATOR` (ordinary ones 0.25, 3.3 and 3.1 ms, the CNN's by its kernels alone; GPT
-           at batch 32, 1.44 ms):
+           Times over one ordinary gradient (0.23, 0.36, 2.65 and 3.1 ms; GPT at batch 32, 1.44 ms), as long as forms
+           were chosen as for a CPU, and with `costs.ACCELERATOR`; of MLP, CNN and ResNet by this command, of ViT and
+           GPT by a profile of the same functions.
 
                                          MLP    CNN    ResNet  ViT    GPT
            as for a CPU
@@ -27,13 +28,13 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
              update and norms            1.23   1.87   5.90    3.02
              vmap(grad), norms           7.11   3.22   5.33    1.50
            as for an accelerator
-             norms                              0.99   1.05    1.11   1.11
-             update and norms                   1.41   1.23    1.51   1.73
-             vmap(grad), norms                         6.53    1.51   1.26
+             norms                       0.78   0.83   1.20    1.11   1.11
+             update and norms            1.61   0.98   1.39    1.51   1.73
+             vmap(grad), norms           6.72   3.29   7.23    1.51   1.26
 
-           The second table's last part was timed by a profile of the same functions, before this command had its
-           present form: run it again. Norms are 1.0 to 1.1 ordinary gradients where a CPU has 0.7 to 1.1: the card has
-           hundreds of small kernels to start, and waits for memory rather than for products.
+           (With XLA_PYTHON_CLIENT_PREALLOCATE=false, which makes what is allocated dearer: the MLP's update and norms
+           are 1.23 ordinary gradients by their kernels.) A CPU has 0.7 to 1.1 for norms: the card has hundreds of small
+           kernels to start, and waits for memory rather than for products.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from norms import _json_of
@@ -53,7 +55,7 @@ CALLS, ROUNDS = 10, 9
 """Calls that are dispatched one behind the other, and how often each way is timed."""
 
 
-def measure(name: str, size: int) -> dict[str, Any]:
+def measure(name: str, size: int, only: Sequence[str] | None) -> dict[str, Any]:
     """One process's figures: for each way its time in ordinary gradients, and its errors."""
     import jax
     import jax.numpy as jnp
@@ -82,10 +84,11 @@ def measure(name: str, size: int) -> dict[str, Any]:
     def stacked(params, batch):
         return isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
 
-    ways = {"ordinary": jax.grad(mean_loss), "vmap(grad)": stacked}
+    ways = {"ordinary": jax.grad(mean_loss), "vmap(grad)": stacked, "scorer": isgd.scorers.grad_norm(loss_fn)}
     for precision in PRECISIONS:
         ways[f"norms, {precision}"] = norms(precision)
         ways[f"update and norms, {precision}"] = both(precision)
+    ways = {label: way for label, way in ways.items() if not only or label in ("ordinary", *only)}
     with jax.default_matmul_precision("highest"):
         true_norms = np.asarray(jax.jit(stacked)(params, batch))
         true_mean = jax.device_get(jax.jit(ways["ordinary"])(params, batch))
@@ -137,13 +140,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them; by default all")
     parser.add_argument("--one", choices=MODELS, help="measure it in this process, as JSON")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.batch)))
+        print(json.dumps(measure(args.one, args.batch, args.ways)))
         return
     for name in args.models:
         command = [sys.executable, __file__, "--one", name, "--batch", str(args.batch)]
+        command += ["--ways", *args.ways] if args.ways else []
         print(told([_json_of(command) for _ in range(args.processes)]), flush=True)
 
 

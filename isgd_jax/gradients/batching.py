@@ -41,7 +41,7 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
     Args:
         score: a pure function ``(params, batch) -> rows``, or with more arguments before the batch.
         size: so many at a time; "auto": as many as keep intermediate values within `costs.Machine.scored`,
-            512 MiB on a CPU and 4 GiB on an accelerator; None: all at once.
+            512 MiB on a CPU and 16 GiB on an accelerator; None: all at once.
 
     Returns:
         A function of the same arguments and results.

@@ -62,9 +62,10 @@ CPU = Machine(
 """Measured on two cores."""
 
 ACCELERATOR = Machine(
-    cache=1 << 30, part=1 << 30, windows=1 << 30, near=30, far=30, passes=2.5, scored=4 << 30, guards_each=False
+    cache=1 << 30, part=1 << 30, windows=1 << 30, near=30, far=30, passes=2.5, scored=16 << 30, guards_each=False
 )
-"""An H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave it idle, so there are none below 1 GiB."""
+"""An H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave it idle, so there are none below 1 GiB: norms
+of 128 images of a ViT in three slices took 8.3 ms, norms and mean of all at once 4.7."""
 
 HELD = 48 << 20
 """Bytes of factors where a batch is differentiated a few examples at a time: those of 8 of a small ViT or GPT."""

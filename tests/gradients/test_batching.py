@@ -22,8 +22,11 @@ def test_scores_are_the_same_for_any_size(key, size):
 
 
 @pytest.mark.slow
-def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array) -> None:
-    """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once, below `CPU.scored` by default."""
+def test_by_default_memory_stays_bounded_however_large_the_batch(
+    key: jax.Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention over 64 tokens, 16,384 sequences: by XLA's count 1.8 GiB at once (1.3 on a GPU)."""
+    monkeypatch.setattr(costs, "machine", lambda: costs.CPU)
 
     def loss_fn(params, tokens):
         x = params["embed"][tokens]
@@ -41,7 +44,7 @@ def test_by_default_memory_stays_bounded_however_large_the_batch(key: jax.Array)
     def temporary(scorer):
         return jax.jit(scorer).lower(params, many).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(scorers.grad_norm(loss_fn, microbatch_size=None)) > 3 * costs.CPU.scored
+    assert temporary(scorers.grad_norm(loss_fn, microbatch_size=None)) > 2 * costs.CPU.scored
     assert temporary(scorers.grad_norm(loss_fn)) < costs.CPU.scored
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
-from isgd_jax.gradients import lazy
+from isgd_jax.gradients import costs, lazy
 from isgd_jax.gradients.lazy import Factored
 from isgd_jax.gradients.terms import Outer
 
@@ -42,6 +42,7 @@ def cancelling(key, b=4, t=32, i=64, o=96):
 
 @pytest.mark.slow
 def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
+    monkeypatch.setattr(costs, "machine", lambda: costs.CPU)  # others form these products
     left, right = cancelling(key)
     leaf = outer(left, right)
     assert lazy.how_squared(leaf) == "Gram"
@@ -145,6 +146,7 @@ def test_contractions_have_the_precision_of_the_program_unless_told():
 
 @pytest.mark.slow
 def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
+    monkeypatch.setattr(costs, "machine", lambda: costs.CPU)
     left, right = cancelling(key, b=11)
 
     def loss_fn(w, example):

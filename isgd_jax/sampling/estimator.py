@@ -27,10 +27,9 @@ Source: the paper, section 4, for scores, staleness and the additive constant; t
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +37,20 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_unmasked, check_whole
-from isgd_jax.gradients.weights import first_not_finite
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import calibration, clusters, evidence, fractions, gates, proposal, report, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling import groups as grouping
 from isgd_jax.sampling.groups import Groups
+from isgd_jax.sampling.options import (
+    DISTINCT,
+    GradientSketch,
+    Options,
+    OrderName,
+    SamplerName,
+    check_options,
+    order_keys,
+)
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
@@ -62,25 +69,7 @@ from isgd_jax.sampling.state import (
 from isgd_jax.types import Draw, Key, Params, Sampler
 from isgd_jax.variance.gate import Gate
 
-__all__ = [
-    "MONITOR_EVERY",
-    "GradientSketch",
-    "ImportanceSampler",
-    "Options",
-    "OrderName",
-    "SamplerName",
-    "check_fraction",
-    "check_number",
-    "check_options",
-    "check_ranges",
-    "check_weights",
-    "importance_sampler",
-    "in_halves",
-    "share",
-]
-
-SamplerName = Literal["stratified", "systematic", "independent", "without_replacement", "poisson"]
-OrderName = Literal["score", "index"]
+__all__ = ["MONITOR_EVERY", "ImportanceSampler", "importance_sampler", "in_halves", "share"]
 
 _ON_LINE: dict[str, samplers.Kind] = {
     "stratified": "stratified",
@@ -89,50 +78,12 @@ _ON_LINE: dict[str, samplers.Kind] = {
     "without_replacement": "systematic",  # from a law that was capped when the proposal was made
 }
 
-_DISTINCT = ("without_replacement", "poisson")
-"""Samplers that draw no example twice; their laws are capped when the proposal is made."""
-
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
 some 5 % more variance than a whole one: of every fourth step that is not to be noticed."""
 
 LEARNING_REFRESHES = 2
 """Refreshes before calibrated scores are used: the first period knows nothing, the second only the first norms."""
-
-
-@runtime_checkable
-class GradientSketch(Protocol):
-    """How an order by clusters sees examples: ``dims`` numbers each, of which near ones mean similar gradients."""
-
-    dims: int
-
-    def of_grads(self, grads: Params, /) -> Float[Array, "m dims"]:
-        """The sketches of per-example gradients, lazy or stacked."""
-        ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `importance_sampler`, which documents them; also what is alike for other samplers."""
-
-    sampler: str | Sampler = "stratified"
-    order: OrderName | GradientSketch | Array | np.ndarray = "score"
-    order_every: int = 1
-    uniform_fraction: float | Literal["auto"] = "auto"
-    calibrate: bool = True
-    learning_steps: int | None = None
-    gate: bool = True
-    monitor: bool = True
-    additive: float = 0.0
-    max_age: int | None = None
-    max_age_seconds: float | None = None
-    min_trusted: float = 0.1
-    example_weights: Array | np.ndarray | None = None
-    score_memory: float = 0.0
-    record_drawn: bool = True
-    steps_per_update: int = 1
-    costs: Array | np.ndarray | None = None
-    groups: Groups | None = None
 
 
 def importance_sampler(
@@ -436,7 +387,7 @@ class ImportanceSampler:
             mix=None if state.examples.groups is None else functools.partial(self._mixed, state, fraction),
         )
         law = samplers.prepare(made.probs, self._order(state, made.probs, key))
-        if options.sampler in _DISTINCT:
+        if options.sampler in DISTINCT:
             law = samplers.capped(law, num_draws=_expected_draws(options, self.batch_size))
         made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
         following = Proposal(law, fraction, made_at, state.proposal.refreshes + 1, made.trusted_share, made.is_uniform)
@@ -717,135 +668,17 @@ class _Arrays(NamedTuple):
 def _arrays(options: Options) -> _Arrays:
     weights, costs, groups = options.example_weights, options.costs, options.groups
     return _Arrays(
-        _order_keys(options),
+        order_keys(options),
         None if weights is None else weights.astype(np.float32),
         None if costs is None else costs.astype(np.float32),
         None if groups is None else groups.ids.astype(np.int32),
     )
 
 
-def _order_keys(options: Options) -> np.ndarray | None:
-    """What the line is ordered by first, as ranks: of int32, whatever the keys are."""
-    if isinstance(options.order, str | GradientSketch):
-        return None
-    with jax.transfer_guard("allow"):
-        check_unmasked("order", options.order)
-        keys = np.asarray(options.order)
-    return np.unique(keys, return_inverse=True)[1].reshape(keys.shape).astype(np.int32)
-
-
 def _sketch_of(options: Options) -> GradientSketch | None:
     return options.order if isinstance(options.order, GradientSketch) else None
-
-
-def check_options(options: Options, num_examples: int, batch_size: int) -> None:
-    """Refuse what no sampler can be made of, in the names of the arguments.
-
-    Args:
-        options: as `importance_sampler` was called.
-        num_examples: N, which every array among them must have as its length.
-        batch_size: m.
-
-    Raises:
-        TypeError: a number or an array is of the wrong type.
-        ValueError: a name is unknown, a shape does not fit, or a number is out of range.
-    """
-    names = get_args(SamplerName)
-    if options.sampler not in names and (isinstance(options.sampler, str) or not callable(options.sampler)):
-        raise ArgumentError(f"sampler must be one of {', '.join(names)}; got {options.sampler!r}")
-    if options.sampler in _DISTINCT and batch_size > num_examples:
-        raise ArgumentError(
-            f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
-        )
-    if isinstance(options.order, str) and options.order not in ("score", "index"):
-        raise ArgumentError(
-            f'order must be "score", "index", an array [n] or a sketch of gradients; got {options.order!r}'
-        )
-    keys = _order_keys(options)
-    if keys is not None and keys.shape != (num_examples,):
-        raise ArgumentError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
-    check_weights(options.example_weights, num_examples)
-    cost.check(options.costs, num_examples)
-    grouping.check(options.groups, num_examples, is_weighted=options.example_weights is not None)
-    if options.sampler == "without_replacement" and batch_size > grouping.num_drawable(options.groups, num_examples):
-        raise ArgumentError(
-            f"sampler='without_replacement' draws distinct examples: batch_size={batch_size} of the "
-            f"{grouping.num_drawable(options.groups, num_examples)} whose groups have a share"
-        )
-    grouping.check_chances(options.groups, options.uniform_fraction)
-    check_fraction(options.uniform_fraction, options.additive)
-    check_ranges(options)
-
-
-def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None:
-    """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
-
-    Raises:
-        TypeError: they are no array, or a masked one.
-        ValueError: there is not one finite number an example.
-    """
-    if weights is None:
-        return
-    check_array("example_weights", weights)
-    if weights.shape != (num_examples,):
-        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
-    wrong = first_not_finite(weights)
-    if wrong is not None:
-        raise ArgumentError(f"example_weights must be finite, got {wrong.value} among them")
 
 
 def _expected_draws(options: Options, batch_size: int) -> float:
     """How many of the draws of a step are examples and not padding, on average."""
     return samplers.poisson_size(batch_size) if options.sampler == "poisson" else float(batch_size)
-
-
-def check_fraction(uniform_fraction: float | str, additive: float) -> None:
-    """Refuse a uniform fraction under which an example could starve.
-
-    Raises:
-        ValueError: it is neither "auto" nor above 0 and at most 1, and no additive constant stands in for it.
-    """
-    is_fraction = not isinstance(uniform_fraction, str) and 0.0 < uniform_fraction <= 1.0
-    stands_in = uniform_fraction == 0.0 and additive > 0.0
-    if not (uniform_fraction == "auto" or is_fraction or stands_in):
-        raise ArgumentError(
-            f'uniform_fraction must be "auto", or above 0 and at most 1 (0 only beside additive above 0), got '
-            f"{uniform_fraction!r}: an example without a chance would be a bias"
-        )
-
-
-def check_number(uniform_fraction: float | str) -> None:
-    """Refuse "auto" where no fraction is learnt.
-
-    Raises:
-        TypeError: it is no number.
-    """
-    if isinstance(uniform_fraction, str):
-        raise ArgumentTypeError(
-            f"uniform_fraction must be a number here, above 0 and at most 1, got {uniform_fraction!r}: only "
-            "importance_sampler learns it"
-        )
-
-
-def check_ranges(options: Options) -> None:
-    """Refuse numbers that are out of range.
-
-    Raises:
-        TypeError: a count is no whole number.
-        ValueError: a number is out of range.
-    """
-    check_whole("order_every", options.order_every, least=1)
-    check_whole("steps_per_update", options.steps_per_update, least=1)
-    for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
-        if limit is not None:
-            check_whole(name, limit, least=0)
-    if not (0.0 <= options.additive < math.inf):
-        raise ArgumentError(f"additive must be 0 or more, got {options.additive}")
-    if not 0.0 <= options.min_trusted <= 1.0:
-        raise ArgumentError(f"min_trusted is a share, 0 to 1, got {options.min_trusted}")
-    if not 0.0 <= options.score_memory < 1.0:
-        raise ArgumentError(
-            f"score_memory is the share of the old mean square to keep, 0 to below 1, got {options.score_memory}"
-        )
-    if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
-        raise ArgumentError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")

@@ -24,10 +24,9 @@ from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.sampling import samplers
-from isgd_jax.sampling.estimator import (
-    MONITOR_EVERY,
+from isgd_jax.sampling.estimator import MONITOR_EVERY, ImportanceSampler
+from isgd_jax.sampling.options import (
     GradientSketch,
-    ImportanceSampler,
     Options,
     OrderName,
     SamplerName,

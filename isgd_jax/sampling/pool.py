@@ -41,7 +41,8 @@ from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import places, samplers, score_table
-from isgd_jax.sampling.estimator import GradientSketch, OrderName, importance_sampler
+from isgd_jax.sampling.estimator import importance_sampler
+from isgd_jax.sampling.options import GradientSketch, OrderName
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, own_key
 from isgd_jax.types import Draw, Key
 

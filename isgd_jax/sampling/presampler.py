@@ -36,15 +36,8 @@ from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling import candidates, samplers
-from isgd_jax.sampling.estimator import (
-    MONITOR_EVERY,
-    ImportanceSampler,
-    Options,
-    check_fraction,
-    check_number,
-    check_ranges,
-    check_weights,
-)
+from isgd_jax.sampling.estimator import MONITOR_EVERY, ImportanceSampler
+from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges, check_weights
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer, Scores

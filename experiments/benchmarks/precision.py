@@ -13,10 +13,10 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
 
                                 MLP       CNN       ResNet    ViT
            vmap(grad)           2.6e-3    2.5e-2    1.4e-3    3.9e-4
-           norms, default       4.5e-3    2.5e-2    1.4e-3    3.9e-4
-           norms, highest       4.5e-3    2.5e-2    1.4e-3    3.9e-4
-           ordinary update      2.3e-2    8.1e-3    3.4e-3    6.2e-4
-           update, default      2.3e-2    8.1e-3    3.4e-3    6.3e-4
+           norms, default       2.6e-3    2.5e-2    1.4e-3    3.9e-4
+           norms, highest       2.6e-3    2.5e-2    1.4e-3    3.9e-4
+           ordinary update      2.4e-2    8.1e-3    3.4e-3    6.2e-4
+           update, default      2.4e-2    8.1e-3    3.4e-3    6.3e-4
 
            Times over one ordinary gradient (0.23, 0.36, 2.65 and 3.1 ms; GPT at batch 32, 1.44 ms), as long as forms
            were chosen as for a CPU, and with `costs.ACCELERATOR`; of MLP, CNN and ResNet by this command, of ViT and

@@ -25,7 +25,7 @@ class Probe:
 
     The spread of the gradients' norms says what could be gained; scoring and a step are timed here.
 
-    A few hundred real steps show how fast scores get worthless.
+    A few hundred real steps show how fast scores get worthless. Then both ways are trained on for as long.
 
     With --model and --loss it is your own model.
 
@@ -35,6 +35,8 @@ class Probe:
             yet.
         ages: After so many steps the scores are tried again; these are also the refresh periods that are judged.
         examples: Training examples whose norms are measured, drawn at random.
+        trial: Steps by importance sampling that are tried against plain SGD for as long. Best are as many
+            as are to come. Default: as many as were made before, or fit in a minute; 0: none.
         out: Folder for figures, page and numbers. Default: runs/probe-<dataset>-<time>, or probe/ in that of the run.
         mixture: Share of uniform draws in the proposals that are judged; 0.3 suits scores that get old.
     """
@@ -43,6 +45,7 @@ class Probe:
     after: int = 0
     ages: tuple[int, ...] = (10, 30, 100, 300)
     examples: int = 4096
+    trial: int | None = None
     out: str | None = None
     mixture: float = 0.3
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -95,6 +98,7 @@ def run(command: Probe) -> int:
         after=command.after,
         ages=sorted(set(command.ages)),
         num_examples=command.examples,
+        trial_steps=command.trial,
     )
     for part in (*tables(found), "\n".join(found.words)):
         console.print(part, "", sep="\n", soft_wrap=True, highlight=False)
@@ -147,7 +151,7 @@ def numbers(found: "Findings") -> dict[str, Any]:
         "spread": spread,
         "costs": found.costs._asdict(),
         "is_unlearnt": found.is_unlearnt,
-        "as_drawn": found.as_drawn._asdict() | {"pays": found.as_drawn.pays},
+        "tried": None if found.tried is None else found.tried._asdict() | {"gain": found.tried.gain._asdict()},
         "periods": [
             period._asdict()
             | {"at_equal_time": period.at_equal_time, "at_equal_time_elsewhere": period.at_equal_time_elsewhere}

@@ -3,15 +3,15 @@
 from isgd_jax.app.probe.findings import Probe, probe, probed_of
 from isgd_jax.app.probe.measure import Costs, Probed, Spread, ageing, costs, spread
 from isgd_jax.app.probe.plots import figures_of
-from isgd_jax.app.probe.verdict import AsDrawn, Period, is_unlearnt, periods, verdict
+from isgd_jax.app.probe.verdict import Period, Trial, is_unlearnt, periods, verdict
 
 __all__ = [
-    "AsDrawn",
     "Costs",
     "Period",
     "Probe",
     "Probed",
     "Spread",
+    "Trial",
     "ageing",
     "costs",
     "figures_of",

@@ -10,11 +10,11 @@ import numpy as np
 from isgd_jax.app import build, checkpoints, optimizers
 from isgd_jax.app.config import ScoringConfig, TrainingConfig
 from isgd_jax.app.probe import measure
-from isgd_jax.app.probe.verdict import AsDrawn, Period, is_unlearnt, periods, verdict
+from isgd_jax.app.probe.trial import steps_in_time, try_both
+from isgd_jax.app.probe.verdict import Period, Trial, is_unlearnt, periods, verdict
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.task import Task
 from isgd_jax.errors import ArgumentError, DivergedError
-from isgd_jax.training.cost_gate import saves
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Params
 
@@ -36,8 +36,8 @@ class Probe(NamedTuple):
     words: list[str]
     losses: tuple[float, float]
     """Mean loss of the examples that were measured: with the first parameters, and with those that were probed."""
-    as_drawn: AsDrawn
-    """Where nothing but draws is scored."""
+    tried: Trial | None
+    """What came of training on both ways; None where nothing is learnt yet, or nobody asked."""
 
     @property
     def is_unlearnt(self) -> bool:
@@ -52,6 +52,7 @@ def probe(
     after: int = 0,
     ages: Sequence[int] = (10, 30, 100, 300),
     num_examples: int = 4096,
+    trial_steps: int | None = None,
 ) -> Probe:
     """Measure whether importance sampling can pay.
 
@@ -60,14 +61,16 @@ def probe(
         run: the folder of a run of the same: its newest checkpoint is probed.
         after: steps of plain SGD to make first, from initialization.
         ages: after so many further steps the scores are tried again.
-        num_examples: norms are measured on so many examples, drawn at random.
+        num_examples: norms and losses are measured on so many examples, drawn at random.
+        trial_steps: by importance sampling, tried against plain SGD for as long; 0 for none; None: as many as were made
+            before, or as fit in about a minute. Best are as many as are to come.
 
     Raises:
         ValueError: an argument is out of range, or the checkpoint is of another model or data set.
         FileNotFoundError: the run has no checkpoint.
         FloatingPointError: the gradients are not finite.
     """
-    _check(run, after, ages, num_examples)
+    _check(run, after, ages, num_examples, trial_steps)
     problem, seed = probed.problem, jax.random.key(probed.seed)
     init_key, step_key, sample_key = jax.random.split(seed, 3)
     first, opt_state = problem.init(jax.random.split(seed, 4)[0]), None
@@ -86,11 +89,12 @@ def probe(
     cost = measure.costs(probed, params)
     by_age = measure.ageing(probed, params, opt_state, sample=sample, ages=ages, key=step_key)
     table = periods(by_age, update=cost.update, reweighted_update=cost.reweighted_update, score_all=cost.score_all)
-    promised = measure.as_drawn(probed, params, opt_state, key=step_key)
-    drawn = AsDrawn(promised.drawn, saves(promised.drawn), cost.reweighted_update / cost.update)
+    tried, steps = None, steps_in_time(trial_steps, after, cost)
+    if steps and not is_unlearnt(after, losses):
+        tried = try_both(probed, params, opt_state, sample=sample, steps=steps, costs=cost, key=step_key)
     headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
-    words = verdict(spread.second_moment_ratio, headroom, table, drawn, num_updates=after, losses=losses)
-    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words, losses, drawn)
+    words = verdict(spread.second_moment_ratio, headroom, table, tried, num_updates=after, losses=losses)
+    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words, losses, tried)
 
 
 def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, mixture: float = 0.3) -> measure.Probed:
@@ -132,7 +136,7 @@ def _restored(run: Path, probed: measure.Probed, params: Params) -> tuple[Params
     return state["params"], state["opt_state"], saved.step
 
 
-def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int) -> None:
+def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int, trial_steps: int | None) -> None:
     if run is not None and after:
         raise ArgumentError("after= counts from initialization: leave it out with run=")
     if after < 0:
@@ -141,3 +145,5 @@ def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int)
         raise ArgumentError(f"ages must be numbers of steps of at least 1; got {tuple(ages)}")
     if num_examples < 2:
         raise ArgumentError(f"examples must be at least 2; got {num_examples}")
+    if trial_steps is not None and trial_steps < 0:
+        raise ArgumentError(f"trial must be 0 or more; got {trial_steps}")

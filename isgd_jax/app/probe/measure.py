@@ -19,14 +19,25 @@ from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
 from isgd_jax.sampling.plain import shuffled_epochs
 from isgd_jax.sampling.state import BatchSampler
-from isgd_jax.training.cost_gate import Promise, promise, trial_steps
 from isgd_jax.training.packing import Held, Packing
 from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import JittedStep, TrainState, make_steps
 from isgd_jax.types import Batch, Key, LossFn, Params, Scorer
 from isgd_jax.variance import second_moments
 
-__all__ = ["Costs", "Probed", "Spread", "Steps", "ageing", "as_drawn", "costs", "mean_loss", "run_plain", "spread"]
+__all__ = [
+    "REFRESH_EVERY",
+    "STEPS_IN_FLIGHT",
+    "Costs",
+    "Probed",
+    "Spread",
+    "Steps",
+    "ageing",
+    "costs",
+    "mean_loss",
+    "run_plain",
+    "spread",
+]
 
 CHUNK = 256
 """Examples differentiated together where a mean gradient is formed."""
@@ -36,6 +47,7 @@ REPEATS = 15
 REFRESH_EVERY = 100
 """Steps between two refreshes, as `isgd_jax.fit` has them."""
 STEPS_IN_FLIGHT = 8
+"""Steps between two waits for the device: before JAX 0.12 a loop without any can hang."""
 
 
 class Spread(NamedTuple):
@@ -142,40 +154,6 @@ def costs(probed: Probed, params: Params) -> Costs:
     return Costs(plain, ours, scoring / size, scoring / size * num_examples)
 
 
-def as_drawn(probed: Probed, params: Params, opt_state: Any | None, *, key: Key) -> Promise:
-    """What draws promise where nothing but draws is scored, as in `isgd_jax.fit` without an engine: it is tried.
-
-    Real steps of training by importance sampling go on from the parameters for as long as `isgd_jax.fit` gives its own
-    trials, a sweep of the data; what the monitor has seen at their end counts. The uniform share is learnt.
-
-    Args:
-        probed: what is trained, and how.
-        params: the first; they are not changed.
-        opt_state: of the chain at these parameters; None begins anew.
-        key: of the draws.
-
-    Returns:
-        Plain steps that a step replaces, with draws as they were made at the end, and with ideal ones.
-
-    Source: ours; `isgd_jax.variance.speedup.expected_speedup`.
-    """
-    steps, problem = Steps(probed), probed.problem
-    sampler = importance_sampler(problem.num_examples, batch_size=probed.batch_size)
-    refresh, num_steps = jax.jit(sampler.refresh, donate_argnums=0), trial_steps(sampler, REFRESH_EVERY)
-    state = TrainState(params, steps.tx.init(params) if opt_state is None else opt_state, sampler.init())
-    state = jax.tree.map(jnp.copy, state)  # a step takes over the state that it is given
-    advance, data = steps.of_training(sampler), jax.device_put(problem.train)
-    for at in range(num_steps):
-        if at % REFRESH_EVERY == 0:
-            state = state._replace(sampler=refresh(state.sampler))
-        state, info = advance(state, None, data, key, jnp.float32(0.0))
-        if at % STEPS_IN_FLIGHT == 0:
-            jax.block_until_ready(info.loss)
-    monitor = state.sampler.monitor
-    assert monitor is not None
-    return promise(monitor, num_examples=problem.num_examples, batch_size=probed.batch_size, is_open=True)
-
-
 def mean_loss(probed: Probed, params: Params, sample: Batch) -> float:
     """The mean loss of examples [n, ...]."""
 
@@ -273,7 +251,7 @@ def _after(
         while done < count:
             state = steps.plain(*state, data, jax.random.fold_in(key, done))
             done += 1
-            if done % STEPS_IN_FLIGHT == 0:  # before JAX 0.12 a loop without a fence can hang
+            if done % STEPS_IN_FLIGHT == 0:
                 jax.block_until_ready(state)
         yield count, state
 

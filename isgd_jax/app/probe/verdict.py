@@ -6,12 +6,15 @@ bound on hope, not a promise of fewer updates: updates are won only where the no
 training down.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["LEARNT", "AsDrawn", "Period", "is_unlearnt", "periods", "verdict"]
+from isgd_jax.app.compare.intervals import Interval, mean
+
+__all__ = ["LEARNT", "Period", "Trial", "is_unlearnt", "periods", "verdict"]
 
 PAYS, HARDLY = 0.9, 1.0
 LEARNT = 0.9
@@ -40,20 +43,39 @@ class Period(NamedTuple):
         return self.variance * self.time_elsewhere
 
 
-class AsDrawn(NamedTuple):
-    """Training that scores nothing but what it draws, as `isgd_jax.fit` does without an engine."""
+class Trial(NamedTuple):
+    """What came of training on both ways for as long."""
 
-    promised: float
-    """Plain steps that a step replaces as far as variance goes."""
-    saves: float
-    """The part of it that is likely to be kept."""
-    time: float
-    """Time of a step over that of plain SGD."""
+    steps: int
+    """By importance sampling."""
+    plain_steps: int
+    """Of plain SGD in the same time."""
+    losses: tuple[float, ...]
+    """Mean losses at the end by importance sampling, one for each key; infinite where it diverged."""
+    plain_losses: tuple[float, ...]
+    """Those of plain SGD, with the same keys."""
+
+    @property
+    def gains(self) -> list[float]:
+        """By how much the loss is lower than plain SGD's, for each key; infinite where one of them diverged."""
+        both = zip(self.plain_losses, self.losses, strict=True)
+        return [0.0 if plain == ours else plain - ours for plain, ours in both]
+
+    @property
+    def gain(self) -> Interval:
+        """The mean of the gains, with its 95 % interval."""
+        return mean(self.gains)
 
     @property
     def pays(self) -> bool:
-        """Whether it is likely to take fewer seconds than plain SGD."""
-        return self.saves > self.time
+        """Whether importance sampling came to the lower loss, in the mean."""
+        return bool(self.gain.value > 0)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval of the gain leaves out 0; or one way diverged, and was behind with every key."""
+        found, one_way = self.gain, len({gain > 0 for gain in self.gains}) == 1 and 0.0 not in self.gains
+        return bool(found.low > 0 or found.high < 0 or (one_way and not math.isfinite(found.value)))
 
 
 def is_unlearnt(num_updates: int, losses: tuple[float, float]) -> bool:
@@ -99,7 +121,7 @@ def verdict(
     second_moment_ratio: float,
     headroom: float,
     table: Sequence[Period],
-    drawn: AsDrawn,
+    tried: Trial | None,
     *,
     num_updates: int,
     losses: tuple[float, float],
@@ -110,7 +132,7 @@ def verdict(
         second_moment_ratio: 1 + CV² of the norms.
         headroom: Tr Cov of uniform draws over that of ideal ones.
         table: the periods that were judged.
-        drawn: what came of scoring draws alone.
+        tried: what came of training on both ways; None where nobody tried.
         num_updates: made when they were measured.
         losses: at the first parameters, and now.
     """
@@ -118,10 +140,10 @@ def verdict(
     elsewhere = min(table, key=lambda period: period.at_equal_time_elsewhere)
     early = is_unlearnt(num_updates, losses)
     return [
-        _early(num_updates, losses) if early else _head(here, elsewhere, drawn),
+        _early(num_updates, losses) if early else _head(here, elsewhere, tried),
         f"Ideal draws would cut the variance of uniform ones {headroom:.3g} times (second moments: 1 + CV² = "
         f"{second_moment_ratio:.3g}).",
-        _drawn(drawn),
+        *_tried(tried),
         _here(here),
         _there(elsewhere),
         *_remarks(table),
@@ -136,8 +158,10 @@ def _early(num_updates: int, losses: tuple[float, float]) -> str:
     )
 
 
-def _head(here: Period, elsewhere: Period, drawn: AsDrawn) -> str:
-    if drawn.pays or here.at_equal_time < PAYS:
+def _head(here: Period, elsewhere: Period, tried: Trial | None) -> str:
+    if tried is not None and tried.is_sure and tried.pays:
+        return "Importance sampling pays here: it came to a lower loss in the same time."
+    if (tried is None or not tried.is_sure) and here.at_equal_time < PAYS:
         return "Importance sampling can pay here, scoring included."
     if elsewhere.at_equal_time_elsewhere < PAYS:
         return "Importance sampling can pay only if other devices do the scoring."
@@ -146,12 +170,21 @@ def _head(here: Period, elsewhere: Period, drawn: AsDrawn) -> str:
     return "Importance sampling does not pay here: plain SGD, or a larger batch, is the better use of the time."
 
 
-def _drawn(found: AsDrawn) -> str:
-    pays = "that should pay" if found.pays else "that does not pay, and isgd.fit would leave it"
-    return (
-        f"Scored only as they are drawn, without an engine: the variance promises {found.promised:.2f} times fewer "
-        f"steps, of which {found.saves:.2f} are likely, at {found.time:.2f} times the time of a step: {pays}."
-    )
+def _tried(found: Trial | None) -> list[str]:
+    if found is None:
+        return []
+    gain = found.gain
+    ahead = "importance sampling was ahead" if found.pays else "plain SGD was ahead"
+    word = ahead if found.is_sure else "a tie"
+    return [
+        f"Tried from here, both fading out, scoring only what is drawn: {found.steps:,} steps by importance sampling "
+        f"came to a loss of {_middle(found.losses)}, {found.plain_steps:,} of plain SGD, which take as long, to "
+        f"{_middle(found.plain_losses)}: lower by {gain.value:.2g} [{gain.low:.2g}, {gain.high:.2g}], {word}."
+    ]
+
+
+def _middle(losses: Sequence[float]) -> str:
+    return f"{float(np.median(losses)):.4g}"
 
 
 def _effect(ratio: float) -> str:

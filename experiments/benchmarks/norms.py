@@ -245,7 +245,7 @@ def compile_times(name: str, size: int) -> dict[str, float]:
 def compile_table(args: argparse.Namespace) -> None:
     for name in args.models:
         command = [sys.executable, __file__, "--one", name, str(sizes(name, args)[0]), "--compile"]
-        runs = [_json_of(command) for _ in range(args.processes)]
+        runs = [json_of(command) for _ in range(args.processes)]
         ordinary = statistics.median(run["ordinary"] for run in runs)
         ratios = {
             label: sorted(run[label] / run["ordinary"] for run in runs) for label in ("norms", "update and norms")
@@ -290,10 +290,10 @@ def torch_measure(python: str | None, name: str, size: int, repeats: int) -> dic
     if name not in TORCH_MODELS:
         return {"ways": {}, "left_out": dict.fromkeys(("Opacus", "BackPACK"), "absent: no such model there")}
     script = Path(__file__).with_name("norms_torch.py")
-    return _json_of([python, str(script), name, str(size), str(repeats)])
+    return json_of([python, str(script), name, str(size), str(repeats)])
 
 
-def _json_of(command: list[str]) -> dict[str, Any]:
+def json_of(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -306,7 +306,7 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
         for size in sizes(name, args):
             command = [sys.executable, __file__, "--one", name, str(size), "--repeats", str(args.repeats)]
             command += ["--ways", *args.ways] if args.ways else []
-            runs = [_json_of(command) for _ in range(args.processes)]
+            runs = [json_of(command) for _ in range(args.processes)]
             result = runs[0]
             for label, row in result["ways"].items():
                 ratios = [run["ways"][label]["ratio"] for run in runs]

@@ -47,7 +47,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from norms import _json_of
+from norms import json_of
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
 PRECISIONS = ("default", "highest")
@@ -149,7 +149,7 @@ def main() -> None:
     for name in args.models:
         command = [sys.executable, __file__, "--one", name, "--batch", str(args.batch)]
         command += ["--ways", *args.ways] if args.ways else []
-        print(told([_json_of(command) for _ in range(args.processes)]), flush=True)
+        print(told([json_of(command) for _ in range(args.processes)]), flush=True)
 
 
 if __name__ == "__main__":

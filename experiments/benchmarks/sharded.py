@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from norms import _json_of, alternate
+from norms import alternate, json_of
 
 MODELS = ("mlp", "gpt")
 LAYOUTS = ("replicated", "fully sharded")
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{options.devices} devices, batches of {BATCH}; over the ordinary gradient")
     for name in options.models:
         command = [sys.executable, str(Path(__file__)), "--one", name, "--devices", str(options.devices)]
-        runs = [_json_of(command) for _ in range(options.processes)]
+        runs = [json_of(command) for _ in range(options.processes)]
         for layout in LAYOUTS:
             told = [f"{1e3 * statistics.median(run[layout]['seconds'] for run in runs):7.1f} ms"]
             for way in ("norms", "update and norms"):

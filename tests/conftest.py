@@ -7,9 +7,7 @@ import logging
 import os
 import re
 import sys
-import threading
-import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,10 +95,8 @@ import tempfile
 from types import SimpleNamespace
 
 import jax
+import programs
 import pytest
-from jax._src import compilation_cache
-from jax._src.interpreters import mlir
-from jax._src.lru_cache import LRUCache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -118,56 +114,6 @@ for name, value in {
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
-
-
-def put_whole(cache: LRUCache, key: str, value: bytes) -> None:
-    """JAX writes an entry where others may read the half of it: here it appears when it is whole."""
-    whole = cache.path / f"{key}-{os.getpid()}"
-    whole.write_bytes(value)
-    whole.replace(cache.path / f"{key}-cache")
-
-
-LRUCache.put = put_whole
-
-KEPT = 100
-loaded: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
-load = compilation_cache.get_executable_and_time
-
-
-def load_once(cache_key: str, options: Any, backend: Any, devices: Any, *callbacks: Any) -> tuple[Any, Any]:
-    """A program that this process has loaded is not linked a second time, which takes tens of milliseconds: the key
-    tells programs, options and devices, but not which functions of Python a program calls (JAX 0.11.2 and newer)."""
-    given = (options, backend, devices, *callbacks)
-    if any(callbacks):
-        return load(cache_key, *given)
-    found = loaded.pop(cache_key, None) or load(cache_key, *given)
-    if found[0] is not None:
-        loaded[cache_key] = found
-        if len(loaded) > KEPT:
-            loaded.popitem(last=False)
-    return found
-
-
-compilation_cache.get_executable_and_time = load_once
-compilation_cache.zlib = SimpleNamespace(compress=functools.partial(zlib.compress, level=1), decompress=zlib.decompress)
-
-
-class Lowering(threading.local):
-    """What JAX makes anew for each program that it lowers, 4 ms each: here one for all programs of a file of tests."""
-
-    context: Any = None
-
-
-make_context, lowering = mlir.make_ir_context, Lowering()
-
-
-def same_context() -> Any:
-    """One of this thread's own: a context is filled as it is used."""
-    lowering.context = lowering.context or make_context()
-    return lowering.context
-
-
-mlir.make_ir_context = same_context
 
 
 def pytest_collection_finish() -> None:
@@ -196,11 +142,11 @@ def room_for_programs() -> Iterator[None]:
     ends by a segmentation fault: a worker of the whole suite came there.
     """
     yield
-    lowering.context = None
+    programs.lowering.context = None
     mapped = Path("/proc/self/maps")
     if mapped.exists() and len(mapped.read_bytes().splitlines()) > MAPPED_REGIONS:
         jax.clear_caches()
-        loaded.clear()
+        programs.loaded.clear()
         gc.collect()
 
 

@@ -2,6 +2,7 @@
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -32,3 +33,13 @@ def forced(devices: int) -> str:
     """XLA_FLAGS of a process with so many CPU devices."""
     flags = quick_to_compile(metadata.version("jaxlib"))
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *flags])
+
+
+QUICK_TO_RUN = f"""
+import gc, sys
+gc.set_threshold(20_000, 20, 20)  # to look for garbage among all that is imported takes a tenth of the time
+sys.path.append({str(Path(__file__).parent)!r})
+import programs
+sys.path.pop()
+"""
+"""With what a process begins that runs much code of the documentation: it lowers and loads programs as the tests do."""

@@ -11,7 +11,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from processes import forced
+from processes import QUICK_TO_RUN, forced
 from test_own_loops import NAMES as EXAMPLES
 
 import isgd_jax
@@ -50,14 +50,13 @@ def isgd_arguments(line: str) -> list[str] | None:
     return words[at + 1 : end]
 
 
-ALL = """
-import gc, os, runpy, sys
-gc.set_threshold(20_000, 20, 20)  # to look for garbage among all that is imported takes a tenth of the time
+ALL = f"""{QUICK_TO_RUN}
+import os, runpy
 for page in sys.argv[1:]:
     print("=====", page, file=sys.stderr)
     os.makedirs(page)
     os.chdir(page)
-    runpy.run_path(f"../{page}.py", run_name="__main__")
+    runpy.run_path(f"../{{page}}.py", run_name="__main__")
     os.chdir("..")
 """
 

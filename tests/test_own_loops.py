@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import forced
+from processes import QUICK_TO_RUN, forced
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 LIBRARIES = ("nnx", "linen", "equinox")
@@ -26,12 +26,11 @@ def test_the_whole_estimator_takes_at_most_fifteen_lines(library: str) -> None:
 
 NAMES = (*(f"{kind}_{library}" for library in LIBRARIES for kind in ("plain", "own_loop")), "pinn_nnx", "pinn_equinox")
 
-ALL = """
-import gc, runpy, sys
-gc.set_threshold(20_000, 20, 20)  # to look for garbage among all that is imported takes a tenth of the time
+ALL = f"""{QUICK_TO_RUN}
+import runpy
 for name in sys.argv[2:]:
     print("=====", name)
-    runpy.run_path(f"{sys.argv[1]}/{name}.py", run_name="__main__")
+    runpy.run_path(f"{{sys.argv[1]}}/{{name}}.py", run_name="__main__")
 """
 
 

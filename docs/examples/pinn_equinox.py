@@ -57,7 +57,8 @@ pools = {
     for name, (_, draw, size) in terms.items()
 }
 states = {
-    name: pool.init(jax.random.key(i)) for i, (name, pool) in enumerate(pools.items())
+    name: jax.jit(pool.init)(jax.random.key(i))
+    for i, (name, pool) in enumerate(pools.items())
 }
 tx = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 opt_state = tx.init(params)

@@ -120,12 +120,13 @@ class Run:
             return self._advance(self.held, seconds, rests=rests)
         return costs.advance(gate, self.step, self.held.ready, lambda: self._advance(self.held, seconds, rests=rests))
 
-    def rehearse(self, num_steps: int, *, rests: bool = False) -> Any:
+    def rehearse(self, num_steps: int, *, rests: bool = False, look: bool = False) -> Any:
         """Make steps from a copy of the state, one dispatched behind the other as in training, and forget them.
 
         Args:
             num_steps: how many.
             rests: whether they take the ordinary gradient.
+            look: whether the whole state is asked for after them, as refreshes and callbacks ask.
 
         Returns:
             What to wait for.
@@ -133,7 +134,7 @@ class Run:
         held = self.held.copy()
         for _ in range(num_steps):
             self._advance(held, 0.0, rests=rests)
-        return held.ready()
+        return held.state if look else held.ready()
 
     def weigh_costs(self) -> str | None:
         """After a step: decide whether the next ones learn from norms; what a person should hear of it."""

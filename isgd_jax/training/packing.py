@@ -31,6 +31,9 @@ LARGEST = 1024
 
 _WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32, jnp.bool_)))
 
+Kinds = tuple[tuple[tuple[int, ...], Any], ...]
+"""Shapes and types of small arrays."""
+
 Arrays = list[Any]
 """The small arrays of a part, as 32-bit words [w]; and the others as they are."""
 
@@ -149,29 +152,19 @@ class _Part:
     def __init__(self, leaves: list[Any], places: list[int]) -> None:
         self._small = [at for at in places if _is_small(leaves[at])]
         self._large = [at for at in places if not _is_small(leaves[at])]
-        self._shapes = [jnp.shape(leaves[at]) for at in self._small]
-        self._dtypes = [jnp.result_type(leaves[at]) for at in self._small]
-        self._join, self._split = jax.jit(_joined), jax.jit(self._arrays)
+        self._kinds = tuple((jnp.shape(leaves[at]), jnp.result_type(leaves[at])) for at in self._small)
 
     def packed(self, leaves: list[Any], *, traced: bool = False) -> Arrays:
         """These leaves, packed."""
         small = [leaves[at] for at in self._small]
-        return [(_joined if traced else self._join)(small), *(leaves[at] for at in self._large)]
+        return [(_joined if traced else _join)(small), *(leaves[at] for at in self._large)]
 
     def fill(self, leaves: list[Any], arrays: Arrays, *, traced: bool = False) -> None:
         """Put these leaves into their places."""
         words, *large = arrays
-        small = (self._arrays if traced else self._split)(words)
+        small = (_apart if traced else _split)(words, self._kinds)
         for at, value in zip((*self._small, *self._large), (*small, *large), strict=True):
             leaves[at] = value
-
-    def _arrays(self, words: Any) -> list[Any]:
-        """The small arrays of their words."""
-        each = lax.split(words, [math.prod(shape) for shape in self._shapes]) if self._shapes else []
-        return [
-            _from_words(own, dtype).reshape(shape)
-            for own, shape, dtype in zip(each, self._shapes, self._dtypes, strict=True)
-        ]
 
 
 class Held:
@@ -238,6 +231,16 @@ def _is_small(x: Any) -> bool:
 def _joined(small: list[Any]) -> Any:
     """The words of small arrays, one after the other."""
     return jnp.concatenate([_as_words(x) for x in small]) if small else jnp.zeros(0, jnp.int32)
+
+
+def _apart(words: Any, kinds: Kinds) -> list[Any]:
+    """The small arrays of their words."""
+    each = lax.split(words, [math.prod(shape) for shape, _ in kinds]) if kinds else []
+    return [_from_words(own, dtype).reshape(shape) for own, (shape, dtype) in zip(each, kinds, strict=True)]
+
+
+# One program for all states of these shapes: to compile one takes half a second, as many results as it has.
+_join, _split = jax.jit(_joined), jax.jit(_apart, static_argnums=1)
 
 
 def _as_words(x: Any) -> Any:

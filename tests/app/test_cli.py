@@ -30,11 +30,12 @@ PLAIN = [*SMALL, "--mode", "uniform", "--monitor", "off"]
 """Where the sampling does not matter: less to compile."""
 
 
-def isgd(*arguments: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
+def isgd(*arguments: str, cwd: Path, first: str = "", **changes: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, ``first`` before all else; changes are of its environment."""
     environment = os.environ | changes
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not so in the background
     return subprocess.Popen(
-        [sys.executable, "-c", f"{heard}; from isgd_jax.app.entry import main; main()", *arguments],
+        [sys.executable, "-c", f"{first}\n{heard}; from isgd_jax.app.entry import main; main()", *arguments],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

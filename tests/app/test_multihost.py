@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from problems import blobs, small_config
-from processes import forced
+from processes import QUICK_TO_RUN, forced
 from test_cli import isgd
 
 from isgd_jax.app import checkpoints
@@ -109,8 +109,11 @@ def processes(cwd: Path, *arguments: str, count: int = 2, devices: int = 4) -> l
         "XLA_FLAGS": forced(devices), "NPROC": "16", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     return [
-        isgd("train", *arguments, *flags, *places, "--process-id", str(i), cwd=cwd, **environment) for i in range(count)
-    ]
+        isgd(
+            "train", *arguments, *flags, *places, "--process-id", str(i), cwd=cwd, first=QUICK_TO_RUN, **environment
+        )
+        for i in range(count)
+    ]  # fmt: skip
 
 
 def _word(value: Any) -> str:

@@ -78,7 +78,9 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(
 ) -> None:
     """Stopped in the middle of a refresh period and of an epoch, and gone on with; a relaxed run is replayed too."""
     is_exact = changes == {"mode": "exact"}
-    run = whole[0] if is_exact else fit(small_config(tmp_path / "whole", **changes), dataset=blobs())
+    is_killed = changes["mode"] in ("relaxed", "presample")
+    saved = changes | {"checkpoint_every": 23} if is_killed else changes
+    run = whole[0] if is_exact else fit(small_config(tmp_path / "whole", **saved), dataset=blobs())
     lines = progress(run.run_dir)
     assert [line["step"] for line in lines] == [0, 10, 20, 30, 40]
     assert lines[-1]["test_loss"] < 0.8 * lines[0]["test_loss"]
@@ -93,12 +95,19 @@ def test_each_mode_learns_leaves_its_folder_and_resumes_bit_exact(
     def enough(record: Record) -> bool:
         return record["step"] == 20
 
-    # A schedule is made for all the steps there will be: such a run is told to stop, the others have fewer to make.
-    stop: dict[str, Any] = {"until": enough} if "schedule" in changes else {}
-    broken = changes if "schedule" in changes else changes | {"steps": 23}
-    stopped = fit(small_config(tmp_path / "broken", **broken), dataset=blobs(), **stop)
-    assert stopped.step == (20 if "schedule" in changes else 23)
-    resumed = fit(small_config(tmp_path / "broken", **changes), dataset=blobs(), resume=True)
+    # A schedule is made for all the steps there will be: such a run is told to stop; others have fewer to make, or are
+    # what a kill after step 23 leaves of the whole one.
+    if is_killed:
+        shutil.rmtree(copy_of(run, tmp_path / "broken") / "checkpoints" / "40")
+    else:
+        stop: dict[str, Any] = {"until": enough} if "schedule" in changes else {}
+        broken = changes if "schedule" in changes else changes | {"steps": 23}
+        stopped = fit(small_config(tmp_path / "broken", **broken), dataset=blobs(), **stop)
+        assert stopped.step == (20 if "schedule" in changes else 23)
+    told: list[Record] = []
+    resumed = fit(small_config(tmp_path / "broken", **saved), dataset=blobs(), resume=True, observe=told.append)
+    (plan,) = (record for record in told if record["event"] == "plan")
+    assert plan["first_step"] == (20 if "schedule" in changes else 23)
     assert resumed.step == 40
     chex.assert_trees_all_equal(resumed.params, run.params)
     steps = [line["step"] for line in progress(resumed.run_dir)]

@@ -132,8 +132,8 @@ class Curve(isgd.Callback):
 
     def begin(self, run: Any) -> None:
         """Compile what `fit` would compile between steps."""
+        run.rehearse(1, rests=run.costs is not None, look=True)
         if run.costs is not None:
-            run.rehearse(1, rests=True, look=True)
             run.refresher.rehearse(run.state.sampler, chunks=0)
             for is_open in (True, False):
                 sizes = {"num_examples": run.sampler.num_examples, "batch_size": run.sampler.batch_size}

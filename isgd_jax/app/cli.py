@@ -78,7 +78,7 @@ FIRST_PAGES: dict[type, tuple[str, tuple[str, ...]]] = {
                  "refresh_every", "engine", "run_dir", "resume", "seed")),
     Report: ("RUN ...", ("out",)),
     compare.Compare: ("[RUN ...]", ("arms", "seeds", "levels", "until_levels", "out", "dataset", "model", "steps")),
-    probe.Probe: ("", ("run", "after", "ages", "examples", "out", "mixture", "dataset", "model", "loss", "scorer")),
+    probe.Probe: ("", ("run", "after", "ages", "examples", "trial", "out", "mixture", "dataset", "model", "loss", "scorer")),
     runs.Runs: ("[FOLDER]", ()),
     watch.Watch: ("RUN", ("every",)),
     predict.Predict: ("RUN INPUTS.npy", ("out",)),

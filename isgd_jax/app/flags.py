@@ -20,7 +20,7 @@ from isgd_jax.errors import IsgdError
 
 __all__ = ["in_flags", "parse"]
 
-_OF_COMMANDS = ("after", "ages", "arms", "examples", "levels", "out", "resume", "run", "seeds", "until_levels")
+_OF_COMMANDS = ("after", "ages", "arms", "examples", "levels", "out", "resume", "run", "seeds", "trial", "until_levels")
 _IN_LIBRARY = {"uniform_fraction": "mixture", "num_workers": "scorers"}
 _FLAGS = {name: name for name in (*Config().flat(), *_OF_COMMANDS) if name not in IN_PYTHON} | _IN_LIBRARY
 _NAMED = re.compile(

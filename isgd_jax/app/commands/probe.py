@@ -25,7 +25,7 @@ class Probe:
 
     The spread of the gradients' norms says what could be gained; scoring and a step are timed here.
 
-    A few hundred real steps show how fast scores get worthless. Then both ways are trained on for as long.
+    A few hundred real steps show how fast scores get worthless; then both ways are tried.
 
     With --model and --loss it is your own model.
 

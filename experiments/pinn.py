@@ -47,10 +47,10 @@ Result     Ten seeds, one core of a machine whose other core was in use, arms un
            rad       0.001  x1/4   45 s   10        6.8  0.85 [0.68, 1.06]  0.0258  0.92 [0.72, 1.18]
            ours      0.003  x1     45 s   10       12.6  1.62 [1.23, 2.13]  0.0383  1.32 [1.10, 1.58]
 
-           Burgers' runs were all at a rate of 0.003. With a longer budget all of them come to 0.002 to 0.003: what is short is steps,
-           not variance, and a step of ours takes 1.4 plain ones of the same batch (0.57 to 0.40 ms). r3 was tuned (0.011
-           at its best, 45 s) and left out of the seeds; sobol, rar_d and lbfgs were not run. Rates, batches and budgets
-           are tuned on one seed, which was a lucky one for ours here.
+           Burgers' runs were all at a rate of 0.003. With a longer budget all of them come to 0.002 to 0.003: what is
+           short is steps, not variance, and a step of ours takes 1.4 plain ones of the same batch (0.57 to 0.40 ms).
+           r3 was tuned (0.011 at its best, 45 s) and left out of the seeds; sobol, rar_d and lbfgs were not run. Rates,
+           batches and budgets are tuned on one seed, which was a lucky one for ours here.
 """
 
 from pathlib import Path

@@ -245,15 +245,8 @@ def _layout(term: Outer) -> Any:
 def _one_below_another(terms: Sequence[Outer]) -> Outer:
     if len(terms) == 1:
         return terms[0]
-    left = jax.tree.map(_rows_of_all, *(term.left for term in terms))
-    return Outer(left, _rows_of_all(*(term.right for term in terms)), terms[0].axes)
-
-
-def _rows_of_all(*arrays: Array) -> Array:
-    """[b, k, t, ...] joined along t; without k where that is 1, so that XLA lays the rows out once for all who ask."""
-    if arrays[0].shape[1] > 1:
-        return jnp.concatenate(arrays, axis=2)
-    return jnp.concatenate([x[:, 0] for x in arrays], axis=1)[:, None]
+    left = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *(term.left for term in terms))
+    return Outer(left, jnp.concatenate([term.right for term in terms], axis=2), terms[0].axes)
 
 
 def _sum_last(array: Array) -> Array:

@@ -26,7 +26,6 @@ from isgd_jax.types import Batch, Key, LossFn, Params, Scorer
 from isgd_jax.variance import second_moments
 
 __all__ = [
-    "REFRESH_EVERY",
     "STEPS_IN_FLIGHT",
     "Costs",
     "Probed",
@@ -44,8 +43,6 @@ CHUNK = 256
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 REPEATS = 15
-REFRESH_EVERY = 100
-"""Steps between two refreshes, as `isgd_jax.fit` has them."""
 STEPS_IN_FLIGHT = 8
 """Steps between two waits for the device: before JAX 0.12 a loop without any can hang."""
 

@@ -10,7 +10,7 @@ Source: ours.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,31 +34,16 @@ KEYS = 3
 
 MOST_SECONDS, FEWEST_STEPS = 60.0, 50
 """Of a trial by default: as many steps as fit in the time, but not fewer."""
+REFRESH_EVERY = 100
+"""Steps between two refreshes, as `isgd_jax.fit` has them."""
 MOST_SCORED = 20.0
 """Seconds that examples are scored for before."""
 
 
-class Fading(NamedTuple):
-    """How far a trial has come; numbers and no constants, so that trials of all lengths share a program."""
-
-    step: jax.Array
-    steps: jax.Array
-
-
 def fading(steps: int) -> optax.GradientTransformation:
     """Updates scaled down to zero by a cosine over so many steps; stands last in a chain."""
-
-    def init(params: Params) -> Fading:
-        del params
-        return Fading(jnp.float32(0), jnp.float32(steps))
-
-    def update(updates: Any, state: Fading, params: Params | None = None) -> tuple[Any, Fading]:
-        del params
-        share = 0.5 * (1.0 + jnp.cos(jnp.pi * state.step / state.steps))
-        scaled = jax.tree.map(lambda u: (share * u).astype(u.dtype), updates)
-        return scaled, state._replace(step=state.step + 1.0)
-
-    return optax.GradientTransformation(init, update)
+    share = optax.cosine_decay_schedule(1.0, steps)
+    return optax.scale_by_schedule(lambda count: share(jnp.float32(count)))  # Optax mixes types, which may be refused
 
 
 def steps_in_time(asked: int | None, before: int, costs: measure.Costs) -> int:
@@ -90,7 +75,7 @@ def try_both(
         costs: of a step of each way, which say how many plain steps take as long.
         key: of the draws.
     """
-    plain_steps = round(steps * costs.reweighted_update / costs.update)
+    plain_steps = max(1, round(steps * costs.reweighted_update / costs.update))
     num_examples = probed.problem.num_examples
     ours = importance_sampler(num_examples, batch_size=probed.batch_size)
     plain = shuffled_epochs(num_examples, batch_size=min(probed.batch_size, num_examples), monitor=False)
@@ -99,9 +84,14 @@ def try_both(
     def knowing(key: Key) -> SamplerState:
         return ours.record(ours.init(key), *scores, version=0)
 
+    measured = probed.problem.evaluator(batch_size=measure.CHUNK)  # compiled once for all that are tried
+
+    def mean_loss(params: Params) -> float:
+        return float(measured(params, sample)["loss"])
+
     keys, start = list(jax.random.split(key, KEYS)), (params, opt_state)
     found = [
-        _losses(probed, sampler, (*start, init), sample=sample, steps=count, keys=keys)
+        _losses(probed, sampler, (*start, init), mean_loss=mean_loss, steps=count, keys=keys)
         for sampler, init, count in ((ours, knowing, steps), (plain, plain.init, plain_steps))
     ]
     return Trial(steps, plain_steps, *found)
@@ -122,7 +112,7 @@ def _losses(
     sampler: BatchSampler,
     start: tuple[Params, Any, Callable[[Key], SamplerState]],
     *,
-    sample: Batch,
+    mean_loss: Callable[[Params], float],
     steps: int,
     keys: Sequence[Key],
 ) -> tuple[float, ...]:
@@ -139,10 +129,10 @@ def _losses(
         # A step takes over the state that it is given.
         state = jax.tree.map(jnp.copy, TrainState(params, begun, init(key)))
         for at in range(steps):
-            if at % measure.REFRESH_EVERY == 0:
+            if at % REFRESH_EVERY == 0:
                 state = state._replace(sampler=refresh(state.sampler))
             state, info = advance(state, None, data, key, jnp.float32(0.0))
             if at % measure.STEPS_IN_FLIGHT == 0:
                 jax.block_until_ready(info.loss)
-        losses.append(measure.mean_loss(probed, state.params, sample))
+        losses.append(mean_loss(state.params))
     return tuple(loss if np.isfinite(loss) else float("inf") for loss in losses)

@@ -179,7 +179,7 @@ def _tried(found: Trial | None) -> list[str]:
     return [
         f"Tried from here, both fading out, scoring only what is drawn: {found.steps:,} steps by importance sampling "
         f"came to a loss of {_middle(found.losses)}, {found.plain_steps:,} of plain SGD, which take as long, to "
-        f"{_middle(found.plain_losses)}: lower by {gain.value:.2g} [{gain.low:.2g}, {gain.high:.2g}], {word}."
+        f"{_middle(found.plain_losses)}: a gain of {gain.value:.2g} [{gain.low:.2g}, {gain.high:.2g}], {word}."
     ]
 
 

@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole, seen
 from isgd_jax.gradients import lazy
-from isgd_jax.gradients.weights import draw_weights, first_not_finite, is_probability
+from isgd_jax.gradients.weights import check_example_weights, draw_weights, is_probability
 
 __all__ = ["ReweightState", "importance_weighting"]
 
@@ -80,12 +80,12 @@ def importance_weighting(
             draws, or, where values can be seen, a probability or an index out of range.
     """
     num_examples = check_whole("num_examples", num_examples, least=1, most=None)
-    weights = None if example_weights is None else _checked_weights(example_weights, num_examples)
+    check_example_weights(example_weights, num_examples)
 
     def init(params: Any) -> ReweightState:
         del params
         # A copy: whoever donates the state must not lose the caller's array.
-        return ReweightState(None if weights is None else jnp.array(weights))
+        return ReweightState(None if example_weights is None else jnp.array(example_weights))
 
     def update(
         updates: Any,
@@ -119,17 +119,6 @@ def importance_weighting(
         return lazy.weighted_mean(updates, draw_weights(probs, mask, wanted)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _checked_weights(weights: Any, num_examples: int) -> Any:
-    """The weights, if they are one finite number an example."""
-    check_array("example_weights", weights)
-    if weights.shape != (num_examples,):
-        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
-    wrong = first_not_finite(weights)
-    if wrong is not None:
-        raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")
-    return weights
 
 
 def _check_probs(probs: Float[Array, " m"], mask: Bool[Array, " m"] | None) -> None:

@@ -99,7 +99,7 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     """
     first = terms[0]
     if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        return _row_squares(first.left, first.right)
+        return _single_row_squares(first.left, first.right)
     left_sizes, bounds, scale, rights = _scaled(terms)
     if len(terms) == 1 and isinstance(first.left, OneHot):
         return Squares(scale, _rows_squares(first.left, rights[0], precision))
@@ -119,7 +119,7 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     return Squares(scale, jnp.where(far, 0, values), jnp.where(far, _NEVER_SAFE, sums))
 
 
-def _row_squares(left: Array, right: Array) -> Squares:
+def _single_row_squares(left: Array, right: Array) -> Squares:
     """``Σ_k ‖x_k‖²‖δ_k‖²`` of factors [b, k, 1, ...], each row over a scale of its own."""
     rows, slopes = (sum_squares(x.astype(wide(x.dtype)), lead=3) for x in (left, right))
     with jax.numpy_dtype_promotion("standard"):

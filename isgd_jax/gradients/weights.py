@@ -7,9 +7,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from isgd_jax.errors import Wrong, first_wrong
+from isgd_jax.errors import ArgumentError, Wrong, check_array, first_wrong
 
-__all__ = ["draw_weights", "first_not_finite", "is_probability"]
+__all__ = ["check_example_weights", "draw_weights", "first_not_finite", "is_probability"]
 
 
 MOST = 1.0 + 1e-3
@@ -47,3 +47,24 @@ def first_not_finite(example_weights: Any) -> Wrong | None:
             return np.isfinite(values.astype(np.float32))
 
     return first_wrong(is_finite, example_weights)
+
+
+def check_example_weights(weights: Any, num_examples: int) -> None:
+    """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
+
+    Args:
+        weights: a_n [n], or None, which passes.
+        num_examples: n.
+
+    Raises:
+        TypeError: they are no array, or a masked one.
+        ValueError: there is not one finite number an example.
+    """
+    if weights is None:
+        return
+    check_array("example_weights", weights)
+    if weights.shape != (num_examples,):
+        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
+    wrong = first_not_finite(weights)
+    if wrong is not None:
+        raise ArgumentError(f"example_weights must be finite, got {wrong.value} at {wrong.at}")

@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_unmasked, check_whole
-from isgd_jax.gradients.weights import first_not_finite
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole
+from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling import groups as grouping
 from isgd_jax.sampling.groups import Groups
@@ -26,7 +26,6 @@ __all__ = [
     "check_number",
     "check_options",
     "check_ranges",
-    "check_weights",
     "order_keys",
 ]
 
@@ -108,7 +107,7 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     keys = order_keys(options)
     if keys is not None and keys.shape != (num_examples,):
         raise ArgumentError(f"order needs one number an example, [{num_examples}]; got an array of shape {keys.shape}")
-    check_weights(options.example_weights, num_examples)
+    check_example_weights(options.example_weights, num_examples)
     cost.check(options.costs, num_examples)
     grouping.check(options.groups, num_examples, is_weighted=options.example_weights is not None)
     if options.sampler == "without_replacement" and batch_size > grouping.num_drawable(options.groups, num_examples):
@@ -119,23 +118,6 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
     grouping.check_chances(options.groups, options.uniform_fraction)
     check_fraction(options.uniform_fraction, options.additive)
     check_ranges(options)
-
-
-def check_weights(weights: Array | np.ndarray | None, num_examples: int) -> None:
-    """Refuse weights of another number of examples, or that are no numbers, where their values can be seen.
-
-    Raises:
-        TypeError: they are no array, or a masked one.
-        ValueError: there is not one finite number an example.
-    """
-    if weights is None:
-        return
-    check_array("example_weights", weights)
-    if weights.shape != (num_examples,):
-        raise ArgumentError(f"example_weights must have shape ({num_examples},), got {weights.shape}")
-    wrong = first_not_finite(weights)
-    if wrong is not None:
-        raise ArgumentError(f"example_weights must be finite, got {wrong.value} among them")
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:

@@ -23,6 +23,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
+from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.estimator import MONITOR_EVERY, ImportanceSampler
 from isgd_jax.sampling.options import (
@@ -33,7 +34,6 @@ from isgd_jax.sampling.options import (
     check_number,
     check_options,
     check_ranges,
-    check_weights,
 )
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, on_mesh, own_key
 from isgd_jax.types import Draw, Key, Params, Sampler
@@ -67,7 +67,7 @@ def shuffled_epochs(
             example.
     """
     check_sizes(num_examples, batch_size)
-    check_weights(example_weights, num_examples)
+    check_example_weights(example_weights, num_examples)
     if batch_size > num_examples:
         raise ArgumentError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
     options = _plain(monitor, example_weights, steps_per_update)
@@ -101,7 +101,7 @@ def uniform_draws(
         ValueError: a number is out of range, or an array has not one entry an example.
     """
     check_sizes(num_examples, batch_size)
-    check_weights(example_weights, num_examples)
+    check_example_weights(example_weights, num_examples)
     options = dataclasses.replace(_plain(monitor, example_weights, steps_per_update), sampler="uniform")
     check_ranges(options)
     return _Still(num_examples, batch_size, options).functions()

@@ -35,9 +35,10 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import candidates, samplers
 from isgd_jax.sampling.estimator import MONITOR_EVERY, ImportanceSampler
-from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges, check_weights
+from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer, Scores
@@ -82,7 +83,7 @@ def presampling(
         ValueError: a number is out of range, or an array has not one entry an example.
     """
     check_sizes(num_examples, batch_size)
-    check_weights(example_weights, num_examples)
+    check_example_weights(example_weights, num_examples)
     check_number(uniform_fraction)
     check_fraction(uniform_fraction, 0.0)
     check_whole("candidates", candidates, least=1)

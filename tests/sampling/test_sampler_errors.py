@@ -46,7 +46,7 @@ REFUSED: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Excepti
     (EACH, {"steps_per_update": 0}, ValueError, "steps_per_update must be 1 or more, got 0"),
     (EACH, {"steps_per_update": True}, TypeError, "steps_per_update must be a whole number, got True"),
     (EACH, {"example_weights": SHORT}, ValueError, r"example_weights must have shape \(8,\), got \(7,\)"),
-    (EACH, {"example_weights": BROKEN}, ValueError, "example_weights must be finite, got nan among them"),
+    (EACH, {"example_weights": BROKEN}, ValueError, "example_weights must be finite, got nan at 7"),
     ((_epochs,), {"batch_size": N + 1}, ValueError, "an epoch of 8 examples has no batch of 9"),
     ((_importance,), {"order_every": 0}, ValueError, "order_every must be 1 or more, got 0"),
     ((_importance,), {"max_age": -1}, ValueError, "max_age must be 0 or more, got -1"),

@@ -75,7 +75,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from estimation import all_norms, load, problem_of, sliced, true_traces, uniform_checkpoints
+from estimation import (
+    all_norms,
+    full_truth,
+    load,
+    problem_of,
+    sliced,
+    stratified_mse,
+    true_traces,
+    uniform_checkpoints,
+)
 
 import isgd_jax as isgd
 from isgd_jax.app import build, compare, data, task
@@ -88,6 +97,8 @@ from isgd_jax.variance import gate, monitor, second_moments
 SIZE, CHECK, CHECKED_STEPS, SEEDS, WORTHLESS_FROM, GATE_STEPS = 20_000, 20, 1200, 5, 500, 1500
 MONITORED_SEEDS = 3
 SHARES = ("auto", 0.03, 0.1, 0.3)
+DRAWN_PERIODS, DRAWN_STEPS, DRAWN_LOOKS = 8, 64, 4
+"""Periods between refreshes, and at the end of each so many steps that are looked at so often."""
 BASE = configure(
     dataset="fashion_mnist", batch_size=128, learning_rate=0.01, momentum=0.95, refresh_every=200, steps=GATE_STEPS
 )
@@ -148,26 +159,33 @@ class Run:
         ids = jnp.arange(self.problem.size, dtype=jnp.int32)
         return self.sampler.refresh(self.sampler.record(state, ids, scores, version=state.version))
 
+    def probs(self) -> jax.Array:
+        """The probabilities in use."""
+        size, state = self.problem.size, self.state.sampler
+        return samplers.probabilities(state.proposal.law) if bool(is_open(state)) else jnp.full(size, 1 / size)
+
     def true_traces(self) -> second_moments.Moments:
         """Tr Cov of one draw by the proposal in use, from all the data at the parameters of now."""
-        size, state = self.problem.size, self.state.sampler
-        probs = samplers.probabilities(state.proposal.law) if bool(is_open(state)) else jnp.full(size, 1 / size)
-        return true_traces(self.problem, self.state.params, probs)
+        return true_traces(self.problem, self.state.params, self.probs())
+
+    def drawn_over_uniform(self) -> float:
+        """The variance of a batch as it is drawn, in strata of the line, over that of independent uniform draws."""
+        truth, order = full_truth(self.problem, self.state.params), self.state.sampler.proposal.law.order
+        uniform = float(np.mean(np.square(truth.norms))) - truth.square
+        return stratified_mse(self.problem, truth, self.probs(), order) / uniform
 
 
 def main() -> None:
     """The tables asked for, by default all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["monitor", "gate", "mixture", "harm"])
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("runs/estimators"))
     parser.add_argument("--data-dir", default=None)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     part = part_of(options.data_dir)
     for name in options.parts:
-        {"monitor": print_monitor, "gate": print_gate, "mixture": print_mixture, "harm": print_harm}[name](
-            part, options
-        )
+        PARTS[name](part, options)
 
 
 def part_of(data_dir: str | None) -> data.Dataset:
@@ -281,6 +299,26 @@ def print_mixture(dataset: data.Dataset, options: argparse.Namespace) -> None:
         )
 
 
+def print_drawn(dataset: data.Dataset, options: argparse.Namespace) -> None:
+    """DRAWN/UNIFORM of the design in use, at the end of each period, when its scores are 200 updates old."""
+    print(f"\ndrawn: DRAWN/UNIFORM of the default design, scores 200 updates old, {MONITORED_SEEDS} seeds", flush=True)
+    every, found = BASE.refresh.refresh_every, []
+    for seed in range(MONITORED_SEEDS):
+        run, means = Run(BASE.replace(seed=seed), dataset), []
+        for _ in range(DRAWN_PERIODS):
+            run.advance(every - DRAWN_STEPS)
+            looks = []
+            for _ in range(DRAWN_LOOKS):
+                run.advance(DRAWN_STEPS // DRAWN_LOOKS)
+                looks.append(run.drawn_over_uniform())
+            means.append(float(np.mean(looks)))
+        print(f"  seed {seed}: " + " ".join(f"{mean:.3f}" for mean in means), flush=True)
+        found.append(means)
+    first, later = np.array(found)[:, 0], np.array(found)[:, 1:]
+    print(f"  scores of the first parameters: {first.min():.3f} to {first.max():.3f}")
+    print(f"  later: median {np.median(later):.3f}, mean {later.mean():.3f}, worst {later.max():.3f}")
+
+
 def print_harm(dataset: data.Dataset, options: argparse.Namespace) -> None:
     """Old and adversarial scores on the true norms of checkpoints of plain SGD: what a draw costs, gated or not."""
     work = task.make(BASE.model, dataset)
@@ -327,6 +365,15 @@ def is_open_after(probs: jax.Array, norms: jax.Array, key: jax.Array) -> jax.Arr
 
 def moment_after(probs: jax.Array, norms: jax.Array, raw: float, seed: int) -> float:
     return raw if bool(is_open_after(probs, norms, jax.random.key(seed))) else 1.0
+
+
+PARTS = {
+    "monitor": print_monitor,
+    "gate": print_gate,
+    "mixture": print_mixture,
+    "drawn": print_drawn,
+    "harm": print_harm,
+}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from isgd_jax.app.task import Task
 from isgd_jax.gradients.captured import CapturingJit
+from isgd_jax.gradients.jaxpr import relaid
 from isgd_jax.types import Batch, Params
 
 __all__ = ["EVAL_BATCH", "Fit", "make_evaluate"]
@@ -39,7 +40,7 @@ def make_evaluate(task: Task) -> Callable[[Params, Batch], Fit]:
         def one(example: Batch) -> tuple[Array, Array]:
             return task.loss_fn(params, example), _is_wrong(task, params, example)
 
-        losses, wrong = jax.lax.map(one, batch, batch_size=EVAL_BATCH)
+        losses, wrong = jax.lax.map(relaid(one), batch, batch_size=EVAL_BATCH)
         return Fit(jnp.mean(losses), jnp.mean(wrong))
 
     return CapturingJit(evaluate)

@@ -12,20 +12,24 @@ proposal draws every example. To take the ``k`` best and leave out the rest, as 
 a bias, whichever score it is by.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
-from isgd_jax.gradients.batching import in_microbatches
+from isgd_jax.gradients.batching import at_a_time, check_microbatch_size, in_microbatches
+from isgd_jax.gradients.jaxpr import made_varying, one_example
 from isgd_jax.gradients.per_example import per_example_grads
+from isgd_jax.gradients.plan import Plan, make_plan
 from isgd_jax.types import Example, Params, Scorer, Scores, SketchingScorer
 
 __all__ = [
@@ -43,9 +47,6 @@ __all__ = [
     "under",
     "validation_product",
 ]
-
-_SLICE = 8
-"""Examples at a time, where products are formed after all."""
 
 Select: TypeAlias = Callable[[tuple[str, ...]], bool]
 """Whether a parameter counts, by its path: ``("params", "Dense_0", "kernel")``."""
@@ -101,8 +102,8 @@ def grad_norm(
         sketch: the scorer then returns ``(norms [b], sketches [b, dims])``: give the sampler's own, as in
             ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
         select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
-            16 GiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": on a CPU as many as its cache favors, at most as many as
+            need some 512 MiB, on an accelerator 16 GiB; None: all at once.
         precision: of the matrix products.
 
     Raises:
@@ -112,26 +113,38 @@ def grad_norm(
     if sketch is not None and select is not None:
         raise ArgumentError("a sketch needs the gradients of all parameters: give either sketch= or select=")
 
-    def score(params: Params, *args: Any) -> Any:
-        chosen, rebuild = _selected(params, select)
+    check_microbatch_size(microbatch_size)
+    fitting: dict[str, int] = {}
+
+    def scored(params: Params, *args: Any) -> Any:
+        *rest, batch = args
+        chosen, others, rebuild = _selected(params, select)
         if not chosen:
-            return jnp.zeros(jax.tree.leaves(args[-1])[0].shape[0])
+            return jnp.zeros(jax.tree.leaves(batch)[0].shape[0])
 
-        def part_loss(chosen: list[Any], *rest: Any) -> Float[Array, ""]:
-            return loss_fn(rebuild(chosen), *rest)
+        def part_loss(chosen: list[Any], others: list[Any], *rest: Any) -> Float[Array, ""]:
+            return loss_fn(rebuild(chosen, others), *rest)
 
-        grads = per_example_grads(part_loss, joint=False)
-        found = grads(chosen, *args)
-        norms, cancelled = lazy.unguarded_norms(found, precision=precision)
+        plans: dict[Any, Plan] = {}
 
-        def over() -> Scores:
-            safe = partial(lazy.product_norms, precision=precision)
-            return in_microbatches(lambda *some: safe(grads(*some)), _SLICE)(chosen, *args)
+        def plan_of(shared: Sequence[Any], batch: Any) -> Plan:
+            key = (*map(jax.typeof, jax.tree.leaves(shared)), *map(str, map(one_example, jax.tree.leaves(batch))))
+            if key not in plans:  # one for every look at the program, since it takes seconds
+                plans[key] = make_plan(part_loss, 0, False, shared, batch)
+            return plans[key]
 
-        norms = norms if cancelled is None else lax.cond(cancelled, over, lambda: norms)
-        return norms if sketch is None else (norms, sketch.of_grads(found))
+        def score(*args: Any) -> Any:
+            *shared, batch = args
+            _, grads = plan_of(shared, batch).run(shared, batch, joint=False)
+            norms = lazy.norms(grads, precision=precision)
+            return norms if sketch is None else (norms, sketch.of_grads(grads))
 
-    return in_microbatches(score, microbatch_size)
+        size, shared = microbatch_size, made_varying([chosen, others, *rest], batch)
+        if size == "auto" and not lazy.lies_on_a_mesh((shared, batch)):
+            size = plan_of(shared, batch).examples_at_a_time(jax.tree.leaves(batch)[0].shape[0]) or size
+        return at_a_time(score, size, [*shared, batch], fitting)
+
+    return scored
 
 
 def preconditioned_norm(
@@ -361,21 +374,22 @@ def _signed(negative: Negative) -> Callable[[Scores], Scores]:
     return ways[negative]
 
 
-def _selected(params: Params, select: Select | None) -> tuple[list[Any], Callable[[list[Any]], Params]]:
-    """The chosen leaves, and how to put others in their place."""
+def _selected(
+    params: Params, select: Select | None
+) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Params]]:
+    """The chosen leaves, the others, and what makes a tree of both again."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    places = [place for place, (path, _) in enumerate(leaves) if select is None or select(_names(path))]
-    if not places and leaves:
+    is_chosen = [select is None or select(_names(path)) for path, _ in leaves]
+    if not any(is_chosen) and leaves:
         known = sorted({name for path, _ in leaves for name in _names(path)})
         raise ArgumentError(f"select chose none of the parameters; the names on their paths are {known}")
 
-    def rebuild(chosen: list[Any]) -> Params:
-        values = [leaf for _, leaf in leaves]
-        for place, value in zip(places, chosen, strict=True):
-            values[place] = value
-        return jax.tree.unflatten(structure, values)
+    def rebuild(chosen: list[Any], others: list[Any]) -> Params:
+        ones, rest = iter(chosen), iter(others)
+        return jax.tree.unflatten(structure, [next(ones if is_one else rest) for is_one in is_chosen])
 
-    return [leaves[place][1] for place in places], rebuild
+    values = [leaf for _, leaf in leaves]
+    return list(compress(values, is_chosen)), list(compress(values, map(operator.not_, is_chosen))), rebuild
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

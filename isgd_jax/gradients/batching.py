@@ -25,7 +25,7 @@ from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
 from isgd_jax.gradients.lazy import spec_of
 
-__all__ = ["Scoring", "check_microbatch_size", "in_microbatches"]
+__all__ = ["Scoring", "at_a_time", "check_microbatch_size", "in_microbatches"]
 
 Scoring = Callable[..., Any]
 """``(params, batch) -> [b]``, or a pytree of such arrays, each row depending on one example alone.
@@ -53,25 +53,33 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
     """
     check_microbatch_size(size)
     fitting: dict[str, int] = {}
+    return lambda *args: at_a_time(score, size, args, fitting)
 
-    def scored(*args: Any) -> Any:
-        *shared, batch = args
-        b = jax.tree.leaves(batch)[0].shape[0]
-        if size is None or b == 1:
-            return score(*args)
-        if size != "auto":
-            return _sliced(score, shared, batch, size)
-        traced, rows = jax.make_jaxpr(score, return_shape=True)(*args)
-        most = costs.machine().scored
-        if _bytes(traced.jaxpr) <= most:  # what was traced to be looked at is what runs: tracing takes seconds
-            found = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
-            return jax.tree.unflatten(jax.tree.structure(rows), found)
-        key = str(traced.in_avals)
-        if key not in fitting:
-            fitting[key] = max(1, most // max(1, _bytes_an_example(score, shared, batch)))
-        return _sliced(score, shared, batch, fitting[key])
 
-    return scored
+def at_a_time(score: Scoring, size: int | Literal["auto"] | None, args: Sequence[Any], fitting: dict[str, int]) -> Any:
+    """What ``score`` gives of some arguments, see `in_microbatches`.
+
+    Args:
+        score: traced up to three times.
+        size: as there.
+        args: of ``score``, the batch last.
+        fitting: kept by whoever calls again: the sizes that were found, by the shapes of the arguments.
+    """
+    *shared, batch = args
+    b = jax.tree.leaves(batch)[0].shape[0]
+    if size is None or b == 1:
+        return score(*args)
+    if size != "auto":
+        return _sliced(score, shared, batch, size)
+    traced, rows = jax.make_jaxpr(score, return_shape=True)(*args)
+    most = costs.machine().scored
+    if _bytes(traced.jaxpr) <= most:  # what was traced to be looked at is what runs: tracing takes seconds
+        found = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(rows), found)
+    key = str(traced.in_avals)
+    if key not in fitting:
+        fitting[key] = max(1, most // max(1, _bytes_an_example(score, shared, batch)))
+    return _sliced(score, shared, batch, fitting[key])
 
 
 def check_microbatch_size(size: Any) -> None:
@@ -120,9 +128,10 @@ def _bytes_an_example(score: Scoring, shared: Sequence[Any], batch: Any) -> int:
 
 
 def _bytes(jaxpr: Any) -> int:
-    """Of all values that a program computes; of a loop, those of one turn and what it leaves."""
+    """Of all values that a program computes; of a loop, those of one turn and what it leaves, of branches the most."""
     total = 0
     for eqn in jaxpr.eqns:
-        total += sum(_bytes(inner) for inner in jaxprs_in_params(eqn.params))
+        inside = [_bytes(inner) for inner in jaxprs_in_params(eqn.params)]
+        total += max(inside, default=0) if eqn.primitive.name == "cond" else sum(inside)
         total += sum(math.prod(var.aval.shape) * getattr(var.aval.dtype, "itemsize", 8) for var in eqn.outvars)
     return total

@@ -17,7 +17,7 @@ __all__ = [
     "ACCELERATOR",
     "CPU",
     "DRAW",
-    "HELD",
+    "FEWEST",
     "SLICED",
     "Machine",
     "Shape",
@@ -51,24 +51,43 @@ class Machine(NamedTuple):
     scored: int
     """Bytes that the intermediate values of examples scored at a time may come to, if none gave its place to another:
     an upper bound, of which some fifth is needed at once."""
+    written: int
+    """Bytes of the results of contractions to be written where a batch is differentiated a few examples at a time."""
+    one_layout: bool
+    """Whether convolutions are fast in one layout alone, see `convolutions`."""
     guards_each: bool
     """Whether each parameter's Gram sum is looked at by itself, which lets its factors go early; else all together: a
     condition makes an accelerator wait for its host."""
 
 
 CPU = Machine(
-    cache=12 << 20, part=2 << 20, windows=2 << 20, near=2, far=24, passes=0, scored=512 << 20, guards_each=True
+    cache=12 << 20,
+    part=2 << 20,
+    windows=2 << 20,
+    near=2,
+    far=24,
+    passes=0,
+    scored=512 << 20,
+    written=16 << 20,
+    one_layout=True,
+    guards_each=True,
 )
 """Measured on two cores."""
 
 ACCELERATOR = Machine(
-    cache=1 << 30, part=1 << 30, windows=1 << 30, near=30, far=30, passes=2.5, scored=16 << 30, guards_each=False
+    cache=1 << 30,
+    part=1 << 30,
+    windows=1 << 30,
+    near=30,
+    far=30,
+    passes=2.5,
+    scored=16 << 30,
+    written=1 << 62,
+    one_layout=False,
+    guards_each=False,
 )
 """An H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave it idle, so there are none below 1 GiB: norms
 of 128 images of a ViT in three slices took 8.3 ms, norms and mean of all at once 4.7."""
-
-HELD = 48 << 20
-"""Bytes of factors where a batch is differentiated a few examples at a time: those of 8 of a small ViT or GPT."""
 
 SLICED = 1.2
 """How much slower a product is when it is made a few examples at a time."""
@@ -195,22 +214,26 @@ def slice_size(terms: Sequence[Shape]) -> int | None:
     return None if terms[0].b * one <= most else max(1, on.part // max(one, 1))
 
 
-def examples_at_a_time(b: int, held: int, params: int) -> int | None:
+FEWEST = 4
+"""Examples at a time at least: with fewer, matrix products are small."""
+
+
+def examples_at_a_time(b: int, written: int, params: int) -> int | None:
     """How many examples of a batch to differentiate at a time; None for all of them.
 
-    As many as hold `HELD` bytes. Each time the sum of the gradients is read and written, so there must be about
-    twice as much to hold as the parameters are large. Of about as many the number is taken that divides the batch.
+    As many as write `Machine.written` bytes. Each time the sum of the gradients is read and written, so there must be
+    about twice as much of them as the parameters are large. Of about as many the number is taken that divides the
+    batch.
 
-    >>> examples_at_a_time(32, held=5 << 20, params=10 << 20), examples_at_a_time(32, held=1 << 17, params=70 << 20)
-    (8, None)
+    >>> examples_at_a_time(32, written=3 << 20, params=10 << 20)
+    4
 
     Args:
         b: examples in the batch.
-        held: bytes of the factors of one example.
+        written: bytes of what one example's contractions give.
         params: bytes of the parameters that are differentiated.
     """
-    most = max(HELD, 2 * params) // max(held, 1)
-    most = max(most, 1)
-    if 2 * most > b:
+    most = max(FEWEST, max(machine().written, 2 * params) // max(written, 1))
+    if most >= b:
         return None
     return next((size for size in range(most, most // 2, -1) if b % size == 0), most)

@@ -32,7 +32,7 @@ from jax import lax
 from isgd_jax.gradients import control_flow
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of
 from isgd_jax.gradients.factors import OneHot, Window, wide
-from isgd_jax.gradients.jaxpr import Constant, Node, Op, Value, emit
+from isgd_jax.gradients.jaxpr import Constant, Node, Op, Value, emit, is_zero
 
 __all__ = ["RULES", "Rule", "cut", "rule"]
 
@@ -61,7 +61,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def cut(node: Node) -> Parts:
     """The parts that sum to ``node``: contractions where it could be cut."""
     if isinstance(node, Constant):
-        return [] if not np.any(node.value) else [Whole(node, "constant")]
+        return [] if is_zero(node) else [Whole(node, "constant")]
     if math.prod(node.shape) == 0:
         return []
     if node.op is None:
@@ -259,7 +259,7 @@ def _pairs(term: Contraction) -> list[tuple[Side, Side]]:
 @rule("pad")
 def _pad(node: Value, op: Op) -> Parts | None:
     """The gradient of a slice of a parameter: padding with zeros."""
-    if not isinstance(op.inputs[1], Constant) or np.any(op.inputs[1].value):
+    if not is_zero(op.inputs[1]):
         return None
     return _along(node, op, lambda place, _: _padded(*map(int, op.params["padding_config"][place])))
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from isgd_jax.gradients.convolutions import in_fast_layout
 from isgd_jax.gradients.squares import largest
 
 __all__ = [
@@ -235,17 +236,22 @@ def _convolved(left: Windows, right: Array, precision: Any) -> Array:
         image = image.astype(_both(image, slopes))
     spatial = tuple(range(1, 1 + len(window.kernel)))
     spec = (image.ndim - 1, 0, *spatial)
-    out = lax.conv_general_dilated(
-        image,
-        slopes.astype(image.dtype),
-        window_strides=window.step,
-        padding=[(low, high) for low, high, _ in window.padding],
-        lhs_dilation=[inside + 1 for _, _, inside in window.padding],
-        rhs_dilation=window.stride,
-        dimension_numbers=lax.ConvDimensionNumbers(spec, spec, (len(spatial), len(spatial) + 1, *range(len(spatial)))),
-        precision=precision,
-        preferred_element_type=wide(image.dtype),
-    )
+    numbers = lax.ConvDimensionNumbers(spec, spec, (len(spatial), len(spatial) + 1, *range(len(spatial))))
+
+    def convolve(image: Array, slopes: Array, numbers: lax.ConvDimensionNumbers) -> Array:
+        return lax.conv_general_dilated(
+            image,
+            slopes,
+            window_strides=window.step,
+            padding=[(low, high) for low, high, _ in window.padding],
+            lhs_dilation=[inside + 1 for _, _, inside in window.padding],
+            rhs_dilation=window.stride,
+            dimension_numbers=numbers,
+            precision=precision,
+            preferred_element_type=wide(image.dtype),
+        )
+
+    out = in_fast_layout(convolve, image, slopes.astype(image.dtype), numbers)
     return out.reshape(1, -1, out.shape[-1])
 
 

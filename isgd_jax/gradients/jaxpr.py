@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from isgd_jax.gradients.convolutions import in_fast_layout
+
 __all__ = [
     "Constant",
     "Node",
@@ -24,10 +26,12 @@ __all__ = [
     "Value",
     "dependent",
     "emit",
+    "is_zero",
     "made_varying",
     "one_example",
     "operations",
     "program",
+    "relaid",
     "run",
     "scan_sizes",
     "sources",
@@ -77,6 +81,11 @@ class Constant:
 
 
 Node = Value | Constant
+
+
+def is_zero(node: Node) -> bool:
+    """Whether a value is known to be zeros alone; of what is traced outside, nothing is known."""
+    return isinstance(node, Constant) and not isinstance(node.value, jax.core.Tracer) and not np.any(node.value)
 
 
 @dataclass(eq=False)
@@ -199,6 +208,23 @@ def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node
     return [read(node) for node in wanted]
 
 
+def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its convolutions in the layout that is fast inside loops, see `convolutions`.
+
+    Args:
+        function: of arrays, to a tree of arrays; without a convolution it is called as it is.
+    """
+
+    def called(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        traced = program(closed)
+        if all(op.name != "conv_general_dilated" for op in operations(traced.outputs)):
+            return function(*args)
+        return jax.tree.unflatten(jax.tree.structure(shapes), run(traced.inputs, jax.tree.leaves(args), traced.outputs))
+
+    return called
+
+
 def operations(wanted: Sequence[Node]) -> list[Op]:
     """The operations behind the wanted values, each after those it depends on (no recursion: programs are deep).
 
@@ -283,9 +309,16 @@ def _barrier(inputs: Sequence[Node]) -> list[Node]:
 
 
 def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Value]:
-    def apply(*args: Any) -> Sequence[Any]:
+    def bind(*args: Any, **changed: Any) -> Any:
         with eqn.ctx.manager:
-            out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+            return eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params | changed))
+
+    def apply(*args: Any) -> Sequence[Any]:
+        if eqn.primitive.name == "conv_general_dilated":
+            left, right = args
+            layout = eqn.params["dimension_numbers"]
+            return [in_fast_layout(lambda x, y, numbers: bind(x, y, dimension_numbers=numbers), left, right, layout)]
+        out = bind(*args)
         return out if eqn.primitive.multiple_results else [out]
 
     def made() -> list[Value]:
@@ -302,8 +335,8 @@ def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Value]:
 
 
 def _identity(node: Node) -> Any:
-    """Equal for nodes that are one value: the node itself; of a scalar constant, type and bits."""
-    if isinstance(node, Value) or node.shape:
+    """Equal for nodes that are one value: the node itself; of a scalar constant, type and bits, where it is known."""
+    if isinstance(node, Value) or node.shape or isinstance(node.value, jax.core.Tracer):
         return node if isinstance(node, Value) else _Same(node.value)
     weak = getattr(jax.typeof(node.value), "weak_type", False)
     return str(node.dtype), weak, np.asarray(node.value).tobytes()

@@ -7,6 +7,7 @@ that array itself, or a `Factored`, a sum of contractions whose factors are kept
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -15,14 +16,24 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
 from isgd_jax.gradients.factors import OneHot, Windows, conjugate, einsum, products, wide
 from isgd_jax.gradients.slices import by_slices
-from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two, root, sum_squares, together
+from isgd_jax.gradients.squares import (
+    Squares,
+    abs_square,
+    has_cancelled,
+    largest,
+    over,
+    power_of_two,
+    root,
+    sum_squares,
+    together,
+)
 from isgd_jax.gradients.terms import (
     Outer,
     fold,
@@ -46,13 +57,12 @@ __all__ = [
     "inner",
     "is_factored",
     "last",
+    "lies_on_a_mesh",
     "norms",
-    "product_norms",
     "scaled_norms",
     "spec_of",
     "split_axis",
     "stack",
-    "unguarded_norms",
     "weighted_mean",
     "weighted_sums",
 ]
@@ -100,6 +110,24 @@ Grads: TypeAlias = Any
 def spec_of(x: Any) -> PartitionSpec:
     """How the axes of an array are split, as far as a mesh says so explicitly; on meshes left to the compiler, not."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
+
+
+def lies_on_a_mesh(tree: Any) -> bool:
+    """Whether any array lies on a mesh of several devices, or is one device's part of such an array."""
+    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
+    return any(sharding is not None and sharding.mesh.size > 1 for sharding in shardings)
+
+
+def _may_be_split(tree: Any) -> bool:
+    """Whether any array lies on a mesh of several devices and is more than one device's part."""
+    meshes = [getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) for x in jax.tree.leaves(tree)]
+    axes = [
+        (mesh.shape[name], kind)
+        for mesh in meshes
+        if mesh
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    ]
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
 
 
 def split_axis(grads: Grads) -> Any:
@@ -157,10 +185,6 @@ def _placed(function: Any = None, *, out: Any = _batch_split) -> Any:
     return placed
 
 
-_RISK = 1e-3
-"""A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
-
-
 @_placed
 def norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     """The norm of each example's gradient, over the whole tree.
@@ -185,7 +209,7 @@ def norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     Source: Goodfellow (arXiv 1510.01799) for layers used once; Li et al. (arXiv 2110.05679), section 4, for Gram sums
     over positions.
     """
-    leaves = _leaves(grads)
+    leaves = _small_joined(_leaves(grads))
     found = [_squares(leaf, precision) for leaf in leaves]
     risky = [at for at, squares in enumerate(found) if squares.sizes is not None]
     for asked in [[at] for at in risky] if costs.machine().guards_each else [risky]:
@@ -200,55 +224,12 @@ def _guarded(leaves: Sequence[Any], found: Sequence[Squares], precision: Any) ->
     if not leaves:
         return found
     kept = [squares._replace(sizes=None) for squares in found]
-    cancelled = [jnp.any(_has_cancelled(squares)) for squares in found]
+    cancelled = [jnp.any(has_cancelled(squares)) for squares in found]
 
     def formed() -> list[Squares]:
         return [_formed_squares(leaf, precision) for leaf in leaves]
 
     return lax.cond(jnp.any(jnp.stack(cancelled)), formed, lambda: kept)
-
-
-def _has_cancelled(squares: Squares) -> Bool[Array, " b"]:
-    assert squares.sizes is not None
-    return squares.values < _RISK * squares.sizes
-
-
-def unguarded_norms(grads: Grads, *, precision: Any = None) -> tuple[Float[Array, " b"], Bool[Array, ""] | None]:
-    """`norms` for those who can do it over: the norms, and whether a Gram sum has cancelled (None: there are none).
-
-    Faster, and for less memory: factors that `norms` would keep for the case of need are let go at once.
-
-    Args:
-        grads: per-example gradients, as for `norms`.
-        precision: of matrix products.
-
-    Returns:
-        The norms [b], and a scalar: if true, at least one of them has lost three digits or more, and `product_norms`
-        has them right.
-    """
-    found = together([_squares(leaf, precision) for leaf in _leaves(grads)])
-    return root(found), None if found.sizes is None else jnp.any(_has_cancelled(found))
-
-
-@_placed
-def product_norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
-    """`norms` from products alone, which cannot cancel.
-
-    Args:
-        grads: per-example gradients, as for `norms`.
-        precision: of matrix products.
-
-    Returns:
-        The norms [b]; at most some examples' products are held at a time.
-    """
-    return root(
-        together(
-            [
-                _formed_squares(leaf, precision) if is_factored(leaf) else _squares(leaf, precision)
-                for leaf in _leaves(grads)
-            ]
-        )
-    )
 
 
 @_placed
@@ -486,6 +467,27 @@ def _in_slices(function: Any, leaf: Factored) -> Any:
     """``function(leaf)``, on so few examples at a time that their products stay in the cache."""
     apart = replace(leaf, shared=None)
     return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(_shapes(leaf)))
+
+
+_SMALL = 4096
+"""Entries of a parameter whose gradients are joined with others to be squared: biases, scales, small tables."""
+
+
+def _small_joined(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves, small stacked arrays in one row of each type: their norm is the same, for one reduction.
+
+    A network has tens of biases and scales, and each by itself is a handful of kernels to compile and to start. Arrays
+    on a mesh of several devices may be split, each in its own way, and stay as they are; not one device's own parts.
+    """
+    if _may_be_split(leaves):
+        return list(leaves)
+    others, small = [], defaultdict(list)
+    for leaf in leaves:
+        if is_factored(leaf) or leaf.size > _SMALL * leaf.shape[0]:
+            others.append(leaf)
+        else:
+            small[wide(leaf.dtype)].append(leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))
+    return others + [lax.concatenate([x.astype(dtype) for x in rows], 1) for dtype, rows in small.items()]
 
 
 def _squares(leaf: Any, precision: Any) -> Squares:

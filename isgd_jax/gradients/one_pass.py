@@ -10,8 +10,7 @@ Source: ours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -21,16 +20,13 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients import costs, lazy
+from isgd_jax.gradients import lazy
 from isgd_jax.gradients.batching import check_microbatch_size
-from isgd_jax.gradients.factors import Window, wide
-from isgd_jax.gradients.jaxpr import Node, made_varying
+from isgd_jax.gradients.factors import wide
+from isgd_jax.gradients.jaxpr import made_varying
 from isgd_jax.gradients.plan import Plan, make_plan
 
-__all__ = ["CONVOLVED", "sums_by_slices", "value_norms_and_mean"]
-
-CONVOLVED = 0.1
-"""The part of the factors that convolutions may hold where a batch is taken in slices."""
+__all__ = ["sums_by_slices", "value_norms_and_mean"]
 
 
 def value_norms_and_mean(
@@ -52,8 +48,8 @@ def value_norms_and_mean(
         argnums: which of the arguments to differentiate, as for `jax.value_and_grad`; with a tuple, ``mean`` is one.
         has_aux: ``loss_fn`` returns ``(loss, aux)``, and the first result is ``(losses, aux)``, aux stacked.
         microbatch_size: so many examples at a time; "auto": on a CPU as many as its cache favors; all at once on
-            other devices, where arrays lie on a mesh of several, where parameters are large beside what is kept of
-            the examples, and for networks of convolutions; None: all at once.
+            other devices, where arrays lie on a mesh of several, and where parameters are large beside what is written
+            for the examples; None: all at once.
         precision: of matrix products.
 
     Returns:
@@ -89,13 +85,13 @@ def value_norms_and_mean(
 
 def _computed(plan: Plan, size: int | Literal["auto"] | None, precision: Any, *args: Any) -> tuple[Any, Any, Any]:
     b = args[-1].shape[0]
-    whole, on_a_mesh = partial(_rounded, plan, precision, None), _lies_on_a_mesh(args)
+    whole, on_a_mesh = partial(_rounded, plan, precision, None), lazy.lies_on_a_mesh(args)
     if size not in (None, "auto") and on_a_mesh:
         raise ArgumentError(
             f'microbatch_size must be "auto" or None where arrays lie on a mesh of several devices, got {size}: there '
             "each device has its examples at once"
         )
-    fitting = (None if on_a_mesh else _fitting(plan, b)) if size == "auto" else size
+    fitting = (None if on_a_mesh else plan.examples_at_a_time(b)) if size == "auto" else size
     if fitting is None or fitting >= b:
         return whole(*args)
     sliced = partial(_rounded, plan, precision, fitting)
@@ -166,26 +162,3 @@ def sums_by_slices(
 
     value, norms = jax.tree.map(in_a_row, rows)
     return value, norms, totals
-
-
-def _fitting(plan: Plan, b: int) -> int | None:
-    """How many examples at a time, see `costs.examples_at_a_time`; all, where convolutions hold much of the factors.
-
-    XLA's convolutions can be far slower in a loop on a CPU: a ResNet's in slices of 8 took 2.7 ordinary gradients.
-    """
-    held = _bytes_of(node for leaf in plan.leaves for node in leaf.nodes)
-    terms = [term for leaf in plan.leaves for term in leaf.terms if isinstance(term.view, Window)]
-    if _bytes_of(node for term in terms for node in (term.left, term.right)) > CONVOLVED * held:
-        return None
-    params = sum(math.prod(leaf.param.shape) * leaf.param.dtype.itemsize for leaf in plan.leaves)
-    return costs.examples_at_a_time(b, held, params)
-
-
-def _bytes_of(nodes: Iterable[Node]) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in {id(node): node for node in nodes}.values())
-
-
-def _lies_on_a_mesh(args: Any) -> bool:
-    """Whether any array lies on a mesh of several devices, or is one device's part of such an array."""
-    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(args)]
-    return any(sharding is not None and sharding.mesh.size > 1 for sharding in shardings)

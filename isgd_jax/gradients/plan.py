@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.gradients import costs
 from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canonical, merged
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
-from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, program, run
+from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
 from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
 __all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]
+
+_WRITTEN = {
+    "conv_general_dilated", "cumsum", "custom_jvp_call", "dot_general", "gather", "reduce_window_max", "scan",
+    "scatter-add", "select_and_gather_add", "select_and_scatter_add", "sort", "while",
+}  # fmt: skip
+"""Operations whose results XLA writes to memory, activations among them: a measure of what an example needs."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,16 @@ class Plan:
         once = iter(run(self.traced.inputs[: len(arguments)], arguments, parts))
         grads = [leaf.leaf(each, once, losses.shape[0], joint) for leaf in self.leaves]
         return (losses, jax.tree.unflatten(self.aux_tree, aux)), jax.tree.unflatten(self.grads_tree, grads)
+
+    def examples_at_a_time(self, b: int) -> int | None:
+        """How many of b examples the cache of a CPU favors, see `costs.examples_at_a_time`; None for all of them."""
+        nodes = [node for leaf in self.leaves for node in leaf.nodes]
+        written = sum(_bytes(op.outputs) for op in operations(nodes) if op.region or op.name in _WRITTEN)
+        return costs.examples_at_a_time(b, written, _bytes(leaf.param for leaf in self.leaves))
+
+
+def _bytes(arrays: Iterable[Any]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def make_plan(

@@ -15,9 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Inexact
+from jaxtyping import Bool, Float, Inexact
 
-__all__ = ["Squares", "abs_square", "largest", "over", "power_of_two", "root", "sum_squares", "together"]
+__all__ = [
+    "Squares",
+    "abs_square",
+    "has_cancelled",
+    "largest",
+    "over",
+    "power_of_two",
+    "root",
+    "sum_squares",
+    "together",
+]
+
+_RISK = 1e-3
+"""A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
 
 
 class Squares(NamedTuple):
@@ -100,6 +113,12 @@ def together(parts: Sequence[Squares]) -> Squares:
         return Squares(scale, values)
     sizes = [part.values if part.sizes is None else part.sizes for part in parts]
     return Squares(scale, values, jnp.sum(_stacked(sizes) * shares, axis=0))
+
+
+def has_cancelled(squares: Squares) -> Bool[Array, " b"]:
+    """For which examples too little is left of a sum that can cancel; ``sizes`` must be known."""
+    assert squares.sizes is not None
+    return squares.values < _RISK * squares.sizes
 
 
 def root(squares: Squares) -> Float[Array, " b"]:

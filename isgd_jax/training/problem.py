@@ -14,6 +14,7 @@ from jaxtyping import Float
 from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.captured import CapturingJit
+from isgd_jax.gradients.jaxpr import relaid
 from isgd_jax.gradients.plan import check_no_keys
 from isgd_jax.types import Batch, Example, Key, Params
 
@@ -129,7 +130,7 @@ class Problem:
                 return {name: jnp.asarray(fn(params, *extra, example), jnp.float32) for name, fn in functions.items()}
 
             size = jax.tree.leaves(data)[0].shape[0]
-            values = jax.lax.map(one, data, batch_size=min(batch_size, size))
+            values = jax.lax.map(relaid(one), data, batch_size=min(batch_size, size))
             return jax.tree.map(jnp.mean, values)
 
         program = CapturingJit(evaluate)

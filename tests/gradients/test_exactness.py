@@ -8,7 +8,7 @@ import pytest
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
-from isgd_jax.gradients import costs, lazy
+from isgd_jax.gradients import costs, lazy, squares
 from isgd_jax.gradients.lazy import Factored
 from isgd_jax.gradients.terms import Outer
 
@@ -48,7 +48,7 @@ def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     assert lazy.how_squared(leaf) == "Gram"
     expected = formed_norms(left, right)
     np.testing.assert_allclose(norms_of(leaf), expected, rtol=2e-5)
-    monkeypatch.setattr(lazy, "_RISK", 0.0)  # without the guard the trap is real
+    monkeypatch.setattr(squares, "_RISK", 0.0)  # without the guard the trap is real
     assert np.max(np.abs(norms_of(leaf) / expected - 1)) > 1e-3
 
 
@@ -155,6 +155,6 @@ def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
     batch, expected = {"left": left, "right": right}, formed_norms(left, right)
     score = scorers.grad_norm(loss_fn)
     np.testing.assert_allclose(jax.jit(score)(jnp.zeros((64, 96)), batch), expected, rtol=2e-5)
-    monkeypatch.setattr(lazy, "_RISK", 0.0)
+    monkeypatch.setattr(squares, "_RISK", 0.0)
     careless = scorers.grad_norm(loss_fn)  # another one: what was traced is kept
     assert np.max(np.abs(jax.jit(careless)(jnp.zeros((64, 96)), batch) / expected - 1)) > 1e-3

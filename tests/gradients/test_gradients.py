@@ -137,3 +137,21 @@ def test_a_loss_written_for_a_batch_is_adapted(key):
         params, batch
     )
     np.testing.assert_allclose(found, oracle.norms(mlp_loss, params, batch), rtol=1e-5)
+
+
+def test_a_loss_may_close_over_traced_numbers_of_every_shape():
+    """A temperature or a step of the program around it: a scalar, used where scalars are compared, a row, and both."""
+    batch = jnp.arange(12.0).reshape(4, 3) + 1
+
+    def asked(scalar, row):
+        def loss_fn(params, x):
+            w, v = params
+            product = jnp.sum(scalar * w * x) + jnp.sum((w * x + scalar) ** 2 / scalar) + jnp.vdot(row, w * x)
+            return product + jnp.vdot(row, v)  # whose gradient is the row itself
+
+        params = (jnp.full(3, 0.5), jnp.ones(3))
+        norms = isgd.norms(isgd.per_example_grads(loss_fn)(params, batch))
+        return norms, jnp.hstack(jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch))
+
+    norms, grads = jax.jit(asked)(jnp.float32(2.0), jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(norms, jnp.linalg.norm(grads, axis=1), rtol=1e-6)

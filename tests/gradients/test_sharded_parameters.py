@@ -19,8 +19,8 @@ pytestmark = pytest.mark.devices(8)
 
 P = PartitionSpec
 WIDTHS, B = (16, 32, 8), 16
-TENSOR = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None), "b2": P(None)}
-FULLY = {"w1": P("data", None), "b1": P("data"), "w2": P("data", None), "b2": P("data")}
+TENSOR = {"w1": P(None, "model"), "b1": P("model"), "s1": P("model"), "w2": P("model", None), "b2": P(None)}
+FULLY = {"w1": P("data", None), "b1": P("data"), "s1": P("data"), "w2": P("data", None), "b2": P("data")}
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
 
 
@@ -28,7 +28,7 @@ def make_loss(**placed: Any) -> Callable[..., jax.Array]:
     """A dense net; on an explicit mesh its second product must say where it goes, for `jax.grad` too."""
 
     def loss_fn(params: Any, example: Any) -> jax.Array:
-        hidden = jax.nn.relu(example["x"] @ params["w1"] + params["b1"])
+        hidden = jax.nn.relu(example["x"] @ params["w1"] + params["b1"]) * params["s1"]
         out = jnp.dot(hidden, params["w2"], **placed) + params["b2"]
         return jnp.sum((out - example["y"]) ** 2)
 
@@ -41,7 +41,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def make_params() -> dict[str, jax.Array]:
     inside, hidden, out = WIDTHS
-    return {"w1": normal(0, inside, hidden), "b1": jnp.ones(hidden), "w2": normal(1, hidden, out), "b2": jnp.ones(out)}
+    weights = {"w1": normal(0, inside, hidden), "w2": normal(1, hidden, out)}
+    return weights | {"b1": jnp.ones(hidden), "s1": jnp.ones(hidden), "b2": jnp.ones(out)}
 
 
 def make_batch() -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import DivergedError
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.captured import CapturingJit
+from isgd_jax.gradients.jaxpr import relaid
 from isgd_jax.reweight import importance_weighting
 from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
@@ -156,7 +157,8 @@ def mean_loss(probed: Probed, params: Params, sample: Batch) -> float:
 
     @jax.jit
     def losses(params: Params, sample: Batch) -> Float[Array, " n"]:
-        return jax.lax.map(lambda example: probed.problem.loss_fn(params, example), sample, batch_size=CHUNK)
+        one = relaid(lambda example: probed.problem.loss_fn(params, example))
+        return jax.lax.map(one, sample, batch_size=CHUNK)
 
     return float(jnp.mean(losses(params, sample)))
 

@@ -33,8 +33,16 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
              vmap(grad), norms           6.72   3.29   7.23    1.51   1.26
 
            (With XLA_PYTHON_CLIENT_PREALLOCATE=false, which makes what is allocated dearer: the MLP's update and norms
-           are 1.23 ordinary gradients by their kernels.) A CPU has 0.7 to 1.1 for norms: the card has hundreds of small
-           kernels to start, and waits for memory rather than for products.
+           are 1.23 ordinary gradients by their kernels.) Later, with memory preallocated, batch 128, one process:
+
+                                         ResNet  ViT    GPT
+             norms                       1.20    0.97   0.91
+             update and norms            1.42    1.44   1.35
+             vmap(grad), norms           5.02    1.32   1.37
+
+           (ordinary gradients of 2.64, 3.58 and 3.64 ms; errors as above, of the GPT 1.6e-4 for all). The scorer took
+           1.20, 1.15 and 1.00, whole batches in one; since then its program is that of the norms. A CPU has 0.5 to 1.1
+           for norms: the card has hundreds of small kernels to start, and waits for memory rather than for products.
 """
 
 from __future__ import annotations

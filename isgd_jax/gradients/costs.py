@@ -68,7 +68,7 @@ CPU = Machine(
     far=24,
     passes=0,
     scored=512 << 20,
-    written=16 << 20,
+    written=4 << 20,
     one_layout=True,
     guards_each=True,
 )

@@ -112,7 +112,11 @@ class Plan:
     def examples_at_a_time(self, b: int) -> int | None:
         """How many of b examples the cache of a CPU favors, see `costs.examples_at_a_time`; None for all of them."""
         nodes = [node for leaf in self.leaves for node in leaf.nodes]
-        written = sum(_bytes(op.outputs) for op in operations(nodes) if op.region or op.name in _WRITTEN)
+        written = sum(
+            _bytes(op.outputs) // op.params.get("length", 1)  # of a loop, what one turn writes
+            for op in operations(nodes)
+            if op.name in _WRITTEN
+        )
         return costs.examples_at_a_time(b, written, _bytes(leaf.param for leaf in self.leaves))
 
 

@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients import lazy
+from isgd_jax.gradients import costs, lazy
 from isgd_jax.gradients.batching import at_a_time, check_microbatch_size, in_microbatches
 from isgd_jax.gradients.jaxpr import made_varying, one_example
 from isgd_jax.gradients.per_example import per_example_grads
@@ -141,7 +141,8 @@ def grad_norm(
 
         size, shared = microbatch_size, made_varying([chosen, others, *rest], batch)
         if size == "auto" and not lazy.lies_on_a_mesh((shared, batch)):
-            size = plan_of(shared, batch).examples_at_a_time(jax.tree.leaves(batch)[0].shape[0]) or size
+            b = jax.tree.leaves(batch)[0].shape[0]
+            size = plan_of(shared, batch).examples_at_a_time(b, most=costs.machine().scored) or size
         return at_a_time(score, size, [*shared, batch], fitting)
 
     return scored

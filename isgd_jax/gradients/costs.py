@@ -218,7 +218,7 @@ FEWEST = 4
 """Examples at a time at least: with fewer, matrix products are small."""
 
 
-def examples_at_a_time(b: int, written: int, params: int) -> int | None:
+def examples_at_a_time(b: int, written: int, params: int, most: int | None = None) -> int | None:
     """How many examples of a batch to differentiate at a time; None for all of them.
 
     As many as write `Machine.written` bytes. Each time the sum of the gradients is read and written, so there must be
@@ -232,8 +232,10 @@ def examples_at_a_time(b: int, written: int, params: int) -> int | None:
         b: examples in the batch.
         written: bytes of what one example's contractions give.
         params: bytes of the parameters that are differentiated.
+        most: bytes to write at most, however large the parameters are; None: no bound.
     """
-    most = max(FEWEST, max(machine().written, 2 * params) // max(written, 1))
-    if most >= b:
+    asked = max(machine().written, 2 * params)
+    size = max(FEWEST, min(asked, most or asked) // max(written, 1))
+    if size >= b:
         return None
-    return next((size for size in range(most, most // 2, -1) if b % size == 0), most)
+    return next((smaller for smaller in range(size, size // 2, -1) if b % smaller == 0), size)

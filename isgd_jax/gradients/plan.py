@@ -109,7 +109,7 @@ class Plan:
         grads = [leaf.leaf(each, once, losses.shape[0], joint) for leaf in self.leaves]
         return (losses, jax.tree.unflatten(self.aux_tree, aux)), jax.tree.unflatten(self.grads_tree, grads)
 
-    def examples_at_a_time(self, b: int) -> int | None:
+    def examples_at_a_time(self, b: int, most: int | None = None) -> int | None:
         """How many of b examples the cache of a CPU favors, see `costs.examples_at_a_time`; None for all of them."""
         nodes = [node for leaf in self.leaves for node in leaf.nodes]
         written = sum(
@@ -117,7 +117,7 @@ class Plan:
             for op in operations(nodes)
             if op.name in _WRITTEN
         )
-        return costs.examples_at_a_time(b, written, _bytes(leaf.param for leaf in self.leaves))
+        return costs.examples_at_a_time(b, written, _bytes(leaf.param for leaf in self.leaves), most)
 
 
 def _bytes(arrays: Iterable[Any]) -> int:

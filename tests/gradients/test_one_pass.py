@@ -64,6 +64,7 @@ def test_how_many_at_a_time() -> None:
     asked = [(128, 1, 8), (97, 1, 8), (128, 6, 33), (16, 50, 1), (1, 100, 1), (32, 0, 1)]
     found = [costs.examples_at_a_time(b, written << 20, params << 20) for b, written, params in asked]
     assert found == [16, 16, 8, 4, None, None]
+    assert costs.examples_at_a_time(512, 1 << 20, 300 << 20, most=64 << 20) == 64  # parameters are large
 
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])

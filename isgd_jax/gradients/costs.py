@@ -68,7 +68,7 @@ CPU = Machine(
     far=24,
     passes=0,
     scored=512 << 20,
-    written=4 << 20,
+    written=16 << 20,
     one_layout=True,
     guards_each=True,
 )
@@ -214,7 +214,7 @@ def slice_size(terms: Sequence[Shape]) -> int | None:
     return None if terms[0].b * one <= most else max(1, on.part // max(one, 1))
 
 
-FEWEST = 4
+FEWEST = 8
 """Examples at a time at least: with fewer, matrix products are small."""
 
 
@@ -226,7 +226,7 @@ def examples_at_a_time(b: int, written: int, params: int, most: int | None = Non
     batch.
 
     >>> examples_at_a_time(32, written=3 << 20, params=10 << 20)
-    4
+    8
 
     Args:
         b: examples in the batch.

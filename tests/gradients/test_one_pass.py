@@ -60,10 +60,10 @@ def test_by_default_slices_on_a_cpu_alone_and_where_they_pay(monkeypatch: pytest
 
 
 def test_how_many_at_a_time() -> None:
-    """Of 4 MiB, or twice the parameters; four at least; a number that divides the batch, where one is near."""
+    """Of 16 MiB, or twice the parameters; eight at least; a number that divides the batch, where one is near."""
     asked = [(128, 1, 8), (97, 1, 8), (128, 6, 33), (16, 50, 1), (1, 100, 1), (32, 0, 1)]
     found = [costs.examples_at_a_time(b, written << 20, params << 20) for b, written, params in asked]
-    assert found == [16, 16, 8, 4, None, None]
+    assert found == [16, 16, 8, 8, None, None]
     assert costs.examples_at_a_time(512, 1 << 20, 300 << 20, most=64 << 20) == 64  # parameters are large
 
 

@@ -273,9 +273,9 @@ def draw(study: compare.Study, folder: Path) -> list[Path]:
     with figures.style():
         drawn = {kind: _fits(study, kind) for kind in ("loss", "error")} | {"variance": _variances(study)}
         paths = []
-        for name, figure in ((name, figure) for name, figure in drawn.items() if figure is not None):
+        for name in [name for name, figure in drawn.items() if figure is not None]:
             paths.append(folder / f"{name}.png")
-            paths[-1].write_bytes(figures.png(figure))
+            paths[-1].write_bytes(figures.png(drawn[name]))
     return paths
 
 

@@ -60,7 +60,7 @@ def at_a_time(score: Scoring, size: int | Literal["auto"] | None, args: Sequence
     """What ``score`` gives of some arguments, see `in_microbatches`.
 
     Args:
-        score: traced up to three times.
+        score: traced up to four times.
         size: as there.
         args: of ``score``, the batch last.
         fitting: kept by whoever calls again: the sizes that were found, by the shapes of the arguments.

@@ -114,20 +114,23 @@ def spec_of(x: Any) -> PartitionSpec:
 
 def lies_on_a_mesh(tree: Any) -> bool:
     """Whether any array lies on a mesh of several devices, or is one device's part of such an array."""
-    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
-    return any(sharding is not None and sharding.mesh.size > 1 for sharding in shardings)
+    return any(mesh.size > 1 for mesh in _meshes(tree))
 
 
 def _may_be_split(tree: Any) -> bool:
     """Whether any array lies on a mesh of several devices and is more than one device's part."""
-    meshes = [getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) for x in jax.tree.leaves(tree)]
     axes = [
         (mesh.shape[name], kind)
-        for mesh in meshes
-        if mesh
+        for mesh in _meshes(tree)
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     ]
     return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
+def _meshes(tree: Any) -> list[Any]:
+    """Those that arrays lie on; an empty one where JAX names none."""
+    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
+    return [sharding.mesh for sharding in shardings if sharding is not None]
 
 
 def split_axis(grads: Grads) -> Any:

@@ -58,6 +58,14 @@ def test_by_default_slices_on_a_cpu_alone_and_where_they_pay(monkeypatch: pytest
     assert (loops(64, "cpu"), loops(64, "cuda")) == (1, 0)
     assert loops(4, "cpu") == 0
 
+    def convolved(kernel: Any, x: Any) -> Any:
+        return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
+
+    args = (jnp.ones((4, 3, 3, 3)), jnp.ones((64, 3, 16, 16)), jnp.ones(64))
+    assert "scan" in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+    monkeypatch.setattr(costs, "CPU", costs.CPU._replace(written=16 << 20))
+    assert "scan" not in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+
 
 def test_how_many_at_a_time() -> None:
     """Of 16 MiB, or twice the parameters; eight at least; a number that divides the batch, where one is near."""

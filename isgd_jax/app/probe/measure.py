@@ -14,7 +14,6 @@ from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import DivergedError
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.captured import CapturingJit
-from isgd_jax.gradients.jaxpr import relaid
 from isgd_jax.reweight import importance_weighting
 from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
@@ -154,13 +153,7 @@ def costs(probed: Probed, params: Params) -> Costs:
 
 def mean_loss(probed: Probed, params: Params, sample: Batch) -> float:
     """The mean loss of examples [n, ...]."""
-
-    @jax.jit
-    def losses(params: Params, sample: Batch) -> Float[Array, " n"]:
-        one = relaid(lambda example: probed.problem.loss_fn(params, example))
-        return jax.lax.map(one, sample, batch_size=CHUNK)
-
-    return float(jnp.mean(losses(params, sample)))
+    return float(probed.problem.evaluator(batch_size=CHUNK)(params, sample)["loss"])
 
 
 def ageing(

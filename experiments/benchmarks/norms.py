@@ -73,6 +73,7 @@ from typing import Any
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt", "gpt32k", "lora", "lstm", "pinn-reverse", "pinn-forward", "siren")
 TORCH_MODELS = MODELS[:5]
+CONVOLVED = ("cnn", "resnet")
 SLICES = (8, 16, 32)
 LEAST_SECONDS = 4.0
 """How long a pair is timed at least."""
@@ -87,6 +88,8 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
     from norm_models import make
 
     import isgd_jax as isgd
+    from isgd_jax.gradients.jaxpr import relaid
+    from isgd_jax.gradients.one_pass import favored_size
 
     loss_fn, params, batch = make(name, size)
     weights, left_out = jnp.linspace(0.5, 1.5, size), {}
@@ -111,19 +114,29 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
 
         return lambda params, batch: jax.lax.map(lambda x: one(params, x), batch, batch_size=count)
 
+    def laid_out(count):  # as no user would write it: in the layout of convolutions that is fast inside loops
+        def sliced(params, batch):
+            slices = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), batch)
+            return jax.lax.map(lambda some: relaid(stacked)(params, some), slices).reshape(size)
+
+        return sliced
+
     found: dict[str, Any] = {
         "ordinary": jax.grad(mean_loss),
         "norms": isgd.scorers.grad_norm(loss_fn),
         "update and norms": both,
         "both in one pass": one_pass("auto"),
     }
+    favored = favored_size(loss_fn, (params,), batch)
+    found["ordinary in slices"] = ordinary_in_slices(loss_fn, favored)
     for count in (n for n in SLICES if n < size):
-        found[f"ordinary in {count}"] = ordinary_in_slices(mean_loss, count)
+        found[f"ordinary in {count}"] = ordinary_in_slices(loss_fn, count)
         found[f"one pass in {count}"] = one_pass(count)
     each = 4 * sum(x.size for x in jax.tree.leaves(params))
     for label, count, function in [
         ("vmap(grad)", size, stacked),
         *((f"in slices of {n}", n, in_slices(n)) for n in SLICES),
+        *((f"{n}, laid out", n, laid_out(n)) for n in SLICES if name in CONVOLVED),
     ]:
         if count > size or (count == size and label != "vmap(grad)"):
             continue
@@ -138,19 +151,17 @@ def ways(name: str, size: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]
     return found, params, batch, left_out
 
 
-def ordinary_in_slices(mean_loss: Any, count: int) -> Any:
-    """The same mean gradient, ``count`` examples at a time."""
+def ordinary_in_slices(loss_fn: Any, count: int | None) -> Any:
+    """The same mean gradient, ``count`` examples at a time, as the steps of `fit` that learn nothing take it."""
     import jax
     import jax.numpy as jnp
 
+    from isgd_jax.gradients.one_pass import weighted_gradient
+
     def sliced(params, batch):
-        slices = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), batch)
-
-        def add(total, some):
-            return jax.tree.map(jnp.add, total, jax.grad(mean_loss)(params, some)), None
-
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), slices)
-        return jax.tree.map(lambda x: x * (count / jax.tree.leaves(batch)[0].shape[0]), total)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        total = weighted_gradient(loss_fn, (params,), batch, jnp.ones(size), count)[1]
+        return jax.tree.map(lambda x: x / size, total)
 
     return sliced
 

@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/overhead.py steps --processes 3      # of three lengths, in a scan and from Python
     python experiments/benchmarks/overhead.py refresh --processes 3    # a new proposal, a new order, sketches, by N
+    python experiments/benchmarks/overhead.py fit --processes 3        # the two steps of `fit`, by model and batch
 
 Both steps have the same per-example gradients and the same reweighted update; the plain one draws uniform indices. So
 the difference is the draw, the table, calibration, uniform fraction, gate and monitor. Everything is donated. Medians
@@ -42,9 +43,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from norm_models import make
 
 import isgd_jax as isgd
+from isgd_jax.training.train_step import TrainState, beside
+from isgd_jax.training.train_step import make_steps as steps_of_fit
 
+MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
+BATCHES = (32, 128)
 BATCH = 32
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 WIDTHS = {"0.05 ms": (16, 16), "1 ms": (256, 3), "20 ms": (1024, 5)}
@@ -206,8 +212,74 @@ def _refreshed(size: int, name: str, options: dict[str, Any], repeats: int) -> t
     return float(np.median(found)), sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size
 
 
+def fit_steps(
+    repeats: int, sizes: tuple[int, ...], models: tuple[str, ...] = MODELS
+) -> Iterator[tuple[tuple[Any, ...], tuple[float, ...]]]:
+    """A row for each model and batch: milliseconds of a plain step, and those of `fit` in ratio to it.
+
+    The plain step is what one writes by hand: uniform indices, `jax.grad` of the batch's mean loss, SGD with
+    momentum. One step of `fit` rests (an ordinary gradient, nothing learnt), the other learns from each example.
+    """
+    for name in models:
+        for batch_size in sizes:
+            yield (name, batch_size), _fit_step(name, batch_size, repeats)
+
+
+def _fit_step(name: str, batch_size: int, repeats: int) -> tuple[float, float, float]:
+    size = 4 * batch_size
+    loss_fn, params, data = make(name, size)
+    problem = isgd.Problem(loss_fn, params, data)
+    sampler, epochs = (
+        isgd.importance_sampler(size, batch_size=batch_size),
+        isgd.shuffled_epochs(size, batch_size=batch_size),
+    )
+    own = optax.sgd(1e-4, momentum=0.9)
+    tx = optax.chain(isgd.importance_weighting(size), own)
+    steps = steps_of_fit(problem, sampler, tx, plain=epochs)
+    assert steps.rest is not None
+    key, now = jax.random.key(0), jnp.float32(0.0)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def plain(carry: Any, data: Any, key: Any) -> Any:
+        params, opt_state, count = carry
+        batch = jax.tree.map(
+            lambda x: x[jax.random.randint(jax.random.fold_in(key, count), (batch_size,), 0, size)], data
+        )
+
+        def mean_loss(params: Any) -> jax.Array:
+            return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, batch))
+
+        gradient = jax.grad(mean_loss)(params)
+        updates, opt_state = own.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, count + 1
+
+    def by_hand(carry: Any) -> Any:
+        return plain(carry, data, key)
+
+    def rest(state: TrainState) -> TrainState:
+        return steps.rest(state, None, data, key, now)[0]
+
+    def learn(state: TrainState) -> TrainState:
+        return beside(steps.step)(state, None, data, key, now)[0]
+
+    state = TrainState(params, tx.init(params), sampler.init(), None, epochs.init())
+    kept = [(params, own.init(params), jnp.int32(0)), state, state]
+    kept = [jax.tree.map(jnp.copy, carry) for carry in kept]
+    found: list[list[float]] = []
+    for _ in range(1 + repeats):
+        row = []
+        for at, step in enumerate((by_hand, rest, learn)):
+            began = time.perf_counter()
+            kept[at] = jax.block_until_ready(step(kept[at]))
+            row.append(1e3 * (time.perf_counter() - began))
+        found.append(row)
+    middle = np.median(np.asarray(found[1:]), axis=0)
+    return float(middle[0]), float(middle[1] / middle[0]), float(middle[2] / middle[0])
+
+
 WHAT = {
     "steps": (steps, ("step", "from", "N"), ("plain us", "with us", "more us")),
+    "fit": (fit_steps, ("model", "batch"), ("plain ms", "rests, ratio", "learns, ratio")),
     "refresh": (refresh, ("N", "order"), ("ms", "more ns/example", "more bytes/ex.", "bytes/example")),
 }
 """What is measured, the names of a row, and its numbers."""
@@ -222,9 +294,10 @@ def printed(row: tuple[Any, ...]) -> str:
 def measured_apart(arguments: argparse.Namespace) -> dict[tuple[Any, ...], list[tuple[float, ...]]]:
     """The numbers of each row, from processes one after the other."""
     rows: dict[tuple[Any, ...], list[tuple[float, ...]]] = {}
-    command = [sys.executable, __file__, arguments.what, "--repeats", str(arguments.repeats), "--lines", "--sizes"]
+    command = [sys.executable, __file__, arguments.what, "--repeats", str(arguments.repeats), "--lines"]
+    command += ["--sizes", *map(str, arguments.sizes), "--models", *arguments.models]
     for _ in range(arguments.processes):
-        run = subprocess.run([*command, *map(str, arguments.sizes)], check=True, stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         for names, numbers in map(json.loads, run.stdout.splitlines()):
             rows.setdefault(tuple(names), []).append(tuple(numbers))
     return rows
@@ -235,23 +308,26 @@ def main() -> None:
     parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--processes", type=int, default=1, help="run in so many fresh processes; medians with ranges")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of examples, N")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of examples, N; of `fit` batches (32 128)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of `fit`")
     parser.add_argument("--lines", action="store_true", help="print one JSON line a row, for other programs")
     arguments = parser.parse_args()
     measure, names, numbers = WHAT[arguments.what]
+    arguments.sizes = arguments.sizes or (BATCHES if arguments.what == "fit" else SIZES)
+    given = {"models": tuple(arguments.models)} if arguments.what == "fit" else {}
     if not arguments.lines:
         print(printed((*names, *numbers)), flush=True)
     if arguments.processes > 1:
         for row, found in measured_apart(arguments).items():
             middle, low, high = np.median(found, axis=0), np.min(found, axis=0), np.max(found, axis=0)
-            cells = [f"{m:.1f} [{a:.1f}, {b:.1f}]" for m, a, b in zip(middle, low, high, strict=True)]
+            cells = [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(middle, low, high, strict=True)]
             print(printed((*row, *cells)), flush=True)
         return
-    for row, values in measure(arguments.repeats, tuple(arguments.sizes)):
+    for row, values in measure(arguments.repeats, tuple(arguments.sizes), **given):
         if arguments.lines:
             print(json.dumps([row, values]), flush=True)
         else:
-            print(printed((*row, *(f"{value:.1f}" for value in values))), flush=True)
+            print(printed((*row, *(f"{value:.2f}" for value in values))), flush=True)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def _program(loss_fn: Callable[..., Any], batch_size: int) -> CapturingJit:
         shared = made_varying([params] if frozen is None else [params, frozen], data)
         plan = make_plan(loss_fn, 0, False, shared, data)
         alike = jnp.ones(jax.tree.leaves(data)[0].shape[0], jnp.float32)
-        _, norms, sums = sums_by_slices(plan, shared, data, alike, batch_size)
-        return norms, sums if total is None else jax.tree.map(jnp.add, total, sums)
+        made = sums_by_slices(plan, shared, data, alike, batch_size)
+        return made.norms, made.sums if total is None else jax.tree.map(jnp.add, total, made.sums)
 
     return CapturingJit(added)
 

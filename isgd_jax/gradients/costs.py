@@ -51,8 +51,9 @@ class Machine(NamedTuple):
     scored: int
     """Bytes that the intermediate values of examples scored at a time may come to, if none gave its place to another:
     an upper bound, of which some fifth is needed at once."""
-    written: int
-    """Bytes of the results of contractions to be written where a batch is differentiated a few examples at a time."""
+    written: int | None
+    """Bytes of the results of contractions to be written where a batch is differentiated a few examples at a time;
+    None: batches are differentiated whole."""
     one_layout: bool
     """Whether convolutions are fast in one layout alone, see `convolutions`."""
     guards_each: bool
@@ -82,7 +83,7 @@ ACCELERATOR = Machine(
     far=30,
     passes=2.5,
     scored=16 << 30,
-    written=1 << 62,
+    written=None,
     one_layout=False,
     guards_each=False,
 )
@@ -234,8 +235,9 @@ def examples_at_a_time(b: int, written: int, params: int, most: int | None = Non
         params: bytes of the parameters that are differentiated.
         most: bytes to write at most, however large the parameters are; None: no bound.
     """
-    asked = max(machine().written, 2 * params)
-    size = max(FEWEST, min(asked, most or asked) // max(written, 1))
+    favored = machine().written
+    bounds = ([] if favored is None else [max(favored, 2 * params)]) + ([] if most is None else [most])
+    size = max(FEWEST, min(bounds) // max(written, 1)) if bounds else b
     if size >= b:
         return None
     return next((smaller for smaller in range(size, size // 2, -1) if b % smaller == 0), size)

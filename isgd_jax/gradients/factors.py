@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from isgd_jax.gradients import costs
 from isgd_jax.gradients.convolutions import in_fast_layout
 from isgd_jax.gradients.squares import largest
 
@@ -192,9 +193,24 @@ def products(left: Factor, right: Array, precision: Any) -> Array:
     if isinstance(left, OneHot):
         return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
     if isinstance(left, Windows):
+        if right.shape[1] == 1 and math.prod(left.window.kernel) > 1 and costs.machine().one_layout:
+            return _each_convolved(left, right, precision)
         each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in pieces(left)]
         return jnp.concatenate(each, axis=2)
     return einsum("bkti,bkto->bkio", left, right, precision=precision)
+
+
+def _each_convolved(left: Windows, right: Array, precision: Any) -> Array:
+    """The gradient of a convolution's kernel for each example, by a convolution in its turn: [b, 1, i, o].
+
+    On a CPU two thirds of the time of products with windows written out.
+    """
+
+    def one(example: tuple[Windows, Array]) -> Array:
+        windows, slopes = jax.tree.map(lambda x: x[None], example)
+        return _convolved(windows, slopes, precision)
+
+    return lax.map(one, (left, right))
 
 
 def total(left: Factor, right: Array, precision: Any) -> Array:

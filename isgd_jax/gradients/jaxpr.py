@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
+from isgd_jax.gradients import costs
 from isgd_jax.gradients.convolutions import in_fast_layout
 
 __all__ = [
@@ -211,16 +212,23 @@ def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node
 def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with its convolutions in the layout that is fast inside loops, see `convolutions`.
 
+    It is the same function on machines without such a layout. Where convolutions move, what is marked to be computed
+    twice (`jax.checkpoint`) is computed once.
+
     Args:
-        function: of arrays, to a tree of arrays; without a convolution it is called as it is.
+        function: of arrays, to a tree of arrays; it is traced once, and without a convolution stays as it is.
     """
 
     def called(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        traced = program(closed)
-        if all(op.name != "conv_general_dilated" for op in operations(traced.outputs)):
+        if not costs.machine().one_layout:
             return function(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), run(traced.inputs, jax.tree.leaves(args), traced.outputs))
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        traced, leaves = program(closed), jax.tree.leaves(args)
+        if any(op.name == "conv_general_dilated" for op in operations(traced.outputs)):
+            found = run(traced.inputs, leaves, traced.outputs)
+        else:
+            found = jaxpr_as_fun(closed)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
     return called
 

@@ -10,23 +10,24 @@ Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients import lazy
+from isgd_jax.gradients import costs, lazy
 from isgd_jax.gradients.batching import check_microbatch_size
 from isgd_jax.gradients.factors import wide
-from isgd_jax.gradients.jaxpr import made_varying
+from isgd_jax.gradients.jaxpr import made_varying, relaid
 from isgd_jax.gradients.plan import Plan, make_plan
 
-__all__ = ["sums_by_slices", "value_norms_and_mean"]
+__all__ = ["Pass", "favored_size", "mean_gradient", "sums_by_slices", "value_norms_and_mean", "weighted_gradient"]
 
 
 def value_norms_and_mean(
@@ -34,6 +35,7 @@ def value_norms_and_mean(
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
     *,
+    halves: bool = False,
     microbatch_size: int | Literal["auto"] | None = "auto",
     precision: Any = None,
 ) -> Callable[..., tuple[Any, Float[Array, " b"], Any]]:
@@ -47,6 +49,8 @@ def value_norms_and_mean(
             example, all others are the same for the whole batch.
         argnums: which of the arguments to differentiate, as for `jax.value_and_grad`; with a tuple, ``mean`` is one.
         has_aux: ``loss_fn`` returns ``(loss, aux)``, and the first result is ``(losses, aux)``, aux stacked.
+        halves: in place of the mean return two trees whose average it is, made of the first ``b // 2`` examples and of
+            the others: ``observe(halves=)`` estimates the variance by them. b is then at least 2.
         microbatch_size: so many examples at a time; "auto": on a CPU as many as its cache favors; all at once on
             other devices, where arrays lie on a mesh of several, and where parameters are large beside what is written
             for the examples; None: all at once.
@@ -60,7 +64,7 @@ def value_norms_and_mean(
     Raises:
         ValueError: ``microbatch_size`` is neither a positive integer, nor "auto", nor None; when called, it is an
             integer and arrays lie on a mesh of several devices, there is not one weight an example, the loss is no
-            scalar, or an array of the batch has no batch axis.
+            scalar, an array of the batch has no batch axis, or one example has no halves.
         TypeError: when called, there is nothing to differentiate, or a random key is among the parameters.
 
     >>> step = value_norms_and_mean(lambda w, x: 0.5 * (w - x) ** 2)
@@ -77,15 +81,20 @@ def value_norms_and_mean(
         b = jax.tree.leaves(batch)[0].shape[0]
         if jnp.shape(weights) != (b,):
             raise ArgumentError(f"weights of {b} examples must have shape ({b},), got {jnp.shape(weights)}")
-        (losses, aux), norms, mean = _computed(plan, microbatch_size, precision, shared, batch, jnp.asarray(weights))
+        if halves and b < 2:
+            raise ArgumentError(f"halves need a batch of at least 2 examples, got {b}")
+        how = partial(_rounded, plan, precision, halves)
+        (losses, aux), norms, mean = _computed(how, plan, microbatch_size, shared, batch, jnp.asarray(weights))
         return ((losses, aux) if has_aux else losses), norms, mean
 
     return asked
 
 
-def _computed(plan: Plan, size: int | Literal["auto"] | None, precision: Any, *args: Any) -> tuple[Any, Any, Any]:
+def _computed(
+    how: Callable[..., Any], plan: Plan, size: int | Literal["auto"] | None, *args: Any
+) -> tuple[Any, Any, Any]:
     b = args[-1].shape[0]
-    whole, on_a_mesh = partial(_rounded, plan, precision, None), lazy.lies_on_a_mesh(args)
+    whole, on_a_mesh = partial(how, None), lazy.lies_on_a_mesh(args)
     if size not in (None, "auto") and on_a_mesh:
         raise ArgumentError(
             f'microbatch_size must be "auto" or None where arrays lie on a mesh of several devices, got {size}: there '
@@ -94,15 +103,37 @@ def _computed(plan: Plan, size: int | Literal["auto"] | None, precision: Any, *a
     fitting = (None if on_a_mesh else plan.examples_at_a_time(b)) if size == "auto" else size
     if fitting is None or fitting >= b:
         return whole(*args)
-    sliced = partial(_rounded, plan, precision, fitting)
+    sliced = partial(how, fitting)
     return lax.platform_dependent(*args, cpu=sliced, default=whole) if size == "auto" else sliced(*args)
 
 
-def _rounded(plan: Plan, precision: Any, size: int | None, shared: Any, batch: Any, weights: Any) -> Any:
-    """Losses, norms, and the weighted mean in the dtypes of the parameters."""
-    value, norms, sums = sums_by_slices(plan, shared, batch, weights / weights.shape[0], size, precision=precision)
+def _rounded(
+    plan: Plan, precision: Any, halves: bool, size: int | None, shared: Any, batch: Any, weights: Any
+) -> tuple[Any, Any, Any]:
+    """Losses, norms, and the weighted mean, or two trees whose average it is, in the dtypes of the parameters."""
+    over = weights.shape[0] / (2 if halves else 1)
+    made = sums_by_slices(plan, shared, batch, weights / over, size, precision=precision, halves=halves)
     dtypes = jax.tree.unflatten(plan.grads_tree, [leaf.param.dtype for leaf in plan.leaves])
-    return value, norms, jax.tree.map(lambda total, dtype: total.astype(dtype), sums, dtypes)
+    mean = jax.tree.map(lambda total, dtype: total.astype(dtype), made.sums, dtypes)
+    return made.value, made.norms, _unstacked(mean) if halves else mean
+
+
+def _unstacked(two: Any) -> tuple[Any, Any]:
+    return jax.tree.map(lambda x: x[0], two), jax.tree.map(lambda x: x[1], two)
+
+
+class Pass(NamedTuple):
+    """What is kept of the gradients of a batch."""
+
+    value: tuple[Any, Any]
+    """The losses [b], and what the loss returns besides."""
+    norms: Float[Array, " b"]
+    """Of each example's gradient."""
+    sums: Any
+    """``Σ_b weights[b] · g_b``, a tree like the parameters in float32 or wider: whoever wants it in their dtypes rounds
+    once. With ``halves``, two of them stacked, of the first ``b // 2`` examples and of the others."""
+    also: Any
+    """What was asked besides, stacked [b, ...]."""
 
 
 def sums_by_slices(
@@ -113,11 +144,12 @@ def sums_by_slices(
     size: int | None,
     *,
     precision: Any = None,
-) -> tuple[tuple[Any, Any], Float[Array, " b"], Any]:
+    halves: bool = False,
+    also: Callable[[Array, Any], Any] | None = None,
+) -> Pass:
     """Losses, norms and the weighted sum of the gradients of a batch, ``size`` examples at a time.
 
-    Of the batch no more than a slice is copied. The last slice begins early enough to be whole; what it has of the one
-    before weighs nothing there.
+    Of the batch no more than a slice is copied.
 
     Args:
         plan: of the gradients, as `plan.make_plan` made it of ``shared`` and ``batch``.
@@ -126,39 +158,157 @@ def sums_by_slices(
         weights: of each example.
         size: of a slice, which becomes smaller where as many slices then do; None, or b and more, takes all at once.
         precision: of matrix products.
-
-    Returns:
-        ``(losses, aux)`` [b, ...], the norm of each example's gradient [b], and ``Σ_b weights[b] · g_b``, a tree like
-        the parameters in float32 or wider: whoever wants it in their dtypes rounds once.
+        halves: sum the gradients of each half of the batch by itself; b is then at least 2.
+        also: ``(losses, gradients) -> tree``, asked of each slice: numbers of single examples, such as sketches.
     """
 
-    def of_slice(examples: Any, own: Array) -> tuple[Any, Any, Any]:
+    def of_slice(examples: Any, own: Array, cut: int | None = None) -> tuple[Any, Any]:
         value, grads = plan.run(shared, examples, joint=True)
-        sums = lazy.weighted_sums(grads, own, precision=precision)
-        return value, lazy.norms(grads, precision=precision), sums
+        besides = None if also is None else also(value[0], grads)
+        rows = (value, lazy.norms(grads, precision=precision), besides)
+        if cut is None:
+            return rows, lazy.weighted_sums(grads, own, precision=precision)
+        parts = (lazy.first(grads, cut), own[:cut]), (lazy.last(grads, own.shape[0] - cut), own[cut:])
+        sums = [lazy.weighted_sums(part, mine, precision=precision) for part, mine in parts]
+        return rows, jax.tree.map(lambda *both: jnp.stack(both), *sums)
 
     b = weights.shape[0]
     if size is None or size >= b:
-        return of_slice(batch, weights)
-    count = -(-b // size)
-    size = -(-b // count)
-    last = (count - 1) * size
-    again = count * size - b
-    shares = jnp.concatenate([weights[:last], jnp.zeros(again, weights.dtype), weights[last:]]).reshape(count, size)
-    starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, b - size)
+        rows, sums = of_slice(batch, weights, b // 2 if halves else None)
+    else:
+        zeros = [jnp.zeros(leaf.param.shape, wide(leaf.param.dtype)) for leaf in plan.leaves]
+        slices = _slices(b, size, [b // 2] if halves else [])
+        rows, sums = _summed(of_slice, batch, weights, slices, jax.tree.unflatten(plan.grads_tree, zeros))
+        sums = sums if halves else jax.tree.map(lambda x: x[0], sums)
+    value, norms, besides = rows
+    return Pass(value, norms, sums, besides)
 
-    def add(totals: Any, some: tuple[Array, Array]) -> tuple[Any, Any]:
-        start, own = some
-        examples = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), batch)
-        value, norms, sums = of_slice(examples, own)
-        return jax.tree.map(jnp.add, totals, sums), (value, norms)
 
-    zeros = [jnp.zeros(leaf.param.shape, wide(leaf.param.dtype)) for leaf in plan.leaves]
-    totals, rows = lax.scan(add, jax.tree.unflatten(plan.grads_tree, zeros), (starts, shares))
+def favored_size(loss_fn: Callable[..., Any], shared: Any, batch: Any) -> int | None:
+    """How many examples of a batch to differentiate at a time; None: all of them.
+
+    Args:
+        loss_fn: ``(*shared, example) -> scalar``.
+        shared: the arguments of the loss but the example, or their shapes; the first of them is differentiated.
+        batch: examples with a leading axis b, or their shapes.
+    """
+    if costs.machine().written is None:
+        return None
+    plan = make_plan(loss_fn, 0, False, shared, batch)
+    return plan.examples_at_a_time(jax.tree.leaves(batch)[0].shape[0])
+
+
+def weighted_gradient(
+    loss_fn: Callable[..., Any], shared: Any, batch: Any, weights: Float[Array, " b"], size: int | None
+) -> tuple[Float[Array, " b"], Any]:
+    """Losses and the weighted sum of the gradients, by the ordinary gradient of the weighted sum of the losses.
+
+    Args:
+        loss_fn: ``(*shared, example) -> scalar``.
+        shared: the arguments of the loss but the example; the first of them is differentiated.
+        batch: examples with a leading axis b.
+        weights: of each example; of size about 1, since backward passes in float16 begin with them.
+        size: of a slice; None, or b and more, takes all at once.
+
+    Returns:
+        The losses [b], and ``Σ_b weights[b] · g_b``, a tree like the parameters: of all at once in their dtypes, of
+        slices in float32 or wider. Of an integer the sum is a zero.
+    """
+    params, *others = shared
+
+    def total(params: Any, others: Any, examples: Any, own: Array) -> tuple[Array, Array]:
+        losses = jax.vmap(loss_fn, in_axes=(None,) * len(shared) + (0,))(params, *others, examples)
+        return jnp.sum(own * losses.astype(own.dtype)), losses
+
+    def of_slice(examples: Any, own: Array) -> tuple[Array, Any]:
+        gradient, losses = jax.grad(total, has_aux=True, allow_int=True)(params, others, examples, own)
+        return losses, jax.tree.map(_zero_if_integer, params, gradient)
+
+    whole = relaid(of_slice)  # a step may be taken inside a loop or a condition
+    b = weights.shape[0]
+    if size is None or size >= b:
+        return whole(batch, weights)
+    zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide(jnp.result_type(x))), params)
+    losses, sums = _summed(whole, batch, weights, _slices(b, size, []), zeros)
+    return losses, jax.tree.map(lambda x: x[0], sums)
+
+
+def mean_gradient(loss_fn: Callable[..., Any], shared: Sequence[Any], batch: Any) -> Any:
+    """The ordinary gradient of a batch's mean loss, by slices where that is faster.
+
+    Args:
+        loss_fn: ``(*shared, example) -> scalar``.
+        shared: the arguments of the loss but the example; the first of them is differentiated.
+        batch: examples with a leading axis b.
+
+    Returns:
+        A tree like the first argument, in its dtypes.
+    """
+    b = jax.tree.leaves(batch)[0].shape[0]
+    _, sums = weighted_gradient(loss_fn, shared, batch, jnp.ones(b, jnp.float32), favored_size(loss_fn, shared, batch))
+    return jax.tree.map(lambda p, x: (x.astype(wide(x.dtype)) / b).astype(p.dtype), shared[0], sums)
+
+
+def _zero_if_integer(param: Array, gradient: Array) -> Array:
+    """Of an integer a zero of its own type, as `isgd_jax.per_example_grads` has it."""
+    return jnp.zeros_like(param) if gradient.dtype == jax.dtypes.float0 else gradient
+
+
+class _Slices(NamedTuple):
+    """How a batch is cut. All slices are of one size: some have examples of others too, which count nothing there."""
+
+    starts: np.ndarray
+    parts: np.ndarray
+    """Which part of the batch each belongs to."""
+    counts: np.ndarray
+    """Whether an example counts [slices, size]; each example of the batch does so once, in order."""
+
+
+def _slices(b: int, size: int, cuts: Sequence[int]) -> _Slices:
+    """Cut a batch, and each part of it, into slices of at most ``size``.
+
+    >>> _slices(7, 3, []).starts, _slices(7, 3, []).counts[-1]
+    (array([0, 3, 4], dtype=int32), array([False, False,  True]))
+
+    Args:
+        b: examples of the batch.
+        size: of a slice.
+        cuts: where parts begin, but for the first.
+    """
+    ends = [*cuts, b]
+    begins = [0, *cuts]
+    largest = max(end - begin for begin, end in zip(begins, ends, strict=True))
+    size = -(-largest // -(-largest // size))
+    starts, parts, counts = [], [], []
+    for part, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        for first in range(begin, end, size):
+            start = min(max(end - size, begin), first, b - size)
+            places = np.arange(start, start + size)
+            starts.append(start)
+            parts.append(part)
+            counts.append((places >= first) & (places < end))
+    return _Slices(np.asarray(starts, np.int32), np.asarray(parts, np.int32), np.asarray(counts))
+
+
+def _summed(
+    of_slice: Callable[[Any, Array], tuple[Any, Any]], batch: Any, weights: Array, slices: _Slices, zeros: Any
+) -> tuple[Any, Any]:
+    """What each slice gives of its examples, in a row, and the sums of each part of the batch, stacked."""
+    size = slices.counts.shape[1]
+    shares = jnp.where(slices.counts, weights[slices.starts[:, None] + np.arange(size)], 0.0)
+    num_parts = int(slices.parts[-1]) + 1
+
+    def add(totals: Any, some: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        start, part, own = some
+        rows, sums = of_slice(jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), batch), own)
+        return jax.tree.map(lambda total, new: total.at[part].add(new.astype(total.dtype)), totals, sums), rows
+
+    totals = jax.tree.map(lambda x: jnp.stack([x] * num_parts), zeros)
+    totals, rows = lax.scan(add, totals, (jnp.asarray(slices.starts), jnp.asarray(slices.parts), shares))
+    counted = np.flatnonzero(slices.counts)
 
     def in_a_row(x: Array) -> Array:
-        x = x.reshape(count * size, *x.shape[2:])
-        return jnp.concatenate([x[:last], x[last + again :]]) if again else x
+        x = x.reshape(slices.counts.size, *x.shape[2:])
+        return x if slices.counts.all() else x[counted]
 
-    value, norms = jax.tree.map(in_a_row, rows)
-    return value, norms, totals
+    return jax.tree.map(in_a_row, rows), totals

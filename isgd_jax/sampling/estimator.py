@@ -176,7 +176,9 @@ class ImportanceSampler:
         reported = report.make_report(
             self._check_state, self._scores_are_used, self.batch_size, groups=self.options.groups, filled=filled
         )
+        sketch = _sketch_of(self.options)
         more |= {"steps_per_update": self.options.steps_per_update, "learns": self._learns}
+        more |= {"sketch": None if sketch is None else sketch.of_grads}
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
     @property
@@ -273,7 +275,9 @@ class ImportanceSampler:
         grads: Params = None,
         *,
         norms: Float[Array, " m"] | None = None,
+        halves: tuple[Params, Params] | None = None,
         scores: Float[Array, " m"] | None = None,
+        sketches: Float[Array, "m dims"] | None = None,
         seconds: float | Float[Array, ""] | None = None,
         axis_name: str | None = None,
     ) -> SamplerState:
@@ -285,29 +289,34 @@ class ImportanceSampler:
             grads: per-example gradients of the draw, lazy or stacked; on several devices, of this device's part.
             norms: their norms [m], if they are known already. Norms alone teach everything but what needs the mean
                 gradient: the monitor then has second moments, and no variances.
+            halves: beside ``norms``, two trees whose average is the weighted mean gradient of the draw, of its first
+                ``m // 2`` gradients and of the others (`isgd_jax.value_norms_and_mean`): all that the monitor needs.
             scores: what the table gets in place of the norms, such as losses.
+            sketches: of the gradients [m, dims], where the order is made of sketches and ``grads`` are not given.
             seconds: the caller's clock, where scores are distrusted by it.
             axis_name: of the devices that each handle a part of the draw (`share`).
 
         Without gradients and norms the state only moves on.
 
         Raises:
-            ValueError: the shapes do not fit the draw, or ``max_age_seconds`` was given and ``seconds`` is not.
+            ValueError: the shapes do not fit the draw, ``max_age_seconds`` was given and ``seconds`` is not, ``halves``
+                came with ``grads``, without norms, or with ``axis_name``, or sketches that no order wants.
         """
         self._check_state(state)
         self._check_seconds(seconds)
+        evidence.check_halves(halves, grads, norms, axis_name)
         found = evidence.norms_of(draw, grads, norms, scores, axis_name=axis_name)
         if found.norms is not None:
             unit = None if state.examples.groups is None else self._unit(state, draw.indices)
             state = evidence.learnt(state, draw, found.norms, unit)
             if state.monitor is not None:
                 watched = evidence.monitored(
-                    state.monitor, self.num_examples, draw, grads, found.norms, axis_name=axis_name
+                    state.monitor, self.num_examples, draw, grads, found.norms, halves=halves, axis_name=axis_name
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:
             at = evidence.places(state, draw)
-            sketches = self._sketched(grads, axis_name)
+            sketches = self._sketched(grads, axis_name) if sketches is None else evidence.gathered(sketches, axis_name)
             state = self._written(state, at, found.scores, state.version, sketches, seconds)
         moved = advanced(state.clock, steps_per_update=self.options.steps_per_update, seconds=seconds)
         return state._replace(clock=moved)

@@ -30,7 +30,7 @@ from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor
 from isgd_jax.variance.monitor import Monitor
 
-__all__ = ["Fresh", "blank", "gathered", "learnt", "monitored", "norms_of", "places", "target_of"]
+__all__ = ["Fresh", "blank", "check_halves", "gathered", "learnt", "monitored", "norms_of", "places", "target_of"]
 
 DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
 SQUARES_EVERY, FEWEST_SQUARES = 4, 6
@@ -97,6 +97,22 @@ def norms_of(
                 "gradients were made of, whole (a device that has a part of it names the axis, axis_name=)"
             )
     return Fresh(norms, scores)
+
+
+def check_halves(halves: Any, grads: Params, norms: Any, axis_name: str | None) -> None:
+    """Refuse halves of the mean gradient that say nothing, or not what is needed.
+
+    Raises:
+        ValueError: they came with gradients, without norms, or on one of several devices.
+    """
+    if halves is None:
+        return
+    if grads is not None or norms is None:
+        raise ArgumentError("halves= stand beside norms=, in place of gradients: give observe() either")
+    if axis_name is not None:
+        raise ArgumentError(
+            "halves= are of a whole draw, and each device has a part of it: with axis_name= give observe() gradients"
+        )
 
 
 def gathered(x: Array, axis_name: str | None) -> Array:
@@ -190,7 +206,14 @@ def _fractions_after(
 
 
 def monitored(
-    watched: Monitor, size: int, draw: Draw, grads: Params, norms: Float[Array, " m"], *, axis_name: str | None
+    watched: Monitor,
+    size: int,
+    draw: Draw,
+    grads: Params,
+    norms: Float[Array, " m"],
+    *,
+    halves: tuple[Params, Params] | None = None,
+    axis_name: str | None = None,
 ) -> Monitor:
     """The monitor after a step; what needs the mean gradient is left out where there are norms alone.
 
@@ -204,6 +227,8 @@ def monitored(
         draw: the whole of it; one of a single draw tells no variance, and is passed over.
         grads: per-example gradients, of this device's part; or None.
         norms: fresh ones of the whole draw [m].
+        halves: two trees whose average is the weighted mean gradient of the draw, made of its first ``m // 2``
+            gradients and of the others, in place of ``grads``; on a mesh, of the whole draw.
         axis_name: of the devices that each have a part.
 
     Raises:
@@ -213,11 +238,13 @@ def monitored(
         return watched
     draw_scale = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)
     wanted = norms * (size * jnp.abs(target_of(draw)))
-    if grads is None:
+    if grads is None and halves is None:
         return monitor.observe(watched, draw_scale, wanted, None, draw.mask)
     weights = draw_weights(draw.probs, draw.mask, target_of(draw))
 
     def measured() -> tuple[Array, Array]:
+        if halves is not None:
+            return _of_halves(*halves, weights.shape[0])
         if axis_name is None and lazy.split_axis(grads) is None:
             return lazy.halves(grads, weights)
         return _halves(grads, weights, axis_name)  # an axis that lies on several devices is not to be cut
@@ -242,12 +269,18 @@ def _halves(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -
     """`lazy.halves` of what lies on several devices: the means are made, of the whole draw with the other half's
     weights zero.
     """
-    size, half = weights.shape[0], weights.shape[0] // 2
-    is_first = jnp.arange(size, dtype=jnp.int32) < half
-    parts = [_mean(grads, jnp.where(mine, weights, 0.0), axis_name) for mine in (is_first, ~is_first)]
-    first, second = (jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree) for tree in parts)
-    mean = jax.tree.map(jnp.add, first, second)
-    return _inner(first, second) * (size / half) * (size / (size - half)), _inner(mean, mean)
+    size = weights.shape[0]
+    is_first = jnp.arange(size, dtype=jnp.int32) < size // 2
+    first, second = (_mean(grads, jnp.where(mine, 2.0 * weights, 0.0), axis_name) for mine in (is_first, ~is_first))
+    return _of_halves(first, second, size)
+
+
+def _of_halves(first: Params, second: Params, size: int) -> tuple[Array, Array]:
+    """What `lazy.halves` tells, of the trees whose average is the mean of ``size`` gradients."""
+    first, second = (jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree) for tree in (first, second))
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+    half = size // 2
+    return _inner(first, second) * (size / (2 * half)) * (size / (2 * (size - half))), _inner(mean, mean)
 
 
 def _inner(one: Params, other: Params) -> Float[Array, ""]:

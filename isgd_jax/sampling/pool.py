@@ -80,7 +80,8 @@ class PoolSampler(NamedTuple):
     take: Callable[[PoolState, Draw], Points]
     """``take(state, draw) -> points``: the drawn ones, leaves [m, ...]."""
     observe: Callable[..., PoolState]
-    """``observe(state, draw, grads=None, *, norms=None, scores=None, seconds=None, axis_name=None) -> state``."""
+    """``observe(state, draw, grads=None, *, norms=None, halves=None, scores=None, sketches=None, seconds=None,
+    axis_name=None) -> state``."""
     record: Callable[..., PoolState]
     """``record(state, ids, scores, *, version, sketches=None, seconds=None) -> state``."""
     refresh: Callable[..., PoolState]

@@ -26,7 +26,7 @@ from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.groups import GroupState
 from isgd_jax.sampling.samplers import Law
 from isgd_jax.sampling.score_table import ScoreTable
-from isgd_jax.types import Draw, Key
+from isgd_jax.types import Draw, Key, Params
 from isgd_jax.variance.gate import Gate
 from isgd_jax.variance.monitor import Monitor
 
@@ -141,7 +141,8 @@ class BatchSampler(NamedTuple):
     """``sample(key, state, *, params=None, data=None, ahead=0) -> draw``: changes nothing. Presampling's also takes
     ``frozen=``, what its scorer needs besides."""
     observe: Callable[..., SamplerState]
-    """``observe(state, draw, grads=None, *, norms=None, scores=None, seconds=None, axis_name=None) -> state``."""
+    """``observe(state, draw, grads=None, *, norms=None, halves=None, scores=None, sketches=None, seconds=None,
+    axis_name=None) -> state``."""
     record: Callable[..., SamplerState]
     """``record(state, ids, scores, *, version, sketches=None, seconds=None) -> state``."""
     refresh: Callable[..., SamplerState]
@@ -157,6 +158,9 @@ class BatchSampler(NamedTuple):
     """Whether scores make the proposal, so that scoring besides can help."""
     learns: bool = True
     """Whether ``observe`` makes anything of gradients; where not, none are made for it."""
+    sketch: Callable[[Params], Array] | None = None
+    """``sketch(grads) -> sketches [m, dims]``: what ``observe`` makes of gradients for its order, for steps that hand
+    it norms; None where the order is made of none."""
 
 
 def key_data(key: Key | None) -> UInt[Array, " k"]:

@@ -1,8 +1,8 @@
 """The jitted step: draw, gather, differentiate once, reweight, update, and learn from the fresh norms."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients.captured import CapturingJit
-from isgd_jax.gradients.per_example import per_example_value_and_grad
+from isgd_jax.gradients.factors import wide
+from isgd_jax.gradients.one_pass import favored_size, sums_by_slices, weighted_gradient
+from isgd_jax.gradients.plan import Plan, make_plan
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling.gates import is_open, ratio
 from isgd_jax.sampling.state import BatchSampler, Clock, SamplerState, advanced
@@ -182,7 +184,7 @@ class _Resting:
     """
 
     def __init__(self, step: Callable[..., tuple[Moving, StepInfo]]) -> None:
-        self.__wrapped__: Callable[..., tuple[TrainState, StepInfo]] = functools.partial(self._whole, step)
+        self.__wrapped__: Callable[..., tuple[TrainState, StepInfo]] = partial(self._whole, step)
         self._program = CapturingJit(step, donate_argnums=(0,))
 
     def __call__(self, state: TrainState, *given: Any) -> tuple[TrainState, StepInfo]:
@@ -246,13 +248,18 @@ class _Step:
     ) -> tuple[TrainState, StepInfo]:
         """Learn from a draw whose batch has been fetched."""
         seen = self._seen(batch, jax.random.fold_in(key, state.sampler.clock.step))
+        given = (state, frozen, drawn, seen, seconds)
         if not self.sampler.learns:
-            made = self._together(state, frozen, drawn, seen, seconds)
-        elif self.rests_if_shut and isinstance(state.sampler.gate, Gate):
-            rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
-            made = jax.lax.cond(rests, self._together, self._one_by_one, state, frozen, drawn, seen, seconds)
+            made = self._together(self._favored_size(state.params, frozen, seen), *given)
         else:
-            made = self._one_by_one(state, frozen, drawn, seen, seconds)
+            plan = make_plan(self.problem.loss, 0, False, (state.params, frozen), seen)
+            size = None if self.parallel is not None else plan.examples_at_a_time(self.sampler.batch_size)
+            one_by_one = partial(self._one_by_one, plan, size)
+            if self.rests_if_shut and isinstance(state.sampler.gate, Gate):
+                rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
+                made = jax.lax.cond(rests, partial(self._together, size), one_by_one, *given)
+            else:
+                made = one_by_one(*given)
         return made if self.parallel is None else _where_they_belong(self.parallel, *made)
 
     def rest(
@@ -268,7 +275,8 @@ class _Step:
         """Take the ordinary gradient of a draw whose batch has been fetched; both samplers' clocks move on."""
         state = TrainState(moving.params, moving.opt_state, moving.plain)
         seen = self._seen(batch, jax.random.fold_in(key, moving.clock.step))
-        after, info = self._together(state, frozen, drawn, seen, seconds)
+        size = self._favored_size(moving.params, frozen, seen)
+        after, info = self._together(size, state, frozen, drawn, seen, seconds)
         if self.parallel is not None:
             after, info = _where_they_belong(self.parallel, after, info)
         clock = advanced(moving.clock, steps_per_update=self.sampler.steps_per_update, seconds=seconds)
@@ -283,11 +291,24 @@ class _Step:
         seen = self.problem.pictures(keys, batch)
         return seen if self.parallel is None else self.parallel.split(seen)
 
+    def _favored_size(self, params: Params, frozen: Any, seen: Any) -> int | None:
+        """How many examples to differentiate at a time where the ordinary gradient is taken; None: all of them."""
+        return None if self.parallel is not None else favored_size(self.problem.loss, (params, frozen), seen)
+
     def _one_by_one(
-        self, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
+        self,
+        plan: Plan,
+        size: int | None,
+        state: TrainState,
+        frozen: Any,
+        drawn: Draw,
+        seen: Any,
+        seconds: Float[Array, ""],
     ) -> tuple[TrainState, StepInfo]:
         """By the gradients of single examples, which teach the sampler."""
-        losses, grads = per_example_value_and_grad(self.problem.loss)(state.params, frozen, seen)
+        if size is not None:
+            return self._by_slices(plan, size, state, frozen, drawn, seen, seconds)
+        (losses, _), grads = plan.run((state.params, frozen), seen, joint=True)
         updates, opt_state = self.tx.update(
             grads, state.opt_state, state.params, probs=drawn.probs, mask=drawn.mask, target=drawn.target
         )
@@ -295,28 +316,54 @@ class _Step:
         after = self.sampler.observe(state.sampler, drawn, grads, scores=scores, seconds=seconds)
         return _updated(state, updates, opt_state, after, _mean_loss(drawn, losses), drawn)
 
-    def _together(
-        self, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
+    def _by_slices(
+        self, plan: Plan, size: int, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
     ) -> tuple[TrainState, StepInfo]:
-        """By the ordinary gradient: the same update, and nothing is learnt."""
+        """The same with ``size`` examples at a time, of which norms and sums are kept."""
+
+        def also(losses: Array, grads: Any) -> tuple[Array | None, Array | None]:
+            scores = None if self.fresh_scores is None else self.fresh_scores(losses, grads)
+            return scores, None if self.sampler.sketch is None else self.sampler.sketch(grads)
+
         weights = _weights(drawn)
+        shares = weights * (2 / weights.shape[0])
+        made = sums_by_slices(plan, (state.params, frozen), seen, shares, size, halves=True, also=also)
+        first, second = (jax.tree.map(lambda x, half=half: x[half], made.sums) for half in (0, 1))
+        mean = jax.tree.map(lambda p, one, other: ((one + other) / 2).astype(p.dtype), state.params, first, second)
+        updates, opt_state = self._update(mean, state)
+        scores, sketches = made.also
+        after = self.sampler.observe(
+            state.sampler,
+            drawn,
+            norms=made.norms,
+            halves=(first, second),
+            scores=scores,
+            sketches=sketches,
+            seconds=seconds,
+        )
+        return _updated(state, updates, opt_state, after, _mean_loss(drawn, made.value[0]), drawn)
+
+    def _together(
+        self, size: int | None, state: TrainState, frozen: Any, drawn: Draw, seen: Any, seconds: Float[Array, ""]
+    ) -> tuple[TrainState, StepInfo]:
+        """By the ordinary gradient, of ``size`` examples at a time: the same update, and nothing is learnt."""
+        weights, shared = _weights(drawn), (state.params, frozen)
         largest = jnp.max(jnp.abs(weights))
         # The backward pass begins with numbers up to 1, as that of each example does: 1/m of them, or less, would be
         # lost in float16. What is left over is the weight of the whole.
         over = jnp.where(largest > 0.0, largest, 1.0)
-
-        def sum_of_losses(params: Params) -> Float[Array, ""]:
-            losses = jax.vmap(self.problem.loss, in_axes=(None, None, 0))(params, frozen, seen)
-            return jnp.sum(weights / over * losses.astype(weights.dtype))
-
-        total, gradient = jax.value_and_grad(sum_of_losses, allow_int=True)(state.params)
-        # The chain takes one gradient a draw: to it, this is the only one of a single draw.
-        alone = jax.tree.map(lambda p, g: _plain(p, g)[None], state.params, gradient)
-        one, rest = jnp.ones(1, jnp.float32), over / weights.shape[0]
-        updates, opt_state = self.tx.update(alone, state.opt_state, state.params, probs=one, target=rest[None])
-        loss = rest * total
+        losses, gradient = weighted_gradient(self.problem.loss, shared, seen, weights / over, size)
+        rest = over / weights.shape[0]
+        mean = jax.tree.map(lambda p, g: (rest * g.astype(wide(g.dtype))).astype(p.dtype), state.params, gradient)
+        updates, opt_state = self._update(mean, state)
         after = self.sampler.observe(state.sampler, drawn, seconds=seconds)
-        return _updated(state, updates, opt_state, after, loss, drawn)
+        return _updated(state, updates, opt_state, after, _mean_loss(drawn, losses), drawn)
+
+    def _update(self, mean: Params, state: TrainState) -> tuple[Params, optax.OptState]:
+        """The chain takes one gradient a draw: to it, the mean is the only one of a single draw."""
+        one = jnp.ones(1, jnp.float32)
+        alone = jax.tree.map(lambda x: x[None], mean)
+        return self.tx.update(alone, state.opt_state, state.params, probs=one, target=one)
 
 
 def _updated(
@@ -329,11 +376,6 @@ def _updated(
 def _mean_loss(drawn: Draw, losses: Float[Array, " m"]) -> Float[Array, ""]:
     weights = _weights(drawn)
     return jnp.mean(weights * losses.astype(weights.dtype))
-
-
-def _plain(param: Array, gradient: Array) -> Array:
-    """Of an integer a zero of its own type, as `isgd_jax.per_example_grads` has it."""
-    return jnp.zeros_like(param) if gradient.dtype == jax.dtypes.float0 else gradient
 
 
 def _where_they_belong(parallel: DataParallel, state: TrainState, info: StepInfo) -> tuple[TrainState, StepInfo]:

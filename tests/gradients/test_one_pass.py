@@ -38,6 +38,23 @@ def test_the_numbers_of_the_definition(key: jax.Array, size: int | None) -> None
     np.testing.assert_allclose(aux["twice"], 2 * losses, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("b", "size"), [(7, None), (7, 2), (9, 3), (8, 4), (7, 6)])
+def test_the_average_of_both_halves_is_the_mean_and_each_is_made_of_its_own(
+    key: jax.Array, b: int, size: int | None
+) -> None:
+    params, batch, weights = mlp(key, [12, 16, 5]), images(key, b, 4, 12), jnp.linspace(0.5, 2.0, b)
+    asked = value_norms_and_mean(mlp_loss, halves=True, microbatch_size=size)
+    losses, norms, (first, second) = jax.jit(asked)(params, batch, weights)
+    formed = oracle.stacked(mlp_loss, params, batch)
+    weighted = np.asarray(weights, np.float64)[:, None] * oracle.flat(formed) * 2 / b
+    for mean, rows in ((first, weighted[: b // 2]), (second, weighted[b // 2 :])):
+        found = oracle.flat(jax.tree.map(lambda x: x[None], mean))[0]
+        np.testing.assert_allclose(found, np.sum(rows, 0), atol=1e-6)
+    np.testing.assert_allclose(norms, oracle.norms_of(formed), rtol=1e-5)
+    plain = [float(mlp_loss(params, jax.tree.map(lambda x, i=i: x[i], batch))) for i in range(b)]
+    np.testing.assert_allclose(losses, plain, rtol=1e-5)
+
+
 def test_slices_are_summed_in_float32() -> None:
     asked = value_norms_and_mean(lambda w, x: w * x, microbatch_size=1)
     _, norms, mean = jax.jit(asked)(jnp.bfloat16(1.0), jnp.ones(3000, jnp.bfloat16), jnp.ones(3000))
@@ -62,9 +79,11 @@ def test_by_default_slices_on_a_cpu_alone_and_where_they_pay(monkeypatch: pytest
         return jnp.sum(jnp.tanh(jax.lax.conv(x[None], kernel, (1, 1), "SAME")))
 
     args = (jnp.ones((4, 3, 3, 3)), jnp.ones((64, 3, 16, 16)), jnp.ones(64))
-    assert "scan" in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+    sliced = str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
     monkeypatch.setattr(costs, "CPU", costs.CPU._replace(written=16 << 20))
-    assert "scan" not in str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+    whole = str(jax.make_jaxpr(value_norms_and_mean(convolved))(*args))
+    assert "f32[8,3,16,16] = dynamic_slice" in sliced
+    assert "f32[8,3,16,16] = dynamic_slice" not in whole
 
 
 def test_how_many_at_a_time() -> None:
@@ -103,3 +122,5 @@ def test_what_is_asked_wrongly_is_refused() -> None:
         value_norms_and_mean(lambda w, x: w * x, microbatch_size=0)
     with pytest.raises(ArgumentError, match=r"weights of 3 examples must have shape \(3,\), got \(2,\)"):
         value_norms_and_mean(lambda w, x: w * x)(jnp.float32(1.0), jnp.ones(3), jnp.ones(2))
+    with pytest.raises(ArgumentError, match="at least 2"):
+        value_norms_and_mean(lambda w, x: w * x, halves=True)(jnp.float32(1.0), jnp.ones(1), jnp.ones(1))

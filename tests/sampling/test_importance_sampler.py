@@ -10,6 +10,7 @@ import pytest
 import sampling_problem as problem
 
 import isgd_jax as isgd
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import calibration, estimator, fractions
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import gate as gates
@@ -253,15 +254,20 @@ def test_scores_are_judged_by_what_they_were_at_the_draw() -> None:
 
 
 @pytest.mark.slow
-def test_norms_alone_teach_all_but_the_mean_gradient() -> None:
+def test_norms_alone_teach_all_but_the_mean_gradient_and_with_halves_that_too() -> None:
     sampler = problem.jitted(isgd.importance_sampler(problem.NUM_EXAMPLES, batch_size=4))
     own, examples, states = problem.params(), problem.data(), {}
-    for how in ("lazy", "stacked", "norms"):
+    for how in ("lazy", "stacked", "norms", "halves"):
         gradients = isgd.stacked_per_example_grads if how == "stacked" else isgd.per_example_grads
 
         def step(state: SamplerState, key: Any, gradients: Any = gradients, how: str = how) -> SamplerState:
             draw = sampler.sample(key, state)
-            grads = gradients(problem.loss_fn)(own, jax.tree.map(lambda x: x[draw.indices], examples))
+            batch = jax.tree.map(lambda x: x[draw.indices], examples)
+            if how == "halves":
+                asked = isgd.value_norms_and_mean(problem.loss_fn, halves=True, microbatch_size=2)
+                _, norms, halves = asked(own, batch, draw.target / draw.probs)
+                return sampler.observe(state, draw, norms=norms, halves=halves)
+            grads = gradients(problem.loss_fn)(own, batch)
             if how == "norms":
                 return sampler.observe(state, draw, norms=isgd.norms(grads))
             return sampler.observe(state, draw, grads)
@@ -271,7 +277,8 @@ def test_norms_alone_teach_all_but_the_mean_gradient() -> None:
             state = step(refresh(state) if at % 4 == 0 else state, jax.random.key(at))
         states[how] = state
     assert not problem.unlike(states["lazy"]._replace(fractions=None), states["stacked"]._replace(fractions=None))
-    for other in ("stacked", "norms"):  # differences of moments: small beside what they are differences of
+    assert not problem.unlike(states["lazy"]._replace(fractions=None), states["halves"]._replace(fractions=None))
+    for other in ("stacked", "norms", "halves"):  # differences of moments: small beside what they are differences of
         assert not problem.unlike(states["lazy"].fractions, states[other].fractions, rtol=1e-4)
     blind = {"monitor": None, "fractions": None}
     assert not problem.unlike(states["lazy"]._replace(**blind), states["norms"]._replace(**blind))
@@ -284,6 +291,17 @@ def test_norms_alone_teach_all_but_the_mean_gradient() -> None:
     assert "second moments" not in str(sampler.report(states["lazy"]))
     norms_sq = jnp.mean(states["norms"].monitor.steps.values[:12, 0])
     np.testing.assert_allclose(report.variance.uniform.value, norms_sq, rtol=1e-5)
+
+
+def test_halves_are_of_a_whole_draw_and_stand_beside_norms() -> None:
+    sampler, halves = _made(), (jnp.ones(2), jnp.ones(2))
+    state = sampler.init()
+    draw = sampler.sample(jax.random.key(0), state)
+    for given in ({}, {"grads": jnp.ones((M, 2)), "norms": jnp.ones(M)}):
+        with pytest.raises(ArgumentError, match="beside norms="):
+            sampler.observe(state, draw, halves=halves, **given)
+    with pytest.raises(ArgumentError, match="axis_name= give observe"):
+        sampler.observe(state, draw, norms=jnp.ones(M), halves=halves, axis_name="devices")
 
 
 def test_scores_go_into_the_table_in_place_of_norms() -> None:

@@ -14,6 +14,7 @@ from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import DivergedError
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.captured import CapturingJit
+from isgd_jax.gradients.one_pass import mean_gradient
 from isgd_jax.reweight import importance_weighting
 from isgd_jax.sampling import proposal
 from isgd_jax.sampling.estimator import importance_sampler
@@ -202,12 +203,9 @@ class Steps:
         self.tx = optax.chain(importance_weighting(num_examples), optimizer)
         self._problem = problem
 
-        def mean_loss(params: Params, batch: Batch) -> Float[Array, ""]:
-            return jnp.mean(jax.vmap(problem.loss_fn, (None, 0))(params, batch))
-
         def plain(params: Params, opt_state: Any, data: Batch, key: Key) -> tuple[Params, Any]:
             indices = jax.random.randint(key, (probed.batch_size,), 0, num_examples)
-            grads = jax.grad(mean_loss)(params, jax.tree.map(lambda x: x[indices], data))
+            grads = mean_gradient(problem.loss_fn, (params,), jax.tree.map(lambda x: x[indices], data))
             reweighting, inner = opt_state
             updates, inner = optimizer.update(grads, inner, params)
             return optax.apply_updates(params, updates), (reweighting, inner)

@@ -33,16 +33,18 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
              vmap(grad), norms           6.72   3.29   7.23    1.51   1.26
 
            (With XLA_PYTHON_CLIENT_PREALLOCATE=false, which makes what is allocated dearer: the MLP's update and norms
-           are 1.23 ordinary gradients by their kernels.) Later, with memory preallocated, batch 128, one process:
+           are 1.23 ordinary gradients by their kernels.) With memory preallocated and the model traced once, batch
+           128, one process:
 
                                          ResNet  ViT    GPT
-             norms                       1.20    0.97   0.91
-             update and norms            1.42    1.44   1.35
+             scorer                      1.16    0.90   1.06
+             update and norms            1.35    1.26   1.28
              vmap(grad), norms           5.02    1.32   1.37
 
-           (ordinary gradients of 2.64, 3.58 and 3.64 ms; errors as above, of the GPT 1.6e-4 for all). The scorer took
-           1.20, 1.15 and 1.00, whole batches in one; since then its program is that of the norms. A CPU has 0.5 to 1.1
-           for norms: the card has hundreds of small kernels to start, and waits for memory rather than for products.
+           (ordinary gradients of 2.66, 3.79 and 3.85 ms; errors as above, of the GPT 2e-4 for norms and 1e-3 for both
+           updates). By their kernels, whose time a profile adds up, the ViT's norms are 1.11 and update and norms
+           1.35 ordinary gradients, in 560 and 681 kernels for 438; the GPT's 1.06 and 1.32, in 457 and 564 for 360. A
+           CPU has 0.5 to 1.1 for norms: the card waits for memory and for kernels to start rather than for products.
 """
 
 from __future__ import annotations

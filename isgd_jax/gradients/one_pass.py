@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -26,6 +25,7 @@ from isgd_jax.gradients.batching import check_microbatch_size
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import made_varying, relaid
 from isgd_jax.gradients.plan import Plan, make_plan
+from isgd_jax.gradients.slices import rows_and_sums, slices_of
 
 __all__ = ["Pass", "favored_size", "mean_gradient", "sums_by_slices", "value_norms_and_mean", "weighted_gradient"]
 
@@ -177,8 +177,8 @@ def sums_by_slices(
         rows, sums = of_slice(batch, weights, b // 2 if halves else None)
     else:
         zeros = [jnp.zeros(leaf.param.shape, wide(leaf.param.dtype)) for leaf in plan.leaves]
-        slices = _slices(b, size, [b // 2] if halves else [])
-        rows, sums = _summed(of_slice, batch, weights, slices, jax.tree.unflatten(plan.grads_tree, zeros))
+        slices = slices_of(b, size, [b // 2] if halves else [])
+        rows, sums = rows_and_sums(of_slice, batch, weights, slices, jax.tree.unflatten(plan.grads_tree, zeros))
         sums = sums if halves else jax.tree.map(lambda x: x[0], sums)
     value, norms, besides = rows
     return Pass(value, norms, sums, besides)
@@ -229,7 +229,7 @@ def weighted_gradient(
     if size is None or size >= b:
         return whole(batch, weights)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide(jnp.result_type(x))), params)
-    losses, sums = _summed(whole, batch, weights, _slices(b, size, []), zeros)
+    losses, sums = rows_and_sums(whole, batch, weights, slices_of(b, size), zeros)
     return losses, jax.tree.map(lambda x: x[0], sums)
 
 
@@ -252,63 +252,3 @@ def mean_gradient(loss_fn: Callable[..., Any], shared: Sequence[Any], batch: Any
 def _zero_if_integer(param: Array, gradient: Array) -> Array:
     """Of an integer a zero of its own type, as `isgd_jax.per_example_grads` has it."""
     return jnp.zeros_like(param) if gradient.dtype == jax.dtypes.float0 else gradient
-
-
-class _Slices(NamedTuple):
-    """How a batch is cut. All slices are of one size: some have examples of others too, which count nothing there."""
-
-    starts: np.ndarray
-    parts: np.ndarray
-    """Which part of the batch each belongs to."""
-    counts: np.ndarray
-    """Whether an example counts [slices, size]; each example of the batch does so once, in order."""
-
-
-def _slices(b: int, size: int, cuts: Sequence[int]) -> _Slices:
-    """Cut a batch, and each part of it, into slices of at most ``size``.
-
-    >>> _slices(7, 3, []).starts, _slices(7, 3, []).counts[-1]
-    (array([0, 3, 4], dtype=int32), array([False, False,  True]))
-
-    Args:
-        b: examples of the batch.
-        size: of a slice.
-        cuts: where parts begin, but for the first.
-    """
-    ends = [*cuts, b]
-    begins = [0, *cuts]
-    largest = max(end - begin for begin, end in zip(begins, ends, strict=True))
-    size = -(-largest // -(-largest // size))
-    starts, parts, counts = [], [], []
-    for part, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        for first in range(begin, end, size):
-            start = min(max(end - size, begin), first, b - size)
-            places = np.arange(start, start + size)
-            starts.append(start)
-            parts.append(part)
-            counts.append((places >= first) & (places < end))
-    return _Slices(np.asarray(starts, np.int32), np.asarray(parts, np.int32), np.asarray(counts))
-
-
-def _summed(
-    of_slice: Callable[[Any, Array], tuple[Any, Any]], batch: Any, weights: Array, slices: _Slices, zeros: Any
-) -> tuple[Any, Any]:
-    """What each slice gives of its examples, in a row, and the sums of each part of the batch, stacked."""
-    size = slices.counts.shape[1]
-    shares = jnp.where(slices.counts, weights[slices.starts[:, None] + np.arange(size)], 0.0)
-    num_parts = int(slices.parts[-1]) + 1
-
-    def add(totals: Any, some: tuple[Array, Array, Array]) -> tuple[Any, Any]:
-        start, part, own = some
-        rows, sums = of_slice(jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), batch), own)
-        return jax.tree.map(lambda total, new: total.at[part].add(new.astype(total.dtype)), totals, sums), rows
-
-    totals = jax.tree.map(lambda x: jnp.stack([x] * num_parts), zeros)
-    totals, rows = lax.scan(add, totals, (jnp.asarray(slices.starts), jnp.asarray(slices.parts), shares))
-    counted = np.flatnonzero(slices.counts)
-
-    def in_a_row(x: Array) -> Array:
-        x = x.reshape(slices.counts.size, *x.shape[2:])
-        return x if slices.counts.all() else x[counted]
-
-    return jax.tree.map(in_a_row, rows), totals

@@ -270,12 +270,20 @@ def test_each_rule_agrees_with_one_float64_gradient_an_example(name):
 @pytest.mark.slow
 def test_what_is_not_linear_is_as_one_gradient_an_example():
     batch = jax.tree.map(jnp.asarray, factors(np.float32))
-    grads, found, _ = ask(EXACTLY, batch)
-    right = each_grad(EXACTLY, batch)
-    wrong = {case: errors(found[case], right[case]) for case in EXACTLY}
+    asked = {case: program for case, program in EXACTLY.items() if multiplies_integers() or "int" not in case}
+    grads, found, _ = ask(asked, batch)
+    right = each_grad(asked, batch)
+    wrong = {case: errors(found[case], right[case]) for case in asked}
     assert not {case: found for case, found in wrong.items() if not max(found.values()) <= 1e-6}
     lazy = {case for case, leaf in grads.items() if is_factored(leaf)}
-    assert lazy == {"int8 to float32", "int8, negated", "int8, moved about", "uint8", "of eight bits"}
+    assert lazy == asked.keys() & {"int8 to float32", "int8, negated", "int8, moved about", "uint8", "of eight bits"}
+
+
+def multiplies_integers() -> bool:
+    """Whether XLA does: on an H100 its products of int8 in int32 are wrong for sizes that are no multiples of 4."""
+    x, y = (np.random.default_rng(at).integers(-99, 99, (6, size)).astype(np.int8) for at, size in ((0, 5), (1, 7)))
+    found = lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    return np.array_equal(found, x.astype(np.int32).T @ y) or jax.default_backend() == "cpu"
 
 
 @pytest.mark.slow

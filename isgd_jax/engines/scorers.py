@@ -140,9 +140,8 @@ def grad_norm(
             return norms if sketch is None else (norms, sketch.of_grads(grads))
 
         size, shared = microbatch_size, made_varying([chosen, others, *rest], batch)
-        if size == "auto" and not lazy.lies_on_a_mesh((shared, batch)):
-            b = jax.tree.leaves(batch)[0].shape[0]
-            size = plan_of(shared, batch).examples_at_a_time(b, most=costs.machine().scored) or size
+        if size == "auto":
+            size = plan_of(shared, batch).examples_at_a_time(shared, batch, most=costs.machine().scored) or size
         return at_a_time(score, size, [*shared, batch], fitting)
 
     return scored

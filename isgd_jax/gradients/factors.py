@@ -193,7 +193,8 @@ def products(left: Factor, right: Array, precision: Any) -> Array:
     if isinstance(left, OneHot):
         return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
     if isinstance(left, Windows):
-        if right.shape[1] == 1 and math.prod(left.window.kernel) > 1 and costs.machine().one_layout:
+        goes_in_turn = costs.machine().one_layout and jax.typeof(right).sharding.mesh.size <= 1  # not over devices
+        if goes_in_turn and right.shape[1] == 1 and math.prod(left.window.kernel) > 1:
             return _each_convolved(left, right, precision)
         each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in pieces(left)]
         return jnp.concatenate(each, axis=2)

@@ -353,6 +353,7 @@ def gram(grads: Grads, *, precision: Any = None) -> Float[Array, "b b"]:
     return _sum([_gram(leaf, precision) for leaf in _leaves(grads)])
 
 
+@_placed(out=lambda grads: (PartitionSpec(), PartitionSpec()))
 def halves(
     grads: Grads, weights: Float[Array, " b"], *, precision: Any = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:

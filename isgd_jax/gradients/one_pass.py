@@ -93,14 +93,13 @@ def value_norms_and_mean(
 def _computed(
     how: Callable[..., Any], plan: Plan, size: int | Literal["auto"] | None, *args: Any
 ) -> tuple[Any, Any, Any]:
-    b = args[-1].shape[0]
-    whole, on_a_mesh = partial(how, None), lazy.lies_on_a_mesh(args)
-    if size not in (None, "auto") and on_a_mesh:
+    b, whole = args[-1].shape[0], partial(how, None)
+    if size not in (None, "auto") and lazy.lies_on_a_mesh(args):
         raise ArgumentError(
             f'microbatch_size must be "auto" or None where arrays lie on a mesh of several devices, got {size}: there '
             "each device has its examples at once"
         )
-    fitting = (None if on_a_mesh else plan.examples_at_a_time(b)) if size == "auto" else size
+    fitting = plan.examples_at_a_time(*args[:-1]) if size == "auto" else size
     if fitting is None or fitting >= b:
         return whole(*args)
     sliced = partial(how, fitting)
@@ -114,12 +113,11 @@ def _rounded(
     over = weights.shape[0] / (2 if halves else 1)
     made = sums_by_slices(plan, shared, batch, weights / over, size, precision=precision, halves=halves)
     dtypes = jax.tree.unflatten(plan.grads_tree, [leaf.param.dtype for leaf in plan.leaves])
-    mean = jax.tree.map(lambda total, dtype: total.astype(dtype), made.sums, dtypes)
-    return made.value, made.norms, _unstacked(mean) if halves else mean
 
+    def rounded(sums: Any) -> Any:
+        return jax.tree.map(lambda total, dtype: total.astype(dtype), sums, dtypes)
 
-def _unstacked(two: Any) -> tuple[Any, Any]:
-    return jax.tree.map(lambda x: x[0], two), jax.tree.map(lambda x: x[1], two)
+    return made.value, made.norms, tuple(map(rounded, made.sums)) if halves else rounded(made.sums)
 
 
 class Pass(NamedTuple):
@@ -131,7 +129,7 @@ class Pass(NamedTuple):
     """Of each example's gradient."""
     sums: Any
     """``Σ_b weights[b] · g_b``, a tree like the parameters in float32 or wider: whoever wants it in their dtypes rounds
-    once. With ``halves``, two of them stacked, of the first ``b // 2`` examples and of the others."""
+    once. With ``halves``, a pair of them, of the first ``b // 2`` examples and of the others."""
     also: Any
     """What was asked besides, stacked [b, ...]."""
 
@@ -169,8 +167,7 @@ def sums_by_slices(
         if cut is None:
             return rows, lazy.weighted_sums(grads, own, precision=precision)
         parts = (lazy.first(grads, cut), own[:cut]), (lazy.last(grads, own.shape[0] - cut), own[cut:])
-        sums = [lazy.weighted_sums(part, mine, precision=precision) for part, mine in parts]
-        return rows, jax.tree.map(lambda *both: jnp.stack(both), *sums)
+        return rows, tuple(lazy.weighted_sums(part, mine, precision=precision) for part, mine in parts)
 
     b = weights.shape[0]
     if size is None or size >= b:
@@ -179,7 +176,7 @@ def sums_by_slices(
         zeros = [jnp.zeros(leaf.param.shape, wide(leaf.param.dtype)) for leaf in plan.leaves]
         slices = slices_of(b, size, [b // 2] if halves else [])
         rows, sums = rows_and_sums(of_slice, batch, weights, slices, jax.tree.unflatten(plan.grads_tree, zeros))
-        sums = sums if halves else jax.tree.map(lambda x: x[0], sums)
+        sums = tuple(sums) if halves else sums[0]
     value, norms, besides = rows
     return Pass(value, norms, sums, besides)
 
@@ -194,8 +191,7 @@ def favored_size(loss_fn: Callable[..., Any], shared: Any, batch: Any) -> int | 
     """
     if costs.machine().written is None:
         return None
-    plan = make_plan(loss_fn, 0, False, shared, batch)
-    return plan.examples_at_a_time(jax.tree.leaves(batch)[0].shape[0])
+    return make_plan(loss_fn, 0, False, shared, batch).examples_at_a_time(shared, batch)
 
 
 def weighted_gradient(
@@ -230,7 +226,7 @@ def weighted_gradient(
         return whole(batch, weights)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), wide(jnp.result_type(x))), params)
     losses, sums = rows_and_sums(whole, batch, weights, slices_of(b, size), zeros)
-    return losses, jax.tree.map(lambda x: x[0], sums)
+    return losses, sums[0]
 
 
 def mean_gradient(loss_fn: Callable[..., Any], shared: Sequence[Any], batch: Any) -> Any:

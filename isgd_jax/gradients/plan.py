@@ -17,7 +17,7 @@ from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canoni
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
-from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, spec_of
+from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, lies_on_a_mesh, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
 __all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]
@@ -109,8 +109,20 @@ class Plan:
         grads = [leaf.leaf(each, once, losses.shape[0], joint) for leaf in self.leaves]
         return (losses, jax.tree.unflatten(self.aux_tree, aux)), jax.tree.unflatten(self.grads_tree, grads)
 
-    def examples_at_a_time(self, b: int, most: int | None = None) -> int | None:
-        """How many of b examples the cache of a CPU favors, see `costs.examples_at_a_time`; None for all of them."""
+    def examples_at_a_time(self, shared: Any, batch: Any, most: int | None = None) -> int | None:
+        """How many examples of a batch the cache of a CPU favors, see `costs.examples_at_a_time`.
+
+        Args:
+            shared: the arguments of the loss but the example.
+            batch: examples with a leading axis b.
+            most: bytes to write at most.
+
+        Returns:
+            None for all of them, also where arrays lie on a mesh of several devices: each has its examples at once.
+        """
+        if lies_on_a_mesh((shared, batch)):
+            return None
+        b = jax.tree.leaves(batch)[0].shape[0]
         nodes = [node for leaf in self.leaves for node in leaf.nodes]
         written = sum(
             _bytes(op.outputs) // op.params.get("length", 1)  # of a loop, what one turn writes

@@ -73,7 +73,7 @@ def slices_of(b: int, size: int, cuts: Sequence[int] = ()) -> Slices:
 
 def rows_and_sums(
     of_slice: Callable[[Any, Array], tuple[Any, Any]], batch: Any, weights: Array, slices: Slices, zeros: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, list[Any]]:
     """What a function gives of each example, in a row, and the sums that it gives of each part of a batch.
 
     Of the batch no more than a slice is copied.
@@ -87,7 +87,7 @@ def rows_and_sums(
         zeros: what sums begin with; they are kept in its types.
 
     Returns:
-        Rows [b, ...], and sums with a leading axis, of each part.
+        Rows [b, ...], and the sums of each part.
     """
     size = slices.counts.shape[1]
     shares = jnp.where(slices.counts, weights[slices.starts[:, None] + np.arange(size)], 0.0)
@@ -106,4 +106,5 @@ def rows_and_sums(
         x = x.reshape(slices.counts.size, *x.shape[2:])
         return x if slices.counts.all() else x[counted]
 
-    return jax.tree.map(in_a_row, rows), totals
+    parts = [jax.tree.map(lambda x, part=part: x[part], totals) for part in range(num_parts)]
+    return jax.tree.map(in_a_row, rows), parts

@@ -284,9 +284,8 @@ def _of_halves(first: Params, second: Params, size: int) -> tuple[Array, Array]:
 
 
 def _inner(one: Params, other: Params) -> Float[Array, ""]:
-    def product(a: Array, b: Array) -> Array:
-        a, b = (x.astype(wide(x.dtype)) for x in (a, b))  # low precision would lose the mean, which is small
-        return jnp.vdot(a, b, precision="highest").astype(jnp.float32)
+    def product(a: Array, b: Array) -> Array:  # in float32 or wider: low precision would lose the mean, which is small
+        return lazy.inner(a[None], b, precision="highest")[0].astype(jnp.float32)
 
     products = jax.tree.map(product, one, other)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))

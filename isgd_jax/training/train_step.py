@@ -254,8 +254,9 @@ class _Step:
         if not self.sampler.learns:
             made = self._together(self._favored_size(state.params, frozen, seen), *given)
         else:
-            plan = make_plan(self.problem.loss, 0, False, (state.params, frozen), seen)
-            size = None if self.parallel is not None else plan.examples_at_a_time(self.sampler.batch_size)
+            shared = (state.params, frozen)
+            plan = make_plan(self.problem.loss, 0, False, shared, seen)
+            size = None if self.parallel is not None else plan.examples_at_a_time(shared, seen)
             one_by_one = partial(self._one_by_one, plan, size)
             if self.rests_if_shut and isinstance(state.sampler.gate, Gate):
                 rests = ~is_open(state.sampler) & (state.sampler.clock.step % LOOK_EVERY != 0)
@@ -330,15 +331,14 @@ class _Step:
         weights = _weights(drawn)
         shares = weights * (2 / weights.shape[0])
         made = sums_by_slices(plan, (state.params, frozen), seen, shares, size, halves=True, also=also)
-        first, second = (jax.tree.map(lambda x, half=half: x[half], made.sums) for half in (0, 1))
-        mean = jax.tree.map(lambda p, one, other: ((one + other) / 2).astype(p.dtype), state.params, first, second)
+        mean = jax.tree.map(lambda p, one, other: ((one + other) / 2).astype(p.dtype), state.params, *made.sums)
         updates, opt_state = self._update(mean, state)
         scores, sketches = made.also
         after = self.sampler.observe(
             state.sampler,
             drawn,
             norms=made.norms,
-            halves=(first, second),
+            halves=made.sums,
             scores=scores,
             sketches=sketches,
             seconds=seconds,

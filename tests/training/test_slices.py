@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import isgd_jax as isgd
 from isgd_jax.gradients import costs
@@ -116,3 +117,28 @@ def test_convolutions_keep_their_fast_layout_in_conditions_and_slices(
     if jax.default_backend() == "cpu":
         assert labels
         assert set(labels) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.devices(4)
+def test_on_an_explicit_mesh_steps_take_the_whole_batch(key: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of the caller's own that are split over devices: sums of slices would have to be split as they are."""
+    in_slices(monkeypatch)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    random = np.random.default_rng(1)
+    weights = random.normal(size=(8, 16)).astype(np.float32)
+    data = {"x": jnp.asarray(random.normal(size=(N, 8)), jnp.float32)}
+    tx = optax.chain(isgd.importance_weighting(N), optax.sgd(0.1))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, "data")))}
+        made = Problem(lambda params, example: jnp.sum(jnp.tanh(example["x"] @ params["w"]) ** 2), params, data)
+        for sampler in (isgd.importance_sampler(N, batch_size=M), isgd.shuffled_epochs(N, batch_size=M, monitor=False)):
+            state = TrainState(params, tx.init(params), sampler.init())
+            step = make_steps(made, sampler, tx).step.__wrapped__
+            after, _ = jax.jit(step)(state, None, data, key, jnp.float32(0.0))
+            draw = sampler.sample(jax.random.fold_in(key, 0), state.sampler)
+            shares = np.asarray(draw.target / draw.probs, np.float64) / M
+            hidden = np.tanh(np.asarray(data["x"])[draw.indices] @ weights.astype(np.float64))
+            slopes = shares[:, None] * 2 * hidden * (1 - hidden**2)
+            expected = weights - 0.1 * np.asarray(data["x"])[draw.indices].T @ slopes
+            np.testing.assert_allclose(after.params["w"], expected, rtol=1e-4, atol=1e-5)
+            assert jax.typeof(after.params["w"]).sharding.spec == PartitionSpec(None, "data")

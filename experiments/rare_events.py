@@ -70,7 +70,7 @@ LAST_TRAINING_DAY, LAST_VALIDATION_DAY = 243, 304
 """The last of August and of October, as days of 2013."""
 BINS = 20
 LOOKS = 50
-FULL = race.Plan(race.Grid((0.03, 0.1, 0.3), (128, 512), (0.5, 1.0)), seconds=15.0, seeds=10, tuning_seeds=3)
+FULL = race.Plan(race.Grid((0.01, 0.03, 0.1, 0.3), (512,), (0.5, 1.0)), seconds=7.5, seeds=10, tuning_seeds=3)
 QUICK = race.Plan(race.Grid((0.03, 0.1, 0.3), (128,), (1.0,)), seconds=2.0, seeds=3, tuning_seeds=3)
 MEASURES = (
     race.Measure("auc_pr", "AUC-PR", True, 4),

@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole, seen
 from isgd_jax.gradients import lazy
+from isgd_jax.gradients.leaf import is_factored
 from isgd_jax.gradients.weights import check_example_weights, draw_weights, is_probability
 
 __all__ = ["ReweightState", "importance_weighting"]
@@ -165,7 +166,7 @@ def _wanted(
 def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
     """Every leaf must be [num_draws, *param.shape]. Shapes are known while tracing: free at run time."""
     if params is None:
-        leaves = jax.tree.leaves(grads, is_leaf=lazy.is_factored)
+        leaves = jax.tree.leaves(grads, is_leaf=is_factored)
         expected = [(num_draws, *_batched_shape(leaf)[1:]) for leaf in leaves]
     else:
         structure: Any = jax.tree.structure(params)
@@ -179,7 +180,7 @@ def _check_gradients(grads: Any, params: Any, num_draws: int) -> None:
 
 
 def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
-    if not lazy.is_factored(leaf):
+    if not is_factored(leaf):
         check_array("each leaf of the gradients", leaf)
     shape = _batched_shape(leaf)
     if shape == expected:
@@ -198,4 +199,4 @@ def _check_leaf(leaf: Any, expected: tuple[int, ...]) -> None:
 
 def _batched_shape(leaf: Any) -> tuple[int, ...]:
     """[b, *param.shape] of a stacked or of a lazy leaf, whose own ``shape`` is the parameter's."""
-    return (leaf.batch_size, *leaf.shape) if lazy.is_factored(leaf) else jnp.shape(leaf)
+    return (leaf.batch_size, *leaf.shape) if is_factored(leaf) else jnp.shape(leaf)

@@ -58,16 +58,18 @@ class Block(nn.Module):
     """Attention and a dense net, normalised first."""
 
     causal: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        width = x.shape[-1]
-        normed = nn.LayerNorm()(x)
-        q, k, v = (nn.DenseGeneral((width // 64, 64))(normed) for _ in range(3))
+        width, norm = x.shape[-1], partial(nn.LayerNorm, dtype=self.dtype)
+        dense, general = partial(nn.Dense, dtype=self.dtype), partial(nn.DenseGeneral, dtype=self.dtype)
+        normed = norm()(x)
+        q, k, v = (general((width // 64, 64))(normed) for _ in range(3))
         mask = nn.make_causal_mask(jnp.ones(x.shape[0])) if self.causal else None
         mixed = nn.dot_product_attention(q, k, v, mask=mask)
-        x = x + nn.DenseGeneral(width, axis=(-2, -1))(mixed)
-        return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+        x = x + general(width, axis=(-2, -1))(mixed)
+        return x + dense(width)(nn.gelu(dense(4 * width)(norm()(x))))
 
 
 class ViT(nn.Module):
@@ -86,14 +88,19 @@ class GPT(nn.Module):
     """64 tokens of 4096 or more, width 256, 4 layers, the embedding tied to the last layer."""
 
     vocabulary: int = 4096
+    length: int = 64
+    width: int = 256
+    layers: int = 4
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens):
-        embed = nn.Embed(self.vocabulary, 256)
-        x = embed(tokens) + self.param("position", nn.initializers.normal(0.02), (64, 256))
-        for _ in range(4):
-            x = Block(causal=True)(x)
-        return embed.attend(nn.LayerNorm()(x))
+        embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
+        place = self.param("position", nn.initializers.normal(0.02), (self.length, self.width))
+        x = embed(tokens) + place.astype(self.dtype)
+        for _ in range(self.layers):
+            x = Block(causal=True, dtype=self.dtype)(x)
+        return embed.attend(nn.LayerNorm(dtype=self.dtype)(x))
 
 
 class LSTM(nn.Module):
@@ -131,6 +138,7 @@ MODELS = {
     "vit": (ViT(), (32, 32, 3)),
     "gpt": (GPT(), 4096),
     "gpt32k": (GPT(32_768), 32_768),
+    "gpt2": (GPT(50_257, 1_024, 768, 12, jnp.bfloat16), 50_257),
     "lstm": (LSTM(), (64, 32)),
 }
 
@@ -140,22 +148,26 @@ FIELDS = ("pinn-reverse", "pinn-forward", "siren")
 POINTS, RANK = 1024, 8
 
 
-def make(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
-    """``(loss_fn, params, batch)``: random weights, random data of the right shape."""
+def make(name: str, size: int, *, exact: bool = False) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """``(loss_fn, params, batch)``: random weights, random data of the right shape; all in float32 if ``exact``."""
     if name in FIELDS:
         return _field(name, size)
     if name == "lora":
         return _adapted(*make("gpt", size))
+    if name == "layers":
+        return _layers(size)
     model, shape = MODELS[name]
+    if exact and isinstance(model, GPT):
+        model = model.clone(dtype=jnp.float32)
     inputs, labels = jax.random.split(jax.random.key(0))
     if isinstance(shape, int):
-        tokens = jax.random.randint(inputs, (size, 65), 0, shape)
+        tokens = jax.random.randint(inputs, (size, model.length + 1), 0, shape)
         batch = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
     else:
         batch = {"x": jax.random.normal(inputs, (size, *shape)), "y": jax.random.randint(labels, (size,), 0, 10)}
 
     def loss_fn(params: Any, example: Any) -> Any:
-        logits = nn.log_softmax(model.apply(params, example["x"]))
+        logits = nn.log_softmax(model.apply(params, example["x"]).astype(jnp.float32))
         return -jnp.mean(jnp.take_along_axis(logits, example["y"][..., None], axis=-1))
 
     return loss_fn, jax.jit(model.init)(jax.random.key(1), batch["x"][0]), batch
@@ -179,6 +191,37 @@ def _field(name: str, size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
         return (derivative(u, 0)(*point) + u(*point) * u_x(*point) - 0.0032 * derivative(u_x, 1)(*point)) ** 2
 
     return loss_fn, params, points
+
+
+def _layers(size: int) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """A transformer of the GPT's sizes in plain JAX: all layers in one array, taken one by one in a loop of Python."""
+    layers, width, length, heads, words = 4, 256, 64, 4, 4096
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    keys = jax.random.split(jax.random.key(1), len(shapes) + 2)
+    params = {
+        name: jax.random.normal(key, (layers, *shape)) / shape[0] ** 0.5
+        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    params["embed"] = 0.02 * jax.random.normal(keys[-2], (words, width))
+    tokens = jax.random.randint(keys[-1], (size, length + 1), 0, words)
+
+    def normed(x: Any) -> Any:
+        return (x - jnp.mean(x, -1, keepdims=True)) * jax.lax.rsqrt(jnp.var(x, -1, keepdims=True) + 1e-6)
+
+    def loss_fn(params: Any, tokens: Any) -> Any:
+        x = params["embed"][tokens[:-1]]
+        for layer in range(layers):
+            own = {name: params[name][layer] for name in shapes}
+            parts = (normed(x) @ kernel for kernel in jnp.split(own["qkv"], 3, axis=1))
+            mixed = nn.dot_product_attention(
+                *(part.reshape(length, heads, -1) for part in parts), mask=nn.make_causal_mask(jnp.ones(length))
+            )
+            x = x + mixed.reshape(length, width) @ own["out"]
+            x = x + nn.gelu(normed(x) @ own["up"]) @ own["down"]
+        logits = nn.log_softmax(normed(x) @ params["embed"].T)
+        return -jnp.mean(jnp.take_along_axis(logits, tokens[1:, None], axis=-1))
+
+    return loss_fn, params, tokens
 
 
 def _adapted(loss_fn: Any, frozen: Any, batch: Any) -> tuple[Callable[[Any, Any], Any], Any, Any]:

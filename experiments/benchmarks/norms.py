@@ -74,7 +74,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODELS = ("mlp", "cnn", "resnet", "vit", "gpt", "gpt32k", "lora", "lstm", "pinn-reverse", "pinn-forward", "siren")
+MODELS = ("mlp", "cnn", "resnet", "vit", "gpt", "layers", "gpt32k", "lora", "lstm", "pinn-reverse", "pinn-forward",
+          "siren")  # fmt: skip
 TORCH_MODELS = MODELS[:5]
 CONVOLVED = ("cnn", "resnet")
 SLICES = (8, 16, 32)
@@ -187,7 +188,7 @@ def floor(name: str, size: int) -> float:
     from norm_models import make
 
     import isgd_jax as isgd
-    from isgd_jax.gradients.lazy import is_factored
+    from isgd_jax.gradients.leaf import is_factored
 
     loss_fn, params, batch = make(name, size)
     grads = jax.eval_shape(isgd.per_example_grads(loss_fn, joint=False), params, batch)

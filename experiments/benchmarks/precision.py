@@ -6,6 +6,7 @@ a loss is computed so whoever asks for it; what is chosen here is how norms and 
 Claims     At the program's own precision norms are as exact as those of `vmap(grad)`; they cost an ordinary gradient.
 Command    python experiments/benchmarks/precision.py [--models vit gpt] [--batch 128] [--processes 3]
            [--ways scorer "norms, default"]
+           python experiments/benchmarks/precision.py --models gpt2 --batch 16    of the size of GPT-2's smallest
 Time       a minute or two a model on an accelerator, most of it to compile; a CPU has one precision, and no choice
 Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the largest of 128 norms and the update's in L2,
            against gradients in full float32. Contracted at the highest precision norms and update came out with the
@@ -45,6 +46,17 @@ Result     An NVIDIA H100, JAX 0.11.2, batch 128, one process. Errors, the large
            updates). By their kernels, whose time a profile adds up, the ViT's norms are 1.11 and update and norms
            1.35 ordinary gradients, in 560 and 681 kernels for 438; the GPT's 1.06 and 1.32, in 457 and 564 for 360. A
            CPU has 0.5 to 1.1 for norms: the card waits for memory and for kernels to start rather than for products.
+
+           A GPT of GPT-2's smallest size, 1,024 tokens, batch 8, one process, an ordinary gradient of 36.9 ms:
+
+                                         norms   update and norms
+             ours                        1.08    1.35
+             table formed once for both          1.20
+             vmap(grad)                  1.00    1.10
+
+           `vmap(grad)` writes each product in bfloat16, as the model has it; ours wrote float32 then, 4 GB more to read
+           for each use. It is bfloat16 now too, which has not been timed. The scorer took 1.43 in slices of one, in a
+           seventh of the memory; it takes as many at once as twice the device's memory bounds now.
 """
 
 from __future__ import annotations
@@ -60,6 +72,7 @@ from typing import Any
 from norms import json_of
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt")
+LARGE = ("gpt2",)
 PRECISIONS = ("default", "highest")
 CALLS, ROUNDS = 10, 9
 """Calls that are dispatched one behind the other, and how often each way is timed."""
@@ -92,16 +105,31 @@ def measure(name: str, size: int, only: Sequence[str] | None) -> dict[str, Any]:
         return lambda params, batch: isgd.norms(isgd.per_example_grads(loss_fn)(params, batch), precision=precision)
 
     def stacked(params, batch):
-        return isgd.norms(isgd.stacked_per_example_grads(loss_fn)(params, batch))
+        grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        return jnp.sqrt(sum(jnp.sum(jnp.square(x), range(1, x.ndim)) for x in jax.tree.leaves(grads))), grads
 
-    ways = {"ordinary": jax.grad(mean_loss), "vmap(grad)": stacked, "scorer": isgd.scorers.grad_norm(loss_fn)}
+    def stacked_norms(params, batch):
+        return stacked(params, batch)[0]
+
+    def stacked_both(params, batch):
+        found, grads = stacked(params, batch)
+        return found, jax.tree.map(lambda x: jnp.mean(weights.reshape(-1, *[1] * (x.ndim - 1)) * x, 0), grads)
+
+    ways = {"ordinary": jax.grad(mean_loss), "vmap(grad), norms": stacked_norms}
+    ways |= {"vmap(grad), update and norms": stacked_both, "scorer": isgd.scorers.grad_norm(loss_fn)}
     for precision in PRECISIONS:
         ways[f"norms, {precision}"] = norms(precision)
         ways[f"update and norms, {precision}"] = both(precision)
     ways = {label: way for label, way in ways.items() if not only or label in ("ordinary", *only)}
     with jax.default_matmul_precision("highest"):
-        true_norms = np.asarray(jax.jit(stacked)(params, batch))
-        true_mean = jax.device_get(jax.jit(ways["ordinary"])(params, batch))
+        in_float32 = make(name, size, exact=True)[0]
+        one = jax.jit(lambda params, example: jax.grad(in_float32)(params, example))
+        true_norms, true_mean = np.zeros(size), jax.tree.map(lambda x: np.zeros(x.shape), params)
+        for place, weight in enumerate(np.asarray(weights)):  # one by one, which needs the least memory
+            grad = jax.device_get(one(params, jax.tree.map(lambda x, place=place: x[place], batch)))
+            leaves = jax.tree.leaves(grad)
+            true_norms[place] = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
+            true_mean = jax.tree.map(lambda a, g, weight=weight: a + weight / size * g, true_mean, grad)
     programs = {label: jax.jit(way).lower(params, batch).compile() for label, way in ways.items()}
     seconds: dict[str, list[float]] = {label: [] for label in programs}
     for label, program in programs.items():
@@ -112,7 +140,7 @@ def measure(name: str, size: int, only: Sequence[str] | None) -> dict[str, Any]:
     base, rows = statistics.median(seconds["ordinary"][1:]), {}
     for label, program in programs.items():
         found = jax.device_get(program(params, batch))
-        row = {"seconds": statistics.median(seconds[label][1:])}
+        row = {"seconds": statistics.median(seconds[label][1:]), "memory": memory(program)}
         row["ratio"] = row["seconds"] / base
         has_norms, has_mean = label != "ordinary", label == "ordinary" or "update" in label
         found_norms, found_mean = found if has_norms and has_mean else (found, found)
@@ -128,6 +156,12 @@ def measure(name: str, size: int, only: Sequence[str] | None) -> dict[str, Any]:
     return {"model": name, "batch": size, "device": jax.devices()[0].device_kind, "ways": rows}
 
 
+def memory(program: Any) -> float:
+    """Bytes that a compiled program needs besides its arguments."""
+    known = program.memory_analysis()
+    return float(known.temp_size_in_bytes + known.output_size_in_bytes)
+
+
 def told(runs: list[dict[str, Any]]) -> str:
     """A table of one model."""
     first = runs[0]
@@ -140,18 +174,19 @@ def told(runs: list[dict[str, Any]]) -> str:
             f"{row[which]:.1e}" if which in row else " " * 7 for which in ("error of norms", "error of update")
         )
         spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(runs) > 1 else ""
-        lines.append(f"  {label:26} {statistics.median(ratios):5.2f}{spread}  {1e3 * row['seconds']:8.3f} ms  {errors}")
+        needs = f"{1e3 * row['seconds']:8.3f} ms  {row['memory'] / 2**30:6.2f} GiB"
+        lines.append(f"  {label:28} {statistics.median(ratios):5.2f}{spread}  {needs}  {errors}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """A table a model, each in processes of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=MODELS + LARGE, default=MODELS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--ways", nargs="+", help="only these, as the table names them; by default all")
-    parser.add_argument("--one", choices=MODELS, help="measure it in this process, as JSON")
+    parser.add_argument("--one", choices=MODELS + LARGE, help="measure it in this process, as JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.batch, args.ways)))

@@ -103,7 +103,7 @@ def grad_norm(
             ``importance_sampler(order=sketch)``, and an engine brings both to ``record``.
         select: only these parameters count (`under`, `normalisation`): cheaper, and less than the whole norm.
         microbatch_size: so many examples at a time; "auto": on a CPU as many as its cache favors, at most as many as
-            need some 512 MiB, on an accelerator 16 GiB; None: all at once.
+            fit a bound on what they need, see `in_microbatches`; None: all at once.
         precision: of the matrix products.
 
     Raises:
@@ -158,8 +158,8 @@ def preconditioned_norm(
 
     Args:
         loss_fn: ``(params, example) -> scalar``.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
-            16 GiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": as many as fit a bound on what they need, see
+            `in_microbatches`; None: all at once.
 
     Returns:
         A scorer whose parameters are the pair ``(params, scale)``, two trees of the same shapes; publish both
@@ -227,8 +227,8 @@ def validation_product(
     Args:
         loss_fn: ``(params, example) -> scalar``.
         negative: what becomes of scores below zero.
-        microbatch_size: so many examples at a time; "auto": as many as need some 512 MiB, on an accelerator
-            16 GiB; None: all at once.
+        microbatch_size: so many examples at a time; "auto": as many as fit a bound on what they need, see
+            `in_microbatches`; None: all at once.
 
     Raises:
         ValueError: an option is unknown; when called, the trees of the pair differ.
@@ -295,8 +295,8 @@ def token_norms(
     Args:
         losses_fn: ``(params, example) -> [t]``, the loss of each token.
         masks: a row [t] for each part, which weighs the losses of its tokens; None: a part for each token.
-        microbatch_size: so many pairs of example and mask at a time; "auto": as many as need some 512 MiB, on
-            an accelerator 16 GiB.
+        microbatch_size: so many pairs of example and mask at a time; "auto": as many as fit a bound on what
+            they need, see `in_microbatches`.
 
     Returns:
         ``(params, batch) -> [b, k]``; exact norms.

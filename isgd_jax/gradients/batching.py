@@ -3,8 +3,8 @@
 Guarantees:
 
 * the scores are those of the whole batch, to rounding, for any size;
-* "auto" depends on shapes and the kind of device alone, so it is the same in every run and process, and nothing is
-  compiled to find it;
+* "auto" depends on shapes and the kind of device alone, an accelerator's memory with it, so it is the same in every run
+  and process, and nothing is compiled to find it;
 * examples that lie on several devices stay there: each slice has as many of each device.
 """
 
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
-from isgd_jax.gradients.lazy import spec_of
+from isgd_jax.gradients.placement import spec_of
 
 __all__ = ["Scoring", "at_a_time", "check_microbatch_size", "in_microbatches"]
 
@@ -41,7 +41,8 @@ def in_microbatches(score: Scoring, size: int | Literal["auto"] | None) -> Scori
     Args:
         score: a pure function ``(params, batch) -> rows``, or with more arguments before the batch.
         size: so many at a time; "auto": as many as keep intermediate values within `costs.Machine.scored`,
-            512 MiB on a CPU and 16 GiB on an accelerator; None: all at once.
+            512 MiB on a CPU, on an accelerator twice its memory (of them a twelfth to a fifth is needed at once);
+            None: all at once.
 
     Returns:
         A function of the same arguments and results.

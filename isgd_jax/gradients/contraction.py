@@ -19,7 +19,7 @@ from jax import Array, lax
 from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
 from isgd_jax.gradients.jaxpr import Node, emit
 
-__all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged"]
+__all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged", "signature"]
 
 _names = itertools.count()
 
@@ -94,6 +94,7 @@ class Contraction:
         out: the axes of the result, in order; each is an axis of a factor, or of both.
         shape: of the value in the program. Its dimensions need not be runs of ``out``: see `dims`.
         dtype: of the value in the program.
+        is_rounded: whether the value, or one that it was made of, is rounded to bfloat16 in the program.
     """
 
     left: Side
@@ -101,6 +102,11 @@ class Contraction:
     out: tuple[Axis, ...]
     shape: tuple[int, ...]
     dtype: Any
+    is_rounded: bool = False
+
+    def cast(self, dtype: Any) -> Contraction:
+        """In another type of the program."""
+        return replace(self, dtype=dtype, is_rounded=self.is_rounded or dtype == jnp.bfloat16)
 
     @property
     def is_empty(self) -> bool:
@@ -159,25 +165,25 @@ class Contraction:
         return replace(self, out=tuple(axis for group in groups for axis in group), shape=shape)
 
     def changed(self, axis: Axis, size: int, function: Callable[[Array, int], Array]) -> Contraction | None:
-        """``function(array, place)`` along ``axis``, then ``size`` long; None if both factors have the axis.
+        """``function(array, place)`` along ``axis``, then ``size`` long; None if no factor has the axis.
 
         A slice, a reversal or a padding of the result is one of the factor that holds the axis, which is the smaller
-        array.
+        array, or of both that share it.
 
         Args:
-            axis: of one factor alone; a view that it belongs to is written out.
+            axis: of the result; a view that it belongs to is written out.
             size: of the axis afterwards.
             function: of the factor's array and the place of the axis in it; linear, and the same for all other axes.
         """
-        mine = [side for side in (self.left, self.right) if axis in side.axes]
-        if len(mine) != 1:
+        if axis not in (*self.left.axes, *self.right.axes):
             return None
         (new,) = axes_of([size])
 
         def change(side: Side) -> Side:
             if axis not in side.axes:
                 return side
-            side, place = side.unrolled(self.dtype), side.axes.index(axis)
+            side = side if axis in side.plain else side.unrolled(self.dtype)
+            place = side.axes.index(axis)
             return replace(side.mapped(lambda x: function(x, place)), axes=_swap(side.axes, axis, (new,)))
 
         return replace(self, left=change(self.left), right=change(self.right), out=_swap(self.out, axis, (new,)))
@@ -197,6 +203,17 @@ class Contraction:
             )
 
         return replace(self, left=split(self.left), right=split(self.right), out=_swap(self.out, axis, pair))
+
+
+def signature(term: Contraction) -> Any:
+    """Equal for contractions that differ in nothing but their values."""
+    names: dict[Axis, int] = {}
+    sides = [
+        (side.node.shape, str(side.node.dtype), side.view, tuple(names.setdefault(a, len(names)) for a in side.axes))
+        for side in (term.left, term.right)
+    ]
+    out = tuple(names.setdefault(a, len(names)) for a in term.out)
+    return *sides, out, term.shape, str(term.dtype), term.is_rounded
 
 
 @dataclass(frozen=True)
@@ -226,6 +243,8 @@ class Canonical:
     right: Node
     roles: tuple[tuple[int, str], ...]
     view: type[OneHot] | Window | None
+    is_rounded: bool
+    """Whether the program rounds the product to bfloat16."""
 
     def factor(self, left: Array) -> Factor:
         """The left factor, made of the left array of a whole batch."""
@@ -262,6 +281,7 @@ def canonical(term: Contraction) -> Canonical:
         _laid_out(right, [shared, over, yours]),
         tuple((a.size, roles.get(a, "i")) for a in term.out),
         left.view,
+        term.is_rounded,
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from isgd_jax.gradients.contraction import Axis, Contraction, Parts, Side, Whole, axes_of
+from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of, signature
 from isgd_jax.gradients.jaxpr import Constant, Node, Op, Program, Value, program, run, scan_sizes, sources
 
 __all__ = ["cut_cond", "cut_scan"]
@@ -173,7 +173,7 @@ def cut_cond(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
     for number, branch in enumerate(parts):
         for place, part in enumerate(branch):
             if isinstance(part, Contraction):
-                alike.setdefault((place, _signature(part)), {})[number] = part
+                alike.setdefault((place, signature(part)), {})[number] = part
 
     def merged(terms: dict[int, Contraction]) -> Contraction:
         first = next(iter(terms.values()))
@@ -182,13 +182,3 @@ def cut_cond(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | None:
         return replace(first, left=replace(first.left, node=left), right=replace(first.right, node=right))
 
     return [merged(terms) for terms in alike.values()]
-
-
-def _signature(term: Contraction) -> Any:
-    """Equal for contractions that differ in nothing but their values."""
-    names: dict[Axis, int] = {}
-    sides = [
-        (side.node.shape, str(side.node.dtype), side.view, tuple(names.setdefault(a, len(names)) for a in side.axes))
-        for side in (term.left, term.right)
-    ]
-    return *sides, tuple(names.setdefault(a, len(names)) for a in term.out), term.shape

@@ -8,6 +8,7 @@ how many, CPUs and accelerators differ in it. What is chosen is a matter of spee
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Machine(NamedTuple):
     """How often a Gram sum reads or writes its factors and pairs besides multiplying them, where that counts."""
     scored: int
     """Bytes that the intermediate values of examples scored at a time may come to, if none gave its place to another:
-    an upper bound, of which some fifth is needed at once."""
+    an upper bound, of which some fifth to a twelfth is needed at once."""
     written: int | None
     """Bytes of the results of contractions to be written where a batch is differentiated a few examples at a time;
     None: batches are differentiated whole."""
@@ -59,6 +60,9 @@ class Machine(NamedTuple):
     guards_each: bool
     """Whether each parameter's Gram sum is looked at by itself, which lets its factors go early; else all together: a
     condition makes an accelerator wait for its host."""
+    as_written: bool
+    """Whether each example's product is kept in the type that the program has it in: in bfloat16 half the traffic, and
+    the rounding of `vmap(grad)`; else in float32."""
 
 
 CPU = Machine(
@@ -72,6 +76,7 @@ CPU = Machine(
     written=16 << 20,
     one_layout=True,
     guards_each=True,
+    as_written=False,
 )
 """Measured on two cores."""
 
@@ -82,13 +87,15 @@ ACCELERATOR = Machine(
     near=30,
     far=30,
     passes=2.5,
-    scored=16 << 30,
+    scored=32 << 30,
     written=None,
     one_layout=False,
     guards_each=False,
+    as_written=True,
 )
-"""An H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave it idle, so there are none below 1 GiB: norms
-of 128 images of a ViT in three slices took 8.3 ms, norms and mean of all at once 4.7."""
+"""Of 16 GiB; of others see `machine`. As fast as an H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave
+it idle, so there are none below 1 GiB: norms of 128 images of a ViT in three slices took 8.3 ms, norms and mean of all
+at once 4.7."""
 
 SLICED = 1.2
 """How much slower a product is when it is made a few examples at a time."""
@@ -102,7 +109,20 @@ def machine() -> Machine:
     config: Any = jax.config  # its fields are known to the types of some versions, and not of others
     device = config.jax_default_device
     platform = getattr(device, "platform", device) or jax.default_backend()
-    return CPU if platform == "cpu" else ACCELERATOR
+    return CPU if platform == "cpu" else _accelerator(_memory(platform))
+
+
+@functools.cache
+def _memory(platform: str) -> int | None:
+    """Bytes that JAX may take of the first device's memory; None where it does not tell."""
+    return (jax.local_devices(backend=platform)[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _accelerator(memory: int | None) -> Machine:
+    if memory is None:
+        return ACCELERATOR
+    at_once = max(ACCELERATOR.cache, memory // 16)
+    return ACCELERATOR._replace(cache=at_once, part=at_once, windows=at_once, scored=2 * memory)
 
 
 class Shape(NamedTuple):
@@ -178,11 +198,11 @@ def prefers_formed(terms: Sequence[Shape]) -> bool:
     """Whether norms and a mean together are cheaper from products formed once than each in its own best way.
 
     Formed, the contraction is paid once and its result is read for both; apart, it is paid by the mean, and the norm
-    pays for its pairs. One-hot rows are never formed: the product is the whole table.
+    pays for its pairs. One-hot rows alone are never formed: the product is the whole table.
     """
     contractions, formed = sum(term.contraction for term in terms), terms[0].b * terms[0].product
     apart = min(gram(terms) if prefers_gram(terms) else product(terms), product(terms)) + contractions
-    return contractions + _traffic(2 * formed) * 1.5 < apart and all(term.factor != "OneHot" for term in terms)
+    return contractions + _traffic(2 * formed) * 1.5 < apart and any(term.factor != "OneHot" for term in terms)
 
 
 def prefers_batch_gram(terms: Sequence[Shape]) -> bool:

@@ -20,7 +20,7 @@ Source: ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -29,10 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from isgd_jax.gradients import control_flow
-from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of
-from isgd_jax.gradients.factors import OneHot, Window, wide
+from isgd_jax.gradients import control_flow, cut_products
+from isgd_jax.gradients.contraction import Contraction, Parts, Whole
+from isgd_jax.gradients.cut_products import BITS, is_coarse, outer_or_none
+from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Constant, Node, Op, Value, emit, is_zero
+from isgd_jax.gradients.layers import side_by_side
 
 __all__ = ["RULES", "Rule", "cut", "rule"]
 
@@ -43,7 +45,7 @@ RULES: dict[str, Rule] = {}
 
 _IN_INTEGERS = frozenset({
     "copy", "copy_p", "optimization_barrier", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose",
-    "pad", "slice", "split", "dot_general", "conv_general_dilated",
+    "pad", "slice", "split", "stack", "unstack", "concatenate", "dot_general", "conv_general_dilated",
 })  # fmt: skip
 """Rules that hold where numbers wrap: they only rearrange, or look after the sum themselves."""
 
@@ -77,16 +79,7 @@ def _is_linear(node: Value) -> bool:
     """Whether sums and products in the type of ``node`` are those of the real or complex numbers, to rounding."""
     if jnp.issubdtype(node.dtype, jnp.integer):
         return node.op is not None and node.op.name in _IN_INTEGERS
-    return not _is_coarse(node.dtype) and bool(jnp.issubdtype(node.dtype, jnp.inexact))
-
-
-def _is_coarse(dtype: Any) -> bool:
-    """Whether a type of floating point has fewer than 7 bits after the point: those of eight bits and fewer."""
-    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).nmant < _BITS
-
-
-_BITS = 7
-"""Of bfloat16, after the point."""
+    return not is_coarse(node.dtype) and bool(jnp.issubdtype(node.dtype, jnp.inexact))
 
 
 def _each(node: Value, op: Op, change: Callable[[Contraction], Contraction | Parts | None]) -> Parts | None:
@@ -112,9 +105,49 @@ def _applied(node: Value, op: Op, value: Node) -> Node:
 
 @rule("add", "add_any")
 def _add(node: Value, op: Op) -> Parts | None:
-    parts = [part for x in op.inputs for part in cut(x)]
+    thin = [x for x in _summands(node) if _thin_slice(x)]
+    if len(thin) < 2:
+        return _unless_whole([part for x in op.inputs for part in cut(x)])
+    others = [part for x in _summands(node) if x not in thin for part in cut(x)]
+    return _unless_whole([*_layers(thin, node.shape), *others])
+
+
+def _unless_whole(parts: Parts) -> Parts | None:
+    """A sum of parts; None where it is better computed as it stands."""
     whole = [part for part in parts if isinstance(part, Whole)]
     return None if len(whole) == len(parts) > 1 else parts
+
+
+def _layers(thin: Sequence[Node], shape: tuple[int, ...]) -> Parts:
+    """The parts of a sum of slices, each padded to an array of this shape."""
+    axes, slices = set(), []
+    for axis, place, slice_ in filter(None, map(_thin_slice, thin)):
+        axes.add(axis)
+        slices.append((place, cut(slice_)))
+    found = side_by_side(slices, axes.pop(), shape) if len(axes) == 1 else None
+    return [Whole(x, "pad") for x in thin] if found is None else found
+
+
+def _summands(node: Node) -> Iterator[Node]:
+    """What a sum of sums adds."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node.op is not None and node.op.name in ("add", "add_any"):
+            waiting += reversed(node.op.inputs)
+        else:
+            yield node
+
+
+def _thin_slice(node: Node) -> tuple[int, int, Node] | None:
+    """The axis that a slice of thickness one is padded along, its place, and the slice; None if a value is not that."""
+    if node.op is None or node.op.name != "pad" or not is_zero(node.op.inputs[1]):
+        return None
+    padded = [(axis, around) for axis, around in enumerate(node.op.params["padding_config"]) if any(around)]
+    if len(padded) != 1 or node.op.inputs[0].shape[padded[0][0]] != 1:
+        return None
+    axis, (low, high, _) = padded[0]
+    return (axis, int(low), node.op.inputs[0]) if low >= 0 <= high else None
 
 
 @rule("sub")
@@ -141,15 +174,15 @@ def _cast(node: Value, op: Op) -> Parts | None:
 
     def cast(term: Contraction) -> Parts:
         if jnp.issubdtype(node.dtype, jnp.complexfloating):
-            return [replace(term, dtype=node.dtype)]
-        return [replace(part, dtype=node.dtype) for part in term.real()]
+            return [term.cast(node.dtype)]
+        return [part.cast(node.dtype) for part in term.real()]
 
-    return None if _is_coarse(op.inputs[0].dtype) else _each(node, op, cast)
+    return None if is_coarse(op.inputs[0].dtype) else _each(node, op, cast)
 
 
 @rule("reduce_precision")
 def _reduce_precision(node: Value, op: Op) -> Parts | None:
-    if op.params["mantissa_bits"] < _BITS or op.params["exponent_bits"] < jnp.finfo(jnp.float16).nexp:
+    if op.params["mantissa_bits"] < BITS or op.params["exponent_bits"] < jnp.finfo(jnp.float16).nexp:
         return None
     return _each(node, op, lambda term: term)
 
@@ -241,19 +274,9 @@ def _reduce_sum(node: Value, op: Op) -> Parts | None:
 def _regrouped(node: Value, op: Op, change: Callable[[list[Any]], list[Any]]) -> Parts | None:
     def regroup(term: Contraction) -> Contraction | None:
         split = term.dims()
-        return None if split is None else _outer_or_none(split[0].rearranged(change(split[1])))
+        return None if split is None else outer_or_none(split[0].rearranged(change(split[1])))
 
     return _each(node, op, regroup)
-
-
-def _outer_or_none(term: Contraction) -> Contraction | None:
-    """None where the product is no larger than a factor, so that nothing is won by keeping it lazy."""
-    left, right = (any(a not in other.axes for a in term.out if a in side.axes) for side, other in _pairs(term))
-    return term if left and right else None
-
-
-def _pairs(term: Contraction) -> list[tuple[Side, Side]]:
-    return [(term.left, term.right), (term.right, term.left)]
 
 
 @rule("pad")
@@ -295,143 +318,85 @@ def _sliced(start: int, limit: int, stride: int) -> Any:
     return lambda x, place: lax.slice_in_dim(x, start, limit, stride, axis=place)
 
 
-def _along(node: Value, op: Op, change: Callable[[int, int], Any]) -> Parts | None:
-    """An operation on dimensions one by one: ``change(place, size)`` is what is done to each, or None."""
+@rule("unstack")
+def _unstack(node: Value, op: Op) -> Parts | None:
+    """The gradient of arrays that were stacked."""
+    axis, shape = op.params["axis"], list(op.inputs[0].shape)
+    shape[axis] = 1
+    layer = _sliced(node.index, node.index + 1, 1)
 
     def apply(term: Contraction) -> Contraction | None:
-        split = term.dims()
-        if split is None:
-            return None
-        term, groups = split
-        for place, group in enumerate(groups):
-            function = change(place, term.shape[place])
-            if function is None:
-                continue
-            axes = [a for a in group if a.size > 1] or list(group[:1])
-            changed = term.changed(axes[0], node.shape[place], function) if len(axes) == 1 else None
-            if changed is None:
-                return None
-            term = changed
-        return term.reshaped(node.shape)
+        changed = _changed(term, shape, lambda place, _: layer if place == axis else None)
+        return None if changed is None else outer_or_none(changed.reshaped(node.shape))
 
     return _each(node, op, apply)
 
 
-@rule("dot_general")
-def _dot_general(node: Value, op: Op) -> Parts | None:
-    left, right = op.inputs
-    (left_over, right_over), (left_batch, right_batch) = op.params["dimension_numbers"]
-    left_axes, right_axes = axes_of(left.shape), list(axes_of(right.shape))
-    for mine, yours in zip((*left_over, *left_batch), (*right_over, *right_batch), strict=True):
-        right_axes[yours] = left_axes[mine]
-    shared = [left_axes[place] for place in left_batch]
-    free = [a for a in left_axes if a not in right_axes] + [a for a in right_axes if a not in left_axes]
-    if not _cannot_wrap(left, right, node, math.prod(left.shape[place] for place in left_over)):
+@rule("stack")
+def _stack(node: Value, op: Op) -> Parts | None:
+    """The gradient of an array that was taken apart into layers."""
+    return side_by_side([(place, cut(x)) for place, x in enumerate(op.inputs)], op.params["axis"], node.shape)
+
+
+@rule("concatenate")
+def _concatenate(node: Value, op: Op) -> Parts | None:
+    """The gradient of an array that was split: of each piece, padding with zeros; one thick they are layers."""
+    along = op.params["dimension"]
+    if all(x.shape[along] == 1 for x in op.inputs):
+        return side_by_side([(place, cut(x)) for place, x in enumerate(op.inputs)], along, node.shape)
+    parts: Parts = []
+    stop = 0
+    for x in op.inputs:
+        start, stop = stop, stop + x.shape[along]
+        padded = _padded_part(node, along, start, node.shape[along] - stop)
+        for part in map(padded, cut(x)):
+            if part is None:
+                return None
+            parts.append(part)
+    return _unless_whole(parts)
+
+
+def _padded_part(node: Value, along: int, low: int, high: int) -> Callable[[Contraction | Whole], Any]:
+    """A part of a piece of ``node`` as one of ``node``."""
+    pad = _padded(low, high, 0)
+
+    def padded(part: Contraction | Whole) -> Contraction | Whole | None:
+        if isinstance(part, Whole):
+            return part if pad is None else Whole(emit("pad", lambda x: pad(x, along), part.value), part.because)
+        return _changed(part, node.shape, lambda place, _: pad if place == along else None)
+
+    return padded
+
+
+def _along(node: Value, op: Op, change: Callable[[int, int], Any]) -> Parts | None:
+    """An operation on dimensions one by one: ``change(place, size)`` is what is done to each, or None."""
+    return _each(node, op, lambda term: _changed(term, node.shape, change))
+
+
+def _changed(term: Contraction, shape: Sequence[int], change: Callable[[int, int], Any]) -> Contraction | None:
+    """A contraction after ``change(place, size)`` of its dimensions, then of this shape; None where that cannot be."""
+    split = term.dims()
+    if split is None:
         return None
-    sides = Side(_floating(left), left_axes), Side(_floating(right), tuple(right_axes))
-    return _one(Contraction(*sides, (*shared, *free), node.shape, node.dtype))
+    term, groups = split
+    for place, group in enumerate(groups):
+        function = change(place, term.shape[place])
+        if function is None:
+            continue
+        axes = [a for a in group if a.size > 1] or list(group[:1])
+        changed = term.changed(axes[0], shape[place], function) if len(axes) == 1 else None
+        if changed is None:
+            return None
+        term = changed
+    return term.reshaped(tuple(shape))
 
 
-def _cannot_wrap(left: Node, right: Node, node: Value, count: int) -> bool:
-    """Whether the sum of so many products fits the type of the result, whatever the numbers are."""
-    if not jnp.issubdtype(node.dtype, jnp.integer):
-        return True
-    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (left, right)):
-        return False  # of floating point, cut to integers
-    ends = [jnp.iinfo(x.dtype) for x in (left, right)]
-    products = [int(a) * int(b) for a in (ends[0].min, ends[0].max) for b in (ends[1].min, ends[1].max)]
-    room = jnp.iinfo(node.dtype)
-    return count * min(products) >= int(room.min) and count * max(products) <= int(room.max)
-
-
-def _floating(node: Node) -> Node:
-    """A factor as the rest of the library takes it: whole numbers and eight-bit ones as float32, which holds them."""
-    if jnp.issubdtype(node.dtype, jnp.inexact) and not _is_coarse(node.dtype):
-        return node
-    return emit("convert_element_type", lambda x: x.astype(jnp.float32), node)
-
-
-def _one(term: Contraction) -> Parts | None:
-    kept = _outer_or_none(term)
-    return None if kept is None else [kept]
-
-
-@rule("conv_general_dilated")
-def _convolution(node: Value, op: Op) -> Parts | None:
-    """A convolution contracts the windows of the left operand with the right one.
-
-    The kernel's gradient is one in which the *output's* places are the kernel's and the right operand's are the
-    positions, so the windows are small however large the image is.
-    """
-    params, (left, right) = op.params, op.inputs
-    count = math.prod(right.shape) // max(1, right.shape[params["dimension_numbers"].rhs_spec[0]])
-    if not _cannot_wrap(left, right, node, count):
-        return None
-    left, right = _floating(left), _floating(right)
-    numbers, groups, batch_groups = (
-        params["dimension_numbers"],
-        params["feature_group_count"],
-        params["batch_group_count"],
-    )
-    n, c, *spatial = (left.shape[place] for place in numbers.lhs_spec)
-    o, _, *positions = (right.shape[place] for place in numbers.rhs_spec)
-    kernel = [node.shape[place] for place in numbers.out_spec[2:]]
-    g = max(groups, batch_groups)
-    (group, rows, over, outs), at, inside = (
-        axes_of([g, n // batch_groups, c // groups, o // g]),
-        axes_of(kernel),
-        axes_of(positions),
-    )
-    sizes = (batch_groups, rows.size, groups, over.size, *spatial)
-
-    def image(x: Any) -> Any:
-        x = lax.transpose(x, numbers.lhs_spec).reshape(sizes)
-        return x[:, :, 0] if groups == 1 else x[0].swapaxes(0, 1) if batch_groups == 1 else x
-
-    window = Window(
-        tuple(kernel),
-        tuple(positions),
-        tuple(params["window_strides"]),
-        tuple(params["rhs_dilation"]),
-        tuple((lo, hi, d - 1) for (lo, hi), d in zip(params["padding"], params["lhs_dilation"], strict=True)),
-    )
-    windows = Side(emit("image", image, left), (group, rows, over, *at, *inside), window)
-    slopes = emit(
-        "slopes", lambda x: lax.transpose(x, numbers.rhs_spec).reshape(g, outs.size, over.size, *positions), right
-    )
-    term = Contraction(windows, Side(slopes, (group, outs, over, *inside)), (rows, group, outs, *at), (), node.dtype)
-    dims = dict(zip(numbers.out_spec, [(rows,), (group, outs), *((a,) for a in at)], strict=True))
-    return _one(term.rearranged([dims[place] for place in range(len(dims))]))
+RULES |= {"dot_general": cut_products.dot_general, "conv_general_dilated": cut_products.convolution}
 
 
 @rule("scatter-add")
 def _scatter_add(node: Value, op: Op) -> Parts | None:
-    """The gradient of rows taken by index: one-hot rows times what flowed back to them."""
-    numbers, (operand, indices, updates) = op.params["dimension_numbers"], op.inputs
-    rows = numbers.inserted_window_dims
-    if len(rows) != 1 or rows != numbers.scatter_dims_to_operand_dims or numbers.operand_batching_dims:
-        return None
-    if indices.shape[-1] != 1 or len(node.shape) == 1:
-        return None
-    (row,), window = rows, numbers.update_window_dims
-    axes, (classes,) = axes_of(updates.shape), axes_of([node.shape[row]])
-    if [axes[place].size for place in window] != [size for place, size in enumerate(node.shape) if place != row]:
-        return None
-    over = tuple(a for place, a in enumerate(axes) if place not in window)
-    dims = [(axes[place],) for place in window]
-    dims.insert(row, (classes,))
-    updates = _floating(updates)
-    places = emit("rows", lambda x: _rows(x[..., 0], classes.size, "CLIP" in str(op.params["mode"])), indices)
-    term = Contraction(Side(places, (*over, classes), OneHot), Side(updates, axes), (), (), node.dtype)
-    return [*cut(operand), term.rearranged(dims)]
-
-
-def _rows(indices: Any, size: int, clip: bool) -> Any:
-    """Indices as `OneHot` has them: whatever is out of range is ``size`` and matches nothing."""
-    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # ``size`` must fit
-    if clip:
-        return jnp.clip(indices, 0, size - 1).astype(jnp.int32)
-    return jnp.where((indices < 0) | (indices >= size), size, indices).astype(jnp.int32)
+    return cut_products.scatter_add(node, op, cut)
 
 
 @rule("scan")

@@ -180,8 +180,8 @@ def conjugate(factor: Factor) -> Factor:
     return jnp.conj(factor)
 
 
-def products(left: Factor, right: Array, precision: Any) -> Array:
-    """``Σ_t left · right`` for each example: the contraction done, [b, k, i, o].
+def products(left: Factor, right: Array, precision: Any, *, is_rounded: bool = False) -> Array:
+    """``Σ_t left · right`` for each example: the contraction done, [b, k, i, o] in float32 or wider.
 
     b·k·t·i·o multiplications, and an array as large as b parameters; of a `OneHot` b·k·t·o additions.
 
@@ -189,6 +189,8 @@ def products(left: Factor, right: Array, precision: Any) -> Array:
         left: a factor [b, k, t, i].
         right: [b, k, t, o].
         precision: of the matrix products.
+        is_rounded: whether the program rounds them to bfloat16. Ours are then too, if that is faster and both factors
+            are bfloat16: XLA reads them as float32 without writing them again.
     """
     if isinstance(left, OneHot):
         return jax.vmap(lambda rows, values: _collected(rows, values, left.size))(left.indices, right)
@@ -198,6 +200,8 @@ def products(left: Factor, right: Array, precision: Any) -> Array:
             return _each_convolved(left, right, precision)
         each = [einsum("bkti,bkto->bkio", x, right, precision=precision) for x in pieces(left)]
         return jnp.concatenate(each, axis=2)
+    if is_rounded and costs.machine().as_written and left.dtype == right.dtype == jnp.bfloat16:
+        return jnp.einsum("bkti,bkto->bkio", left, right, precision=precision).astype(jnp.float32)
     return einsum("bkti,bkto->bkio", left, right, precision=precision)
 
 

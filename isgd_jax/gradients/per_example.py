@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from isgd_jax.gradients.jaxpr import made_varying
-from isgd_jax.gradients.lazy import Grads
+from isgd_jax.gradients.leaf import Grads
 from isgd_jax.gradients.plan import make_plan
 from isgd_jax.types import Batch, Params
 

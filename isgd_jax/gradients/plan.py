@@ -17,7 +17,8 @@ from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canoni
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
-from isgd_jax.gradients.lazy import Factored, formed_if_cheaper, lies_on_a_mesh, spec_of
+from isgd_jax.gradients.leaf import Factored, formed_if_cheaper
+from isgd_jax.gradients.placement import lies_on_a_mesh, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
 __all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]
@@ -57,7 +58,9 @@ class LeafPlan:
         Returns:
             A `Factored`, or a plain stacked array [b, *shape] where nothing is left to contract.
         """
-        terms = stacked_terms([Outer(term.factor(next(each)), next(each), term.roles) for term in self.terms])
+        terms = stacked_terms(
+            [Outer(term.factor(next(each)), next(each), term.roles, term.is_rounded) for term in self.terms]
+        )
         formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
         if formed is not None and shared is None and not terms:
             return formed

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.gradients.lazy import Factored, how_squared
+from isgd_jax.gradients.leaf import Factored, how_squared
 from isgd_jax.gradients.plan import LeafPlan, make_plan
 
 __all__ = ["LeafReport", "Report", "explain"]

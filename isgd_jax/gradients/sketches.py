@@ -23,6 +23,7 @@ from jax import Array
 from jaxtyping import Float
 
 from isgd_jax.gradients import lazy
+from isgd_jax.gradients.leaf import is_factored
 from isgd_jax.gradients.per_example import per_example_grads
 from isgd_jax.gradients.squares import over, sum_squares
 from isgd_jax.gradients.terms import unfold
@@ -52,7 +53,7 @@ class LayerSketch:
 
     def of_grads(self, grads: Params) -> Float[Array, "m dims"]:
         """The sketches of per-example gradients, lazy or stacked."""
-        leaf = jax.tree.leaves(grads, is_leaf=lazy.is_factored)[self.place]
+        leaf = jax.tree.leaves(grads, is_leaf=is_factored)[self.place]
         if self.axes is None or _is_plain(leaf):
             return of_gradient(self.key, leaf, dims=self.width)
         formed = lazy.stack(leaf)  # its product was formed already: the same projections of its axes
@@ -208,7 +209,7 @@ def nearest_to_loss(loss_fn: Callable[..., Any], params: Params, *args: Any) -> 
 
 
 def _is_plain(leaf: Any) -> bool:
-    one = lazy.is_factored(leaf) and leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1
+    one = is_factored(leaf) and leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1
     if not one or not isinstance(leaf.terms[0].left, jax.Array | jax.ShapeDtypeStruct):
         return False
     return not any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (leaf.terms[0].left, leaf.terms[0].right))

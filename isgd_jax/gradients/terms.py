@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -59,9 +59,11 @@ class Outer:
     left: Factor
     right: Any
     axes: Axes
+    is_rounded: bool = False
+    """Whether the program rounds the product to bfloat16, so that ours may be, see `costs.Machine.as_written`."""
 
 
-jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fields=["axes"])
+jax.tree_util.register_dataclass(Outer, data_fields=["left", "right"], meta_fields=["axes", "is_rounded"])
 
 
 def shape(term: Outer) -> costs.Shape:
@@ -237,6 +239,7 @@ def _layout(term: Outer) -> Any:
     arrays = [*jax.tree.leaves(term.left), term.right]
     return (
         term.axes,
+        term.is_rounded,
         jax.tree.structure(term.left),
         tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:]) for x in arrays),
     )
@@ -246,7 +249,7 @@ def _one_below_another(terms: Sequence[Outer]) -> Outer:
     if len(terms) == 1:
         return terms[0]
     left = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *(term.left for term in terms))
-    return Outer(left, jnp.concatenate([term.right for term in terms], axis=2), terms[0].axes)
+    return replace(terms[0], left=left, right=jnp.concatenate([term.right for term in terms], axis=2))
 
 
 def _sum_last(array: Array) -> Array:

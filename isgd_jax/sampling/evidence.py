@@ -18,7 +18,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
-from isgd_jax.gradients import lazy
+from isgd_jax.gradients import lazy, placement
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import calibration, fractions, groups, samplers, score_table
@@ -245,7 +245,7 @@ def monitored(
     def measured() -> tuple[Array, Array]:
         if halves is not None:
             return _of_halves(*halves, weights.shape[0])
-        if axis_name is None and lazy.split_axis(grads) is None:
+        if axis_name is None and placement.split_axis(grads) is None:
             return lazy.halves(grads, weights)
         return _halves(grads, weights, axis_name)  # an axis that lies on several devices is not to be cut
 

@@ -4,7 +4,7 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from isgd_jax.gradients.lazy import spec_of
+from isgd_jax.gradients.placement import spec_of
 
 __all__ = ["replicated"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracle import check
 
-from isgd_jax.gradients.lazy import Factored, is_factored
+from isgd_jax.gradients.leaf import Factored, is_factored
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from flax import nnx
 from oracle import check
 
 import isgd_jax as isgd
-from isgd_jax.gradients.lazy import is_factored
+from isgd_jax.gradients.leaf import is_factored
 
 
 class Net(nnx.Module):

@@ -9,7 +9,7 @@ from jax import lax
 from oracle import check
 
 import isgd_jax as isgd
-from isgd_jax.gradients.lazy import is_factored
+from isgd_jax.gradients.leaf import is_factored
 
 slow = pytest.mark.slow
 KEY = jax.random.key(1)
@@ -54,6 +54,37 @@ def sliced(w, x):
 
 def concatenated(w, x):
     return jnp.sum(jnp.sin(x @ jnp.concatenate([w["a"], w["b"]], axis=1)))
+
+
+def layer_by_layer(w, x):
+    for layer in range(3):
+        x = jnp.tanh(x @ w[layer])
+    return jnp.sum(x)
+
+
+def taken_apart(w, x):
+    for layer in jnp.unstack(w, axis=1):
+        x = jnp.tanh(x @ layer)
+    return jnp.sum(x)
+
+
+def most_layers_twice(w, x):
+    for layer in (0, 2, 0, 2):
+        x = jnp.tanh(x @ w[layer])
+    return jnp.sum(x)
+
+
+def stacked_and_scanned(w, x):
+    return jnp.sum(lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, jnp.stack(w))[0])
+
+
+def split_in_three(w, x):
+    queries, keys, values = (x @ kernel for kernel in jnp.split(w, 3, axis=1))
+    return jnp.sum(jax.nn.softmax(queries @ keys.T) @ values)
+
+
+def one_layer_of_many(w, x):
+    return jnp.sum(jnp.tanh(x @ w[1]))
 
 
 def gathered(w, x):
@@ -116,6 +147,11 @@ FACTORED = [
     pytest.param(switching, normal(4, 4), normal(5, 6, 4), id="switch", marks=slow),
     pytest.param(sliced, W, X, id="slices"),
     pytest.param(concatenated, {"a": W, "b": W[:, :3]}, X, id="concatenated", marks=slow),
+    pytest.param(layer_by_layer, normal(3, 4, 4), X, id="layers by index"),
+    pytest.param(taken_apart, normal(4, 3, 4), X, id="layers by unstack", marks=slow),
+    pytest.param(most_layers_twice, normal(3, 4, 4), X, id="layers by index, some twice", marks=slow),
+    pytest.param(stacked_and_scanned, [normal(4, 4), normal(4, 4) / 2], X, id="layers stacked", marks=slow),
+    pytest.param(split_in_three, normal(4, 15), X, id="split"),
     pytest.param(low_rank, {"w": W, "a": normal(4, 2), "b": normal(2, 5)}, X, id="low-rank update", marks=slow),
     pytest.param(recurrent, W, X, id="fori_loop"),
     pytest.param(checkpointed, W, X, id="checkpoint"),
@@ -128,6 +164,7 @@ FACTORED = [
 FORMED = [
     pytest.param(masked, W, X, id="masked", marks=slow),
     pytest.param(by_hand, W, X, id="by hand", marks=slow),
+    pytest.param(one_layer_of_many, normal(3, 4, 4), X, id="one layer of many", marks=slow),
     pytest.param(gathered, normal(6, 4, 5), {"x": normal(3, 4), "i": jnp.array([1, 0, 5])}, id="chosen by index"),
     pytest.param(
         lambda w, i: jnp.sum(jnp.sin(w[i])), normal(9), jnp.array([[1, 1, 2]]), id="scalars by index", marks=slow

@@ -8,8 +8,8 @@ import pytest
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
-from isgd_jax.gradients import costs, lazy, squares
-from isgd_jax.gradients.lazy import Factored
+from isgd_jax.gradients import costs, squares
+from isgd_jax.gradients.leaf import Factored, how_squared
 from isgd_jax.gradients.terms import Outer
 
 
@@ -45,7 +45,7 @@ def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     monkeypatch.setattr(costs, "machine", lambda: costs.CPU)  # others form these products
     left, right = cancelling(key)
     leaf = outer(left, right)
-    assert lazy.how_squared(leaf) == "Gram"
+    assert how_squared(leaf) == "Gram"
     expected = formed_norms(left, right)
     np.testing.assert_allclose(norms_of(leaf), expected, rtol=2e-5)
     monkeypatch.setattr(squares, "_RISK", 0.0)  # without the guard the trap is real

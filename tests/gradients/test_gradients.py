@@ -11,7 +11,7 @@ from oracle import check
 from problems import images, mlp, mlp_loss
 
 import isgd_jax as isgd
-from isgd_jax.gradients.lazy import Factored
+from isgd_jax.gradients.leaf import Factored
 
 
 def linear_loss(params, example):

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import jet
 
 import isgd_jax as isgd
-from isgd_jax.gradients.lazy import is_factored
+from isgd_jax.gradients.leaf import is_factored
 
 B, WIDTHS = 4, (2, 8, 8, 1)
 

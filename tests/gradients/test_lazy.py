@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import isgd_jax as isgd
-from isgd_jax.gradients.lazy import Factored
+from isgd_jax.gradients.leaf import Factored
 from isgd_jax.gradients.terms import Outer
 
 

@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 import isgd_jax as isgd
 from isgd_jax.gradients.cuts import RULES
-from isgd_jax.gradients.lazy import is_factored
+from isgd_jax.gradients.leaf import is_factored
 from isgd_jax.gradients.squares import has_cancelled
 from isgd_jax.gradients.terms import gram_squares
 
@@ -46,6 +46,28 @@ def in_a_carry(x, y):
 
 def layer_by_layer(x, y):
     return lax.scan(lambda _, rows: (None, dot(*rows)), None, (jnp.stack([x, 2 * x]), jnp.stack([y, y])))[1]
+
+
+def at_slices(x, y):
+    """The gradient of an array whose slices are taken by index: sums of slices that are padded with zeros."""
+    layers = [dot(x, y), dot(x[::-1], y), dot(2 * x, y)]
+    return jax.vjp(lambda w: [w[:, 2], w[:, 0], w[:, 2]], jnp.zeros((I, 3, O), x.dtype))[1](layers)[0]
+
+
+def taken_apart(x, y):
+    return jax.vjp(lambda w: [*jnp.unstack(w, axis=1)], jnp.zeros((I, 2, O), x.dtype))[1]([dot(x, y), dot(x[::-1], y)])[
+        0
+    ]
+
+
+def stacked(x, y):
+    zeros = jnp.zeros((I, O), x.dtype)
+    return jax.vjp(lambda a, b: jnp.stack([a, b], 0), zeros, zeros)[1](layer_by_layer(x, y))[1]
+
+
+def of_split(x, y):
+    pieces = [dot(x, y[:, :2]), dot(x[::-1], y[:, 2:])]
+    return jax.vjp(lambda w: lax.split(w, (2, O - 2), axis=1), jnp.zeros((I, O), x.dtype))[1](pieces)[0]
 
 
 def rows_by_index(x, y):
@@ -88,6 +110,11 @@ REAL = {
     "pad": lambda x, y: lax.pad(dot(x, y), np.zeros((), x.dtype), ((1, 2, 0), (0, 1, 2))),
     "slice": lambda x, y: lax.slice(dot(x, y), (1, 0), (I, O), (2, 1)),
     "split": lambda x, y: lax.split(dot(x, y), (2, 4), axis=1)[1],
+    "add_any, of slices": at_slices,
+    "stack": taken_apart,
+    "unstack": stacked,
+    "concatenate": of_split,
+    "concatenate, of layers": lambda x, y: lax.concatenate([dot(x, y)[:, None], dot(2 * x, y)[:, None]], 1),
     "copy": lambda x, y: jnp.copy(dot(x, y)),
     "optimization_barrier": lambda x, y: lax.optimization_barrier((dot(x, y), x))[0],
     "reduce_precision": lambda x, y: lax.reduce_precision(dot(x, y), 8, 7) if x.dtype == jnp.bfloat16 else dot(x, y),

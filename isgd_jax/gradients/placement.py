@@ -1,0 +1,95 @@
+"""Where gradients lie on a mesh of devices: what is split there, and results that stay so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map_leaves
+
+__all__ = ["as_parameters", "lies_on_a_mesh", "may_be_split", "placed", "spec_of", "split_axis", "stacked_split"]
+
+
+def spec_of(x: Any) -> PartitionSpec:
+    """How the axes of an array are split, as far as a mesh says so explicitly; on meshes left to the compiler, not."""
+    return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
+
+
+def lies_on_a_mesh(tree: Any) -> bool:
+    """Whether any array lies on a mesh of several devices, or is one device's part of such an array."""
+    return any(mesh.size > 1 for mesh in _meshes(tree))
+
+
+def may_be_split(tree: Any) -> bool:
+    """Whether any array lies on a mesh of several devices and is more than one device's part."""
+    axes = [
+        (mesh.shape[name], kind)
+        for mesh in _meshes(tree)
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    ]
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
+def _meshes(tree: Any) -> list[Any]:
+    """Those that arrays lie on; an empty one where JAX names none."""
+    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
+    return [sharding.mesh for sharding in shardings if sharding is not None]
+
+
+def split_axis(grads: Grads) -> Any:
+    """The mesh axis that the batch axis of the gradients is split along; None unless a mesh says so explicitly."""
+    arrays = jax.tree.leaves([replace(x, shared=None) if is_factored(x) else x for x in leaves_of(grads)])
+    return next((spec[0] for spec in map(spec_of, arrays) if spec and spec[0] is not None), None)
+
+
+def _is_split(grads: Grads) -> bool:
+    """Whether a mesh says explicitly that any axis of anything is split, of a batch or of parameters."""
+    specs = [leaf.spec for leaf in leaves_of(grads) if is_factored(leaf)]
+    specs += [spec_of(x) for x in jax.tree.leaves(grads)]
+    return any(name is not None for spec in specs for name in spec)
+
+
+def _batch_split(grads: Grads) -> PartitionSpec:
+    return PartitionSpec(split_axis(grads))
+
+
+def placed(function: Any = None, *, out: Any = _batch_split) -> Any:
+    """Where axes of a mesh are explicit, ``function(grads, ...)`` leaves placement to the compiler, as elsewhere.
+
+    What comes out is split as ``out(grads)`` says: by default along its batch axis alone.
+    """
+    if function is None:
+        return partial(placed, out=out)
+
+    @wraps(function)
+    def left_to_the_compiler(grads: Grads, *args: Any, **options: Any) -> Any:
+        if not _is_split(grads):
+            return function(grads, *args, **options)
+        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out(grads))(grads, *args)
+
+    return left_to_the_compiler
+
+
+def as_parameters(grads: Grads) -> Any:
+    """How each parameter is split: a mean stays so, with no more copies than the parameters have."""
+    return map_leaves(lambda leaf: leaf.spec if is_factored(leaf) else PartitionSpec(*spec_of(leaf)[1:]), grads)
+
+
+def stacked_split(grads: Grads) -> Any:
+    """The same, below the batch axis; no mesh axis can split two axes of one array."""
+    batch = split_axis(grads)
+    taken = set(batch) if isinstance(batch, tuple) else {batch}
+
+    def free(names: Any) -> Any:
+        left = tuple(name for name in (names if isinstance(names, tuple) else (names,)) if name not in taken)
+        return left if isinstance(names, tuple) and left else left[0] if left else None
+
+    return jax.tree.map(
+        lambda spec: PartitionSpec(batch, *(free(names) for names in spec)),
+        as_parameters(grads),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )

@@ -95,6 +95,7 @@ class Contraction:
         shape: of the value in the program. Its dimensions need not be runs of ``out``: see `dims`.
         dtype: of the value in the program.
         is_rounded: whether the value, or one that it was made of, is rounded to bfloat16 in the program.
+        origin: the product of the program that it began as.
     """
 
     left: Side
@@ -103,6 +104,7 @@ class Contraction:
     shape: tuple[int, ...]
     dtype: Any
     is_rounded: bool = False
+    origin: Node | None = None
 
     def cast(self, dtype: Any) -> Contraction:
         """In another type of the program."""

@@ -50,7 +50,7 @@ def dot_general(node: Value, op: Op) -> Parts | None:
     if not _cannot_wrap(left, right, node, math.prod(left.shape[place] for place in left_over)):
         return None
     sides = Side(_floating(left), left_axes), Side(_floating(right), tuple(right_axes))
-    return _one(Contraction(*sides, (*shared, *free), node.shape, node.dtype))
+    return _one(Contraction(*sides, (*shared, *free), node.shape, node.dtype, origin=node))
 
 
 def _cannot_wrap(left: Node, right: Node, node: Value, count: int) -> bool:
@@ -123,7 +123,9 @@ def convolution(node: Value, op: Op) -> Parts | None:
     slopes = emit(
         "slopes", lambda x: lax.transpose(x, numbers.rhs_spec).reshape(g, outs.size, over.size, *positions), right
     )
-    term = Contraction(windows, Side(slopes, (group, outs, over, *inside)), (rows, group, outs, *at), (), node.dtype)
+    term = Contraction(
+        windows, Side(slopes, (group, outs, over, *inside)), (rows, group, outs, *at), (), node.dtype, origin=node
+    )
     dims = dict(zip(numbers.out_spec, [(rows,), (group, outs), *((a,) for a in at)], strict=True))
     return _one(term.rearranged([dims[place] for place in range(len(dims))]))
 
@@ -151,7 +153,7 @@ def scatter_add(node: Value, op: Op, cut: Callable[[Node], Parts]) -> Parts | No
     dims.insert(row, (classes,))
     updates = _floating(updates)
     places = emit("rows", lambda x: _rows(x[..., 0], classes.size, "CLIP" in str(op.params["mode"])), indices)
-    term = Contraction(Side(places, (*over, classes), OneHot), Side(updates, axes), (), (), node.dtype)
+    term = Contraction(Side(places, (*over, classes), OneHot), Side(updates, axes), (), (), node.dtype, origin=node)
     return [*cut(operand), term.rearranged(dims)]
 
 

@@ -19,6 +19,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -64,15 +65,31 @@ def cut(node: Node) -> Parts:
     """The parts that sum to ``node``: contractions where it could be cut."""
     if isinstance(node, Constant):
         return [] if is_zero(node) else [Whole(node, "constant")]
+    if node.parts is None:
+        node.parts = _parts(node)
+    return list(node.parts)
+
+
+def _parts(node: Value) -> Parts:
     if math.prod(node.shape) == 0:
         return []
     if node.op is None:
         return [Whole(node, "input")]
     known = RULES.get(node.op.name) if _is_linear(node) else None
     parts = known(node, node.op) if known else None
-    if parts is None:
+    if parts is None or _too_many_ways(parts):
         return [Whole(node, node.op.name)]
     return [part for part in parts if isinstance(part, Whole) or not part.is_empty]
+
+
+_WAYS = 8
+"""Ways that one product may reach a gradient by, until it is formed, and added up as the program does."""
+
+
+def _too_many_ways(parts: Parts) -> bool:
+    """Whether a product is there again and again, as after ``w = w + w.T`` ten times: 2^10 terms of one."""
+    counts = collections.Counter(part.origin for part in parts if isinstance(part, Contraction))
+    return max(counts.values(), default=0) > _WAYS
 
 
 def _is_linear(node: Value) -> bool:
@@ -129,11 +146,12 @@ def _layers(thin: Sequence[Node], shape: tuple[int, ...]) -> Parts:
 
 
 def _summands(node: Node) -> Iterator[Node]:
-    """What a sum of sums adds."""
-    waiting = [node]
+    """What a sum of sums adds; a sum that is added twice is taken apart once."""
+    waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()
-        if node.op is not None and node.op.name in ("add", "add_any"):
+        if node.op is not None and node.op.name in ("add", "add_any") and node not in seen:
+            seen.add(node)
             waiting += reversed(node.op.inputs)
         else:
             yield node

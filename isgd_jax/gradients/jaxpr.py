@@ -51,6 +51,8 @@ class Value:
     index: int = 0
     emitted: dict[Any, Value] = field(default_factory=dict)
     """What `emit` has made of it."""
+    parts: Any = None
+    """What `cuts.cut` has found that it is the sum of: asked again wherever it is used again."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,12 +143,11 @@ def one_example(x: Any) -> jax.ShapeDtypeStruct:
     """The type of one row of a batch: by shape alone, for an axis that lies on several devices is not to be indexed."""
     known = jax.typeof(x)
     more: dict[str, Any] = {}
-    if varying_axes(x):  # inside `jax.shard_map`: a type that varies along axes of a mesh must name the mesh
-        mesh, spec = known.sharding.mesh, known.sharding.spec
-        more = {
-            "manual_axis_type": known.manual_axis_type,
-            "sharding": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:])),
-        }
+    spec = getattr(getattr(known, "sharding", None), "spec", ())
+    if any(names is not None for names in spec) or varying_axes(x):  # the loops of a loss must know the mesh
+        more["sharding"] = jax.sharding.NamedSharding(known.sharding.mesh, jax.sharding.PartitionSpec(*spec[1:]))
+    if varying_axes(x):
+        more["manual_axis_type"] = known.manual_axis_type
     return jax.ShapeDtypeStruct(known.shape[1:], known.dtype, weak_type=known.weak_type, **more)
 
 

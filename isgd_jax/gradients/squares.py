@@ -116,9 +116,9 @@ def together(parts: Sequence[Squares]) -> Squares:
 
 
 def has_cancelled(squares: Squares) -> Bool[Array, " b"]:
-    """For which examples too little is left of a sum that can cancel; ``sizes`` must be known."""
+    """For which examples too little is left of a sum that can cancel, or no number at all; ``sizes`` must be known."""
     assert squares.sizes is not None
-    return squares.values < _RISK * squares.sizes
+    return ~(squares.values >= _RISK * squares.sizes)
 
 
 def root(squares: Squares) -> Float[Array, " b"]:

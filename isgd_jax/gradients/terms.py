@@ -75,6 +75,10 @@ def shape(term: Outer) -> costs.Shape:
 _FAR = 1e15
 """Rows larger than this, or smaller than one over it, are not multiplied with each other: float32 ends at 1e38."""
 
+_FARTHEST = 2.0**50
+"""What rows are at most scaled by: twice that in one number, which XLA makes of it where rows are constant, is still a
+float32. So rows of zeros stay zero; whether larger and smaller ones are right is `_any_far`'s to say."""
+
 _NEVER_SAFE = 1e30
 """A size beside which every square has cancelled."""
 
@@ -142,7 +146,7 @@ def unit_factors(term: Outer) -> tuple[Array, Array, Array]:
 def _scaled(terms: Sequence[Outer]) -> tuple[list[Array], list[Array], Array, list[Array]]:
     """Sizes of the left factors' rows, bounds on each row's product, their scale; right factors times sizes over it."""
     found = [row_sizes(term.left) for term in terms]
-    left_sizes = [power_of_two(rows) for rows in found]
+    left_sizes = [jnp.clip(power_of_two(rows), 1 / _FARTHEST, _FARTHEST) for rows in found]
     # bfloat16 holds the powers of two of float32, so it can stay.
     rights = [x if x.dtype == jnp.bfloat16 else x.astype(wide(x.dtype)) for x in (term.right for term in terms)]
     highest = [largest(right, (3,)).astype(wide(right.real.dtype)) for right in rights]
@@ -155,9 +159,9 @@ def _scaled(terms: Sequence[Outer]) -> tuple[list[Array], list[Array], Array, li
 
 
 def _any_far(left_sizes: Sequence[Array], bounds: Sequence[Array], scale: Array) -> Array:
-    """Whether any row that counts, beside the largest, is too large or too small to multiply with others."""
+    """Whether any row is too large to multiply with others, or too small and counts beside the largest."""
     found = [
-        ((rows > _FAR) | (rows < 1 / _FAR)) & (bound > 1e-8 * scale[:, None, None])
+        (rows > _FAR) | ((rows < 1 / _FAR) & (bound > 1e-8 * scale[:, None, None]))
         for rows, bound in zip(left_sizes, bounds, strict=True)
     ]
     return sum((jnp.any(far, axis=(1, 2)) for far in found), start=jnp.zeros(scale.shape, bool))

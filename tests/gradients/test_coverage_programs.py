@@ -221,3 +221,24 @@ def test_recomputed_values_are_recomputed():
     text = str(jax.make_jaxpr(isgd.per_example_grads(checkpointed))(W, X))
     plain = str(jax.make_jaxpr(isgd.per_example_grads(with_its_transpose))(W, X))
     assert text.count("dot_general") > plain.count("dot_general")
+
+
+def doubled(w, x):
+    for _ in range(14):
+        w = w + w
+    return jnp.sum(jnp.sin(x @ w * 2.0**-14))
+
+
+def made_symmetric(w, x):
+    for _ in range(10):
+        w = (w + w.T) / 2
+    return jnp.sum(jnp.sin(x @ w))
+
+
+@pytest.mark.parametrize("loss_fn", [doubled, made_symmetric])
+def test_a_product_that_is_added_along_many_ways_is_added_as_the_program_does(loss_fn):
+    """There are 2^14 ways through fourteen sums: terms, were they all taken apart."""
+    w = normal(4, 4)
+    equations = len(jax.make_jaxpr(isgd.per_example_grads(loss_fn))(w, X).eqns)
+    assert equations < 3 * len(jax.make_jaxpr(jax.vmap(jax.grad(loss_fn), (None, 0)))(w, X).eqns)
+    check(loss_fn, w, X)

@@ -158,3 +158,37 @@ def test_the_scorer_does_it_over_where_the_gram_sum_cancels(key, monkeypatch):
     monkeypatch.setattr(squares, "_RISK", 0.0)
     careless = scorers.grad_norm(loss_fn)  # another one: what was traced is kept
     assert np.max(np.abs(jax.jit(careless)(jnp.zeros((64, 96)), batch) / expected - 1)) > 1e-3
+
+
+def unused_layer(w, x):
+    stacked = jnp.stack(w)
+    for layer in (0, 1):
+        x = jnp.tanh(x @ stacked[layer])
+    return jnp.sum(x)
+
+
+def rows_cut_away(w, x):
+    return jnp.sum(jnp.sin(x @ jnp.concatenate(w, 0)[:4]))
+
+
+def masked_far_rows(w, x):
+    """Padding with any number in it, however large, whose losses do not count."""
+    far = jnp.where(jnp.arange(x.shape[0])[:, None] < 2, x, 1e25)
+    return jnp.sum(jnp.where(jnp.arange(x.shape[0])[:, None] < 2, far @ w[0], 0.0))
+
+
+@pytest.mark.parametrize("loss_fn", [unused_layer, rows_cut_away, masked_far_rows])
+def test_factors_that_are_zero_or_masked_are_no_reason_for_nan(loss_fn):
+    """Constants are multiplied when the program is compiled: 2^125 times 2^125 times a row of zeros would be NaN."""
+    random = np.random.default_rng(0)
+    params = [jnp.asarray(random.normal(size=(4, 4)), jnp.float32) for _ in range(3)]
+    batch = jnp.asarray(random.normal(size=(5, 3, 4)), jnp.float32)
+    expected = oracle.norms(loss_fn, params, batch)
+    for joint in (True, False):
+        ask = jax.jit(lambda p, b, joint=joint: isgd.norms(isgd.per_example_grads(loss_fn, joint=joint)(p, b)))
+        np.testing.assert_allclose(ask(params, batch), expected, rtol=2e-6)
+
+
+def test_a_gram_sum_that_is_no_number_is_done_over():
+    known = squares.Squares(jnp.ones(3), jnp.array([1.0, jnp.nan, 0.0]), jnp.array([1.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(squares.has_cancelled(known), [False, True, False])

@@ -188,3 +188,17 @@ def test_everything_can_be_asked_of_parameters_that_are_split_though_the_batch_i
         gram, inner, found = jax.jit(asked)(params, make_batch())
     point = np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(make_params())]).astype(np.float64)
     assert_close((gram, inner, found), (flat @ flat.T, flat @ point, np.linalg.norm(flat, axis=1)), 2e-6)
+
+
+@pytest.mark.parametrize("layout", [P(), P(None, "model")])
+def test_losses_may_have_loops_where_an_explicit_mesh_splits_the_batch(layout: Any) -> None:
+    def scanned(layers: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, layers)[0])
+
+    layers, x = normal(0, 3, 4, 4), normal(1, 8, 3, 4)
+    expected = oracle.norms(scanned, layers, x)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    placed = jax.device_put(layers, NamedSharding(mesh, layout)), jax.device_put(x, NamedSharding(mesh, P("data")))
+    found = jax.jit(lambda layers, x: norms(layers, x, scanned))(*placed)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert jax.typeof(found).sharding.spec == P("data")

@@ -5,7 +5,7 @@
 # make recipes    set up and run docs/recipes, each broken off and resumed      make recipes-torch   the one with torch
 # make notebooks  run all notebooks               make docs        the site, into build/site
 # make dist       the sdist and the wheel, checked, into dist/   make lock   requirements/ anew, with uv
-# make experiments-quick   README's figures and comparisons, three seeds, a quarter of an hour   make experiments   all, a day
+# make experiments-quick   README's figures and comparisons, three seeds, twenty minutes   make experiments   all, a day
 
 PYTHON ?= python3
 DATASET ?= digits

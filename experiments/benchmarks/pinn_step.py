@@ -14,7 +14,8 @@ Result     JAX 0.10.2, two cores, nothing else running, three processes, median 
            step of 1.93 ms) ours takes 1.45 (1.44 to 1.46) plain steps and residual 1.27; by nested reverse (2.68 ms)
            1.43 (1.42 to 1.43) and 1.28; by nested forward (4.02 ms) 1.20 (1.19 to 1.21) and 1.13. **Missed**;
            nearest where the plain step is dearer. Of the 0.8 ms more in the first, scoring the new points is 0.4,
-           three draws and their points 0.35.
+           three draws and their points 0.35. On a day when the machine was slower by half: 1.42 (1.39 to
+           1.47), 1.49 (1.48 to 1.49) and 1.25 (1.25 to 1.26).
 """
 
 import argparse

@@ -74,7 +74,7 @@ def _floating(node: Node) -> Node:
 
 def _one(term: Contraction) -> Parts | None:
     kept = outer_or_none(term)
-    return None if kept is None else [kept.cast(kept.dtype)]
+    return None if kept is None else [kept.cast(kept.dtype)]  # of bfloat16, it is rounded from the first
 
 
 def convolution(node: Value, op: Op) -> Parts | None:

@@ -122,11 +122,13 @@ def _applied(node: Value, op: Op, value: Node) -> Node:
 
 @rule("add", "add_any")
 def _add(node: Value, op: Op) -> Parts | None:
-    thin = [x for x in _summands(node) if _thin_slice(x)]
+    thin: list[Node] = []
+    others: list[Node] = []
+    for x in _summands(node):
+        (thin if _thin_slice(x) else others).append(x)
     if len(thin) < 2:
         return _unless_whole([part for x in op.inputs for part in cut(x)])
-    others = [part for x in _summands(node) if x not in thin for part in cut(x)]
-    return _unless_whole([*_layers(thin, node.shape), *others])
+    return _unless_whole([*_layers(thin, node.shape), *(part for x in others for part in cut(x))])
 
 
 def _unless_whole(parts: Parts) -> Parts | None:

@@ -212,7 +212,8 @@ def stacked(leaf: Any, precision: Any) -> Array:
     others = [term for term in leaf.terms if not any(term is other for other in rows)]
     parts = [fold(_product(term, precision), term.axes, leaf.shape) for term in others]
     parts += [] if leaf.formed is None else [leaf.formed.astype(wide(leaf.dtype))]
-    parts += [] if leaf.shared is None else [jnp.broadcast_to(leaf.shared, (leaf.batch_size, *leaf.shape))]
+    if leaf.shared is not None:
+        parts.append(jnp.broadcast_to(leaf.shared.astype(wide(leaf.dtype)), (leaf.batch_size, *leaf.shape)))
     if not parts:
         return total_of([fold(_product(term, precision), term.axes, leaf.shape) for term in rows])
     return reduce(_with_rows, rows, total_of(parts))

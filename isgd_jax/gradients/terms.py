@@ -76,8 +76,8 @@ _FAR = 1e15
 """Rows larger than this, or smaller than one over it, are not multiplied with each other: float32 ends at 1e38."""
 
 _FARTHEST = 2.0**50
-"""What rows are at most scaled by: twice that in one number, which XLA makes of it where rows are constant, is still a
-float32. So rows of zeros stay zero; whether larger and smaller ones are right is `_any_far`'s to say."""
+"""What rows are scaled by at most: of two scales XLA makes their product where rows are constant, which must be a
+float32 for rows of zeros to stay zero. Whether larger and smaller rows are right is `_any_far`'s to say."""
 
 _NEVER_SAFE = 1e30
 """A size beside which every square has cancelled."""

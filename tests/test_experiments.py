@@ -43,6 +43,8 @@ def choices_of(method: contest.Method, problem: contest.Problem, memory: object,
     params = problem.init(jax.random.key(1))
 
     def body(memory: object, key: jax.Array) -> tuple[object, contest.Choice]:
+        if isinstance(memory, rivals.Sampled):
+            memory = memory._replace(key=key)  # each draw by itself: nothing is learnt that would move its step on
         choice, memory = method.choose(key, memory, params, problem.train, jnp.float32(0.5))
         return memory, choice
 
@@ -61,8 +63,8 @@ def learnt(name: str, method: contest.Method, problem: contest.Problem) -> objec
         return memory._replace(losses=worth, **order)
     if name == "ours":
         indices = jnp.arange(SIZE, dtype=jnp.int32)
-        scored = score_table.record(memory.table, indices, worth, version=0)[0]
-        memory = memory._replace(table=scored)
+        scored = score_table.record(memory.state.table, indices, worth, version=0)[0]
+        memory = memory._replace(state=memory.state._replace(table=scored))
         return method.refresh(jax.random.key(0), memory, None, problem.train, jnp.int32(0))[0]
     return memory
 

@@ -165,25 +165,35 @@ def rho_loss(problem: Problem) -> Method:
     return Method(start, choose)
 
 
+class Sampled(NamedTuple):
+    key: Array
+    """Of all draws of the run."""
+    state: Any
+
+
 def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1) -> Method:
     """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
     size, swept, fixed = problem.num_examples, round(sweep * problem.num_examples), {"uniform_fraction": mixture}
     fixed |= {"order": problem.train["y"], "learning_steps": 0, "monitor": False}
     sampler = isgd.importance_sampler(size, batch_size=problem.batch_size, **fixed)
 
-    def choose(key: Array, memory: Tree, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Tree]:
-        draw = sampler.sample(key, memory)
+    def start(key: Array, data: Tree) -> tuple[Sampled, float]:
+        return Sampled(key, sampler.init(key)), 0.0
+
+    def choose(key: Array, memory: Sampled, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Sampled]:
+        draw = sampler.sample(memory.key, memory.state)
         return Choice(draw.indices, draw.target / draw.probs, 0.0, draw), memory
 
-    def learn(memory: Tree, choice: Choice, losses: Array, norms: Array, step: Array) -> Tree:
-        return sampler.observe(memory, choice.draw, norms=norms)
+    def learn(memory: Sampled, choice: Choice, losses: Array, norms: Array, step: Array) -> Sampled:
+        return memory._replace(state=sampler.observe(memory.state, choice.draw, norms=norms))
 
-    def refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array) -> tuple[Tree, float]:
-        at = (step // every * swept + jnp.arange(swept)) % size
-        scored = sampler.record(memory, at, _sweep(problem, params, data, at), version=step) if swept else memory
-        return sampler.refresh(scored), NORMS * swept
+    def refresh(key: Array, memory: Sampled, params: Tree, data: Tree, step: Array) -> tuple[Sampled, float]:
+        state, at = memory.state, (step // every * swept + jnp.arange(swept)) % size
+        if swept:
+            state = sampler.record(state, at, _sweep(problem, params, data, at), version=step)
+        return memory._replace(state=sampler.refresh(state)), NORMS * swept
 
-    return Method(lambda key, _: (sampler.init(key), 0.0), choose, learn, refresh, refresh_every=every, measure=_norms)
+    return Method(start, choose, learn, refresh, refresh_every=every, measure=_norms)
 
 
 def _norms(memory: Tree, grads: Any, mean: Tree) -> Array:

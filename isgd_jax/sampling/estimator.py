@@ -14,6 +14,9 @@ Guarantees:
   that the indices were really drawn with, and all are positive;
 * ``sample`` changes nothing: the same key and state give the same draw, and ``ahead=k`` gives the draw that the k-th
   step from now would make with the same proposal and the same verdict of the gate;
+* one key serves a whole run. Over it each draw is distributed as one of a fresh key; stratified and systematic draws of
+  one key are besides spread evenly over the steps, as the batches of a shuffled epoch are (ours: a Kronecker sequence
+  in each stratum). Who wants the steps independent of one another, as the paper has them, folds the step into the key;
 * what draws teach (calibration, uniform fraction, gate, monitor) is estimated without bias from their own
   probabilities, before their fresh scores take the place of the old ones;
 * no function reads a value to the host: all run inside ``jax.jit``, ``lax.scan``, ``jax.pmap`` and on a mesh;
@@ -81,6 +84,9 @@ _ON_LINE: dict[str, samplers.Kind] = {
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
 some 5 % more variance than a whole one: of every fourth step that is not to be noticed."""
+
+ALL_STEPS = 2**32 - 1
+"""What the key is folded with where all steps share it: the number of no step. The caller's key is never consumed."""
 
 LEARNING_REFRESHES = 2
 """Refreshes before calibrated scores are used: the first period knows nothing, the second only the first norms."""
@@ -242,7 +248,8 @@ class ImportanceSampler:
         """The draw of this step, or of the step ``ahead`` from now, from the proposal in use.
 
         Args:
-            key: this step's own, such as ``fold_in(key, step)``.
+            key: of the whole run: the state knows the step. A key of each step's own makes the draws of different
+                steps independent, instead of spread evenly.
             state: of this sampler.
             params: not needed; so that all samplers are called alike.
             data: not needed.
@@ -261,7 +268,7 @@ class ImportanceSampler:
             raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {ahead}")
         step = state.clock.step + ahead
         is_turn = step % MONITOR_EVERY == 0
-        draw = self._drawn(key, state, is_turn)
+        draw = self._drawn(key, state, step, is_turn)
         return draw._replace(
             target=self._target(state, draw.indices, step),
             version=step // self.options.steps_per_update,
@@ -474,14 +481,24 @@ class ImportanceSampler:
     def _has_no_order(self) -> bool:
         return isinstance(self.options.order, str) and self.options.order == "index"
 
-    def _drawn(self, key: Key, state: SamplerState, is_turn: Bool[Array, ""]) -> Draw:
+    def _drawn(self, key: Key, state: SamplerState, step: Int[Array, ""], is_turn: Bool[Array, ""]) -> Draw:
         """By score or uniformly, whole or in halves: as the gate and the turn have it."""
         options, law = self.options, state.proposal.law
         is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
         is_halved = is_turn if self._can_halve else None
         kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
         if kind is not None:
-            return samplers.on_line(kind, key, law, num_draws=self.batch_size, is_halved=is_halved, is_open=is_open)
+            is_even = kind != "independent"
+            return samplers.on_line(
+                kind,
+                jax.random.fold_in(key, ALL_STEPS if is_even else step),
+                law,
+                num_draws=self.batch_size,
+                is_halved=is_halved,
+                is_open=is_open,
+                step=step if is_even else None,
+            )
+        key = jax.random.fold_in(key, step)
         if options.sampler == "uniform":
             return samplers.uniform(key, law, num_draws=self.batch_size)
         own = samplers.poisson if isinstance(options.sampler, str) else options.sampler

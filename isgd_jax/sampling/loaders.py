@@ -302,9 +302,7 @@ class IndexSampler:
         if self._observed % self._refresh_every == 0:
             self._state = self._programs.refresh(self._state)
         while len(self._made) < self.ahead:
-            place = len(self._made)
-            key = jax.random.fold_in(self._key, self._observed + place)
-            self._made.append(self._programs.draw(key, self._state, jnp.int32(place)))
+            self._made.append(self._programs.draw(self._key, self._state, jnp.int32(len(self._made))))
 
     def _batch(self, draw: Draw, step: int) -> IndexBatch:
         with self._on_host():

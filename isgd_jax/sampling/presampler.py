@@ -116,10 +116,16 @@ class _Presampling(_Still):
         """The state before any candidate is scored: a batch promised to be worth itself."""
         return ImportanceSampler.init(self, key)._replace(gate=SpeedupGate(jnp.ones((), jnp.float32)))
 
-    def candidates(self, key: Key, state: SamplerState) -> Draw:
-        """The candidates of a step, uniform draws; their ``indices`` are to be scored."""
+    def candidates(self, key: Key, state: SamplerState, *, ahead: int | Array = 0) -> Draw:
+        """The candidates of a step, uniform draws; their ``indices`` are to be scored.
+
+        Args:
+            key: of the whole run: the state knows the step.
+            state: of this sampler.
+            ahead: steps since the last ``observe``, for draws made before their turn.
+        """
         self._check_state(state)
-        take, *_ = jax.random.split(key, 3)
+        take, *_ = _keys(key, state, ahead)
         return samplers.uniform(take, state.proposal.law, num_draws=self.each * self.batch_size)
 
     def resample(
@@ -146,7 +152,7 @@ class _Presampling(_Still):
         if scores.shape != candidates.indices.shape:
             raise ArgumentError(f"expected {candidates.indices.shape[0]} scores, one a candidate; got {scores.shape}")
         parts = []
-        for pick, part, size in self._halves(key, candidates):
+        for pick, part, size in self._halves(_keys(key, state, ahead), candidates):
             own = scores[part.start : part.start + part.draw.indices.shape[0]]
             parts.append(_by_score(pick, own, part.draw, size, self.options.uniform_fraction))
         return self._joined(state, parts, ahead)
@@ -164,7 +170,7 @@ class _Presampling(_Still):
         """The draw of this step.
 
         Args:
-            key: of this step alone.
+            key: of the whole run: the state knows the step.
             state: of this sampler.
             params: to score with.
             data: the training set, of which the candidates are taken.
@@ -179,10 +185,11 @@ class _Presampling(_Still):
                 "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
                 "data=...), or call candidates() and resample() with scores of your own"
             )
-        found, pays, shared = self.candidates(key, state), self._scores_are_used(state), _given(params, frozen)
+        found, pays = self.candidates(key, state, ahead=ahead), self._scores_are_used(state)
+        shared = _given(params, frozen)
         parts = [
             self._chosen(partial(self.scorer, *shared), pick, data, part.draw, pays, size)
-            for pick, part, size in self._halves(key, found)
+            for pick, part, size in self._halves(_keys(key, state, ahead), found)
         ]
         return self._joined(state, parts, ahead)
 
@@ -200,9 +207,9 @@ class _Presampling(_Still):
             return jnp.asarray(True)
         return candidates.pays(_expected_speedup(state), candidates=self.each, score_cost=self.score_cost)
 
-    def _halves(self, key: Key, found: Draw) -> list[tuple[Key, "_Part", int]]:
+    def _halves(self, keys: Array, found: Draw) -> list[tuple[Key, "_Part", int]]:
         """The key, the candidates and the size of each half-batch."""
-        _, *picks = jax.random.split(key, 3)
+        _, *picks = keys
         cut = self.batch_size // 2
         halves = zip(picks, (0, cut), (cut, self.batch_size - cut), strict=True)
         return [(pick, _part(found, self.each, start, size), size) for pick, start, size in halves if size]
@@ -251,6 +258,11 @@ def _part(found: Draw, each: int, start: int, size: int) -> _Part:
 def _given(params: Params, frozen: Any) -> tuple[Any, ...]:
     """What a scorer is called with before the batch."""
     return (params,) if frozen is None else (params, frozen)
+
+
+def _keys(key: Key, state: SamplerState, ahead: int | Array) -> Array:
+    """Of the candidates of a step, and of the draws of its two halves."""
+    return jax.random.split(jax.random.fold_in(key, state.clock.step + ahead), 3)
 
 
 def _expected_speedup(state: SamplerState) -> Float[Array, ""]:

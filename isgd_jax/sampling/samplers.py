@@ -65,6 +65,9 @@ are far away, 32 draws a few hundred of them in a binary tree over a million exa
 ROWS = 16
 """The number of nodes is a multiple of it, so that the tree can be split over as many devices."""
 
+GOLDEN = int((5**0.5 - 1) / 2 * 2**32)
+"""The golden section in 2^-32: multiples of it modulo one stay the most even, however many there are."""
+
 
 class Law(NamedTuple):
     """Masses on a line and the tree of their sums; build it with `prepare`, change it with `update`.
@@ -311,7 +314,7 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     # Fewer examples with mass than the expected size are all included, once, whatever their number.
     chance = jnp.minimum(_line_probabilities(capped(law, num_draws=size)) * size, 1.0)
     choose, shuffle = jax.random.split(key)
-    included = ~double_float.at_least(_unit_pair(choose, chance.shape[0]), double_float.exact(chance))
+    included = ~double_float.at_least(_unit_pair(choose, chance.shape[0], None), double_float.exact(chance))
     priority = jnp.where(included, jax.random.uniform(shuffle, included.shape, jnp.float32), -1.0)
     priority, at = jax.lax.top_k(priority, num_draws)
     return Draw(_example(law, at.astype(jnp.int32)), chance[at] / num_draws, priority >= 0.0)
@@ -359,6 +362,7 @@ def on_line(
     num_draws: int,
     is_halved: Bool[Array, ""] | None = None,
     is_open: Bool[Array, ""] | None = None,
+    step: Int[Array, ""] | None = None,
 ) -> Draw:
     """Draws at places on the line: by the masses or uniformly, whole or in two independent halves, in one program.
 
@@ -372,6 +376,10 @@ def on_line(
         num_draws: m.
         is_halved: whether the first ``m // 2`` places are laid by themselves, and the others by themselves.
         is_open: whether masses count. Else all examples are alike, and a systematic draw is a stratified one.
+        step: how many draws of this key went before; None where the key is of this draw alone. The place in each part
+            moves on by the golden section from one draw of the key to the next, so that every stretch of the line is
+            reached evenly over the steps, where draws of independent keys leave gaps and return too soon: what
+            shuffled epochs do for uniform batches. Each draw alone is distributed as without. Not for "independent".
 
     Raises:
         TypeError: ``num_draws`` is no whole number.
@@ -379,7 +387,7 @@ def on_line(
     """
     check_whole("num_draws", num_draws, least=1)
     law = _as_law(law)
-    numerator, denominator = _places(kind, key, num_draws, is_halved, is_open)
+    numerator, denominator = _places(kind, key, num_draws, is_halved, is_open, step)
     size, total = law.masses.shape[0], _total(law)
     by_mass = total.hi != 0.0 if is_open is None else is_open & (total.hi != 0.0)
     at = jnp.where(
@@ -460,11 +468,16 @@ def _line_probabilities(law: Law) -> Float[Array, " n"]:
 
 
 def _places(
-    kind: Kind, key: Key, num_draws: int, is_halved: Bool[Array, ""] | None, is_open: Bool[Array, ""] | None
+    kind: Kind,
+    key: Key,
+    num_draws: int,
+    is_halved: Bool[Array, ""] | None,
+    is_open: Bool[Array, ""] | None,
+    step: Int[Array, ""] | None,
 ) -> tuple[Pair, Float[Array, "..."]]:
     """Where draws lie on the line, as numerators [m] and denominators of fractions of its length."""
     if kind == "independent":
-        return _unit_pair(key, num_draws), jnp.float32(1.0)
+        return _unit_pair(key, num_draws, None), jnp.float32(1.0)
     first, second = num_draws // 2, num_draws - num_draws // 2
     whole = jnp.arange(num_draws, dtype=jnp.float32)
     start, parts = whole, jnp.float32(num_draws)
@@ -472,15 +485,13 @@ def _places(
         in_first = whole < first
         start = jnp.where(is_halved & ~in_first, whole - first, whole)
         parts = jnp.where(is_halved, jnp.where(in_first, float(first), float(second)), parts)
-    if kind == "stratified":
-        return double_float.add(double_float.exact(start), _unit_pair(key, num_draws)), parts
-    offset = Pair(*(jnp.broadcast_to(word, (num_draws,)) for word in _unit_pair(key, 1)))
-    if is_halved is not None:
-        other = _unit_pair(jax.random.fold_in(key, 1), 1)
-        is_other = is_halved & (whole >= first)
-        offset = Pair(*(jnp.where(is_other, theirs, own) for theirs, own in zip(other, offset, strict=True)))
-    if is_open is not None:
-        offset = double_float.where(is_open, offset, _unit_pair(key, num_draws))
+    offset = _unit_pair(key, num_draws, step)
+    if kind == "systematic":  # one for all, or one for each half
+        shared = jnp.zeros(num_draws, jnp.int32)
+        if is_halved is not None:
+            shared = jnp.where(is_halved & (whole >= first), first, shared)
+        one = Pair(*(word[shared] for word in offset))
+        offset = one if is_open is None else double_float.where(is_open, one, offset)
     return double_float.add(double_float.exact(start), offset), parts
 
 
@@ -618,9 +629,15 @@ def _total(law: Law) -> Pair:
 
 
 @partial(jax.jit, inline=True, static_argnames="size")
-def _unit_pair(key: Key, size: int) -> Pair:
-    """Uniform on [0, 1) in steps of 2^-48: the 24 bits of one float32 cannot reach every item beyond 16 million."""
-    bits = (jax.random.bits(key, (2, size), jnp.uint32) >> 8).astype(jnp.float32)
+def _unit_pair(key: Key, size: int, step: Int[Array, ""] | None) -> Pair:
+    """Uniform on [0, 1) in steps of 2^-48: the 24 bits of one float32 cannot reach every item beyond 16 million.
+
+    With a step each number is the term of a Kronecker sequence that starts at random.
+    """
+    bits = jax.random.bits(key, (2, size), jnp.uint32)
+    if step is not None:
+        bits = bits.at[0].add(step.astype(jnp.uint32) * jnp.uint32(GOLDEN))  # fractions of one in 2^-32, which wrap
+    bits = (bits >> 8).astype(jnp.float32)
     return double_float.two_sum(bits[0] * 2.0**-24, bits[1] * 2.0**-48)
 
 

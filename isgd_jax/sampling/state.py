@@ -150,7 +150,7 @@ class BatchSampler(NamedTuple):
     report: Callable[[SamplerState], Any]
     """``report(state)``: what is known of the variance, as arrays; print it to read it."""
     candidates: Callable[..., Draw] | None = None
-    """``candidates(key, state) -> draw``, presampling's first step where the data stay on the host."""
+    """``candidates(key, state, *, ahead=0) -> draw``, presampling's first step where the data stay on the host."""
     resample: Callable[..., Draw] | None = None
     """``resample(key, state, candidates, scores, *, ahead=0) -> draw``, its second step."""
     steps_per_update: int = 1

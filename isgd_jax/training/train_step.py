@@ -121,7 +121,7 @@ def make_steps(
         * One backward pass gives the update, the fresh scores of the drawn examples, and all that is monitored. On a
           CPU it takes a few examples at a time where that is faster; the numbers are the same to rounding.
         * Large arrays that the loss captures are arguments of the program, not written into it.
-        * The draw of step t depends on ``fold_in(key, t)`` and the sampler's state alone: resuming needs no saved key.
+        * The draw of a step depends on the key of the run and the sampler's state alone: resuming needs no saved key.
         * With uniform probabilities the update is that of plain SGD on the same indices.
         * While the gate is shut a step takes the ordinary gradient of the weighted mean loss, which needs no norms and
           teaches nothing; each `LOOK_EVERY`-th looks again, so that the gate can open. Which it is, the state says. The
@@ -286,7 +286,7 @@ class _Step:
         return Moving(after.params, after.opt_state, after.sampler, clock), info
 
     def _draw(self, state: SamplerState, key: Key, ahead: int | Array = 0, **scoring: Any) -> Draw:
-        return self.sampler.sample(jax.random.fold_in(key, state.clock.step + ahead), state, ahead=ahead, **scoring)
+        return self.sampler.sample(key, state, ahead=ahead, **scoring)
 
     def _seen(self, batch: Batch, step_key: Key) -> tuple[Batch, Array | None]:
         """The batch as the loss takes it: augmented, with a key for each example, on all devices."""

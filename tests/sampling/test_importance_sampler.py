@@ -150,9 +150,9 @@ def test_sample_changes_nothing_and_ahead_is_the_draw_that_would_be_made_then() 
     sampler = _made(steps_per_update=3)
     sample, observe = sampler.sample, sampler.observe
     state = first = _scored(sampler)
-    keys = jax.random.split(jax.random.key(3), 9)
-    ahead = [sample(key, first, ahead=jnp.int32(at)) for at, key in enumerate(keys)]
-    for key, early in zip(keys, ahead, strict=True):
+    key = jax.random.key(3)
+    ahead = [sample(key, first, ahead=jnp.int32(at)) for at in range(9)]
+    for early in ahead:
         draw = sample(key, state)
         assert not problem.unlike(draw, early, rtol=0.0)
         state = observe(state, draw)  # without gradients it only moves on
@@ -160,6 +160,23 @@ def test_sample_changes_nothing_and_ahead_is_the_draw_that_would_be_made_then() 
     assert [bool(draw.in_halves) for draw in ahead] == [(2 + at) % 4 == 0 for at in range(9)]
     assert not problem.unlike(first, state._replace(clock=first.clock), rtol=0.0)
     assert (int(state.clock.step), int(state.version)) == (11, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_key_serves_a_run(name: Any) -> None:
+    """It is never consumed, and no step repeats the one before; even draws give each example its turn."""
+    sampler, steps = _made(sampler=name, monitor=False), 40
+    state = _at(sampler.init(), step=0, is_open=False)
+    with jax.debug_key_reuse(True):
+        key, made = jax.random.key(1), []
+        for at in range(steps):
+            made.append(sampler.sample(key, state, ahead=jnp.int32(at)))
+    places = np.stack([np.where(draw.mask, draw.indices, -1) for draw in made])
+    assert np.all(np.any(places[1:] != places[:-1], axis=1))
+    if name in ("stratified", "systematic", "without_replacement"):
+        counts = np.stack([(places == index).sum(axis=1) for index in range(N)], axis=1)
+        off = np.abs(np.cumsum(counts, axis=0) - np.arange(1, steps + 1)[:, None] * M / N)
+        assert off.max() < 2.5, "at every step, for each example"
 
 
 def _gradients(indices: Any, vectors: np.ndarray) -> dict[str, jax.Array]:

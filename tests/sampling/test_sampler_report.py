@@ -11,7 +11,7 @@ import isgd_jax as isgd
 
 N, M, STEPS = 200, 8, 400
 RNG = np.random.default_rng(0)
-VECTORS = RNG.normal(size=(N, 3)) * RNG.lognormal(0.0, 1.0, N)[:, None] + 0.3
+VECTORS = RNG.normal(size=(N, 3)) * RNG.lognormal(0.0, 1.0, N)[:, None] + 0.6
 NORMS, MEAN = np.linalg.norm(VECTORS, axis=1), VECTORS.mean(axis=0)
 
 
@@ -25,7 +25,7 @@ def watched() -> Any:
         draw = sampler.sample(key, state)
         return sampler.observe(state, draw, {"w": table[draw.indices]}), None
 
-    keys = jax.random.split(jax.random.key(0), STEPS)
+    keys = jax.random.split(jax.random.key(1), STEPS)
     return sampler, jax.jit(lambda state: jax.lax.scan(step, state, keys)[0])(sampler.init())
 
 

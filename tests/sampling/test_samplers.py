@@ -45,7 +45,7 @@ def at_offsets(
     """The draws of a sampler when its random numbers are all ``offsets[0]``, then all ``offsets[1]``, and so on."""
 
     def one(offset: jax.Array, law: Law) -> Draw:
-        monkeypatch.setattr(samplers, "_unit_pair", lambda key, size: double_float.exact(jnp.full(size, offset)))
+        monkeypatch.setattr(samplers, "_unit_pair", lambda key, size, step: double_float.exact(jnp.full(size, offset)))
         return sampler(jax.random.key(0), law, num_draws=num_draws)
 
     return jax.jit(jax.vmap(one, (0, None)))(jnp.asarray(offsets, jnp.float32), law)
@@ -153,6 +153,46 @@ HOSTILE = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stratified", "systematic"])
+def test_draws_of_one_key_are_spread_evenly_over_the_steps(kind: samplers.Kind) -> None:
+    """Counts stay within 3 of what is expected: independent steps are off by its root, 14 for the largest here."""
+    size, num_draws, steps = 500, 8, 1000
+    law = prepare(jnp.asarray(log_normal(size, 1.0, mixture=0.1)))
+
+    @jax.jit
+    def drawn(key: jax.Array) -> jax.Array:
+        one = partial(samplers.on_line, kind, key, law, num_draws=num_draws)
+        return jax.vmap(lambda step: one(step=step).indices)(jnp.arange(steps))
+
+    expected = np.cumsum(np.outer(np.ones(steps), np.asarray(samplers.probabilities(law)) * num_draws), axis=0)
+    assert expected[-1].max() > 150
+    for seed in range(3):
+        found = np.zeros((steps, size))
+        np.add.at(found, (np.arange(steps)[:, None], np.asarray(drawn(jax.random.key(seed)))), 1)
+        assert np.abs(np.cumsum(found, axis=0) - expected).max() < 3.0, "at every step, for each example"
+
+
+@pytest.mark.parametrize("is_halved", [False, True])
+@pytest.mark.parametrize("kind", ["stratified", "systematic"])
+def test_each_draw_of_a_key_is_distributed_by_the_law(kind: samplers.Kind, is_halved: bool) -> None:
+    """Over keys, at any step: 4.5 standard errors for each example."""
+    law, keys = prepare(jnp.asarray(log_normal(30, 1.0))), jax.random.split(jax.random.key(0), 4000)
+
+    @jax.jit
+    def drawn(step: jax.Array) -> Draw:
+        given = {"num_draws": 7, "is_halved": jnp.asarray(is_halved), "step": step}
+        return jax.vmap(lambda key: samplers.on_line(kind, key, law, **given))(keys)
+
+    for step in (0, 5, 2**31 - 1):
+        draw = drawn(jnp.int32(step))
+        found = np.zeros((len(keys), 30))
+        np.add.at(found, (np.arange(len(keys))[:, None], np.asarray(draw.indices)), 1)
+        expected = 7 * np.asarray(samplers.probabilities(law))
+        error = np.maximum(found.std(axis=0), 0.01) / np.sqrt(len(keys))
+        assert np.all(np.abs(found.mean(axis=0) - expected) < 4.5 * error)
+        np.testing.assert_allclose(draw.probs, np.asarray(samplers.probabilities(law))[draw.indices], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "sampler", [samplers.stratified, *(pytest.param(s, marks=pytest.mark.slow) for s in EXACT[::2])]
 )

@@ -62,7 +62,7 @@ def test_a_regression_on_diabetes_reaches_least_squares_and_says_how_it_goes(cap
 
     assert best < result.history[-1]["all_loss"] < 1.05 * best
     assert [record["step"] for record in result.history] == [100, 200, 300]
-    assert result.history[-1]["variance_ratio"] < 1.0
+    assert 0.5 < result.history[-1]["variance_ratio"] < 1.5  # there is nothing to gain; a 16th of the steps tells it
     assert result.step == int(result.state.sampler.clock.step) == 300
     assert result.stopped is None
     chex.assert_trees_all_equal(result.params, result.state.params)

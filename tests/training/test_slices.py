@@ -135,7 +135,7 @@ def test_on_an_explicit_mesh_steps_take_the_whole_batch(key: Array, monkeypatch:
             state = TrainState(params, tx.init(params), sampler.init())
             step = make_steps(made, sampler, tx).step.__wrapped__
             after, _ = jax.jit(step)(state, None, data, key, jnp.float32(0.0))
-            draw = sampler.sample(jax.random.fold_in(key, 0), state.sampler)
+            draw = sampler.sample(key, state.sampler)
             shares = np.asarray(draw.target / draw.probs, np.float64) / M
             hidden = np.tanh(np.asarray(data["x"])[draw.indices] @ weights.astype(np.float64))
             slopes = shares[:, None] * 2 * hidden * (1 - hidden**2)

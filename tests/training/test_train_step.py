@@ -71,7 +71,7 @@ def test_one_backward_pass_gives_update_and_fresh_scores(key: jax.Array) -> None
     state, data, steps = prepared(sampler)
     before = copied(state)
     after, info = steps.step(state, None, data, key, jnp.float32(2.5))
-    draw = sampler.sample(jax.random.fold_in(key, 0), before.sampler)
+    draw = sampler.sample(key, before.sampler)
     params = before.params
     residual = data["x"] @ params["w"] + params["b"] - data["y"]
     norms = jnp.abs(residual) * jnp.sqrt(jnp.sum(data["x"] ** 2, axis=1) + 1)
@@ -95,7 +95,7 @@ def test_scores_of_ones_own_take_the_place_of_norms_and_those_that_are_none_are_
     sampler = jitted(isgd.importance_sampler(N, batch_size=M, monitor=False))  # whole strata: no index is drawn twice
     state, data, steps = prepared(sampler, fresh_scores=broken)
     losses = jax.vmap(linear_loss, (None, 0))(state.params, data)
-    drawn = sampler.sample(jax.random.fold_in(key, 0), state.sampler).indices
+    drawn = sampler.sample(key, state.sampler).indices
     after, _ = steps.step(state, None, data, key, jnp.float32(0))
     assert int(after.sampler.quarantined) == 1
     chex.assert_trees_all_close(after.sampler.table.scores[drawn[1:]], losses[drawn[1:]], rtol=1e-5)
@@ -119,8 +119,8 @@ def test_uniform_probabilities_recover_sgd(key: jax.Array) -> None:
     state, data, steps = prepared(sampler)
     plain, tx = copied(state).params, optax.sgd(0.01)
     opt_state = tx.init(plain)
-    for at in range(5):
-        drawn = sampler.sample(jax.random.fold_in(key, at), state.sampler).indices
+    for _ in range(5):
+        drawn = sampler.sample(key, state.sampler).indices
         batch = jax.tree.map(lambda x, drawn=drawn: x[drawn], data)
         grads = jax.grad(lambda p, b=batch: jnp.mean(jax.vmap(linear_loss, (None, 0))(p, b)))(plain)
         updates, opt_state = tx.update(grads, opt_state)
@@ -144,7 +144,7 @@ def test_while_the_gate_is_shut_the_update_is_that_of_the_ordinary_gradient_and_
     state = shut(state, LOOK_EVERY + 1)
     before = copied(state)
     after, info = steps.step(state, None, data, key, jnp.float32(0))
-    drawn = sampler.sample(jax.random.fold_in(key, LOOK_EVERY + 1), before.sampler)
+    drawn = sampler.sample(key, before.sampler)
     batch, weights = jax.tree.map(lambda x: x[drawn.indices], data), drawn.target / drawn.probs
     weights = weights if drawn.mask is None else jnp.where(drawn.mask, weights, 0.0)
 

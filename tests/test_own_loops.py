@@ -11,7 +11,7 @@ from processes import QUICK_TO_RUN, forced
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 LIBRARIES = ("nnx", "linen", "equinox")
-MOST_LINES = 15
+MOST_LINES = 14
 """Lines that the estimator, background scoring, the monitor and a checkpoint of everything may add to a plain loop."""
 
 
@@ -20,7 +20,7 @@ def lines(file: Path) -> int:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_whole_estimator_takes_at_most_fifteen_lines(library: str) -> None:
+def test_the_whole_estimator_takes_at_most_fourteen_lines(library: str) -> None:
     assert lines(FOLDER / f"own_loop_{library}.py") - lines(FOLDER / f"plain_{library}.py") <= MOST_LINES
 
 

@@ -50,10 +50,9 @@ def train_step(params, opt_state, state, data, key):
 
 key, on_device = jax.random.key(0), jax.device_put(data)
 for step in range(STEPS):
-    step_key = jax.random.fold_in(key, step)
     state = refresher(step, params, state)
     carry = (params, opt_state, state)
-    params, opt_state, state = train_step(*carry, on_device, step_key)
+    params, opt_state, state = train_step(*carry, on_device, key)
 engine.close()
 print(sampler.report(state))
 with ocp.StandardCheckpointer() as saver:

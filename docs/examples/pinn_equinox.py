@@ -84,9 +84,7 @@ def train_step(params, opt_state, states, key):
 for step in range(STEPS):
     if step % 50 == 0:
         states = refresh(states)
-    params, opt_state, states = train_step(
-        params, opt_state, states, jax.random.fold_in(jax.random.key(9), step)
-    )
+    params, opt_state, states = train_step(params, opt_state, states, jax.random.key(9))
 
 fresh = draw_inside(jax.random.key(10), 4096)
 print("loss", float(jnp.mean(jax.vmap(equation, (None, 0))(params, tuple(fresh.T)))))

@@ -49,7 +49,7 @@ def train(folder, num_steps):
     for step in range(int(state.clock.step), num_steps):
         if step % 20 == 0:
             state = refresh(state)
-        inputs = data, jax.random.fold_in(jax.random.key(1), step)
+        inputs = data, jax.random.key(1)
         loss, model, opt_state, state = train_step(inputs, model, opt_state, state)
     eqx.tree_serialise_leaves(file, (model, opt_state, state))
     print(f"step {num_steps}, loss {loss:.3f}\n{sampler.report(state)}")

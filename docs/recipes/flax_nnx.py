@@ -50,8 +50,7 @@ def train(folder, num_steps):
     for step in range(int(state.clock.step), num_steps):
         if step % 20 == 0:
             state = refresh(state)
-        key = jax.random.fold_in(jax.random.key(1), step)
-        loss, state = train_step(model, optimizer, state, data, key)
+        loss, state = train_step(model, optimizer, state, data, jax.random.key(1))
     saver.save(path, (nnx.state((model, optimizer)), state), force=True)
     saver.wait_until_finished()
     print(f"step {num_steps}, loss {loss:.3f}\n{sampler.report(state)}")

@@ -51,8 +51,7 @@ def train(folder, num_steps):
     for step in range(int(everything[2].clock.step), num_steps):
         if step % 20 == 0:
             everything = (*everything[:2], refresh(everything[2]))
-        key = jax.random.fold_in(jax.random.key(1), step)
-        loss, *everything = train_step(*everything, data, key)
+        loss, *everything = train_step(*everything, data, jax.random.key(1))
     saver.save(path, tuple(everything), force=True)
     saver.wait_until_finished()
     updates = int(everything[2].clock.version)

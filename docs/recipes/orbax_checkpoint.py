@@ -49,7 +49,7 @@ def train(folder, num_steps):
         for step in range(start, num_steps):
             if step % 20 == 0:
                 run["sampler"] = refresh(run["sampler"])
-            run = train_step(run, data, jax.random.fold_in(jax.random.key(1), step))
+            run = train_step(run, data, jax.random.key(1))
             saver.save(step + 1, args=ocp.args.StandardSave(run))
         saver.wait_until_finished()
         print(f"went on from step {start} to {num_steps}; kept {saver.all_steps()}")

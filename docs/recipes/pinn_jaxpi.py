@@ -69,7 +69,7 @@ def train(folder, num_steps):
     for step in range(int(run[3].sampler.clock.step), num_steps):
         if step % 20 == 0:
             run = (*run[:3], refresh(run[3]))
-        run = train_step(run, jax.random.fold_in(jax.random.key(2), step))
+        run = train_step(run, jax.random.key(2))
     file.write_bytes(pickle.dumps(jax.device_get(run)))
     print(f"step {num_steps}, weights {run[2]}\n{pool.report(run[3])}")
     return run

@@ -24,7 +24,7 @@ Not unbiased, they train another loss on purpose:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,12 @@ class Sobol(Arm):
         return memory[name][at], None
 
 
+class Pooled(NamedTuple):
+    key: Array
+    """Of all draws of the run."""
+    states: dict[str, isgd.PoolState]
+
+
 class Pools(Arm):
     """Unbiased draws from pools of new points, each scored once, when it comes: the same for both kinds of score."""
 
@@ -154,14 +160,15 @@ class Pools(Arm):
             monitor=False,
         )
 
-    def init(self, key: Array) -> Memory:
-        return {name: self.pool(name).init(jax.random.fold_in(key, i)) for i, name in enumerate(self.domain.terms)}
+    def init(self, key: Array) -> Pooled:
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.domain.terms)}
+        return Pooled(key, {name: self.pool(name).init(own) for name, own in keys.items()})
 
-    def refresh(self, params: Any, memory: Memory, key: Array) -> Memory:
+    def refresh(self, params: Any, memory: Pooled, key: Array) -> Pooled:
         after = {}
-        for name, state in memory.items():
+        for name, state in memory.states.items():
             after[name] = self.pool(name).refresh(state, score=self._scorer(params, self.domain.terms[name]))
-        return after
+        return memory._replace(states=after)
 
     def _scorer(self, params: Any, term: Term) -> Callable[[Array], Array]:
         """Of points [k], a batch at a time: what is computed of one stays in the cache."""
@@ -176,22 +183,23 @@ class Pools(Arm):
         """What new points [k] are drawn in proportion to."""
         raise NotImplementedError
 
-    def gradient(self, params: Any, memory: Memory, key: Array, step: Array) -> tuple[Any, Memory]:
+    def gradient(self, params: Any, memory: Pooled, key: Array, step: Array) -> tuple[Any, Pooled]:
+        states = memory.states
         draws = {
-            name: self.pool(name).sample(jax.random.fold_in(key, i), memory[name])
+            name: self.pool(name).sample(jax.random.fold_in(memory.key, i), states[name])
             for i, name in enumerate(self.domain.terms)
         }
 
         def loss(params: Any) -> Array:
             total = jnp.zeros(())
             for name, draw in draws.items():
-                points = self.pool(name).take(memory[name], draw)
+                points = self.pool(name).take(states[name], draw)
                 losses = jax.vmap(loss_of(self.domain.terms[name]), (None, 0))(params, points)
                 total += jnp.mean(draw.target / draw.probs * losses)
             return total
 
-        after = {name: self.pool(name).observe(memory[name], draw) for name, draw in draws.items()}
-        return jax.grad(loss)(params), after
+        after = {name: self.pool(name).observe(states[name], draw) for name, draw in draws.items()}
+        return jax.grad(loss)(params), memory._replace(states=after)
 
 
 class Residual(Pools):

@@ -348,7 +348,7 @@ def captured(
         stop = max(at + 1, round(share * total))
         carry = made.advance(carry, key, trial.rate, float(total), at, stop - at)
         at = stop
-        state, drawn = carry[2][name], []
+        state, drawn = carry[2].states[name], []
         for i in range(-(-count // pool.batch_size)):
             drawn.append(pool.take(state, pool.sample(jax.random.fold_in(key, 2**30 + i), state)))
         rows.append((jax.tree.map(np.asarray, carry[0]), np.concatenate(drawn)[:count]))

@@ -15,6 +15,7 @@ rho        RHO-LOSS, Mindermann et al. 2022 (arXiv 2206.07137): of four batches 
 ours       importance sampling: stratified draws from a calibrated proposal (mixture 0.1) behind the gate; what is
            drawn is scored with the update, and a tenth of all every 50 steps besides
 ours-free  the same without the tenth: nothing is scored but what is drawn
+ours-apart  ours-free with a key of each step's own: steps independent of one another, and not spread evenly
 """
 
 from collections.abc import Callable
@@ -171,7 +172,7 @@ class Sampled(NamedTuple):
     state: Any
 
 
-def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1) -> Method:
+def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1, apart: bool = False) -> Method:
     """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
     size, swept, fixed = problem.num_examples, round(sweep * problem.num_examples), {"uniform_fraction": mixture}
     fixed |= {"order": problem.train["y"], "learning_steps": 0, "monitor": False}
@@ -181,7 +182,7 @@ def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1) ->
         return Sampled(key, sampler.init(key)), 0.0
 
     def choose(key: Array, memory: Sampled, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Sampled]:
-        draw = sampler.sample(memory.key, memory.state)
+        draw = sampler.sample(key if apart else memory.key, memory.state)
         return Choice(draw.indices, draw.target / draw.probs, 0.0, draw), memory
 
     def learn(memory: Sampled, choice: Choice, losses: Array, norms: Array, step: Array) -> Sampled:
@@ -229,4 +230,5 @@ METHODS: dict[str, Callable[[Problem], Method]] = {
     "grab": orders.grab,
     "ours": lambda problem: ours(problem, sweep=0.1, every=50),
     "ours-free": lambda problem: ours(problem, sweep=0.0, every=50),
+    "ours-apart": lambda problem: ours(problem, sweep=0.0, every=50, apart=True),
 }

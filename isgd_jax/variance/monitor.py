@@ -4,7 +4,8 @@ Guarantees:
 
 * each estimate is unbiased for its mean over the window, under every sampler;
 * IDEAL is the square of a mean, estimated over pairs of different steps (a U-statistic): those are drawn apart even
-  where the draws of one step depend on each other;
+  where the draws of one step depend on each other. Steps of one key are spread evenly instead: the estimate is then low
+  by at most the variance of one step's mean norm over the number of steps less one;
 * the bands count a step as one sample, so they hold for stratified and other dependent draws; they are for the value
   now, and widen when the steps of the window differ by more than chance: the parameters move;
 * a measurement that is not finite is left out.

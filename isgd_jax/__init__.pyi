@@ -31,8 +31,8 @@ from .sampling import rollouts as rollouts
 from .sampling import samplers as samplers
 from .sampling import score_table as score_table
 from .sampling.estimator import importance_sampler as importance_sampler
-from .sampling.estimator import share as share
 from .sampling.groups import Groups as Groups
+from .sampling.placement import share as share
 from .sampling.places import quasi_random as quasi_random
 from .sampling.plain import fixed as fixed
 from .sampling.plain import shuffled_epochs as shuffled_epochs

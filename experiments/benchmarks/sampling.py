@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isgd_jax.sampling import double_float, samplers
-from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.law import Law, at_fractions
 
 SEED, CELLS, CHANGED = 0, 1000, 10_000
 
@@ -99,7 +99,7 @@ def count_starved(law: Law, masses: np.ndarray, chunk: int = 10**6) -> int:
     """Aim a 48-bit random value at the middle of every example's share; count those where it does not land."""
 
     def at(law: Law, unit: double_float.Pair) -> jax.Array:
-        return samplers._descend(law, samplers._scaled(unit, jnp.float32(1.0), samplers._total(law)))
+        return at_fractions(law, unit, jnp.float32(1.0))[0]
 
     land = jax.jit(at)
     total, before, starved = masses.sum(dtype=np.float64), 0.0, 0

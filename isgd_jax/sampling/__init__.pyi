@@ -7,8 +7,8 @@ from . import rollouts as rollouts
 from . import samplers as samplers
 from . import score_table as score_table
 from .estimator import importance_sampler as importance_sampler
-from .estimator import share as share
 from .groups import Groups as Groups
+from .placement import share as share
 from .places import quasi_random as quasi_random
 from .plain import fixed as fixed
 from .plain import shuffled_epochs as shuffled_epochs

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from isgd_jax.errors import ArgumentError, check_array, first_wrong
 from isgd_jax.sampling import samplers
 from isgd_jax.sampling.double_float import tree_sum
-from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.law import Law
 
 __all__ = ["Costs", "check", "create", "of_fractions", "ratio", "renewed"]
 

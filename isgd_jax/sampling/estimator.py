@@ -41,7 +41,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
-from isgd_jax.sampling import calibration, clusters, evidence, fractions, gates, proposal, report, samplers, score_table
+from isgd_jax.sampling import calibration, evidence, fractions, gates, ordering, proposal, report, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling import groups as grouping
 from isgd_jax.sampling.groups import Groups
@@ -58,7 +58,6 @@ from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
     Examples,
-    Ordering,
     Proposal,
     SamplerState,
     advanced,
@@ -67,12 +66,11 @@ from isgd_jax.sampling.state import (
     check_state,
     key_data,
     on_mesh,
-    own_key,
 )
 from isgd_jax.types import Draw, Key, Params, Sampler
 from isgd_jax.variance.gate import Gate
 
-__all__ = ["MONITOR_EVERY", "ImportanceSampler", "importance_sampler", "in_halves", "share"]
+__all__ = ["MONITOR_EVERY", "ImportanceSampler", "importance_sampler"]
 
 _ON_LINE: dict[str, samplers.Kind] = {
     "stratified": "stratified",
@@ -225,11 +223,7 @@ class ImportanceSampler:
             table=score_table.create(size),
             quarantined=jnp.int32(0),
             proposal=self._blank_proposal(),
-            ordering=Ordering(
-                None if arrays.keys is None else on_mesh(arrays.keys),
-                None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),
-                None if sketch is None else jnp.zeros(size, bool),
-            ),
+            ordering=ordering.create(size, arrays.keys, sketch),
             examples=Examples(
                 None if arrays.weights is None else on_mesh(arrays.weights),
                 None if arrays.costs is None else cost.create(on_mesh(arrays.costs)),
@@ -520,7 +514,9 @@ class ImportanceSampler:
 
             if is_halved is None:
                 return whole
-            return lambda: lax.cond(is_halved, lambda: in_halves(sampler, key, law, num_draws=self.batch_size), whole)
+            return lambda: lax.cond(
+                is_halved, lambda: samplers.in_halves(sampler, key, law, num_draws=self.batch_size), whole
+            )
 
         if is_open is None:
             return way(sampler)()
@@ -540,31 +536,15 @@ class ImportanceSampler:
     def _order(self, state: SamplerState, probs: Float[Array, " n"], key: Key | None) -> Int[Array, " n"] | None:
         if self._has_no_order:
             return None
+        num_cells = min(self.batch_size, self.num_examples)
 
         def anew() -> Int[Array, " n"]:
-            keys, sketches, known = state.ordering
-            group = None if state.examples.groups is None else state.examples.groups.ids
-            if sketches is not None and known is not None:
-                start = own_key(state, state.version) if key is None else key
-                line = self._by_clusters(start, sketches, known, probs)
-                return line if group is None else line[jnp.argsort(group[line], stable=True)]
-            return samplers.order_by(*(x for x in (group, keys, probs) if x is not None))
+            return ordering.line(state, probs, key=key, num_cells=num_cells)
 
         if self.options.order_every == 1:
             return anew()
         is_due = state.proposal.refreshes % self.options.order_every == 0
         return lax.cond(is_due, anew, lambda: state.proposal.law.order)
-
-    def _by_clusters(
-        self, key: Key, sketches: Float[Array, "n dims"], known: Bool[Array, " n"], probs: Float[Array, " n"]
-    ) -> Int[Array, " n"]:
-        """Clusters of what is sketched; what never was is a last stretch of the line, by score."""
-        num_cells = min(self.batch_size, self.num_examples)
-
-        def by_cells() -> Int[Array, " n"]:
-            return clusters.by_cells(key, sketches, probs, num_cells=num_cells, known=known)
-
-        return lax.cond(jnp.any(known), by_cells, lambda: samplers.order_by(probs))
 
     def _sketched(self, grads: Params, axis_name: str | None) -> Float[Array, "m dims"] | None:
         sketch = _sketch_of(self.options)
@@ -586,29 +566,8 @@ class ImportanceSampler:
             state.table, ids, scores, version=version, seconds=now, memory=self.options.score_memory
         )
         if sketches is not None:
-            state = state._replace(ordering=self._sketches_written(state, ids, jnp.asarray(sketches), version))
+            state = state._replace(ordering=ordering.with_sketches(state, ids, jnp.asarray(sketches), version))
         return state._replace(table=known, quarantined=state.quarantined + bad)
-
-    def _sketches_written(
-        self, state: SamplerState, ids: Int[Array, " c"], sketches: Float[Array, "..."], version: int | Array
-    ) -> Ordering:
-        """The ordering with these sketches, but for padding, those of an older version, and any not finite."""
-        keys, rows, known = state.ordering
-        if rows is None or known is None:
-            raise ArgumentError(
-                "sketches came, but the order of this sampler is not made of any: order=sketch wants them"
-            )
-        if sketches.shape != (*ids.shape, rows.shape[1]):
-            raise ArgumentError(
-                f"expected sketches of shape {(*ids.shape, rows.shape[1])}, one of {rows.shape[1]} numbers for each of "
-                f"the ids; got {sketches.shape}"
-            )
-        size = self.num_examples
-        is_newer = jnp.asarray(version, jnp.int32) >= state.table.versions.at[ids].get(mode="fill", fill_value=0)
-        is_sound = (ids >= 0) & (ids < size) & is_newer & jnp.all(jnp.isfinite(sketches), axis=1)
-        at = jnp.where(is_sound, ids, size)
-        rows = rows.at[at].set(sketches.astype(jnp.float32), mode="drop")
-        return Ordering(keys, rows, known.at[at].set(True, mode="drop"))
 
     def _check_state(self, state: SamplerState) -> None:
         """Refuse a state that was made for something else: what examples count for, cost and belong to lies in it.
@@ -639,47 +598,6 @@ class ImportanceSampler:
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
             raise ArgumentError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
-
-
-def in_halves(sampler: Sampler, key: Key, law: samplers.Law, *, num_draws: int) -> Draw:
-    """Two half-batches, drawn independently, one after the other; the second has one more where ``num_draws`` is odd.
-
-    ``probs`` are those of the half that an index was drawn in. Each half is unbiased by itself, so the mean over all m
-    draws is too, also where the two have other probabilities (poisson with m odd).
-
-    Args:
-        sampler: ``(key, law, *, num_draws) -> Draw``.
-        key: split between the halves.
-        law: prepared by `samplers.prepare`.
-        num_draws: m, at least 2.
-    """
-    first, second = jax.random.split(key)
-    parts = sampler(first, law, num_draws=num_draws // 2), sampler(second, law, num_draws=num_draws - num_draws // 2)
-    return jax.tree.map(lambda *both: jnp.concatenate(both), *parts)
-
-
-def share(draw: Draw, axis_name: str) -> Draw:
-    """The part of a draw that this device handles: equal parts along the axis, inside ``pmap`` or ``shard_map``.
-
-    Scalars of the draw come whole. ``observe`` wants the whole draw again, with ``axis_name``.
-
-    Args:
-        draw: the same on all devices, as ``sample`` gives it from the same key and state.
-        axis_name: of the axis of devices; device d gets draws d m/D to (d + 1) m/D.
-
-    Raises:
-        ValueError: the draw cannot be cut into equal parts.
-    """
-    num_devices = lax.axis_size(axis_name)
-    size, rest = divmod(draw.indices.shape[0], num_devices)
-    if rest:
-        raise ArgumentError(f"{draw.indices.shape[0]} draws cannot be shared equally among {num_devices} devices")
-    start = lax.axis_index(axis_name) * size
-
-    def part(x: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, start, size) if x.ndim else x
-
-    return jax.tree.map(part, draw)
 
 
 class _Arrays(NamedTuple):

@@ -24,7 +24,7 @@ from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.sampling.costs import Costs
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.groups import GroupState
-from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.law import Law
 from isgd_jax.sampling.score_table import ScoreTable
 from isgd_jax.types import Draw, Key, Params
 from isgd_jax.variance.gate import Gate

@@ -8,7 +8,7 @@ import pytest
 from sampling_problem import unchecked
 
 from isgd_jax.sampling import double_float, samplers
-from isgd_jax.sampling.samplers import Law
+from isgd_jax.sampling.law import Law, at_fractions
 from isgd_jax.types import Draw
 
 EXACT = [samplers.independent, samplers.stratified, samplers.systematic]
@@ -374,7 +374,7 @@ def attained(law: Law, fractions: np.ndarray) -> np.ndarray:
     @jax.jit
     def place(law: Law, high: jax.Array, low: jax.Array) -> jax.Array:
         unit = double_float.two_sum(high, low)
-        return samplers._descend(law, samplers._scaled(unit, jnp.float32(1.0), samplers._total(law)))
+        return at_fractions(law, unit, jnp.float32(1.0))[0]
 
     return np.asarray(place(law, jnp.asarray(high * 2.0**-24, jnp.float32), jnp.asarray(low * 2.0**-48, jnp.float32)))
 

@@ -41,10 +41,20 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
-from isgd_jax.sampling import calibration, evidence, fractions, gates, ordering, proposal, report, samplers, score_table
+from isgd_jax.sampling import (
+    allocation,
+    calibration,
+    evidence,
+    fractions,
+    gates,
+    ordering,
+    proposal,
+    report,
+    samplers,
+    score_table,
+)
 from isgd_jax.sampling import costs as cost
-from isgd_jax.sampling import groups as grouping
-from isgd_jax.sampling.groups import Groups
+from isgd_jax.sampling.groups import Groups, as_groups
 from isgd_jax.sampling.options import (
     DISTINCT,
     GradientSketch,
@@ -153,7 +163,7 @@ def importance_sampler(
         TypeError: a number is of the wrong type.
         ValueError: a number is out of range, or an array has not one entry an example.
     """
-    given = locals() | {"groups": grouping.as_groups(groups)}
+    given = locals() | {"groups": as_groups(groups)}
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
     check_sizes(num_examples, batch_size)
     check_options(options, num_examples, batch_size)
@@ -406,13 +416,13 @@ class ImportanceSampler:
     def _weights(self, state: SamplerState) -> Float[Array, " n"] | None:
         if state.examples.groups is None or self.options.groups is None:
             return state.examples.target
-        return grouping.unit_weights(state.examples.groups, self.options.groups, state.examples.target)
+        return allocation.unit_weights(state.examples.groups, self.options.groups, state.examples.target)
 
     def _mixed(self, state: SamplerState, fraction: Float[Array, ""], wanted: Float[Array, " n"]) -> Float[Array, " n"]:
         """The probabilities of a proposal over groups."""
         assert state.examples.groups is not None
         assert self.options.groups is not None
-        return grouping.drawn_by(
+        return allocation.drawn_by(
             state.examples.groups,
             self.options.groups,
             wanted,
@@ -426,7 +436,7 @@ class ImportanceSampler:
         """The state with the allocation and the expected costs of its new proposal."""
         known, law, flat = state.examples.groups, state.proposal.law, None
         if known is not None:
-            share = grouping.group_sums(samplers.probabilities(law), known.ids, known.sizes.shape[0])
+            share = allocation.group_sums(samplers.probabilities(law), known.ids, known.sizes.shape[0])
             known = known._replace(allocation=share)
             flat = (share / jnp.maximum(known.sizes, 1.0))[known.ids]
         costs = None if state.examples.costs is None else cost.renewed(state.examples.costs, law, flat)
@@ -434,7 +444,7 @@ class ImportanceSampler:
 
     def _target(self, state: SamplerState, indices: Int[Array, " m"], step: Int[Array, ""]) -> Float[Array, " m"]:
         """The factor [m] of each drawn gradient in what is estimated at a step."""
-        shares = None if self.options.groups is None else grouping.shares_at(self.options.groups, step)
+        shares = None if self.options.groups is None else allocation.shares_at(self.options.groups, step)
         unit = self._unit(state, indices)
         return (
             unit
@@ -450,10 +460,10 @@ class ImportanceSampler:
             return jnp.full(indices.shape, 1.0 / self.num_examples, jnp.float32)
         return (1.0 / jnp.maximum(state.examples.groups.sizes, 1.0))[state.examples.groups.ids[indices]]
 
-    def _blank_groups(self, ids: Array | np.ndarray | None) -> grouping.GroupState | None:
+    def _blank_groups(self, ids: Array | np.ndarray | None) -> allocation.GroupState | None:
         if ids is None or self.options.groups is None:
             return None
-        return grouping.create(on_mesh(ids), self.options.groups.num_groups)
+        return allocation.create(on_mesh(ids), self.options.groups.num_groups)
 
     def _scores_are_used(self, state: SamplerState) -> Bool[Array, ""]:
         """Whether draws are made by score now."""
@@ -512,11 +522,10 @@ class ImportanceSampler:
             def whole() -> Draw:
                 return sampler(key, law, num_draws=self.batch_size)
 
-            if is_halved is None:
-                return whole
-            return lambda: lax.cond(
-                is_halved, lambda: samplers.in_halves(sampler, key, law, num_draws=self.batch_size), whole
-            )
+            def halves() -> Draw:
+                return samplers.in_halves(sampler, key, law, num_draws=self.batch_size)
+
+            return whole if is_halved is None else lambda: lax.cond(is_halved, halves, whole)
 
         if is_open is None:
             return way(sampler)()

@@ -21,7 +21,7 @@ from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy, placement
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.weights import draw_weights
-from isgd_jax.sampling import calibration, fractions, groups, samplers, score_table
+from isgd_jax.sampling import allocation, calibration, fractions, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.placement import replicated
@@ -172,7 +172,7 @@ def learnt(
     if state.fractions is not None:
         state = state._replace(fractions=_fractions_after(state, state.fractions, draw, weights, wanted, proposed))
     if state.examples.groups is not None and unit is not None:
-        seen_groups = groups.observe(state.examples.groups, draw, norms, unit, proposed)
+        seen_groups = allocation.observe(state.examples.groups, draw, norms, unit, proposed)
         state = state._replace(examples=state.examples._replace(groups=seen_groups))
     if isinstance(state.gate, gate.Gate):  # with costs, of second moment times cost
         dearer = proposal_weights * cost.ratio(state.examples.costs)

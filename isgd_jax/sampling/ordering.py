@@ -24,7 +24,7 @@ __all__ = ["create", "line", "with_sketches"]
 
 
 def create(size: int, keys: np.ndarray | None, sketch: GradientSketch | None) -> Ordering:
-    """What the line will be ordered by: fixed keys [n], sketches that are yet to come, or neither, which is by score."""
+    """What the line will be ordered by: fixed keys [n], sketches yet to come, or neither, which is by score."""
     return Ordering(
         None if keys is None else on_mesh(keys),
         None if sketch is None else jnp.zeros((size, sketch.dims), jnp.float32),

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from isgd_jax.sampling import groups as grouping
-from isgd_jax.sampling import samplers, score_table
-from isgd_jax.sampling.groups import GroupReport, Groups
+from isgd_jax.sampling import allocation, samplers, score_table
+from isgd_jax.sampling.allocation import GroupReport
+from isgd_jax.sampling.groups import Groups
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import monitor
 from isgd_jax.variance.rolling import Band
@@ -216,7 +216,7 @@ def _costs(
 def _grouped(state: SamplerState, groups: Groups | None) -> GroupReport | None:
     if groups is None or state.examples.groups is None:
         return None
-    return grouping.moments(state.examples.groups, groups, state.examples.target, state.clock.step)
+    return allocation.moments(state.examples.groups, groups, state.examples.target, state.clock.step)
 
 
 def _equivalent(found: monitor.Report | None, batch_size: int) -> Float[Array, ""]:

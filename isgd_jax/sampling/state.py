@@ -20,10 +20,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, UInt
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole, seen
+from isgd_jax.sampling.allocation import GroupState
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.sampling.costs import Costs
 from isgd_jax.sampling.fractions import Mixtures
-from isgd_jax.sampling.groups import GroupState
 from isgd_jax.sampling.law import Law
 from isgd_jax.sampling.score_table import ScoreTable
 from isgd_jax.types import Draw, Key, Params

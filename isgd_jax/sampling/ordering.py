@@ -23,7 +23,7 @@ from isgd_jax.types import Key
 __all__ = ["create", "line", "with_sketches"]
 
 
-def create(size: int, keys: np.ndarray | None, sketch: GradientSketch | None) -> Ordering:
+def create(size: int, keys: Array | np.ndarray | None, sketch: GradientSketch | None) -> Ordering:
     """What the line will be ordered by: fixed keys [n], sketches yet to come, or neither, which is by score."""
     return Ordering(
         None if keys is None else on_mesh(keys),

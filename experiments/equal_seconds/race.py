@@ -176,6 +176,8 @@ class Plan(NamedTuple):
     """The budget of a run."""
     seeds: int
     tuning_seeds: int = 1
+    extensions: int = EXTENSIONS
+    """How often the grid is extended where the best of an arm lies on its edge."""
 
 
 class Race:
@@ -224,7 +226,7 @@ class Race:
         wanted = {f"{seed}-{way}.json" for seed in range(plan.seeds) for way in ("clock", "price")}
         runs = max(0, len(wanted) * len(self.arms) - sum(name in wanted for name in made)) * plan.seconds
         widest = plan.grid
-        for _ in range(EXTENSIONS):
+        for _ in range(plan.extensions):
             widest = widest.wider([Trial(*(axis[0] for axis in widest)), Trial(*(axis[-1] for axis in widest))])
         more = sum(trial.share for trial in widest.trials()) - sum(trial.share for trial in plan.grid.trials())
         return first + prices + runs, first + prices + runs + more * plan.seconds * len(self.arms) * plan.tuning_seeds
@@ -260,7 +262,7 @@ class Race:
     def tuned(self) -> tuple[dict[str, Trial], Grid]:
         """The best trial of each arm, and the grid that all of them tried."""
         grid, seeds = self.plan.grid, [TUNING_SEED + seed for seed in range(self.plan.tuning_seeds)]
-        for extension in range(EXTENSIONS + 1):
+        for extension in range(self.plan.extensions + 1):
             merits: dict[str, dict[Trial, float]] = {arm: {} for arm in self.arms}
             for trial in grid.trials():
                 for arm in self.arms:
@@ -268,7 +270,7 @@ class Race:
                     merits[arm][trial] = math.inf if None in found else float(np.mean(found))
             chosen = {arm: min(tried, key=lambda trial: tried[trial]) for arm, tried in merits.items()}
             wider = grid.wider(chosen.values())
-            if wider == grid or extension == EXTENSIONS:
+            if wider == grid or extension == self.plan.extensions:
                 break
             grid = wider
         return chosen, grid
@@ -374,13 +376,17 @@ def arguments(doc: str | None, arms: Sequence[str], folder: str, seeds: int) -> 
     parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="uniform is among them always")
     parser.add_argument("--seeds", type=int, default=seeds, help="reported")
     parser.add_argument("--quick", action="store_true", help="minutes: three seeds, one batch, short budgets")
+    parser.add_argument(
+        "--extensions", type=int, choices=range(EXTENSIONS + 1), default=EXTENSIONS, help="of a grid whose edge is best"
+    )
     parser.add_argument("--folder", type=Path, default=Path(folder), help="of the cells")
     return parser
 
 
 def plan(options: argparse.Namespace, full: Plan, quick: Plan) -> Plan:
     """The plan that was asked for."""
-    return quick if options.quick else full._replace(seeds=options.seeds)
+    chosen = quick if options.quick else full._replace(seeds=options.seeds)
+    return chosen._replace(extensions=options.extensions)
 
 
 def run(

@@ -42,6 +42,8 @@ CANDIDATES = 3
 RHO_CANDIDATES, RHO_EPOCHS, RHO_RATE = 4, 3, 0.02
 PRESSURE = 100.0
 SWEEP_BATCH = 1024
+ORDER_EVERY = 8
+"""Refreshes of ours between two sorts of all examples: by label first, an older order is as good."""
 
 
 class Presampling(NamedTuple):
@@ -175,7 +177,7 @@ class Sampled(NamedTuple):
 def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1, apart: bool = False) -> Method:
     """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
     size, swept, fixed = problem.num_examples, round(sweep * problem.num_examples), {"uniform_fraction": mixture}
-    fixed |= {"order": problem.train["y"], "learning_steps": 0, "monitor": False}
+    fixed |= {"order": problem.train["y"], "order_every": ORDER_EVERY, "learning_steps": 0, "monitor": False}
     sampler = isgd.importance_sampler(size, batch_size=problem.batch_size, **fixed)
 
     def start(key: Array, data: Tree) -> tuple[Sampled, float]:

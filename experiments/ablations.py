@@ -47,7 +47,7 @@ The models were run with one seed (seven minutes a run on one core): the CNN cam
 uniform draws after 1,500; the small transformer after 3,850, with uniform draws it had 0.09 after all 6,000.
 
 The default's share of uniform draws was chosen from 0.03 on when this was run; it is at least 0.2 since, for its
-weights (`benchmarks/largest_weight.py`).
+weights (`benchmarks/largest_weight.py`). Draws were independent from step to step; they are spread evenly since.
 
 Calibrated scores matter most where scores are old: 1,000 updates old as they are, they do harm (1.64), calibrated they
 still help (0.57); fresh ones need no calibration. Poisson's batches hold 31 draws in the room of 64, so an update

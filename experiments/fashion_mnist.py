@@ -10,7 +10,8 @@ Command: python experiments/fashion_mnist.py
 Time: about 70 minutes on two CPU cores. It goes on where it was stopped.
 
 Result (JAX 0.10.2, CPU; with draws independent from step to step, which are spread evenly since): importance sampling
-saves a third of the updates. 0.65 is met by independent draws at 0.1 and missed by 0.01 to 0.03 elsewhere; all four intervals contain it. Stratified draws are no faster than independent.
+saves a third of the updates. 0.65 is met by independent draws at 0.1 and missed by 0.01 to 0.03
+elsewhere; all four intervals contain it. Stratified draws are no faster than independent.
 
     uniform      train loss 0.1   median   6,200 updates   over uniform: 1.00 [1.00, 1.00]
     uniform      train loss 0.05  median  10,900 updates   over uniform: 1.00 [1.00, 1.00]

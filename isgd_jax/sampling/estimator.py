@@ -10,8 +10,8 @@
 
 Guarantees:
 
-* the estimate sum(target / probs * gradient) / m is unbiased for any state, whatever the scores: ``probs`` are those
-  that the indices were really drawn with, and all are positive;
+* the estimate sum(target / probs * gradient) / m is unbiased over the key for any state, whatever the scores: ``probs``
+  are those that the indices were really drawn with, and all are positive;
 * ``sample`` changes nothing: the same key and state give the same draw, and ``ahead=k`` gives the draw that the k-th
   step from now would make with the same proposal and the same verdict of the gate;
 * one key serves a whole run. Over it each draw is distributed as one of a fresh key; stratified and systematic draws of

@@ -57,11 +57,12 @@ here before it was kept, on seeds that are not reported; before, ours took 1.32 
     ours-free  0.63 [0.57, 0.66]  1.06 [0.91, 1.23]  0.91 [0.79, 1.04]  32.0 %      87.1 %       21.1 %       3.5 %
 
 On both cores (five seeds, nothing else on the machine; seven minutes, `--batches 128 --methods uniform ranks ours-free
---folder runs/two`): plain steps make more of a second core, and ours loses to ranks by 1.38 [1.28, 1.48] in seconds:
+--folder runs/two`): plain steps make more of a second core, and ours loses to ranks by 1.26 [1.20, 1.32] in seconds
+(independent from step to step 1.38 [1.28, 1.48], and 0.83 of uniform's):
 
-    uniform    4.66 [4.56, 4.97]  1.00               1.00               12.8 %      33.5 %       7.5 %        1.0 %
-    ranks      2.93 [2.63, 3.03]  0.61 [0.57, 0.65]  0.56 [0.54, 0.59]  13.0 %      33.4 %       7.8 %        2.5 %
-    ours-free  3.94 [3.82, 4.17]  0.83 [0.81, 0.85]  0.60 [0.58, 0.61]  13.2 %      33.6 %       7.6 %        6.7 %
+    uniform    4.26 [4.19, 4.32]  1.00               1.00               12.8 %      33.5 %       7.5 %        1.0 %
+    ranks      2.69 [2.44, 2.83]  0.62 [0.56, 0.68]  0.56 [0.54, 0.59]  13.0 %      33.4 %       7.8 %        2.5 %
+    ours-free  3.27 [3.20, 3.50]  0.78 [0.73, 0.83]  0.56 [0.55, 0.58]  13.2 %      34.1 %       7.9 %        7.6 %
 
 Results of the tables at equal passes, Fashion-MNIST (7,200 examples, MLP 784-128x2-10, batches of 64, 15 epochs), less
 uniform's test error and over its train loss. Selection learns the training set faster and pays for it on the test set,

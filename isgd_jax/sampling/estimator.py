@@ -491,18 +491,10 @@ class ImportanceSampler:
         is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
         is_halved = is_turn if self._can_halve else None
         kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
+        key = jax.random.fold_in(key, step if kind in (None, "independent") else ALL_STEPS)
         if kind is not None:
-            is_even = kind != "independent"
-            return samplers.on_line(
-                kind,
-                jax.random.fold_in(key, ALL_STEPS if is_even else step),
-                law,
-                num_draws=self.batch_size,
-                is_halved=is_halved,
-                is_open=is_open,
-                step=step if is_even else None,
-            )
-        key = jax.random.fold_in(key, step)
+            places = {"is_halved": is_halved, "is_open": is_open, "step": step}
+            return samplers.on_line(kind, key, law, num_draws=self.batch_size, **places)
         if options.sampler == "uniform":
             return samplers.uniform(key, law, num_draws=self.batch_size)
         own = samplers.poisson if isinstance(options.sampler, str) else options.sampler

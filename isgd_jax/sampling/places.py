@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from isgd_jax.errors import check_whole
 from isgd_jax.types import Key
 
-__all__ = ["along_hilbert_curve", "coordinates", "quasi_random"]
+__all__ = ["along_hilbert_curve", "coordinates", "kronecker_steps", "quasi_random"]
 
 CODE_BITS = 30
 """Of a number on the curve, an int32; shared out among the coordinates."""
@@ -115,12 +115,21 @@ def quasi_random(key: Key, count: int, dims: int) -> Float[Array, "count dims"]:
     """
     check_whole("count", count, least=1)
     check_whole("dims", dims, least=1)
-    root = 2.0
-    for _ in range(64):
-        root = (1.0 + root) ** (1.0 / (dims + 1))
-    step = np.array([int((root ** -(i + 1.0) % 1.0) * 2**32) for i in range(dims)], np.uint32)
+    step = kronecker_steps(dims)
     start = jax.random.bits(key, (dims,), jnp.uint32)
     at = (
         start[None] + jnp.arange(count, dtype=jnp.uint32)[:, None] * step[None]
     )  # fractions of one in 2^-32, which wrap
     return (at >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def kronecker_steps(dims: int) -> np.ndarray:
+    """What each coordinate of a Kronecker sequence moves on by, uint32 [dims] in 2^-32; for one the golden section.
+
+    Args:
+        dims: coordinates.
+    """
+    root = 2.0
+    for _ in range(64):
+        root = (1.0 + root) ** (1.0 / (dims + 1))
+    return np.array([int((root ** -(i + 1.0) % 1.0) * 2**32) for i in range(dims)], np.uint32)

@@ -37,6 +37,7 @@ from isgd_jax.sampling.law import (
     probabilities_of,
     update,
 )
+from isgd_jax.sampling.places import kronecker_steps
 from isgd_jax.types import Draw, Key, Sampler
 
 __all__ = [
@@ -60,7 +61,7 @@ __all__ = [
     "without_replacement",
 ]
 
-GOLDEN = int((5**0.5 - 1) / 2 * 2**32)
+GOLDEN = kronecker_steps(1)[0]
 """The golden section in 2^-32: multiples of it modulo one stay the most even, however many there are."""
 
 Kind: TypeAlias = Literal["stratified", "systematic", "independent"]
@@ -235,7 +236,8 @@ def on_line(
         step: how many draws of this key went before; None where the key is of this draw alone. The place in each part
             moves on by the golden section from one draw of the key to the next, so that every stretch of the line is
             reached evenly over the steps, where draws of independent keys leave gaps and return too soon: what
-            shuffled epochs do for uniform batches. Each draw alone is distributed as without. Not for "independent".
+            shuffled epochs do for uniform batches. Each draw alone is distributed as without. "independent" has no
+            parts, and makes nothing of it.
 
     Raises:
         TypeError: ``num_draws`` is no whole number.
@@ -300,7 +302,7 @@ def _unit_pair(key: Key, size: int, step: Int[Array, ""] | None) -> Pair:
     """
     bits = jax.random.bits(key, (2, size), jnp.uint32)
     if step is not None:
-        bits = bits.at[0].add(step.astype(jnp.uint32) * jnp.uint32(GOLDEN))  # fractions of one in 2^-32, which wrap
+        bits = bits.at[0].add(step.astype(jnp.uint32) * GOLDEN)  # fractions of one in 2^-32, which wrap
     bits = (bits >> 8).astype(jnp.float32)
     return double_float.two_sum(bits[0] * 2.0**-24, bits[1] * 2.0**-48)
 

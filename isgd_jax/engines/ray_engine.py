@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ import numpy as np
 from isgd_jax.errors import CannotImportError
 
 __all__ = [
+    "KNOCK",
     "LOOK",
     "PAUSES",
     "QUIET",
@@ -45,7 +47,7 @@ __all__ = [
 try:
     import ray
     from ray import _raylet, exceptions
-    from ray._private import ray_constants, worker
+    from ray._private import ray_constants, services, worker
 except ImportError as error:
     raise CannotImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
@@ -64,6 +66,9 @@ MakeJob = Callable[[], tuple[Job, str]]
 
 PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds before a worker that failed is tried again, longer each time. Ray restarts it meanwhile."""
+
+KNOCK = 10.0
+"""Seconds within which a Ray that is to be joined must answer."""
 
 LOOK = 1.0
 """Seconds between two looks whether the engine was closed, while a worker takes its time."""
@@ -414,7 +419,9 @@ def _connect(address: str | None, num_workers: int) -> bool:
     try:
         if address is not None:
             _unlock()
-            ray.init(address=address, **quiet)
+            _knock(address)
+            with _patched("NUM_REDIS_GET_RETRIES", 1):
+                ray.init(address=address, **quiet)
             return False
     except (ConnectionError, ValueError) as error:
         raise ConnectionError(
@@ -424,23 +431,33 @@ def _connect(address: str | None, num_workers: int) -> bool:
     _lock()
     # Workers share the cores that training leaves: each has its place, however few there are.
     cores = max(num_workers, os.cpu_count() or 1)
-    with _on_loopback():
+    # It listens on 127.0.0.1 alone, as it does by itself on macOS and Windows. ``_node_ip_address="127.0.0.1"`` does
+    # not do it: Ray replaces that by an address that others can reach.
+    with _patched("ENABLE_RAY_CLUSTER", False):
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     return True
 
 
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """The Ray that is started here listens on 127.0.0.1 alone, as it does by itself on macOS and Windows.
+def _knock(address: str) -> None:
+    """Raise ConnectionError unless something answers there: Ray itself would try for a quarter of an hour."""
+    if "://" in address:  # for Ray's client, which has its own limit
+        return
+    host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {host}:{port}: {error.strerror or error}") from error
 
-    ``_node_ip_address="127.0.0.1"`` does not do it: Ray replaces that by an address that others can reach.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    vars(ray_constants)["ENABLE_RAY_CLUSTER"] = False
+
+@contextlib.contextmanager
+def _patched(name: str, value: object) -> Iterator[None]:
+    """A constant of Ray's, another one meanwhile: those that it reads from the environment, it has read on import."""
+    before = getattr(ray_constants, name)
+    vars(ray_constants)[name] = value
     try:
         yield
     finally:
-        vars(ray_constants)["ENABLE_RAY_CLUSTER"] = before
+        vars(ray_constants)[name] = before
 
 
 _own_token: list[str] = []

@@ -1,6 +1,7 @@
 """`isgd train --engine cluster`, on a Ray of this host."""
 
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,16 @@ def test_a_relaxed_run_stops_at_a_signal_and_can_be_replayed(tmp_path: Path) -> 
 
 
 def test_no_ray_at_the_address_is_one_sentence(tmp_path: Path) -> None:
-    process = isgd("train", "--data-dir", "data", "--engine", "cluster", "--address", "auto", cwd=tmp_path, **QUICK)
-    code, _, err = finished(process)
+    """Also where the address is known and nothing answers: Ray by itself would try for a quarter of an hour.
+
+    Where ``auto`` leads is told by the environment: any Ray that runs on this machine would be joined else.
+    """
+    with socket.socket() as taken:  # bound and not listening: nobody answers, and nobody else gets it
+        taken.bind(("", 0))
+        there = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["train", "--data-dir", "data", "--engine", "cluster", "--address", "auto"]
+        code, _, err = finished(isgd(*arguments, cwd=tmp_path, **QUICK, RAY_ADDRESS=there), seconds=100)
     assert code == 1
-    assert "there is no Ray at --address auto" in err
+    assert "there is no Ray at --address auto (nothing answers at" in err
     assert "ray start --head" in err
     assert "Traceback" not in err

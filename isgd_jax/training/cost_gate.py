@@ -75,7 +75,8 @@ MEASURE_AT, GROUP, ROUNDS = 8, 4, 8
 """The step at which measuring begins, and how often so many steps that learn, and then as many that rest, are timed."""
 
 DECIDE_EVERY = 128
-"""Steps between two decisions; each waits for the device."""
+"""Steps between two decisions, at least; each waits for the device. While steps rest, the looks that it is made of are
+to be new ones (`RECENT`)."""
 
 TRY_AT_ONCE = 1.25
 """The cost up to which a run begins by learning in every step; dearer norms are first to show, in looks, that ideal
@@ -313,8 +314,12 @@ class CostWatch:
 
     def weighs(self, gate: CostGate, step: int) -> bool:
         """Whether something is found or decided after so many steps: where a group has been timed, and then seldom."""
+        cost, is_open, looks = self._numbers(gate)
+        if cost > 0.0:
+            every = DECIDE_EVERY if is_open else max(DECIDE_EVERY, RECENT[False] * looks)
+            return step % every == 0 or step == LOOK_OFTEN_UNTIL
         at = step - MEASURE_AT
-        return step % DECIDE_EVERY == 0 if self.is_known(gate) else at > 0 and at % GROUP == 0
+        return at > 0 and at % GROUP == 0
 
     def rests(self, gate: CostGate, step: int) -> bool:
         """Whether a step takes the ordinary gradient and learns nothing."""
@@ -350,12 +355,12 @@ class CostWatch:
         self._timed = count + 1, seconds + self._clock() - began
         return made
 
-    def after(self, gate: CostGate, sampler: SamplerState, step: int) -> tuple[CostGate, str | None]:
+    def after(self, gate: CostGate, sampler: Callable[[], SamplerState], step: int) -> tuple[CostGate, str | None]:
         """The gate after a step, and what a person should hear of it.
 
         Args:
             gate: before.
-            sampler: state of the sampler; it is not changed.
+            sampler: gives the state of the sampler, where something is found from it; it is not changed.
             step: steps made so far.
         """
         if not self.weighs(gate, step):
@@ -363,9 +368,9 @@ class CostWatch:
         if not self.is_known(gate):
             at = step - MEASURE_AT
             gate = self._with_seconds(gate, at // GROUP - 1)
-            return (gate, None) if at < _SPAN else self._with_cost(gate, sampler, step)
-        was_open = bool(gate.is_open)
-        seen = sampler._replace(monitor=local_copy(sampler.monitor), gate=local_copy(sampler.gate))
+            return (gate, None) if at < _SPAN else self._with_cost(gate, sampler(), step)
+        was_open, state = bool(gate.is_open), sampler()
+        seen = state._replace(monitor=local_copy(state.monitor), gate=local_copy(state.gate))
         assert seen.monitor is not None
         self.last = promise(
             seen.monitor, num_examples=self._num_examples, batch_size=self._batch_size, is_open=was_open

@@ -140,7 +140,7 @@ class Run:
         """After a step: decide whether the next ones learn from norms; what a person should hear of it."""
         if self.costs is None or self.cost_gate is None or not self.costs.weighs(self.cost_gate, self.step):
             return None
-        self.cost_gate, told = self.costs.after(self.cost_gate, self.held.state.sampler, self.step)
+        self.cost_gate, told = self.costs.after(self.cost_gate, lambda: self.held.state.sampler, self.step)
         return told
 
     def _advance(self, held: Held, seconds: float, *, rests: bool) -> StepInfo:

@@ -109,7 +109,7 @@ def test_the_ratio_is_that_of_the_clock_refreshes_included() -> None:
 
         measuring.advance(known, step, lambda: state, make)
         now[0] += 7.0  # what callbacks do counts for nothing
-        known, told = measuring.after(known, state, step + 1)
+        known, told = measuring.after(known, lambda: state, step + 1)
     assert rested == RESTED
     assert known.seconds.tolist() == [12.0, 8.0]
     assert float(known.step_cost) == pytest.approx((3.0 + 0.5) / 2.0)
@@ -134,7 +134,7 @@ def test_a_run_that_was_broken_off_while_measuring_has_enough_of_the_rest() -> N
 
     for step in range(cost_gate.MEASURE_AT + 6, MEASURED):
         measuring.advance(known, step, lambda: state, make)
-        known, _ = measuring.after(known, state, step + 1)
+        known, _ = measuring.after(known, lambda: state, step + 1)
     assert known.seconds.tolist() == [4.0, 4.0]
     assert float(known.step_cost) == 1.0
     assert bool(known.is_open)
@@ -227,7 +227,17 @@ def test_who_has_given_an_engine_or_no_monitor_is_not_asked() -> None:
     assert fitted(Notes(), 5, step_cost=None).state.cost_gate is None
 
 
+@pytest.mark.parametrize(
+    ("looks", "is_open", "expected"),
+    [(64, True, [128, 256, 384, 512]), (8, False, [128, 256, 384, 512]), (64, False, [128, 512])],
+)
+def test_a_decision_while_steps_rest_is_made_of_new_looks(looks: int, is_open: bool, expected: list[int]) -> None:
+    """One is made where looks begin to be seldom, and then not before eight have come."""
+    known = gate(is_open=is_open)._replace(look_every=np.asarray(looks, np.int32))
+    assert [step for step in range(MEASURED + 1, 600) if watch().weighs(known, step)] == expected
+
+
 def test_a_shut_gate_of_draws_is_heard_of() -> None:
-    after, told = watch(2.0).after(gate(), with_gate(SAMPLER.init(), False), 128)
+    after, told = watch(2.0).after(gate(), lambda: with_gate(SAMPLER.init(), False), 128)
     assert not after.is_open
     assert told == "scores do harm: norms are looked at in every 4th step alone"

@@ -57,9 +57,10 @@ class Machine(NamedTuple):
     None: batches are differentiated whole."""
     one_layout: bool
     """Whether convolutions are fast in one layout alone, see `convolutions`."""
-    guards_each: bool
-    """Whether each parameter's Gram sum is looked at by itself, which lets its factors go early; else all together: a
-    condition makes an accelerator wait for its host."""
+    cheap_conditions: bool
+    """Whether sums are looked at before they are made more carefully: each parameter's Gram sum by itself, which lets
+    its factors go early (else all together), and squares before they are scaled. A condition makes an accelerator wait
+    for its host."""
     as_written: bool
     """Whether each example's product is kept in the type that the program has it in: in bfloat16 half the traffic, and
     the rounding of `vmap(grad)`; else in float32."""
@@ -75,7 +76,7 @@ CPU = Machine(
     scored=512 << 20,
     written=16 << 20,
     one_layout=True,
-    guards_each=True,
+    cheap_conditions=True,
     as_written=False,
 )
 """Measured on two cores."""
@@ -90,7 +91,7 @@ ACCELERATOR = Machine(
     scored=32 << 30,
     written=None,
     one_layout=False,
-    guards_each=False,
+    cheap_conditions=False,
     as_written=True,
 )
 """Of 16 GiB; of others see `machine`. As fast as an H100: 3 TB/s, and 60 to 400 Tflop/s. Slices that run in turn leave

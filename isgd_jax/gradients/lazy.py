@@ -72,7 +72,7 @@ def norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     leaves = _small_joined(leaves_of(grads))
     found = [squares_of(leaf, precision) for leaf in leaves]
     risky = [at for at, squares in enumerate(found) if squares.sizes is not None]
-    for asked in [[at] for at in risky] if costs.machine().guards_each else [risky]:
+    for asked in [[at] for at in risky] if costs.machine().cheap_conditions else [risky]:
         safe = _guarded([leaves[at] for at in asked], [found[at] for at in asked], precision)
         for at, squares in zip(asked, safe, strict=True):
             found[at] = squares

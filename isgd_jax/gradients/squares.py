@@ -1,7 +1,9 @@
 """Squared sizes that do not leave their type: each comes with a power of two that it is counted in.
 
 A norm of 1e-25 is a float32, its square is not. So the entries of one example are divided by a power of two near their
-largest before they are squared, and the root is multiplied by it again; dividing by a power of two rounds nothing.
+largest before they are squared, and the root is multiplied by it again; dividing by a power of two rounds nothing. To
+find the largest takes longer than to square them all: where a condition is cheap, squares are summed as they are, and
+only where any sum has come near the ends of its type once more over a scale.
 
 Source: ours, after Blue's scaled Euclidean norm (ACM TOMS 4, 1978).
 """
@@ -17,6 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Inexact
 
+from isgd_jax.gradients import costs
+
 __all__ = [
     "Squares",
     "abs_square",
@@ -28,6 +32,13 @@ __all__ = [
     "sum_squares",
     "together",
 ]
+
+_MANY = 1 << 14
+"""Entries from which on a pass over them is worth a condition."""
+
+_SLOPE = 2.0**-24
+"""What slopes are divided by before it is known how small they are. Of rows of 256 float32 the squares are then right
+where the norm is from 4e-22 to 8e6; of others from 7e-15 to 1e14."""
 
 _RISK = 1e-3
 """A Gram sum less than this part of the sum of its terms' sizes has lost three digits of float32: form the product."""
@@ -76,7 +87,7 @@ def over(x: Array, scale: Array) -> Array:
     return x * (1 / scale).astype(x.dtype)
 
 
-def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1) -> Squares:
+def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1, *, is_slopes: bool = False) -> Squares:
     """The squared norm of each row of an array over its own scale: exact where a plain sum of squares would be 0 or
     infinite.
 
@@ -87,12 +98,35 @@ def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1) -> Squares:
     Args:
         array: [b, ...], float32 or wider, real or complex.
         lead: how many axes are kept, from the first; all others are summed over.
+        is_slopes: whether the array is a right factor, whose rows become small while examples are learnt.
     """
     axes = tuple(range(lead, array.ndim))
     dense, axes, units = _without_units(array, axes)
-    scale = power_of_two(largest(dense, axes))
-    values = jnp.sum(abs_square(over(dense, lax.expand_dims(scale, axes))), axes)
+    scale, values = _by_their_own_scale(dense, axes) if dense.size < _MANY else _by_any_scale(dense, axes, is_slopes)
     return Squares(lax.expand_dims(scale, units), lax.expand_dims(values, units))
+
+
+def _by_any_scale(x: Array, axes: Sequence[int], is_slopes: bool) -> tuple[Array, Array]:
+    """The same numbers to the last bit, where a condition is cheap without a pass for the scales."""
+    if not costs.machine().cheap_conditions:
+        return _by_their_own_scale(x, axes)
+    unit = jnp.asarray(_SLOPE if is_slopes else 1, x.real.dtype)
+    sums = jnp.sum(abs_square(over(x, unit) if is_slopes else x), axes)
+    kind = jnp.finfo(sums.dtype)
+    count = x.size // max(sums.size, 1)
+    least = float(kind.tiny) * count * 2 / float(kind.eps)  # all squares that are lost come to half a bit of it
+
+    def of_sums() -> tuple[Array, Array]:
+        scale = power_of_two(jnp.sqrt(sums))
+        return scale * unit, over(over(sums, scale), scale)
+
+    is_safe = jnp.all((sums >= least) & (sums <= 1 / least))
+    return lax.cond(is_safe, of_sums, lambda: _by_their_own_scale(x, axes))
+
+
+def _by_their_own_scale(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+    scale = power_of_two(largest(x, axes))
+    return scale, jnp.sum(abs_square(over(x, lax.expand_dims(scale, axes))), axes)
 
 
 def together(parts: Sequence[Squares]) -> Squares:

@@ -127,7 +127,8 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
 
 def _single_row_squares(left: Array, right: Array) -> Squares:
     """``Σ_k ‖x_k‖²‖δ_k‖²`` of factors [b, k, 1, ...], each row over a scale of its own."""
-    rows, slopes = (sum_squares(x.astype(wide(x.dtype)), lead=3) for x in (left, right))
+    rows = sum_squares(left.astype(wide(left.dtype)), lead=3)
+    slopes = sum_squares(right.astype(wide(right.dtype)), lead=3, is_slopes=True)
     with jax.numpy_dtype_promotion("standard"):
         scales, values = rows.scale * slopes.scale, rows.values * slopes.values  # 0 or infinite where the norm is
     scale = power_of_two(jnp.max(scales, axis=(1, 2)))

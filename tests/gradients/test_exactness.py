@@ -192,3 +192,54 @@ def test_factors_that_are_zero_or_masked_are_no_reason_for_nan(loss_fn):
 def test_a_gram_sum_that_is_no_number_is_done_over():
     known = squares.Squares(jnp.ones(3), jnp.array([1.0, jnp.nan, 0.0]), jnp.array([1.0, 1.0, 0.0]))
     np.testing.assert_array_equal(squares.has_cancelled(known), [False, True, False])
+
+
+EXTREMES = {
+    "usual": 1.0,
+    "small": 1e-15,
+    "tiny": 1e-25,
+    "large": 1e12,
+    "huge": 1e30,
+    "zero": 0.0,
+    "a NaN": np.nan,
+    "infinite": np.inf,
+}
+"""What one row of large arrays is multiplied by; of "usual", none."""
+
+
+@pytest.mark.parametrize("factor", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+@pytest.mark.parametrize("is_slopes", [False, True], ids=["rows", "slopes"])
+def test_many_squares_are_scaled_only_where_they_leave_their_type_and_are_the_same_bits(
+    factor, dtype, is_slopes, monkeypatch
+):
+    """In turn, one row among others is out of range: all are then summed over their scales."""
+    shape = (16, squares._MANY // 16)
+    with jax.enable_x64(dtype == "float64"):
+        rows = jax.random.normal(jax.random.key(0), shape, dtype) * 10.0 ** jnp.arange(-8, 8)[:, None].astype(dtype)
+        rows = rows.at[3].set(rows[3] * jnp.asarray(factor, dtype))
+        found = jax.jit(lambda x: squares.root(squares.sum_squares(x, is_slopes=is_slopes)))(rows)
+        with monkeypatch.context() as always:
+            always.setattr(squares, "_MANY", rows.size + 1)
+            expected = jax.jit(lambda x: squares.root(squares.sum_squares(x, is_slopes=is_slopes)))(rows)
+        assert found.dtype == jnp.finfo(dtype).dtype
+        wide = np.asarray(rows, np.complex128 if dtype == "complex64" else np.float64)
+    np.testing.assert_array_equal(found, expected)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(found, np.linalg.norm(wide, axis=1), rtol=1e-6)
+
+
+def test_many_squares_under_vmap_and_within_shard_map_are_those_of_each_row():
+    rows = jax.random.normal(jax.random.key(0), (8, 8, squares._MANY // 8)).at[2, 1].multiply(1e-30)
+
+    def norms_of(x):
+        return squares.root(squares.sum_squares(x))
+
+    expected = np.linalg.norm(np.asarray(rows, np.float64), axis=2)
+    np.testing.assert_allclose(jax.jit(jax.vmap(norms_of))(rows), expected, rtol=1e-6)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    split = jax.sharding.PartitionSpec("data")
+    one = jnp.concatenate([rows[:, 0]] * 4)
+    with jax.set_mesh(mesh):
+        apart = jax.jit(jax.shard_map(norms_of, in_specs=split, out_specs=split))
+        np.testing.assert_allclose(apart(jax.reshard(one, split)), np.tile(expected[:, 0], 4), rtol=1e-6)

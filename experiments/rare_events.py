@@ -57,7 +57,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from equal_seconds import race
-from selection import contest, orders, pruning
+from selection import contest, orders, pruning, rivals
 from selection.contest import Choice, Method, Problem
 
 import isgd_jax as isgd
@@ -174,22 +174,7 @@ def ours(problem: Problem, *, weights: np.ndarray | None = None) -> Method:
         monitor=False,
         example_weights=None if weights is None else weights / size,
     )
-
-    def choose(key: Array, memory: Tree, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Tree]:
-        draw = sampler.sample(key, memory)
-        return Choice(draw.indices, draw.target / draw.probs, 0.0, draw), memory
-
-    def measure(memory: Tree, grads: Any, mean: Tree) -> Array:
-        return isgd.norms(grads)
-
-    def learn(memory: Tree, choice: Choice, losses: Array, norms: Array, step: Array) -> Tree:
-        return sampler.observe(memory, choice.draw, norms=norms)
-
-    def refresh(key: Array, memory: Tree, params: Tree, data: Tree, step: Array) -> tuple[Tree, float]:
-        return sampler.refresh(memory), 0.0
-
-    every = max(1, size // (2 * problem.batch_size))
-    return Method(lambda key, _: (sampler.init(key), 0.0), choose, learn, refresh, refresh_every=every, measure=measure)
+    return rivals.drawn_by(sampler, problem, every=max(1, size // (2 * problem.batch_size)))
 
 
 ARMS: dict[str, Callable[[Problem], Method]] = {

@@ -3,9 +3,9 @@
 * A *cell* is one run: Adam, its rate decayed to zero by a cosine over a budget of seconds. Steps are the budget over
   the *price* of the arm's step, which is measured first: the least of several blocks, so that a busy machine does not
   favor anybody. Compiling and measuring errors stand outside the clock.
-* *Tuning*: every arm tries the same grid of rates, batch sizes and budgets on a seed that is not reported, and keeps
-  what comes to the level soonest, or else nearest. Where a best rate or batch is an end of the grid, the next one is
-  tried too (told).
+* *Tuning*: every arm tries the same grid of rates, batch sizes and budgets on a seed that is not reported, the best
+  four of them on two more, and keeps what comes to the level soonest, or else nearest, in the median. Where a best rate
+  or batch is an end of the grid, the next one is tried too (told). One seed chose by luck.
 * *Seeds* are outer, arms inner: what disturbs the machine meets all. A run that never arrives is censored.
 * Told: how many arrived, median seconds, the ratio to `uniform` and to the best rival paired by seed with its 95 %
   interval (Student's, of logarithms); the same by the price alone (steps times price); and errors at the end of the
@@ -37,7 +37,9 @@ from isgd_jax.app.compare import Interval, paired_ratio
 __all__ = ["Grid", "Race", "Trial", "captured", "main"]
 
 Record = dict[str, Any]
-TUNING_SEED = 1_000
+TUNING_SEEDS = (1_000, 1_001, 1_002)
+FINALISTS = 4
+"""Trials, the best by the first of these seeds, that are made with all."""
 LOOKS = 40
 """Errors are measured so many times a run."""
 FEW = ("uniform", "residual", "ours")
@@ -146,7 +148,7 @@ def _lbfgs_steps(domain: problems.Domain) -> Callable[..., Any]:
 
 def price(problem: str, name: str, larger: float, blocks: int = 5) -> float:
     """Seconds of a step, refreshes included; compiles what is not."""
-    made, key = programs(problem, name, larger), jax.random.key(TUNING_SEED)
+    made, key = programs(problem, name, larger), jax.random.key(TUNING_SEEDS[0])
     arm, carry = arms.arm(name, problems.domain(problem), larger), None
     carry = made.begin(key)
     count = 20
@@ -172,8 +174,8 @@ class Race:
 
     def planned(self) -> float:
         """Seconds of all cells, as far as they are not done."""
-        tuning = sum(t.seconds for t in self.grid.trials()) * len(self.names)
-        longest = max(self.grid.seconds)
+        longest, finals = max(self.grid.seconds), FINALISTS * (len(TUNING_SEEDS) - 1)
+        tuning = (sum(t.seconds for t in self.grid.trials()) + finals * longest) * len(self.names)
         known = sum(json.loads(file.read_text()).get("seconds", 0.0) for file in self.folder.glob("run-*.json"))
         return max(0.0, tuning + longest * len(self.names) * self.seeds - known)
 
@@ -191,21 +193,24 @@ class Race:
 
     def tuned(self, name: str) -> tuple[Trial, str]:
         """The best trial of an arm, and what is to be told of the search."""
-        tried = {trial: self.run(name, trial, TUNING_SEED) for trial in self.grid.trials()}
-        best = min(tried, key=lambda trial: self._merit(tried[trial]))
-        told = []
+        first = {trial: self._merit(name, trial, TUNING_SEEDS[:1]) for trial in self.grid.trials()}
+        tried = {trial: self._merit(name, trial) for trial in sorted(first, key=first.__getitem__)[:FINALISTS]}
+        best, told = min(tried, key=tried.__getitem__), []
         for field, values in (("rate", self.grid.rates), ("larger", self.grid.larger)):
             at = getattr(best, field)
             if len(values) > 1 and at in (values[0], values[-1]):
                 down, up = values[0] ** 2 / values[1], values[-1] ** 2 / values[-2]
                 further = best._replace(**{field: down if at == values[0] else up})
-                tried[further] = self.run(name, further, TUNING_SEED)
+                tried[further] = self._merit(name, further)
                 told.append(f"; also tried {further}")
-                best = min(tried, key=lambda trial: self._merit(tried[trial]))
+                best = min(tried, key=tried.__getitem__)
         return best, "".join(told)
 
-    def _merit(self, record: Record) -> tuple[float, float]:
-        return arrival(record, self.level), record["curve"][-1][2] if record["curve"] else math.inf
+    def _merit(self, name: str, trial: Trial, seeds: Sequence[int] = TUNING_SEEDS) -> tuple[float, float]:
+        """Medians of the seconds to the level, and of the last errors; of two trials the less is the better one."""
+        made = [self.run(name, trial, seed) for seed in seeds]
+        ends = [record["curve"][-1][2] if record["curve"] else math.inf for record in made]
+        return float(np.median([arrival(record, self.level) for record in made])), float(np.median(ends))
 
     def race(self) -> None:
         """Tune, run all seeds, print the table."""

@@ -32,7 +32,7 @@ from selection import orders, pruning
 from selection.contest import FORWARD, NORMS, Choice, Method, Problem
 from selection.orders import Epochs, new_epochs, next_batch
 
-__all__ = ["METHODS", "ours", "presampling", "ranking", "rho_loss"]
+__all__ = ["METHODS", "drawn_by", "ours", "presampling", "ranking", "rho_loss"]
 
 Tree = Any
 Array = jax.Array
@@ -176,9 +176,23 @@ class Sampled(NamedTuple):
 
 def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1, apart: bool = False) -> Method:
     """Importance sampling: every so many steps a share ``sweep`` is scored; what is drawn scores itself besides."""
-    size, swept, fixed = problem.num_examples, round(sweep * problem.num_examples), {"uniform_fraction": mixture}
-    fixed |= {"order": problem.train["y"], "order_every": ORDER_EVERY, "learning_steps": 0, "monitor": False}
-    sampler = isgd.importance_sampler(size, batch_size=problem.batch_size, **fixed)
+    fixed = {"order": problem.train["y"], "order_every": ORDER_EVERY, "learning_steps": 0, "monitor": False}
+    size = problem.num_examples
+    sampler = isgd.importance_sampler(size, batch_size=problem.batch_size, uniform_fraction=mixture, **fixed)
+    return drawn_by(sampler, problem, sweep=sweep, every=every, apart=apart)
+
+
+def drawn_by(sampler: Any, problem: Problem, *, every: int, sweep: float = 0.0, apart: bool = False) -> Method:
+    """Batches of a sampler, which learns the norms of what is drawn.
+
+    Args:
+        sampler: made by `isgd_jax.importance_sampler`.
+        problem: what is learnt.
+        every: steps between two refreshes.
+        sweep: the part of all examples that is scored at each of them besides.
+        apart: whether steps draw independently of each other; else one key serves the run.
+    """
+    size, swept = problem.num_examples, round(sweep * problem.num_examples)
 
     def start(key: Array, data: Tree) -> tuple[Sampled, float]:
         return Sampled(key, sampler.init(key)), 0.0

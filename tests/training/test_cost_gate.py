@@ -62,14 +62,13 @@ def test_what_is_likely_is_less_than_what_is_promised() -> None:
 
 
 def test_a_promise_by_hand() -> None:
-    """Steps that each see all examples once: moments without noise. DRAWN counts where it is surely below STALE."""
+    """Steps that each see all examples once: moments without noise. DRAWN counts where it is surely below STALE.
+
+    Ten steps of 4 are 40/13 of an epoch, which leave 13/120 of the noise; of a plain batch's there is 9/12."""
     norms, square, drawn = jnp.asarray([1.0, 1.0, 2.0, 8.0]), 3.0, 2.0
     uniform, ideal = 17.5 - square, 9.0 - square
-    sizes: dict[str, Any] = {
-        "num_examples": 13,
-        "batch_size": 4,
-        "is_open": True,
-    }  # a plain batch: 9/12 of the variance
+    sizes: dict[str, Any] = {"num_examples": 13, "batch_size": 4, "is_open": True}
+    left = 13 / 120
     assert promise(monitor.create(8), **sizes) == Promise(1.0, 1.0)  # nothing was seen
     for own, expected in ((square + drawn / 4, drawn), (square + 100.0, uniform)):
         watched = monitor.create(8)
@@ -78,8 +77,9 @@ def test_a_promise_by_hand() -> None:
                 watched, jnp.ones(4), norms, jnp.float32(square), batch_grad_norm_sq=jnp.float32(own)
             )
         found = promise(watched, **sizes)
-        assert found.ideal == pytest.approx((square + 0.75 * uniform / 4) / (square + ideal / 4), rel=1e-5)
-        assert found.drawn == pytest.approx((square + 0.75 * uniform / 4) / (square + expected / 4), rel=1e-5)
+        plain = square + left * 0.75 * uniform / 4
+        assert found.ideal == pytest.approx(plain / (square + left * ideal / 4), rel=1e-5)
+        assert found.drawn == pytest.approx(plain / (square + left * expected / 4), rel=1e-5)
 
 
 SAMPLER = jitted(isgd.importance_sampler(N, batch_size=M))
@@ -138,6 +138,19 @@ def test_a_run_that_was_broken_off_while_measuring_has_enough_of_the_rest() -> N
     assert known.seconds.tolist() == [4.0, 4.0]
     assert float(known.step_cost) == 1.0
     assert bool(known.is_open)
+
+
+@pytest.mark.parametrize("epochs", [0.25, 0.75, 1.5, 4.0])
+def test_the_noise_that_shuffled_epochs_leave_is_that_of_drawn_ones(epochs: float) -> None:
+    """Two thousand runs of epochs of 40 batches; the stretch begins anywhere in the first."""
+    rng, length = np.random.default_rng(0), 40
+    batches, window = rng.standard_normal(length), round(epochs * length)
+    batches -= batches.mean()
+    means = []
+    for begin in rng.integers(0, length, 2_000):
+        run = np.concatenate([rng.permutation(batches) for _ in range(window // length + 2)])
+        means.append(np.mean(run[begin : begin + window]))
+    assert np.var(means) * window / np.var(batches) == pytest.approx(cost_gate.noise_left(epochs), rel=0.12)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), "auto"])

@@ -81,7 +81,7 @@ from harm.problems import CASES, Case, case
 import isgd_jax as isgd
 from isgd_jax.app.compare import Interval, paired_ratio
 from isgd_jax.app.probe import Probed, probe
-from isgd_jax.training.cost_gate import promise
+from isgd_jax.training.promise import promise
 
 SIDES = ("plain", "importance")
 QUICK = ("digits", "regression", "convex")

@@ -14,7 +14,8 @@ from sampling_problem import jitted
 import isgd_jax as isgd
 from isgd_jax.sampling.gates import with_gate
 from isgd_jax.training import cost_gate
-from isgd_jax.training.cost_gate import CostGate, CostWatch, Promise, create, decide, promise, saves
+from isgd_jax.training.cost_gate import CostGate, CostWatch, create, decide
+from isgd_jax.training.promise import Promise, noise_left, promise, saves
 from isgd_jax.variance import monitor
 
 N, M = 40, 8
@@ -150,7 +151,7 @@ def test_the_noise_that_shuffled_epochs_leave_is_that_of_drawn_ones(epochs: floa
     for begin in rng.integers(0, length, 2_000):
         run = np.concatenate([rng.permutation(batches) for _ in range(window // length + 2)])
         means.append(np.mean(run[begin : begin + window]))
-    assert np.var(means) * window / np.var(batches) == pytest.approx(cost_gate.noise_left(epochs), rel=0.12)
+    assert np.var(means) * window / np.var(batches) == pytest.approx(noise_left(epochs), rel=0.12)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), "auto"])

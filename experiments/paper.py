@@ -16,7 +16,8 @@ Command  python experiments/paper.py --dataset fashion_mnist --scale small --see
 
 Time     about a minute and a half a run on one core (small, setting 1), four to eight in setting 2
 
-Results (JAX 0.10.2, one core of two, the other in use, scale small, five seeds). Fashion-MNIST, 19,000 examples, setting 1:
+Results (JAX 0.10.2, one core of two, the other in use, scale small, five seeds). Fashion-MNIST, 19,000 examples,
+setting 1:
 
     train error 0.05  uniform  1,500 updates [1,300, 1,700]  1.00 [1.00, 1.00]    5.4 seconds
     train error 0.05  paper    900 updates [700, 1,000]      0.61 [0.45, 0.81]    5.0 seconds
@@ -50,7 +51,8 @@ there is less noise for it to take away, and seconds are lost:
     paper  0.21 [0.16, 0.25]   0 % of 240
     ours   0.14 [0.14, 0.15]   0 % of 240
 
-Setting 2 and what follows were measured with draws independent from step to step; those of ours are spread evenly since.
+Setting 2 and what follows were measured with draws independent from step to step; those of ours are spread evenly
+since.
 
 Digits, 1,365 examples: setting 1 to train error 0.02: paper 0.79 [0.64, 0.98]; setting 2: 1.00 [0.95, 1.05]. There
 is little to gain in four epochs.

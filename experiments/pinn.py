@@ -55,8 +55,8 @@ Result     Ten seeds, one core of a machine whose other core was in use.
 
            Burgers' runs were all at a rate of 0.003. With a longer budget all of them come to 0.002 to 0.003: what is
            short is steps, not variance, and a step of ours takes 1.4 plain ones of the same batch (0.57 to 0.40 ms).
-           r3 was tuned (0.011 at its best, 45 s) and left out of the seeds; sobol, rar_d and lbfgs were not run. The one
-           tuning seed was a lucky one for ours on Burgers' equation.
+           r3 was tuned (0.011 at its best, 45 s) and left out of the seeds; sobol, rar_d and lbfgs were not run. The
+           one tuning seed was a lucky one for ours on Burgers' equation.
 """
 
 from pathlib import Path

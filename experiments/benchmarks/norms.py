@@ -19,6 +19,15 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             memory: norms                   0.55   0.25    0.29   0.23
             vmap(grad), best (before)       2.67   1.61    1.11   1.04  14.86   8.07   2.52     3.30
 
+            Squares have been summed without a pass for their scales since. Pinned to one core, the other in use, three
+            processes, before and after (--models siren cnn vit --batches 32 --ways norms "update and norms" "both in
+            one pass"):
+
+                                            CNN            ViT            SIREN
+            norms                           0.67 and 0.66  0.70 and 0.69  0.93 and 0.88
+            update and norms                1.08 and 1.06  1.05 and 1.01  1.12 and 1.09
+            both in one pass                0.75 and 0.72  0.88 and 0.78  1.11 and 1.09
+
             So an ordinary gradient has a gain of its own to take, and `fit` takes it (`overhead.py fit`). The CNN's at
             32 is one of this benchmark alone: it needs a little more than the 32 MiB from which on every call has new
             pages of the system. In a whole step it does not, and slices gain nothing.
@@ -64,7 +73,7 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             Kernels' gradients of single examples are convolutions too, in turn: with windows written out a ResNet's
             one pass took 1.06.
 
-            Compiling (--compile, one process): norms 0.8 (MLP) to 2.8 (ResNet), update and norms 1.1 to 3.1 times as
+            Compiling (--compile, one process): norms 0.8 (MLP) to 3.0 (ResNet), update and norms 1.1 to 3.2 times as
             long as the ordinary gradient (goal: 3); before, norms took 7.0 (ResNet), 7.4 (ViT) and 5.0 (GPT).
 
             The claim fails for Burgers by nested reverse, and by a few hundredths for the MLP and the SIREN. (The floor

@@ -440,9 +440,13 @@ def _connect(address: str | None, num_workers: int) -> bool:
 
 def _knock(address: str) -> None:
     """Raise ConnectionError unless something answers there: Ray itself would try for a quarter of an hour."""
-    if "://" in address:  # for Ray's client, which has its own limit
+    told = os.environ.get(ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE) if address == "auto" else None
+    if "://" in (told or address):  # for Ray's client, which has its own limit
         return
-    host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+    there = services.canonicalize_bootstrap_address(address)
+    if there is None:  # of "local", which Ray takes for one that is to be started, open to everybody
+        raise ConnectionError("that is the address of none that runs")
+    host, _, port = there.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
     except OSError as error:

@@ -102,16 +102,16 @@ def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1, *, is_slopes: boo
     """
     axes = tuple(range(lead, array.ndim))
     dense, axes, units = _without_units(array, axes)
-    scale, values = _by_their_own_scale(dense, axes) if dense.size < _MANY else _by_any_scale(dense, axes, is_slopes)
+    guess = _SLOPE if is_slopes else 1.0
+    is_worth_it = costs.machine().cheap_conditions and dense.size >= _MANY
+    scale, values = _by_a_guess(dense, axes, guess) if is_worth_it else _by_their_own_scale(dense, axes)
     return Squares(lax.expand_dims(scale, units), lax.expand_dims(values, units))
 
 
-def _by_any_scale(x: Array, axes: Sequence[int], is_slopes: bool) -> tuple[Array, Array]:
-    """The same numbers to the last bit, where a condition is cheap without a pass for the scales."""
-    if not costs.machine().cheap_conditions:
-        return _by_their_own_scale(x, axes)
-    unit = jnp.asarray(_SLOPE if is_slopes else 1, x.real.dtype)
-    sums = jnp.sum(abs_square(over(x, unit) if is_slopes else x), axes)
+def _by_a_guess(x: Array, axes: Sequence[int], guess: float) -> tuple[Array, Array]:
+    """The same numbers to the last bit, without a pass for the scales where one power of two suits all rows."""
+    unit = jnp.asarray(guess, x.real.dtype)
+    sums = jnp.sum(abs_square(over(x, unit)), axes)
     kind = jnp.finfo(sums.dtype)
     count = x.size // max(sums.size, 1)
     least = float(kind.tiny) * count * 2 / float(kind.eps)  # all squares that are lost come to half a bit of it

@@ -3,6 +3,7 @@
 Source: McCandlish et al. (2018) for what less noise is worth; the noise of epochs, and what is kept of a promise, ours.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +56,8 @@ def promise(monitor: Monitor, *, num_examples: int, batch_size: int, is_open: bo
     drawn = max(float(found["drawn"].value), 0.0) if float(found["drawn"].high) < stale else stale
     plain = uniform * (num_examples - batch_size) / max(num_examples - 1, 1)
     left = noise_left(MEMORY * batch_size / num_examples)
-    return Promise(*(_speedup(plain * left, x * left, square, batch_size) for x in (drawn, ideal)))
+    speedup = partial(expected_speedup, uniform=plain * left, mean_grad_norm_sq=square, batch_size=batch_size)
+    return Promise(speedup(drawn=drawn * left), speedup(drawn=ideal * left))
 
 
 def noise_left(epochs: float) -> float:
@@ -82,10 +84,6 @@ def saves(speedup: float) -> float:
     1.64
     """
     return 1.0 + REALIZED * (speedup - 1.0)
-
-
-def _speedup(uniform: float, drawn: float, square: float, batch_size: int) -> float:
-    return expected_speedup(uniform=uniform, drawn=drawn, mean_grad_norm_sq=square, batch_size=batch_size)
 
 
 def _means(monitor: Monitor, *, recent: int) -> dict[str, Any]:

@@ -222,6 +222,16 @@ def test_sigterm_while_ray_starts_goes_to_whose_it_is(monkeypatch: pytest.Monkey
     assert heard == [signal.SIGTERM]
 
 
+def test_what_is_no_address_of_a_running_ray_is_not_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client has its own limit, also where the environment tells of it; "local" would start one with no token."""
+    ray_engine._knock("ray://127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
+    ray_engine._knock("auto")
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConnectionError, match="none that runs"):
+        ray_engine._knock("local")
+
+
 def test_a_ray_of_this_host_alone_lets_no_stranger_in() -> None:
     """It asks for a token, which is on no command line, and listens on the loopback interface."""
     ray_engine.connect(None, 3)  # where the test before has ended it

@@ -40,18 +40,18 @@ def _toy_is_a_problem(monkeypatch):
 
 
 def mean_gradient(arm: arms.Arm, key):
-    """The mean of many steps' gradients at one place, all learning on."""
+    """The mean of many steps' gradients at one place, points and scores renewed as in a race."""
     params = jnp.array([0.3, -0.2])
 
     def step(memory, at):
-        gradient, memory = arm.gradient(params, memory, jax.random.fold_in(key, at), at)
+        own = jax.random.fold_in(key, at)
+        memory = jax.lax.cond(at % arms.REFRESH == 0, lambda: arm.refresh(params, memory, own), lambda: memory)
+        gradient, memory = arm.gradient(params, memory, own, at)
         return memory, gradient
 
     @jax.jit
     def run(key):
-        memory, _ = jax.lax.scan(step, arm.init(key), jnp.arange(100))
-        memory = arm.refresh(params, memory, key)
-        return jax.lax.scan(step, memory, 100 + jnp.arange(STEPS))[1]
+        return jax.lax.scan(step, arm.init(key), jnp.arange(STEPS))[1]
 
     rows = np.asarray(run(key))
     return np.mean(rows, 0), np.std(rows, 0) / np.sqrt(STEPS)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isgd_jax import reweight
+from isgd_jax import importance_sampler, reweight
 from isgd_jax.sampling import proposal, samplers, score_table
+from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import second_moments
 
 N, DIM, DRAWS, REPEATS = 300, 4, 16, 20_000
@@ -151,6 +152,27 @@ def test_an_order_by_gradient_goes_under_the_independent_minimum(grads: np.ndarr
     probs = proposal.smooth(jnp.asarray(norms), mixture=0.1)[0]
     measured = DRAWS * estimates(samplers.stratified, probs, grads, grads[:, -1]).var(axis=0, ddof=1).sum()
     assert measured < 0.8 * ideal
+
+
+def test_of_one_key_and_a_proposal_that_learns_from_its_own_draws_the_mean_is_the_full_gradient() -> None:
+    """The key decides what is seen and so what the next proposal is: its draws are to know nothing of that."""
+    each = jnp.asarray(gradients()[:10, -1])
+    sampler = importance_sampler(10, batch_size=2)
+
+    @jax.jit
+    def estimates(key: jax.Array) -> jax.Array:
+        def step(state: SamplerState, at: jax.Array) -> tuple[SamplerState, jax.Array]:
+            state = jax.lax.cond(at % 4 == 0, sampler.refresh, lambda state: state, state)
+            draw = sampler.sample(key, state)
+            seen = each[draw.indices]
+            return sampler.observe(state, draw, norms=jnp.abs(seen)), jnp.mean(draw.target / draw.probs * seen)
+
+        return jax.lax.scan(step, sampler.init(), jnp.arange(24))[1]
+
+    found = np.asarray(jax.lax.map(estimates, jax.random.split(jax.random.key(0), REPEATS), batch_size=500))
+    off = (found.mean(0) - float(each.mean())) / (found.std(0) / np.sqrt(REPEATS))
+    assert np.abs(off).max() < 5.0
+    assert np.mean(off**2) < 2.0  # one at most, where draws of different steps have the same mean
 
 
 def test_without_the_fallback_score_the_estimate_would_be_biased(grads: np.ndarray) -> None:

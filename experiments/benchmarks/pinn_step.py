@@ -91,7 +91,9 @@ def measured(repeats: int = 9) -> dict[str, tuple[float, float]]:
             arm = arms.arm(name, problem)
             blocks[name, how] = block_of(arm, tx, key)
             params = problem.init(key)
-            carries[name, how] = blocks[name, how]((params, tx.init(params), arm.init(key)), jnp.int32(0))
+            carries[name, how] = blocks[name, how](
+                (params, tx.init(params), arm.init(jax.random.fold_in(key, 0))), jnp.int32(0)
+            )
     seconds: dict[tuple[str, str], list[float]] = {which: [] for which in blocks}
     for at in range(1, repeats + 1):
         for which, block in blocks.items():

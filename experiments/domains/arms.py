@@ -22,6 +22,7 @@ Not unbiased, they train another loss on purpose:
 ``lbfgs`` is uniform points and Adam for half of the steps, then L-BFGS on a fixed pool (Raissi et al. 2019's way).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -138,6 +139,16 @@ class Pooled(NamedTuple):
     key: Array
     """Of all draws of the run."""
     states: dict[str, isgd.PoolState]
+    draws: dict[str, "Drawn"]
+
+
+class Drawn(NamedTuple):
+    """What a term learns from until the next refresh, all steps at once: searching for many draws is cheaper so."""
+
+    points: Array
+    """[steps, m, d]."""
+    weights: Array
+    """Of their losses in the mean [steps, m]."""
 
 
 class Pools(Arm):
@@ -161,14 +172,25 @@ class Pools(Arm):
         )
 
     def init(self, key: Array) -> Pooled:
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.domain.terms)}
-        return Pooled(key, {name: self.pool(name).init(own) for name, own in keys.items()})
+        names = enumerate(self.domain.terms)
+        states = {name: self.pool(name).init(jax.random.fold_in(key, i)) for i, name in names}
+        return Pooled(key, states, self._draws(key, states))
 
     def refresh(self, params: Any, memory: Pooled, key: Array) -> Pooled:
         after = {}
         for name, state in memory.states.items():
             after[name] = self.pool(name).refresh(state, score=self._scorer(params, self.domain.terms[name]))
-        return memory._replace(states=after)
+        return Pooled(memory.key, after, self._draws(memory.key, after))
+
+    def _draws(self, key: Array, states: dict[str, isgd.PoolState]) -> dict[str, Drawn]:
+        """The draws of all steps until the next refresh: as nothing is observed in between, all lie ahead of step 0."""
+        found = {}
+        for i, (name, state) in enumerate(states.items()):
+            pool, own = self.pool(name), jax.random.fold_in(key, i)
+            steps = REFRESH * state.sampler.proposal.refreshes + jnp.arange(REFRESH)
+            draws = jax.vmap(functools.partial(_ahead, pool, own, state))(steps)
+            found[name] = Drawn(pool.take(state, draws), draws.target / draws.probs)
+        return found
 
     def _scorer(self, params: Any, term: Term) -> Callable[[Array], Array]:
         """Of points [k], a batch at a time: what is computed of one stays in the cache."""
@@ -183,23 +205,13 @@ class Pools(Arm):
         """What new points [k] are drawn in proportion to."""
         raise NotImplementedError
 
-    def gradient(self, params: Any, memory: Pooled, key: Array, step: Array) -> tuple[Any, Pooled]:
-        states = memory.states
-        draws = {
-            name: self.pool(name).sample(jax.random.fold_in(memory.key, i), states[name])
-            for i, name in enumerate(self.domain.terms)
-        }
+    def points(self, params: Any, memory: Pooled, key: Array, name: str, step: Array) -> tuple[Array, Array]:
+        drawn = memory.draws[name]
+        return drawn.points[step % REFRESH], drawn.weights[step % REFRESH]
 
-        def loss(params: Any) -> Array:
-            total = jnp.zeros(())
-            for name, draw in draws.items():
-                points = self.pool(name).take(states[name], draw)
-                losses = jax.vmap(loss_of(self.domain.terms[name]), (None, 0))(params, points)
-                total += jnp.mean(draw.target / draw.probs * losses)
-            return total
 
-        after = {name: self.pool(name).observe(states[name], draw) for name, draw in draws.items()}
-        return jax.grad(loss)(params), memory._replace(states=after)
+def _ahead(pool: isgd.PoolSampler, key: Array, state: isgd.PoolState, steps: Array) -> isgd.Draw:
+    return pool.sample(key, state, ahead=steps)
 
 
 class Residual(Pools):

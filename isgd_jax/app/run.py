@@ -356,8 +356,6 @@ class Recorder(Callback):
             return False
         saved, notes, remarks = self._checkpoints.restore({"state": run.state})
         run.state = jax.device_put(saved["state"]) if run.parallel is None else run.parallel.placed(saved["state"])
-        if run.prefetch is not None and notes["prefetch"] is not None:
-            run.prefetch.load_state_dict(notes["prefetch"])
         if isinstance(self._parts.engine, Resumable):
             self._parts.engine.restore(notes["engine"])
         self._clock.go_on_from(notes["seconds"], notes["spent"])
@@ -451,7 +449,6 @@ class Recorder(Callback):
         spent, engine = self._spent(), self._parts.engine
         with self._clock.spending("saving"):
             notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
-            notes |= {"prefetch": None if run.prefetch is None else run.prefetch.state_dict()}
             notes |= {"seconds": self._clock(), "spent": spent}
             self._checkpoints.save(self._step, {"state": run.state}, notes)
 

@@ -15,8 +15,10 @@ Guarantees:
 * ``sample`` changes nothing: the same key and state give the same draw, and ``ahead=k`` gives the draw that the k-th
   step from now would make with the same proposal and the same verdict of the gate;
 * one key serves a whole run. Over it each draw is distributed as one of a fresh key; stratified and systematic draws of
-  one key are besides spread evenly over the steps, as the batches of a shuffled epoch are (ours: a Kronecker sequence
-  in each stratum). Who wants the steps independent of one another, as the paper has them, folds the step into the key;
+  one key are besides spread evenly over the steps between two refreshes, as the batches of a shuffled epoch are (ours:
+  a Kronecker sequence in each stratum). At each refresh, and where the gate moves, the sequences begin anew, so that no
+  draw knows of those that its proposal was learnt from. Who wants the steps independent of one another, as the paper
+  has them, folds the step into the key;
 * what draws teach (calibration, uniform fraction, gate, monitor) is estimated without bias from their own
   probabilities, before their fresh scores take the place of the old ones;
 * no function reads a value to the host: all run inside ``jax.jit``, ``lax.scan``, ``jax.pmap`` and on a mesh;
@@ -71,6 +73,7 @@ from isgd_jax.sampling.state import (
     Proposal,
     SamplerState,
     advanced,
+    begun_anew,
     blank_clock,
     check_sizes,
     check_state,
@@ -410,8 +413,9 @@ class ImportanceSampler:
         if options.sampler in DISTINCT:
             law = samplers.capped(law, num_draws=_expected_draws(options, self.batch_size))
         made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
-        following = Proposal(law, fraction, made_at, state.proposal.refreshes + 1, made.trusted_share, made.is_uniform)
-        return self._counted(state._replace(proposal=following))
+        before = state.proposal
+        found = fraction, made_at, before.refreshes + 1, made.trusted_share, made.is_uniform, before.stream
+        return self._counted(begun_anew(state._replace(proposal=Proposal(law, *found))))
 
     def _weights(self, state: SamplerState) -> Float[Array, " n"] | None:
         if state.examples.groups is None or self.options.groups is None:
@@ -479,7 +483,7 @@ class ImportanceSampler:
         order = None if self._has_no_order else jnp.arange(size, dtype=jnp.int32)
         law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), order)
         zero = jnp.int32(0)
-        return Proposal(law, jnp.float32(1.0), zero, zero, jnp.float32(0.0), jnp.asarray(True))
+        return Proposal(law, jnp.float32(1.0), zero, zero, jnp.float32(0.0), jnp.asarray(True), zero)
 
     @property
     def _has_no_order(self) -> bool:
@@ -491,7 +495,10 @@ class ImportanceSampler:
         is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
         is_halved = is_turn if self._can_halve else None
         kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
-        key = jax.random.fold_in(key, step if kind in (None, "independent") else ALL_STEPS)
+        if kind in (None, "independent"):
+            key = jax.random.fold_in(key, step)
+        else:
+            key = jax.random.fold_in(jax.random.fold_in(key, ALL_STEPS), state.proposal.stream)
         if kind is not None:
             places = {"is_halved": is_halved, "is_open": is_open, "step": step}
             return samplers.on_line(kind, key, law, num_draws=self.batch_size, **places)

@@ -25,7 +25,7 @@ from isgd_jax.sampling import allocation, calibration, fractions, samplers, scor
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.placement import replicated
-from isgd_jax.sampling.state import SamplerState
+from isgd_jax.sampling.state import SamplerState, begun_anew
 from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor
 from isgd_jax.variance.monitor import Monitor
@@ -176,8 +176,8 @@ def learnt(
         state = state._replace(examples=state.examples._replace(groups=seen_groups))
     if isinstance(state.gate, gate.Gate):  # with costs, of second moment times cost
         dearer = proposal_weights * cost.ratio(state.examples.costs)
-        judged, _ = gate.observe(state.gate, weights, dearer, wanted, draw.mask)
-        state = state._replace(gate=judged)
+        judged, verdict = gate.observe(state.gate, weights, dearer, wanted, draw.mask)
+        state = begun_anew(state._replace(gate=judged), verdict.switched)
     return state
 
 

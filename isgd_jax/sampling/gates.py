@@ -1,5 +1,7 @@
 """Whether a state draws by its scores."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
@@ -17,13 +19,16 @@ def is_open(state: SamplerState) -> Bool[Array, ""]:
     return state.gate.is_open if isinstance(state.gate, Gate) else jnp.asarray(True)
 
 
-def with_gate(state: SamplerState, opened: bool | Bool[Array, ""]) -> SamplerState:
+def with_gate(state: SamplerState, opened: Any, stream: Any = None) -> SamplerState:
     """The state with its gate as it was at another step, for draws that were made then.
 
     Args:
-        state: any; without a gate it is returned as it is.
+        state: any; without a gate only its stream changes.
         opened: what the gate was, for draws by score or uniform ones.
+        stream: ``state.proposal.stream`` of then; None is that of now.
     """
+    if stream is not None:
+        state = state._replace(proposal=state.proposal._replace(stream=jnp.asarray(stream, jnp.int32)))
     if not isinstance(state.gate, Gate):
         return state
     return state._replace(gate=state.gate._replace(is_open=jnp.asarray(opened)))

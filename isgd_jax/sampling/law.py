@@ -332,11 +332,10 @@ def _choose(sums: Float[Array, "m 16 2"], rest: Pair) -> tuple[Int[Array, " m"],
     high, low = sums[..., 0], sums[..., 1]
     is_passed = double_float.at_least(Pair(*(word[:, None] for word in rest)), Pair(high, low))
     is_passed &= ~double_float.at_least(Pair(high, low), Pair(high[:, -1:], low[:, -1:]))
-    children = jnp.arange(BRANCHES, dtype=jnp.int32)[None]
-    child = jnp.min(jnp.where(is_passed, BRANCHES - 1, children), axis=1)
-    is_before = children == child[:, None] - 1
-    before = Pair(*(jnp.sum(jnp.where(is_before, word, 0.0), axis=1) for word in (high, low)))  # one term: exact
-    return child, double_float.add(rest, double_float.negative(before))
+    child = jnp.sum(is_passed, axis=1, dtype=jnp.int32)  # running sums rise: those that are passed come first
+    before = jnp.take_along_axis(sums, jnp.maximum(child - 1, 0)[:, None, None], axis=1)[:, 0]
+    before = jnp.where((child > 0)[:, None], before, 0.0)
+    return child, double_float.add(rest, double_float.negative(Pair(before[:, 0], before[:, 1])))
 
 
 def _find_in_block(masses: Float[Array, " n"], rest: Pair, start: Int[Array, " m"]) -> Int[Array, " m"]:

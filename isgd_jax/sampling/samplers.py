@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 
 from isgd_jax.errors import ArgumentError, check_array, check_whole
 from isgd_jax.sampling import double_float
@@ -63,6 +63,10 @@ __all__ = [
 
 GOLDEN = kronecker_steps(1)[0]
 """The golden section in 2^-32: multiples of it modulo one stay the most even, however many there are."""
+
+OTHER = kronecker_steps(2)[0]
+"""What the second of two halves moves on by: its multiples do not keep pace with those of `GOLDEN`, so the errors of the
+two halves do not go together over the steps."""
 
 Kind: TypeAlias = Literal["stratified", "systematic", "independent"]
 """The ways to lay ``num_draws`` places on the line of a law."""
@@ -284,7 +288,8 @@ def _places(
         in_first = whole < first
         start = jnp.where(is_halved & ~in_first, whole - first, whole)
         parts = jnp.where(is_halved, jnp.where(in_first, float(first), float(second)), parts)
-    offset = _unit_pair(key, num_draws, step)
+    pace = jnp.where(is_halved & (whole >= first), OTHER, GOLDEN) if is_halved is not None else GOLDEN
+    offset = _unit_pair(key, num_draws, None if step is None else step.astype(jnp.uint32) * pace)
     if kind == "systematic":  # one for all, or one for each half
         shared = jnp.zeros(num_draws, jnp.int32)
         if is_halved is not None:
@@ -295,14 +300,15 @@ def _places(
 
 
 @partial(jax.jit, inline=True, static_argnames="size")
-def _unit_pair(key: Key, size: int, step: Int[Array, ""] | None) -> Pair:
+def _unit_pair(key: Key, size: int, moved: UInt[Array, "..."] | None) -> Pair:
     """Uniform on [0, 1) in steps of 2^-48: the 24 bits of one float32 cannot reach every item beyond 16 million.
 
-    With a step each number is the term of a Kronecker sequence that starts at random.
+    Each number may be moved on, in fractions of one in 2^-32, which wrap: with multiples of a constant it is the term
+    of a Kronecker sequence that starts at random.
     """
     bits = jax.random.bits(key, (2, size), jnp.uint32)
-    if step is not None:
-        bits = bits.at[0].add(step.astype(jnp.uint32) * GOLDEN)  # fractions of one in 2^-32, which wrap
+    if moved is not None:
+        bits = bits.at[0].add(moved)
     bits = (bits >> 8).astype(jnp.float32)
     return double_float.two_sum(bits[0] * 2.0**-24, bits[1] * 2.0**-48)
 

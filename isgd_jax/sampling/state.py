@@ -40,6 +40,7 @@ __all__ = [
     "SamplerState",
     "SpeedupGate",
     "advanced",
+    "begun_anew",
     "blank_clock",
     "check_sizes",
     "check_state",
@@ -48,7 +49,7 @@ __all__ = [
     "own_key",
 ]
 
-FORMAT = 3
+FORMAT = 4
 """Counts up when the meaning of a state changes: a checkpoint of another format is not read as if it were this one."""
 
 KEY_IMPL = "threefry2x32"
@@ -78,6 +79,9 @@ class Proposal(NamedTuple):
     trusted_share: Float[Array, ""]
     is_uniform: Bool[Array, ""]
     """Whether the scores had nothing to say, or too few could be trusted."""
+    stream: Int[Array, ""]
+    """Counts up whenever draws change by what earlier ones have taught: at each refresh, and where a gate moves. The
+    places of draws begin anew there, so that they know nothing of what the proposal was made from."""
 
 
 class Ordering(NamedTuple):
@@ -191,6 +195,18 @@ def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:
         count: such as the version or the epoch. The same number gives the same key, in a resumed run too.
     """
     return jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), count)
+
+
+def begun_anew(state: SamplerState, moved: bool | Bool[Array, ""] = True) -> SamplerState:
+    """The state with places of draws that know nothing of the draws before.
+
+    Args:
+        state: any.
+        moved: whether what is drawn, or whether it is, has been decided anew; if not, places stay.
+    """
+    more = int(moved) if isinstance(moved, bool) else moved.astype(jnp.int32)
+    stream = state.proposal.stream + more
+    return state._replace(proposal=state.proposal._replace(stream=stream))
 
 
 def blank_clock() -> Clock:

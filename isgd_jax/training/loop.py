@@ -20,13 +20,13 @@ import numpy as np
 import optax
 
 from isgd_jax.errors import ArgumentError, check_whole
-from isgd_jax.sampling.state import BatchSampler
+from isgd_jax.sampling.state import BatchSampler, begun_anew
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
 from isgd_jax.training.cost_gate import CostGate, CostWatch, check_step_cost, create, epochs_of
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.packing import Held, Packing
-from isgd_jax.training.prefetch import BLOCK, Prefetch
+from isgd_jax.training.prefetch import BLOCK, NO_BLOCK, Prefetch
 from isgd_jax.training.problem import Problem
 from isgd_jax.training.train_step import (
     FreshScores,
@@ -87,11 +87,14 @@ class Run:
     @property
     def state(self) -> TrainState:
         """The whole state now; the next step takes its arrays over, so that who keeps it copies it."""
-        return self.held.state._replace(cost_gate=self.cost_gate)
+        block = None if self.prefetch is None else self.prefetch.block
+        return self.held.state._replace(cost_gate=self.cost_gate, block=block)
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        self.held.state, self.cost_gate = state._replace(cost_gate=None), state.cost_gate
+        self.held.state, self.cost_gate = state._replace(cost_gate=None, block=None), state.cost_gate
+        if self.prefetch is not None and state.block is not None:
+            self.prefetch.block = state.block
 
     def stop(self, reason: Any) -> None:
         """End the run after this step.
@@ -131,16 +134,24 @@ class Run:
         Returns:
             What to wait for.
         """
-        held = self.held.copy()
+        held, block = self.held.copy(), None if self.prefetch is None else self.prefetch.block
         for _ in range(num_steps):
             self._advance(held, 0.0, rests=rests)
+        if self.prefetch is not None and block is not None:
+            self.prefetch.block = block
         return held.state if look else held.ready()
 
     def weigh_costs(self) -> str | None:
         """After a step: decide whether the next ones learn from norms; what a person should hear of it."""
         if self.costs is None or self.cost_gate is None or not self.costs.weighs(self.cost_gate, self.step):
             return None
+        was_open = bool(self.cost_gate.is_open)
         self.cost_gate, told = self.costs.after(self.cost_gate, lambda: self.held.state.sampler, self.step)
+        if bool(self.cost_gate.is_open) != was_open:  # decided from draws: the next ones are to know nothing of them
+            state = self.state
+            self.state = state._replace(sampler=begun_anew(state.sampler))
+            if self.prefetch is not None:
+                self.prefetch.block = NO_BLOCK
         return told
 
     def _advance(self, held: Held, seconds: float, *, rests: bool) -> StepInfo:

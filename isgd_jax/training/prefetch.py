@@ -14,19 +14,34 @@ Guarantees:
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from isgd_jax.sampling.gates import is_open, with_gate
 from isgd_jax.sampling.state import SamplerState
+from isgd_jax.training.data_parallel import local_copy
 from isgd_jax.types import Batch, Draw, Key
 
-__all__ = ["Prefetch"]
+__all__ = ["BLOCK", "NO_BLOCK", "Block", "Prefetch"]
 
 BLOCK, AHEAD = 32, 4
 """Steps whose draws are made at once, and batches that are fetched before they are needed."""
+
+
+class Block(NamedTuple):
+    """What a run that is resumed within a block of draws must know: a part of its state that stays on the host."""
+
+    end: np.ndarray
+    """The step at which it ends."""
+    is_open: np.ndarray
+    """How the gate stood when it began."""
+    stream: np.ndarray
+    """The sampler's stream of places then."""
+
+
+NO_BLOCK = Block(np.zeros((), np.int32), np.asarray(True), np.zeros((), np.int32))
 
 
 class Prefetch:
@@ -45,7 +60,7 @@ class Prefetch:
         self._indices = np.zeros((0, 0), np.int32)
         self._first = self._fetched = self._next = self._end = 0
         self._waiting: deque[Future] = deque()
-        self._is_open: bool | None = None
+        self._block = NO_BLOCK
 
     def next(self, step: int, state: SamplerState, steps_left: int) -> tuple[Draw, Batch]:
         """The draws of ``step`` and their examples; waits for the thread that fetches them.
@@ -69,14 +84,15 @@ class Prefetch:
         at, self._next = step - self._first, step + 1
         return jax.tree.map(lambda x: x[at], self._draws), self._waiting.popleft().result()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a run resumed within a block must know: where the block ends, and how its gate stood."""
-        return {"end": self._end, "is_open": self._is_open}
+    @property
+    def block(self) -> Block:
+        """The present one; to save, and to set in a run that goes on: its rest is then drawn as it was begun."""
+        return self._block
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on within a saved block: the draws of its rest are made anew, by the gate of its start."""
-        self._end, self._is_open = saved["end"], saved["is_open"]
-        self._next = -1
+    @block.setter
+    def block(self, block: Block) -> None:
+        if block is not self._block:
+            self._block, self._next, self._end = block, -1, 0
 
     def close(self) -> None:
         """Stop fetching."""
@@ -84,13 +100,13 @@ class Prefetch:
 
     def _begin(self, step: int, state: SamplerState, steps_left: int) -> None:
         """The draws of a block; where it was begun before a break, of its rest."""
-        is_resumed = step < self._end
-        end = self._end if is_resumed else step + min(BLOCK, steps_left)
-        if not is_resumed or self._is_open is None:
-            self._is_open = bool(is_open(state))
-        self._draws = self._draw_ahead(with_gate(state, self._is_open), self._key, BLOCK)
+        if step >= self._block.end:
+            end = np.asarray(step + min(BLOCK, steps_left), np.int32)
+            self._block = Block(end, *(np.asarray(local_copy(x)) for x in (is_open(state), state.proposal.stream)))
+        begun, self._end = self._block, int(self._block.end)
+        self._draws = self._draw_ahead(with_gate(state, begun.is_open, begun.stream), self._key, BLOCK)
         self._indices = np.asarray(self._draws.indices)
-        self._first, self._fetched, self._end = step, step, end
+        self._first, self._fetched = step, step
         self._waiting.clear()
 
     def _fetch_ahead(self) -> None:

@@ -21,6 +21,7 @@ from isgd_jax.sampling.gates import is_open, ratio
 from isgd_jax.sampling.state import BatchSampler, Clock, SamplerState, advanced
 from isgd_jax.training.cost_gate import CostGate
 from isgd_jax.training.data_parallel import DataParallel
+from isgd_jax.training.prefetch import Block
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Batch, Draw, Key, Params
 from isgd_jax.variance.gate import Gate
@@ -63,6 +64,8 @@ class TrainState(NamedTuple):
     are given None, and return None."""
     plain: SamplerState | None = None
     """Of the shuffled epochs that steps take while norms do not pay; None where there is no cost gate."""
+    block: Block | None = None
+    """Which draws are made already; None where the data are on the device. It stays on the host too."""
 
 
 class StepInfo(NamedTuple):

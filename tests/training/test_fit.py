@@ -248,6 +248,33 @@ def test_a_run_goes_on_from_its_saved_state_bit_for_bit(hold: str, tmp_path: Pat
     chex.assert_trees_all_equal(resumed.state, whole.state)
 
 
+class Keeper(isgd.Callback):
+    """Keeps every state, and whether its gate is open."""
+
+    def __init__(self) -> None:
+        self.states: list[Any] = []
+
+    def stepped(self, run: Any, info: Any) -> None:
+        self.states.append(jax.tree.map(jnp.copy, run.state))
+
+
+def test_a_run_goes_on_bit_for_bit_where_the_gate_has_moved_within_a_block_of_draws_made_ahead() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(400, 3)) * np.where(np.arange(400) < 40, 30, 1)[:, None]).astype(np.float32)
+    problem = isgd.Problem(lambda w, e: jnp.sum((w - e) ** 2), jnp.zeros(3), x, hold="host")
+    harmful = isgd.fixed(1 / np.linalg.norm(x, axis=1), batch_size=64, uniform_fraction=0.2)
+    tx = optax.chain(isgd.importance_weighting(400), optax.sgd(1e-3))
+    run = functools.partial(
+        isgd.fit, problem, harmful, tx, num_steps=40, key=jax.random.key(0), refresh_every=1000, step_cost=None
+    )
+    kept = Keeper()
+    whole = run(callbacks=[kept])
+    shut = next(at for at, state in enumerate(kept.states) if not state.sampler.gate.is_open)
+    assert shut < 31  # within the first block of 32
+    resumed = run(callbacks=[From(kept.states[shut], shut + 1)])
+    chex.assert_trees_all_equal(resumed.state, whole.state)
+
+
 @pytest.mark.parametrize("devices", [pytest.param(4, id="4 devices")])
 @pytest.mark.slow
 @pytest.mark.devices(4)

@@ -80,7 +80,8 @@ that small shares give (`largest_weight.py`). (Not letting it go below 0.1: 0.47
 
 Command: python experiments/benchmarks/watching.py [--data-dir DIR] [--folder DIR] [monitor] [gate] [mixture] [drawn]
          [harm] [coverage]
-Time: monitor 4 minutes on two CPU cores, gate 15, mixture 6, drawn 15, harm 1, coverage 1; finished runs are kept in the folder.
+Time: monitor 4 minutes on two CPU cores, gate 15, mixture 6, drawn 15, harm 1, coverage 1; finished runs are kept in
+      the folder.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def norms_and_mean_gradient(
 
     Args:
         loss_fn: ``(params, example) -> scalar``, the loss of ONE example; with ``frozen``, ``(params, frozen,
-            example)``. Pass the same function each time: what was compiled is found by it.
+            example)``. Pass the same function each time: what was compiled is found by it, unless it has no hash.
         params: a pytree of arrays.
         data: the examples, a pytree of arrays with one leading axis n. On the device, or traced inside ``jax.jit``,
             all is one program; on the host (NumPy, memory-mapped) batches pass through the device in turn.
@@ -62,7 +62,10 @@ def norms_and_mean_gradient(
     size = jax.tree.leaves(data)[0].shape[0]
     if size < 1 or batch_size < 1:
         raise ArgumentError(f"expected at least one example and a positive batch_size, got {size} and {batch_size}")
-    program = _program(loss_fn, batch_size)
+    try:
+        program = _program(loss_fn, batch_size)
+    except TypeError:  # a loss that is a module with arrays has no hash: nothing compiled can be found by it
+        program = _program.__wrapped__(loss_fn, batch_size)
     if all(isinstance(leaf, Array) for leaf in jax.tree.leaves(data)):
         norms, total = program(params, frozen, data, None)
         return norms, _over(total, size)

@@ -65,7 +65,7 @@ class _Scan:
         wanted = [outputs[place] for place in (*live, *emitted)]
 
         def step(carry: list[Any], xs: Any) -> tuple[list[Any], list[Any]]:
-            values = run(known, [*consts, *carry, *xs], wanted)
+            values = run(known, [*consts, *carry, *xs], wanted, self.body.effects)
             return values[: len(live)], values[len(live) :]
 
         how = {name: self.op.params[name] for name in ("reverse", "unroll")}
@@ -78,8 +78,9 @@ class _Scan:
         """The carried values that anybody needs: a gradient that was cut is no longer collected."""
         places = range(self.num_carry)
         live = {place for place in places if used[place]}
+        told = [x for op in self.body.effects for x in op.inputs]
         while True:
-            read = sources([*emitted, *(self.body.outputs[place] for place in sorted(live))])
+            read = sources([*emitted, *told, *(self.body.outputs[place] for place in sorted(live))])
             more = live | {place for place in places if self.body.inputs[self.num_consts + place] in read}
             if more == live:
                 return sorted(live)
@@ -142,7 +143,9 @@ class _Branches:
         mine = {place: self.inside[place][number] for place in wanted if number in self.inside[place]}
 
         def branch(*operands: Any) -> list[Any]:
-            values = dict(zip(mine, run(self.branches[number].inputs, operands, list(mine.values())), strict=True))
+            taken = self.branches[number]
+            found = run(taken.inputs, operands, list(mine.values()), taken.effects)
+            values = dict(zip(mine, found, strict=True))
             return [values.get(place, self._zeros(place)) for place in wanted]
 
         return branch

@@ -127,6 +127,8 @@ def _add(node: Value, op: Op) -> Parts | None:
     for x in _summands(node):
         (thin if _thin_slice(x) else others).append(x)
     if len(thin) < 2:
+        for x in _sums_within(node):
+            cut(x)
         return _unless_whole([part for x in op.inputs for part in cut(x)])
     return _unless_whole([*_layers(thin, node.shape), *(part for x in others for part in cut(x))])
 
@@ -157,6 +159,26 @@ def _summands(node: Node) -> Iterator[Node]:
             waiting += reversed(node.op.inputs)
         else:
             yield node
+
+
+_PASSED_ON = frozenset({"add", "add_any", "sub", "neg", "copy", "convert_element_type"})
+
+
+def _sums_within(node: Value) -> list[Value]:
+    """What a sum is made of by sums alone and is not cut yet, what is added before what it is added to: cut in this
+    order, a chain of a thousand sums is no recursion of a thousand calls.
+    """
+    found: dict[Value, None] = {}
+    waiting = [(x, False) for x in (node.op.inputs if node.op else ())]
+    while waiting:
+        x, is_ready = waiting.pop()
+        if isinstance(x, Constant) or x.op is None or x.parts is not None or x.op.name not in _PASSED_ON:
+            continue
+        if is_ready:
+            found.setdefault(x)
+        elif x not in found:
+            waiting += [(x, True), *((y, False) for y in x.op.inputs)]
+    return list(found)
 
 
 def _thin_slice(node: Node) -> tuple[int, int, Node] | None:

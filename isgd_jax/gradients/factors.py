@@ -159,14 +159,18 @@ def einsum(spec: str, *arrays: Array, precision: Any) -> Array:
         arrays: of any floating types, also different ones.
         precision: of the products of float32, a `jax.lax.Precision`.
     """
+    types = {jnp.dtype(x.dtype) for x in arrays}
+    if len(types) > 1:  # eight-bit types promote to nothing
+        arrays = tuple(x.astype(wide(x.dtype)) if x.dtype.itemsize < 2 else x for x in arrays)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.einsum(spec, *arrays, precision=precision, preferred_element_type=wide(jnp.result_type(*arrays)))
 
 
 def wide(dtype: Any) -> Any:
     """The type that sums are kept in: float32 or wider, complex where ``dtype`` is."""
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
-        return jnp.float32  # eight-bit types promote to nothing
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    if is_narrow or jnp.issubdtype(dtype, jnp.integer):
+        return jnp.float32  # types of eight bits or fewer promote to nothing
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 
@@ -309,13 +313,11 @@ def likeness(one: Factor, other: Factor, precision: Any) -> Array:
 
 
 def row_sizes(factor: Factor) -> Array:
-    """The largest entry of each row without its sign, [b, k, t] in float32 or wider; [b, 1, 1] for windows: of all."""
+    """The largest entry of each row without its sign, [b, k, t] in float32 or wider."""
     if isinstance(factor, OneHot):
         return jnp.ones(factor.indices.shape, jnp.float32)
-    if isinstance(factor, Windows):
-        image = factor.image.astype(wide(factor.image.dtype))
-        return largest(image, range(1, image.ndim))[:, None, None]
-    return largest(factor.astype(wide(factor.dtype)), (3,))
+    rows = written_out(factor)
+    return largest(rows.astype(wide(rows.dtype)), (3,))
 
 
 def pulled(left: Factor, tree: Array, precision: Any) -> Array:

@@ -118,6 +118,8 @@ class Program:
 
     inputs: list[Value]
     outputs: list[Node]
+    effects: list[Op] = field(default_factory=list)
+    """What is to be run though nobody reads it, such as `jax.debug.print`."""
 
 
 def program(closed: Any) -> Program:
@@ -130,7 +132,23 @@ def program(closed: Any) -> Program:
         Its inputs and outputs. An inner jaxpr that is called twice is there twice, so that every value has one origin.
     """
     inputs = [Value(v.aval) for v in closed.jaxpr.invars]
-    return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs, {}))
+    if _has_mutable_arrays(closed.jaxpr):
+        op = Op("mutable array", list(inputs), {}, jaxpr_as_fun(closed))
+        return Program(inputs, list(_attach(op, closed.out_avals)))
+    effects: list[Op] = []
+    return Program(inputs, _inline(closed.jaxpr, closed.consts, inputs, _Seen({}, effects)), effects)
+
+
+def _has_mutable_arrays(jaxpr: Any) -> bool:
+    """Whether it reads or writes arrays in place (`jax.new_ref`): what follows what is then no longer seen from what
+    reads what, so that such a program is run as it stands.
+    """
+    for eqn in jaxpr.eqns:
+        if any(type(getattr(v, "aval", None)).__name__ == "AbstractRef" for v in (*eqn.invars, *eqn.outvars)):
+            return True
+        if eqn.primitive.name in _CALLS and _has_mutable_arrays(_inner(eqn)[0]):
+            return True
+    return False
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
@@ -185,13 +203,16 @@ def emit(name: str, function: Callable[..., Any], *inputs: Node) -> Value:
     return known[key]
 
 
-def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node]) -> list[Any]:
+def run(
+    inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node], effects: Sequence[Op] = ()
+) -> list[Any]:
     """The wanted values, given the inputs; what nobody needs is not computed.
 
     Args:
         inputs: of the program; more than the wanted values need does no harm.
         arguments: their values, as many.
         wanted: the values to compute, constants among them.
+        effects: operations of the program that are to be run besides.
 
     Returns:
         One value for each of the wanted; under a trace, traced ones.
@@ -201,7 +222,7 @@ def run(inputs: Sequence[Value], arguments: Sequence[Any], wanted: Sequence[Node
     def read(node: Node) -> Any:
         return node.value if isinstance(node, Constant) else known[node]
 
-    order = operations(wanted)
+    order = operations(wanted, effects)
     used = set(wanted).union(*(op.inputs for op in order))
     for op in order:
         values = [read(node) for node in op.inputs]
@@ -226,7 +247,7 @@ def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         traced, leaves = program(closed), jax.tree.leaves(args)
         if any(op.name == "conv_general_dilated" for op in operations(traced.outputs)):
-            found = run(traced.inputs, leaves, traced.outputs)
+            found = run(traced.inputs, leaves, traced.outputs, traced.effects)
         else:
             found = jaxpr_as_fun(closed)(*leaves)
         return jax.tree.unflatten(jax.tree.structure(shapes), found)
@@ -234,17 +255,18 @@ def relaid(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def operations(wanted: Sequence[Node]) -> list[Op]:
+def operations(wanted: Sequence[Node], effects: Sequence[Op] = ()) -> list[Op]:
     """The operations behind the wanted values, each after those it depends on (no recursion: programs are deep).
 
     Args:
         wanted: values; of constants and inputs there is nothing to do.
+        effects: operations that are wanted themselves.
 
     Returns:
         In an order in which they can be run.
     """
     order: dict[Op, None] = {}
-    stack = [(node.op, False) for node in reversed(wanted) if node.op is not None]
+    stack = [(op, False) for op in (*reversed(effects), *(x.op for x in reversed(wanted))) if op is not None]
     while stack:
         op, ready = stack.pop()
         if ready:
@@ -286,11 +308,17 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-_Known = dict[Any, "list[Value]"]
-"""The outputs of every operation of a program that may be shared, by the operation and its inputs."""
+@dataclass(frozen=True)
+class _Seen:
+    """The outputs of every operation of a program that may be shared, by the operation and its inputs; and the
+    operations with effects.
+    """
+
+    known: dict[Any, list[Value]]
+    effects: list[Op]
 
 
-def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], seen: _Known) -> list[Node]:
+def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], seen: _Seen) -> list[Node]:
     known: dict[Any, Node] = dict(zip(jaxpr.invars, arguments, strict=True))
     known.update((v, Constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
 
@@ -304,12 +332,16 @@ def _inline(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], seen: 
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _call(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Node]:
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+def _call(eqn: Any, inputs: Sequence[Node], seen: _Seen) -> list[Node]:
     if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
         inputs = _barrier(inputs)  # as JAX lowers it: without, XLA merges the recomputation with the forward pass
-    consts = getattr(inner, "consts", ())
-    return _inline(getattr(inner, "jaxpr", inner), consts, inputs, seen)
+    return _inline(*_inner(eqn), inputs, seen)
+
+
+def _inner(eqn: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr of a call, and its constants."""
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
 
 
 def _barrier(inputs: Sequence[Node]) -> list[Node]:
@@ -317,7 +349,7 @@ def _barrier(inputs: Sequence[Node]) -> list[Node]:
     return list(_attach(op, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]))
 
 
-def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Value]:
+def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Seen) -> list[Value]:
     def bind(*args: Any, **changed: Any) -> Any:
         with eqn.ctx.manager:
             return eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params | changed))
@@ -331,22 +363,28 @@ def _primitive(eqn: Any, inputs: Sequence[Node], seen: _Known) -> list[Value]:
         return out if eqn.primitive.multiple_results else [out]
 
     def made() -> list[Value]:
-        return _attach(Op(eqn.primitive.name, list(inputs), eqn.params, apply), [v.aval for v in eqn.outvars])
+        op = Op(eqn.primitive.name, list(inputs), eqn.params, apply)
+        if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):  # collectives have that one
+            seen.effects.append(op)
+        return _attach(op, [v.aval for v in eqn.outvars])
 
     if eqn.effects or eqn.primitive.name == "optimization_barrier":
         return made()
     key = (eqn.primitive, eqn.ctx, tuple(eqn.params.items()), *map(_identity, inputs))
     try:
-        found = seen.get(key)
+        found = seen.known.get(key)
     except TypeError:  # a parameter without a hash
         return made()
-    return found if found is not None else seen.setdefault(key, made())
+    return found if found is not None else seen.known.setdefault(key, made())
 
 
 def _identity(node: Node) -> Any:
     """Equal for nodes that are one value: the node itself; of a scalar constant, type and bits, where it is known."""
-    if isinstance(node, Value) or node.shape or isinstance(node.value, jax.core.Tracer):
-        return node if isinstance(node, Value) else _Same(node.value)
+    if isinstance(node, Value):
+        return node
+    is_key = jax.numpy.issubdtype(node.dtype, jax.dtypes.extended)
+    if node.shape or is_key or isinstance(node.value, jax.core.Tracer):
+        return _Same(node.value)
     weak = getattr(jax.typeof(node.value), "weak_type", False)
     return str(node.dtype), weak, np.asarray(node.value).tobytes()
 

@@ -103,7 +103,7 @@ class Plan:
         wanted = [*self.result, *(node for leaf in self.leaves for node in leaf.nodes)]
 
         def one(example: list[Any]) -> list[Any]:
-            return run(self.traced.inputs, [*arguments, *example], wanted)
+            return run(self.traced.inputs, [*arguments, *example], wanted, self.traced.effects)
 
         losses, *rest = jax.vmap(one)(examples)
         aux, each = rest[: len(self.result) - 1], iter(rest[len(self.result) - 1 :])
@@ -154,14 +154,18 @@ def make_plan(
         batch: examples with a leading axis b; of it one is traced.
 
     Raises:
-        TypeError: there is no real or complex number to differentiate, or a random key beside them.
-        ValueError: the loss is no scalar, or an array of the batch has no leading axis, or no example.
+        TypeError: there is no real or complex number to differentiate, or a random key beside them; the loss returns
+            something else than an array, or computes in 64 bits where the process does not.
+        ValueError: the loss is no scalar, ``argnums`` names no argument before the batch, or an array of the batch has
+            no leading axis, or no example.
     """
     example = jax.tree.map(_without_batch_axis, batch)
+    argnums = _in_range(argnums, len(shared))
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes
     traced = program(closed)
+    _check_width(traced)
     params = [shared[n] for n in argnums] if isinstance(argnums, tuple) else shared[argnums]
     _check_differentiable(params)
     result = traced.outputs[: 1 + len(jax.tree.leaves(aux))]
@@ -171,6 +175,18 @@ def make_plan(
         for node, param in zip(traced.outputs[len(result) :], jax.tree.leaves(params), strict=True)
     ]
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
+
+
+def _in_range(argnums: int | tuple[int, ...], count: int) -> int | tuple[int, ...]:
+    """``argnums`` from 0 up: negative ones count back from the last argument, which is the batch, as for `jax.grad`."""
+    if isinstance(argnums, tuple):
+        return tuple(at for n in argnums for at in (_in_range(n, count),) if isinstance(at, int))
+    if not -count - 1 <= argnums < count or argnums == -1:
+        raise ArgumentError(
+            f"argnums must name arguments before the batch, 0 to {count - 1}, or {-count - 1} to -2 from behind; got "
+            f"{argnums}"
+        )
+    return argnums % (count + 1)
 
 
 def check_no_keys(params: Any) -> None:
@@ -189,6 +205,21 @@ def check_no_keys(params: Any) -> None:
                 "is not trained, in Flax NNX by `graph, params, rest = nnx.split(model, nnx.Param, ...)` and "
                 "nnx.merge(graph, params, rest) in the loss"
             )
+
+
+def _check_width(traced: Program) -> None:
+    """Refuse numbers of 64 bits in a program whose process has none: they would be cut wherever it is run again."""
+    if jax.config.jax_enable_x64:
+        return
+    found = {str(x.dtype) for op in operations(traced.outputs) for x in op.outputs} & _OF_64_BITS
+    if found:
+        raise ArgumentTypeError(
+            f"a part of loss_fn computes in {', '.join(sorted(found))}, by jax.enable_x64 within it, and the process "
+            "does not: enable it for all, jax.config.update('jax_enable_x64', True)"
+        )
+
+
+_OF_64_BITS = {"float64", "complex128", "int64", "uint64"}
 
 
 def _check_differentiable(params: Any) -> None:
@@ -225,11 +256,20 @@ def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
     return LeafPlan(param, spec, terms, formed, shared)
 
 
+def _named(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Any, Any]]:
     """``loss_fn`` returning (loss, aux) always, with one clear sentence where it is not the loss of one example."""
 
     def checked(*args: Any) -> tuple[Any, Any]:
         value, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
+        if len(jax.tree.leaves(value)) != 1 or not jax.tree_util.all_leaves([value]):
+            raise ArgumentTypeError(
+                f"loss_fn must return the scalar loss of ONE example, got {_named(value)}: return the number alone"
+                + ("" if has_aux else ", or, where more comes with it, say has_aux=True")
+            )
         if jnp.shape(value) != ():
             raise ArgumentError(
                 f"loss_fn must return the scalar loss of ONE example, got shape {jnp.shape(value)}; "

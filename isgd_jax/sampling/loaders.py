@@ -277,7 +277,7 @@ class IndexSampler:
         are forgotten, and so is what `lists` gave.
 
         Args:
-            saved: by `state_dict`, of a sampler made with the same arguments. The key is not in it: give the same one.
+            saved: by `state_dict`, of a sampler made with the same arguments.
 
         Raises:
             ValueError: it was saved by another format, sampler or ``ahead``.

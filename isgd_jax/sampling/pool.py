@@ -238,7 +238,12 @@ class _Pool:
             key: of the new points; by default from the state's seed and version.
             score: ``new points [k, ...] -> scores [k]``, something cheap such as residuals scaled to norms; by default
                 a new point begins with the mean score of its cell's points, or of all where none is measured there.
+
+        Raises:
+            TypeError: ``score`` is no function.
         """
+        if score is not None and not callable(score):
+            raise ArgumentTypeError(f"score must be a function of the new points, got a {type(score).__name__}")
         known = state.sampler
         key = own_key(known, known.version) if key is None else key
         # By their number too, so that a key used again, also that of `init`, does not draw the same points again.

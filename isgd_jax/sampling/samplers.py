@@ -65,8 +65,8 @@ GOLDEN = kronecker_steps(1)[0]
 """The golden section in 2^-32: multiples of it modulo one stay the most even, however many there are."""
 
 OTHER = kronecker_steps(2)[0]
-"""What the second of two halves moves on by: its multiples do not keep pace with those of `GOLDEN`, so the errors of the
-two halves do not go together over the steps."""
+"""What the second of two halves moves on by. Its multiples do not keep pace with those of `GOLDEN`, so the errors of
+the two do not go together."""
 
 Kind: TypeAlias = Literal["stratified", "systematic", "independent"]
 """The ways to lay ``num_draws`` places on the line of a law."""

@@ -99,8 +99,11 @@ class History(Callback):
             means = self._evaluate(run.state.params, data) if run.problem.measured() else {}
             record |= {f"{name}_{what}": float(value) for what, value in means.items()}
         if found.variance is not None and int(found.num_measured):
-            record["variance_ratio"] = _over(found.variance.drawn.value, found.variance.uniform.value)
-            record["equivalent_batch"] = float(found.equivalent_batch)
+            known = {
+                "variance_ratio": _over(found.variance.drawn.value, found.variance.uniform.value),
+                "equivalent_batch": float(found.equivalent_batch),
+            }
+            record |= {name: value for name, value in known.items() if value > 0.0}  # else it is not known yet
         record |= {"scored_share": float(found.scores.known_share), "mean_age": float(found.scores.mean_age)}
         record["gate_is_open"] = bool(found.gate_is_open)
         gate = run.cost_gate
@@ -159,8 +162,9 @@ class PlainProgress(History):
         """Print the line."""
         parts = [f"step {record['step']:>{len(str(run.num_steps))}}/{run.num_steps}", f"loss {record['loss']:.4g}"]
         parts += [f"{name} {record[name]:.4g}" for name in record if name.split("_")[0] in run.problem.held_out]
-        if "equivalent_batch" in record:
+        if "variance_ratio" in record:
             parts.append(f"variance {record['variance_ratio']:.2f} of uniform")
+        if "equivalent_batch" in record:
             parts.append(f"worth a batch of {record['equivalent_batch']:.0f}")
         if not record["gate_is_open"]:
             parts.append("gate shut")

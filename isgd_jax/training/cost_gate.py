@@ -120,7 +120,7 @@ def check_step_cost(step_cost: float | str | None) -> None:
     """
     if step_cost is None or step_cost == "measured":
         return
-    if isinstance(step_cost, str) or not 0.0 < step_cost < math.inf:
+    if isinstance(step_cost, str | bool) or not 0.0 < step_cost < math.inf:
         raise ArgumentError(
             'step_cost must be "measured", None, or the time of a step that learns from norms over that of a plain '
             f"step, a number above 0; got {step_cost!r}"

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from isgd_jax.errors import ArgumentError, check_whole
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling.state import BatchSampler, begun_anew
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, PlainProgress, Record
@@ -230,18 +231,21 @@ def fit(
         Parameters, the whole state, and the history.
 
     Raises:
-        ValueError: the parts do not fit each other; before the first step.
+        TypeError: ``key`` is no key.
+        ValueError: the parts do not fit each other, held-out data are not such as the loss or a metric takes; before
+            the first step.
         FloatingPointError: the loss is no longer finite.
 
     Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
-    _check_fit(problem, sampler, num_steps)
+    _check_fit(problem, sampler, num_steps, key)
     check_step_cost(step_cost)
     callbacks = [PlainProgress()] if callbacks is None else list(callbacks)
     parallel = _parallel(sampler.batch_size, devices, shard_params)
     init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)
     state = _first_state(problem, tx, sampler, parallel, init_key, sampler_key)
     _check_scorer(problem, sampler, state)
+    problem.check_measures(state.params)
     data = problem.train
     if problem.hold == "device":
         data = jax.device_put(data) if parallel is None else parallel.replicate(data)
@@ -365,7 +369,12 @@ def _check_scorer(problem: Problem, sampler: BatchSampler, state: TrainState) ->
         ) from error
 
 
-def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int) -> None:
+def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int, key: Key) -> None:
+    kind, shape = getattr(key, "dtype", None), jnp.shape(key)
+    is_typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+    if shape != () if is_typed else (kind != jnp.uint32 or len(shape) != 1):
+        got = f"keys of shape {shape}" if kind is not None else f"a {type(key).__name__}"
+        raise ArgumentTypeError(f"key must be one key, such as jax.random.key(0), got {got}")
     if sampler.num_examples != problem.num_examples:
         raise ArgumentError(
             f"the sampler draws from {sampler.num_examples} examples, the problem has {problem.num_examples}"

@@ -15,6 +15,7 @@ from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.jaxpr import relaid
+from isgd_jax.gradients.placement import lies_on_a_mesh
 from isgd_jax.gradients.plan import check_no_keys
 from isgd_jax.types import Batch, Example, Key, Params
 
@@ -59,6 +60,10 @@ class Problem:
     hold: str = "device"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.held_out, Mapping):
+            raise ArgumentTypeError(
+                f"held_out names its sets, such as {{'test': data}}; got a {type(self.held_out).__name__}"
+            )
         for name, data in {"train": self.train, **self.held_out}.items():
             _check_data(name, data)
         if not self.makes_params:
@@ -111,6 +116,31 @@ class Problem:
     def measured(self) -> Mapping[str, Callable[..., Float[Array, ""]]]:
         """What is measured on held-out data."""
         return self.metrics or ({} if self.needs_key else {"loss": self.loss_fn})
+
+    def check_measures(self, params: Params) -> None:
+        """See, from shapes alone, that what is measured on held-out data can be.
+
+        Args:
+            params: as they are trained.
+
+        Raises:
+            ValueError: a set is not such as the loss or a metric takes, or a metric gives no scalar.
+        """
+        extra = () if self.frozen is None else (self.frozen,)
+        if lies_on_a_mesh((params, self.frozen, dict(self.held_out))):
+            return  # shapes alone do not say where arrays lie
+        for name, data in self.held_out.items():
+            example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
+            for what, function in self.measured().items():
+                try:
+                    shape = jnp.shape(jax.eval_shape(function, params, *extra, example))
+                except (TypeError, ValueError, LookupError, AttributeError) as error:
+                    raise ArgumentError(
+                        f"{what} cannot be measured on held_out[{name!r}], which must be made as the training data "
+                        f"are, or by metrics= that take it: {type(error).__name__}: {error}"
+                    ) from error
+                if shape != ():
+                    raise ArgumentError(f"{what} of an example of held_out[{name!r}] must be a scalar, got {shape}")
 
     def evaluator(self, *, batch_size: int = 1024) -> Callable[[Params, Batch], dict[str, Float[Array, ""]]]:
         """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices.

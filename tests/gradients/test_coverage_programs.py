@@ -137,6 +137,32 @@ def dense(w, x):
 dense.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
 
 W, X = normal(4, 5), normal(3, 6, 4)
+
+
+def with_a_mutable_array(w, x):
+    held = jax.new_ref(jnp.zeros(5))
+    held[...] = x[0] @ w
+    held[...] = held[...] + jnp.sin(x[1] @ w)
+    return jnp.sum(jnp.cos(held[...]))
+
+
+def with_a_mutable_array_of_data(w, x):
+    held = jax.new_ref(jnp.zeros((2, 4)))
+    held[...] = lax.stop_gradient(x) * 2
+    return jnp.sum(jnp.sin(lax.stop_gradient(held[...]) @ w))
+
+
+def with_a_mutable_array_in_a_loop(w, x):
+    held = jax.new_ref(jnp.zeros(5))
+
+    def add(_, row):
+        held[...] = jnp.sin(held[...] + row @ w)
+        return None, None
+
+    lax.scan(add, None, x)
+    return jnp.sum(held[...])
+
+
 FACTORED = [
     pytest.param(siamese, W, {"a": normal(3, 4), "b": normal(3, 4) + 1}, id="siamese"),
     pytest.param(with_its_transpose, W, X, id="with its transpose"),
@@ -162,6 +188,9 @@ FACTORED = [
     pytest.param(lambda w, x: jnp.sum(jnp.sin(dense(w, x))), W, X, id="custom_vjp", marks=slow),
 ]
 FORMED = [
+    pytest.param(with_a_mutable_array, normal(4, 5), normal(3, 2, 4), id="a mutable array"),
+    pytest.param(with_a_mutable_array_of_data, normal(4, 5), normal(3, 2, 4), id="one of data", marks=slow),
+    pytest.param(with_a_mutable_array_in_a_loop, normal(4, 5), normal(3, 2, 4), id="one in a loop", marks=slow),
     pytest.param(masked, W, X, id="masked", marks=slow),
     pytest.param(by_hand, W, X, id="by hand", marks=slow),
     pytest.param(one_layer_of_many, normal(3, 4, 4), X, id="one layer of many", marks=slow),
@@ -183,6 +212,41 @@ def test_factored(loss_fn, params, batch):
 @pytest.mark.parametrize(("loss_fn", "params", "batch"), FORMED)
 def test_formed(loss_fn, params, batch):
     check(loss_fn, params, batch)
+
+
+def test_what_a_loss_prints_is_printed_once_an_example():
+    heard = []
+
+    def told(w, x):
+        def step(total, row):
+            jax.debug.callback(heard.append, row[0])
+            return total + jnp.sum(jnp.sin(row @ w)), None
+
+        jax.debug.callback(heard.append, x[0, 0])
+        return lax.scan(step, 0.0, x)[0]
+
+    x = normal(3, 2, 4)
+    jax.block_until_ready(jax.jit(lambda w, x: isgd.norms(isgd.per_example_grads(told)(w, x)))(normal(4, 5), x))
+    jax.effects_barrier()
+    assert sorted(map(float, heard)) == sorted(np.concatenate([x[:, :, 0].ravel(), x[:, 0, 0]]).tolist())
+
+
+def test_a_loss_may_close_over_a_random_key():
+    def noisy(w, x):
+        return jnp.sum(jnp.sin(x @ w) * jax.random.bernoulli(KEY, 0.5, (2, 5)).astype(jnp.float32))
+
+    check(noisy, normal(4, 5), normal(3, 2, 4))
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_used_five_hundred_times_is_no_deep_recursion():
+    def unrolled(w, x):
+        for _ in range(500):
+            x = x + 0.01 * jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    grads = jax.eval_shape(isgd.per_example_grads(unrolled, joint=False), normal(4, 4), normal(2, 1, 4))
+    assert is_factored(grads)
 
 
 @pytest.mark.slow

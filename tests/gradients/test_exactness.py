@@ -40,6 +40,25 @@ def cancelling(key, b=4, t=32, i=64, o=96):
     return left, right - jnp.mean(right, axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize("ratio", [1e-15, 1e-20])
+def test_a_convolution_whose_slopes_lie_where_its_image_is_small_has_its_norm(ratio, monkeypatch):
+    monkeypatch.setattr(costs, "machine", lambda: costs.CPU)
+    rng = np.random.default_rng(0)
+    image, slopes = rng.normal(size=(1, 16, 64)), rng.normal(size=(1, 14, 64))
+    image[:, 8:] *= ratio
+    slopes[:, :8] = 0
+
+    def loss(w, example):
+        layout = ("NWC", "WIO", "NWC")
+        out = jax.lax.conv_general_dilated(example["x"][None], w, (1,), "VALID", dimension_numbers=layout)
+        return jnp.sum(example["c"] * out[0])
+
+    w, batch = jnp.zeros((3, 64, 64)), {"x": jnp.asarray(image, jnp.float32), "c": jnp.asarray(slopes, jnp.float32)}
+    exact = oracle.norms(loss, w, batch)
+    np.testing.assert_allclose(isgd.norms(isgd.per_example_grads(loss, joint=False)(w, batch)), exact, rtol=1e-5)
+    np.testing.assert_allclose(scorers.grad_norm(loss)(w, batch), exact, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     monkeypatch.setattr(costs, "machine", lambda: costs.CPU)  # others form these products

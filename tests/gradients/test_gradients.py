@@ -114,6 +114,49 @@ def test_a_loss_that_is_not_a_scalar_is_refused_with_advice(key):
         isgd.per_example_grads(lambda params, example: example["x"] * params)(jnp.float32(1), images(key, 4, 12))
 
 
+def test_a_loss_that_returns_more_than_an_array_is_refused_with_advice(key):
+    with pytest.raises(TypeError, match=r"scalar loss of ONE example, got a tuple: .* say has_aux=True"):
+        isgd.per_example_grads(lambda w, x: (w * x, x))(jnp.float32(1), jnp.ones(3))
+    with pytest.raises(TypeError, match=r"scalar loss of ONE example, got None"):
+        isgd.per_example_grads(lambda w, x: None)(jnp.float32(1), jnp.ones(3))
+
+
+def test_negative_argnums_count_back_from_the_batch():
+    a, b, x = jnp.ones((5, 4), jnp.bfloat16), jnp.full((4, 5), 0.5), jnp.ones((3, 4))
+
+    def loss(a, b, x):
+        return jnp.sum(jnp.sin(x @ b @ a.astype(jnp.float32)))
+
+    for last, same in ((-2, 1), (-3, 0), ((-3, -2), (0, 1))):
+        found, wanted = (isgd.per_example_grads(loss, argnums)(a, b, x) for argnums in (last, same))
+        chex.assert_trees_all_equal(isgd.weighted_mean(found, jnp.ones(3)), isgd.weighted_mean(wanted, jnp.ones(3)))
+    for argnums in (-1, 2, -4):
+        with pytest.raises(ValueError, match=f"argnums must name arguments before the batch, 0 to 1, .* got {argnums}"):
+            isgd.per_example_grads(loss, argnums)(a, b, x)
+
+
+def test_a_part_of_a_loss_in_64_bits_is_refused_where_the_process_has_none():
+    def loss(w, x):
+        with jax.enable_x64(True):
+            return jnp.sum(jnp.sin(x.astype(jnp.float64) * w.astype(jnp.float64))).astype(jnp.float32)
+
+    with pytest.raises(TypeError, match=r"computes in float64, by jax.enable_x64 within it"):
+        isgd.per_example_grads(loss)(jnp.ones(4), jnp.ones((3, 4)))
+
+
+def test_parameters_of_eight_bits_and_integers_of_four_stand_beside_others():
+    def loss(w, x):
+        return jnp.sum(jnp.sin(x @ (w["a"].astype(jnp.float32) + w["q"].astype(jnp.float32))))
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4)), jnp.float32)
+    w = {"a": jnp.full((4, 5), 0.5, jnp.float8_e4m3fn), "q": jnp.ones((4, 5), jnp.int4)}
+    grads = isgd.per_example_grads(loss)(w, x)
+    mean = isgd.weighted_mean(grads, jnp.ones(3))
+    exact = jax.vmap(jax.grad(lambda a, x: jnp.sum(jnp.sin(x @ (a + 1)))), (None, 0))(jnp.full((4, 5), 0.5), x)
+    np.testing.assert_allclose(np.float32(mean["a"]), exact.mean(0), atol=0.2 * np.abs(exact).max())
+    assert mean["a"].dtype == jnp.float8_e4m3fn
+
+
 def test_integers_alone_and_batches_of_no_example_are_refused():
     def loss(params, example):
         return jnp.sum(params["w"] * example.astype(params["w"].dtype)).astype(jnp.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from problems import linear_loss, linear_problem
-from sampling_problem import jitted
+from sampling_problem import jitted, unchecked
 
 import isgd_jax as isgd
 from isgd_jax.training.callbacks import History
@@ -398,6 +398,23 @@ def test_a_loss_that_is_no_number_any_more_is_told_with_its_step() -> None:
 def test_parts_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quiet(**{"problem": linear()} | changes)
+
+
+def test_held_out_data_of_another_structure_are_refused_before_the_first_step() -> None:
+    train = linear_problem(N)[1]
+    other = {"z": train["x"]}
+    with pytest.raises(ValueError, match=r"loss cannot be measured on held_out\['later'\], which must be made as the"):
+        quiet(linear(held_out={"later": other}))
+    with pytest.raises(ValueError, match=r"rows of an example of held_out\['later'\] must be a scalar, got \(2,\)"):
+        quiet(linear(held_out={"later": train}, metrics={"rows": lambda params, example: jnp.ones(2)}))
+    with unchecked(), pytest.raises(TypeError, match=r"held_out names its sets, .* got a list"):
+        linear(held_out=[train])
+
+
+def test_what_is_no_key_is_refused() -> None:
+    for key, got in ((0, "a int"), (jax.random.split(jax.random.key(0), 2), r"keys of shape \(2,\)")):
+        with unchecked(), pytest.raises(TypeError, match=rf"key must be one key, .* got {got}"):
+            quiet(linear(), key=key)
 
 
 def test_no_steps_leave_the_parameters_as_they_were() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
@@ -209,7 +210,7 @@ def check_no_keys(params: Any) -> None:
 
 def _check_width(traced: Program) -> None:
     """Refuse numbers of 64 bits in a program whose process has none: they would be cut wherever it is run again."""
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
         return
     found = {str(x.dtype) for op in operations(traced.outputs) for x in op.outputs} & _OF_64_BITS
     if found:

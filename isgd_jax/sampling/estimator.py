@@ -45,20 +45,18 @@ from jaxtyping import Bool, Float, Int
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import (
     allocation,
-    calibration,
+    drawing,
     evidence,
     fractions,
     gates,
     ordering,
-    proposal,
+    renewal,
     report,
-    samplers,
     score_table,
 )
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling.groups import Groups, as_groups
 from isgd_jax.sampling.options import (
-    DISTINCT,
     GradientSketch,
     Options,
     OrderName,
@@ -70,10 +68,8 @@ from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
     Examples,
-    Proposal,
     SamplerState,
     advanced,
-    begun_anew,
     blank_clock,
     check_sizes,
     check_state,
@@ -81,26 +77,8 @@ from isgd_jax.sampling.state import (
     on_mesh,
 )
 from isgd_jax.types import Draw, Key, Params, Sampler
-from isgd_jax.variance.gate import Gate
 
-__all__ = ["MONITOR_EVERY", "ImportanceSampler", "importance_sampler"]
-
-_ON_LINE: dict[str, samplers.Kind] = {
-    "stratified": "stratified",
-    "systematic": "systematic",
-    "independent": "independent",
-    "without_replacement": "systematic",  # from a law that was capped when the proposal was made
-}
-
-MONITOR_EVERY = 4
-"""Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
-some 5 % more variance than a whole one: of every fourth step that is not to be noticed."""
-
-ALL_STEPS = 2**32 - 1
-"""What the key is folded with where all steps share it: the number of no step. The caller's key is never consumed."""
-
-LEARNING_REFRESHES = 2
-"""Refreshes before calibrated scores are used: the first period knows nothing, the second only the first norms."""
+__all__ = ["ImportanceSampler", "importance_sampler"]
 
 
 def importance_sampler(
@@ -189,7 +167,7 @@ class ImportanceSampler:
             more: further fields of `BatchSampler`, such as ``is_scored`` or presampling's two steps.
         """
         parts = (self.init, self.sample, self.observe, self.record, self.refresh)
-        filled = _expected_draws(self.options, self.batch_size) / self.batch_size
+        filled = drawing.expected_draws(self.options, self.batch_size) / self.batch_size
         reported = report.make_report(
             self._check_state, self._scores_are_used, self.batch_size, groups=self.options.groups, filled=filled
         )
@@ -235,7 +213,7 @@ class ImportanceSampler:
             clock=blank_clock(),
             table=score_table.create(size),
             quarantined=jnp.int32(0),
-            proposal=self._blank_proposal(),
+            proposal=renewal.blank(options, size),
             ordering=ordering.create(size, arrays.keys, sketch),
             examples=Examples(
                 None if arrays.weights is None else on_mesh(arrays.weights),
@@ -274,12 +252,9 @@ class ImportanceSampler:
         if isinstance(ahead, int) and ahead < 0:
             raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {ahead}")
         step = state.clock.step + ahead
-        is_turn = step % MONITOR_EVERY == 0
-        draw = self._drawn(key, state, step, is_turn)
+        draw = drawing.drawn(self.options, self.batch_size, key, state, step)
         return draw._replace(
-            target=self._target(state, draw.indices, step),
-            version=step // self.options.steps_per_update,
-            in_halves=is_turn & self._can_halve,
+            target=self._target(state, draw.indices, step), version=step // self.options.steps_per_update
         )
 
     def observe(
@@ -391,60 +366,7 @@ class ImportanceSampler:
             ValueError: the state is of another run or format.
         """
         self._check_state(state)
-        options, version = self.options, state.version
-        if state.fractions is None:
-            fraction = jnp.float32(options.uniform_fraction)
-        else:
-            fraction = fractions.choose(state.fractions)
-        made = proposal.propose(
-            state.table._replace(scores=self._believed(state)),
-            version=version,
-            seconds=state.clock.seconds,
-            mixture=fraction,
-            additive=options.additive,
-            max_age=options.max_age,
-            max_age_seconds=options.max_age_seconds,
-            min_trusted=options.min_trusted,
-            example_weights=self._weights(state),
-            costs=None if state.examples.costs is None else state.examples.costs.each,
-            mix=None if state.examples.groups is None else functools.partial(self._mixed, state, fraction),
-        )
-        law = samplers.prepare(made.probs, self._order(state, made.probs, key))
-        if options.sampler in DISTINCT:
-            law = samplers.capped(law, num_draws=_expected_draws(options, self.batch_size))
-        made_at = jnp.copy(version)  # the clock's own buffer must not come out twice: the next call donates both
-        before = state.proposal
-        found = fraction, made_at, before.refreshes + 1, made.trusted_share, made.is_uniform, before.stream
-        return self._counted(begun_anew(state._replace(proposal=Proposal(law, *found))))
-
-    def _weights(self, state: SamplerState) -> Float[Array, " n"] | None:
-        if state.examples.groups is None or self.options.groups is None:
-            return state.examples.target
-        return allocation.unit_weights(state.examples.groups, self.options.groups, state.examples.target)
-
-    def _mixed(self, state: SamplerState, fraction: Float[Array, ""], wanted: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The probabilities of a proposal over groups."""
-        assert state.examples.groups is not None
-        assert self.options.groups is not None
-        return allocation.drawn_by(
-            state.examples.groups,
-            self.options.groups,
-            wanted,
-            target=state.examples.target,
-            costs=None if state.examples.costs is None else state.examples.costs.each,
-            uniform_fraction=fraction,
-            step=state.clock.step,
-        )
-
-    def _counted(self, state: SamplerState) -> SamplerState:
-        """The state with the allocation and the expected costs of its new proposal."""
-        known, law, flat = state.examples.groups, state.proposal.law, None
-        if known is not None:
-            share = allocation.group_sums(samplers.probabilities(law), known.ids, known.sizes.shape[0])
-            known = known._replace(allocation=share)
-            flat = (share / jnp.maximum(known.sizes, 1.0))[known.ids]
-        costs = None if state.examples.costs is None else cost.renewed(state.examples.costs, law, flat)
-        return state._replace(examples=state.examples._replace(costs=costs, groups=known))
+        return renewal.renewed(state, self.options, self.batch_size, key)
 
     def _target(self, state: SamplerState, indices: Int[Array, " m"], step: Int[Array, ""]) -> Float[Array, " m"]:
         """The factor [m] of each drawn gradient in what is estimated at a step."""
@@ -472,87 +394,6 @@ class ImportanceSampler:
     def _scores_are_used(self, state: SamplerState) -> Bool[Array, ""]:
         """Whether draws are made by score now."""
         return gates.is_open(state)
-
-    @property
-    def _can_halve(self) -> bool:
-        return self.options.monitor and self.batch_size >= 2
-
-    def _blank_proposal(self) -> Proposal:
-        """A placeholder: `init` makes the first proposal from it."""
-        size = self.num_examples
-        order = None if self._has_no_order else jnp.arange(size, dtype=jnp.int32)
-        law = samplers.prepare(jnp.full(size, 1.0 / size, jnp.float32), order)
-        zero = jnp.int32(0)
-        return Proposal(law, jnp.float32(1.0), zero, zero, jnp.float32(0.0), jnp.asarray(True), zero)
-
-    @property
-    def _has_no_order(self) -> bool:
-        return isinstance(self.options.order, str) and self.options.order == "index"
-
-    def _drawn(self, key: Key, state: SamplerState, step: Int[Array, ""], is_turn: Bool[Array, ""]) -> Draw:
-        """By score or uniformly, whole or in halves: as the gate and the turn have it."""
-        options, law = self.options, state.proposal.law
-        is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
-        is_halved = is_turn if self._can_halve else None
-        kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
-        if kind in (None, "independent"):
-            key = jax.random.fold_in(key, step)
-        else:
-            key = jax.random.fold_in(jax.random.fold_in(key, ALL_STEPS), state.proposal.stream)
-        if kind is not None:
-            places = {"is_halved": is_halved, "is_open": is_open, "step": step}
-            return samplers.on_line(kind, key, law, num_draws=self.batch_size, **places)
-        if options.sampler == "uniform":
-            return samplers.uniform(key, law, num_draws=self.batch_size)
-        own = samplers.poisson if isinstance(options.sampler, str) else options.sampler
-        return self._branched(own, key, law, is_halved, is_open)
-
-    def _branched(
-        self,
-        sampler: Sampler,
-        key: Key,
-        law: samplers.Law,
-        is_halved: Bool[Array, ""] | None,
-        is_open: Bool[Array, ""] | None,
-    ) -> Draw:
-        """Of a sampler that is not places on a line: the one of four ways whose turn it is, alone."""
-
-        def way(sampler: Sampler) -> Callable[[], Draw]:
-            def whole() -> Draw:
-                return sampler(key, law, num_draws=self.batch_size)
-
-            def halves() -> Draw:
-                return samplers.in_halves(sampler, key, law, num_draws=self.batch_size)
-
-            return whole if is_halved is None else lambda: lax.cond(is_halved, halves, whole)
-
-        if is_open is None:
-            return way(sampler)()
-        return lax.cond(is_open, way(sampler), way(samplers.uniform_strata))
-
-    def _believed(self, state: SamplerState) -> Float[Array, " n"]:
-        """The scores, or what they have turned out to be worth in the middle of the proposal's life."""
-        known, version = state.table.scores, state.version
-        if state.calibration is None:
-            return known
-        horizon = (version - state.proposal.version) // 2  # the next period is thought as long as the last one
-        predicted = calibration.predict(state.calibration, known, score_table.ages(state.table, version) + horizon)
-        steps = self.options.learning_steps
-        has_learnt = state.proposal.refreshes >= LEARNING_REFRESHES if steps is None else version >= steps
-        return jnp.where(has_learnt, predicted, known)
-
-    def _order(self, state: SamplerState, probs: Float[Array, " n"], key: Key | None) -> Int[Array, " n"] | None:
-        if self._has_no_order:
-            return None
-        num_cells = min(self.batch_size, self.num_examples)
-
-        def anew() -> Int[Array, " n"]:
-            return ordering.line(state, probs, key=key, num_cells=num_cells)
-
-        if self.options.order_every == 1:
-            return anew()
-        is_due = state.proposal.refreshes % self.options.order_every == 0
-        return lax.cond(is_due, anew, lambda: state.proposal.law.order)
 
     def _sketched(self, grads: Params, axis_name: str | None) -> Float[Array, "m dims"] | None:
         sketch = _sketch_of(self.options)
@@ -629,8 +470,3 @@ def _arrays(options: Options) -> _Arrays:
 
 def _sketch_of(options: Options) -> GradientSketch | None:
     return options.order if isinstance(options.order, GradientSketch) else None
-
-
-def _expected_draws(options: Options, batch_size: int) -> float:
-    """How many of the draws of a step are examples and not padding, on average."""
-    return samplers.poisson_size(batch_size) if options.sampler == "poisson" else float(batch_size)

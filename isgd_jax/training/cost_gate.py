@@ -30,7 +30,7 @@ import numpy as np
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import gates
-from isgd_jax.sampling.estimator import MONITOR_EVERY
+from isgd_jax.sampling.drawing import MONITOR_EVERY
 from isgd_jax.sampling.plain import shuffled_epochs
 from isgd_jax.sampling.state import BatchSampler, SamplerState
 from isgd_jax.training.data_parallel import agree, local_copy

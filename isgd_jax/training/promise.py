@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from isgd_jax.sampling.estimator import MONITOR_EVERY
+from isgd_jax.sampling.drawing import MONITOR_EVERY
 from isgd_jax.variance import rolling
 from isgd_jax.variance.monitor import Monitor
 from isgd_jax.variance.speedup import expected_speedup

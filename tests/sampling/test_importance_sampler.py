@@ -11,7 +11,7 @@ import sampling_problem as problem
 
 import isgd_jax as isgd
 from isgd_jax.errors import ArgumentError
-from isgd_jax.sampling import calibration, estimator, fractions
+from isgd_jax.sampling import calibration, fractions, renewal
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import gate as gates
 
@@ -456,7 +456,7 @@ def test_calibrated_scores_are_used_after_the_learning_period_and_not_before() -
 
 def test_by_default_the_learning_period_is_two_refreshes() -> None:
     sampler = _made()
-    assert estimator.LEARNING_REFRESHES == 2
+    assert renewal.LEARNING_REFRESHES == 2
     state = _scored(sampler)  # one refresh
     draw = sampler.sample(jax.random.key(0), state)
     state = sampler.observe(state, draw, norms=jnp.full(M, 3.0))

@@ -69,7 +69,7 @@ def drawn(train: dict[str, np.ndarray], ridge: float, rate: Any, num_steps: int)
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_the_minimum_of_a_strictly_convex_loss_is_that_of_all_examples_alike() -> None:
     """Within 2 % of its norm; the minimum of what is drawn, unweighted, is five times as far."""
-    train, num_steps = data(0.0), 600
+    train, num_steps = data(0.0), 2400
     w, probs = drawn(train, RIDGE, optax.cosine_decay_schedule(0.5, num_steps), num_steps)
     alike = np.full(N, 1.0 / N)
     minimum, biased = (root(gradient, np.zeros(2), (train, share, RIDGE)).x for share in (alike, probs))

@@ -6,12 +6,11 @@ leaves its estimator off where norms cost more than they promise, against `isgd.
 `shuffled_epochs(monitor=False)`, which is plain SGD at its usual price. No engine.
 
 Protocol   Nesterov momentum 0.9, or Adam; the rate decays to zero by a cosine over a number of steps that is the same
-           for both sides. Rates are tuned for each side on three seeds that are not reported, by the median last loss,
-           and of those within one percent by who is soonest there: three rates, one more where the best is an end.
-           Then seeds outer, sides inner. Seconds count from the
-           second step on: compiling and measuring the loss stand outside, all else of `fit` (timing, deciding,
-           refreshing) inside. They are those of the process, which on one core is what a clock on the wall of a quiet
-           machine shows; the wall's stand beside.
+           for both sides. Rates are tuned for each side on three seeds that are not reported: of three rates, and one
+           more where the best is an end, the one that is soonest, in the median, at the loss that both sides come to.
+           Then seeds outer, sides inner. Seconds count from the second step on: compiling and measuring the loss stand
+           outside, all else of `fit` (timing, deciding, refreshing) inside. They are those of the process, which on one
+           core is what a clock on the wall of a quiet machine shows; the wall's stand beside.
            Told, all over plain, paired by seed with 95 % intervals: seconds to a common mean training loss, the worse
            end of the pair, and the steps alone; and the last loss. A side wins where seconds differ by more than 5 %;
            it is harm where the interval lies above 1.05.
@@ -90,8 +89,8 @@ SIDES = ("plain", "importance")
 QUICK = ("digits", "regression", "convex")
 TUNING_SEEDS, LOOKS = (1_000, 1_001, 1_002), 40
 """One seed chose rates by luck: on Burgers' equation plain SGD had 0.003 and importance sampling 0.01."""
-NEAR = 1.01
-"""Last losses within this factor of the least are alike, and the rate that comes soonest so far is taken."""
+ALIKE = 1.001
+"""Losses within this factor are alike."""
 PROBED_AT = 0.4
 TIE, HARM = 1.05, 1.05
 HOURS_A_CELL = 5 / 3600
@@ -213,22 +212,30 @@ class Race:
         isgd.fit(found.problem, sampler, tx, num_steps=found.steps, key=key, callbacks=[curve])
         return {"curve": curve.curve, "cost": curve.cost, "learnt": curve.learnt, "messages": curve.messages}
 
-    def tuned(self, side: str) -> tuple[float, list[float]]:
-        """The best rate, and all that were tried."""
-        rates = sorted(self._rates())
-        best = self._best(side, rates)
-        if best in (rates[0], rates[-1]):
-            rates = sorted([*rates, best / 3 if best == rates[0] else best * 3])
-            best = self._best(side, rates)
-        return best, rates
+    def tuned(self) -> dict[str, tuple[float, list[float]]]:
+        """For each side the best rate, and all that were tried."""
+        rates = {side: sorted(self._rates()) for side in SIDES}
+        best = self._best(rates)
+        for side, tried in rates.items():
+            if best[side] in (tried[0], tried[-1]):
+                rates[side] = sorted([*tried, best[side] / 3 if best[side] == tried[0] else best[side] * 3])
+        best = self._best(rates)
+        return {side: (best[side], rates[side]) for side in SIDES}
 
-    def _best(self, side: str, rates: Sequence[float]) -> float:
-        """The rate with the least loss at the end, in the median of the seeds, or as good as that and sooner there."""
-        curves = {rate: [self.run(side, rate, seed)["curve"] for seed in TUNING_SEEDS] for rate in rates}
-        ends = {rate: float(np.median([curve[-1][2] for curve in made])) for rate, made in curves.items()}
-        level = NEAR * min(ends.values())
-        times = {rate: np.median([arrival(curve, level, 0) for curve in curves[rate]]) for rate in rates}
-        return min((rate for rate in rates if ends[rate] <= level), key=times.__getitem__)
+    def _best(self, rates: dict[str, list[float]]) -> dict[str, float]:
+        """For each side the rate that is soonest, in steps, at a loss that both sides come to, in medians of the seeds.
+
+        That loss is the larger one of those that the two sides end with at their best.
+        """
+        curves = {
+            (side, rate): [self.run(side, rate, seed)["curve"] for seed in TUNING_SEEDS]
+            for side in SIDES
+            for rate in rates[side]
+        }
+        ends = {which: float(np.median([curve[-1][2] for curve in made])) for which, made in curves.items()}
+        level = ALIKE * max(min(ends[side, rate] for rate in rates[side]) for side in SIDES)
+        times = {which: np.median([arrival(curve, level, 0) for curve in made]) for which, made in curves.items()}
+        return {side: min(rates[side], key=lambda rate, side=side: times[side, rate]) for side in SIDES}
 
     def _rates(self) -> Sequence[float]:
         return cell(self.folder, "rates", lambda: {"rates": self.made[0].rates})["rates"]
@@ -334,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def asked(race: Race) -> bool | None:
     """Ask the probe, after a part of the steps of plain SGD at its best rate, and print what it says."""
-    rate, _ = race.tuned("plain")
+    rate, _ = race.tuned()["plain"]
     steps = race.run("plain", rate, TUNING_SEEDS[0])["curve"][-1][0]
     found = race.probed(rate, round(PROBED_AT * steps))
     print(f"{race.name:13} the probe said {_word(found['pays'])}: {' '.join(found['words'])}", flush=True)
@@ -343,15 +350,14 @@ def asked(race: Race) -> bool | None:
 
 def told(race: Race, seeds: int) -> tuple[Row, bool | None]:
     """Run a problem and print its lines; what came out, and what the probe had said."""
-    rates = {}
-    for side in SIDES:
-        rates[side], tried = race.tuned(side)
-        print(f"{race.name:13} {side:10} rate {rates[side]:g} of {', '.join(f'{x:g}' for x in tried)}", flush=True)
+    tuned = race.tuned()
+    for side, (rate, tried) in tuned.items():
+        print(f"{race.name:13} {side:10} rate {rate:g} of {', '.join(f'{x:g}' for x in tried)}", flush=True)
     pays = asked(race)
     runs: dict[str, list[Record]] = {side: [] for side in SIDES}
     for seed in range(seeds):
         for side in SIDES:
-            runs[side].append(race.run(side, rates[side], seed))
+            runs[side].append(race.run(side, tuned[side][0], seed))
     made = row(runs["plain"], runs["importance"])
     ours = runs["importance"]
     print(

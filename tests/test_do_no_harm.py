@@ -71,6 +71,20 @@ def test_a_row_and_the_summary_by_hand() -> None:
     assert Counter(case(name).expected for name in ("digits", "convex")) == {"importance": 1, "plain": 1}
 
 
+def test_a_rate_is_the_soonest_at_the_loss_that_both_sides_come_to(tmp_path: Path, monkeypatch: Any) -> None:
+    ends = {("plain", 0.1): (50, 1.0005), ("plain", 0.01): (100, 1.0), ("plain", 0.001): (200, 1.2)}
+    ends |= {("importance", 0.1): (50, 2.0), ("importance", 0.01): (100, 0.9), ("importance", 0.001): (80, 1.0)}
+
+    def run(race: Any, side: str, rate: float, seed: int) -> Any:
+        at, end = ends[side, rate]
+        return {"curve": [(10, 0.1, 5.0, 0.1), (at, 0.5, end, 0.5), (500, 5.0, end, 5.0)]}
+
+    monkeypatch.setattr(do_no_harm.Race, "run", run)
+    race = do_no_harm.Race("regression", tmp_path, None)
+    rates = {side: [0.001, 0.01, 0.1] for side in do_no_harm.SIDES}
+    assert race._best(rates) == {"plain": 0.1, "importance": 0.001}  # both at 1.001
+
+
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_a_race_of_a_few_steps_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_rate_is_the_soonest_at_the_loss_that_both_sides_come_to(tmp_path: Pat
         return {"curve": [(10, 0.1, 5.0, 0.1), (at, 0.5, end, 0.5), (500, 5.0, end, 5.0)]}
 
     monkeypatch.setattr(do_no_harm.Race, "run", run)
-    race = do_no_harm.Race("regression", tmp_path, None)
+    race = do_no_harm.Race("regression", tmp_path, None, shorter=40)
     rates = {side: [0.001, 0.01, 0.1] for side in do_no_harm.SIDES}
     assert race._best(rates) == {"plain": 0.1, "importance": 0.001}  # both at 1.001
 

@@ -29,9 +29,9 @@ Result     Ten seeds, one core of a machine whose other core was in use.
            Ours over residual: 1.58 [1.02, 2.45] of its time to 0.1 and 1.18 [0.97, 1.43] to 0.01; nobody comes to
            0.001. After 15 s by price the median errors are 0.0071, 0.0032 and 0.0055. The day before, when draws were
            made step by step, the same race gave ours a batch of x1 and 0.61 [0.41, 0.86] of uniform's time to 0.01, and
-           0.88 [0.71, 1.10] of residual's: which batch wins the tuning is luck still. With one tuning seed ours stood at
-           0.53 [0.43, 0.64] of uniform's once, and once at 0.88 [0.36, 1.12]. RAD, in these two, had 1.05 [0.94, 1.18]
-           and 1.20 [0.58, 1.27].
+           0.88 [0.71, 1.10] of residual's: which batch wins the tuning is luck still. With one tuning seed ours stood
+           at 0.53 [0.43, 0.64] of uniform's once, and once at 0.88 [0.36, 1.12]. RAD, in these two, had 1.05 [0.94,
+           1.18] and 1.20 [0.58, 1.27].
 
            The two below are such races of one tuning seed, with draws of ours and by residual independent from step to
            step, where they are spread evenly now.

@@ -161,7 +161,8 @@ def make_plan(
             no leading axis, or no example.
     """
     example = jax.tree.map(_without_batch_axis, batch)
-    argnums = _in_range(argnums, len(shared))
+    places = tuple(_from_the_front(n, len(shared)) for n in (argnums if isinstance(argnums, tuple) else (argnums,)))
+    argnums = places if isinstance(argnums, tuple) else places[0]
     value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes
@@ -178,16 +179,14 @@ def make_plan(
     return Plan(traced, result, leaves, jax.tree.structure(aux), jax.tree.structure(grads))
 
 
-def _in_range(argnums: int | tuple[int, ...], count: int) -> int | tuple[int, ...]:
-    """``argnums`` from 0 up: negative ones count back from the last argument, which is the batch, as for `jax.grad`."""
-    if isinstance(argnums, tuple):
-        return tuple(at for n in argnums for at in (_in_range(n, count),) if isinstance(at, int))
-    if not -count - 1 <= argnums < count or argnums == -1:
+def _from_the_front(argnum: int, count: int) -> int:
+    """From 0 up: a negative one counts back from the last argument, which is the batch, as for `jax.grad`."""
+    if not -count - 1 <= argnum < count or argnum == -1:
         raise ArgumentError(
             f"argnums must name arguments before the batch, 0 to {count - 1}, or {-count - 1} to -2 from behind; got "
-            f"{argnums}"
+            f"{argnum}"
         )
-    return argnums % (count + 1)
+    return argnum % (count + 1)
 
 
 def check_no_keys(params: Any) -> None:

@@ -19,7 +19,7 @@ from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw, Key, Sampler
 from isgd_jax.variance.gate import Gate
 
-__all__ = ["MONITOR_EVERY", "can_halve", "drawn", "expected_draws"]
+__all__ = ["MONITOR_EVERY", "drawn", "expected_draws", "in_halves"]
 
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
@@ -46,10 +46,9 @@ def drawn(options: Options, batch_size: int, key: Key, state: SamplerState, step
         state: whose proposal and gate count.
         step: its number.
     """
-    law = state.proposal.law
-    is_turn, halves = step % MONITOR_EVERY == 0, can_halve(options, batch_size)
+    law, is_turn = state.proposal.law, in_halves(options, batch_size, step)
     is_open = state.gate.is_open if isinstance(state.gate, Gate) else None
-    is_halved = is_turn if halves else None
+    is_halved = is_turn if _can_halve(options, batch_size) else None
     kind = _ON_LINE.get(options.sampler) if isinstance(options.sampler, str) else None
     if kind in (None, "independent"):
         key = jax.random.fold_in(key, step)
@@ -63,11 +62,15 @@ def drawn(options: Options, batch_size: int, key: Key, state: SamplerState, step
     else:
         own = samplers.poisson if isinstance(options.sampler, str) else options.sampler
         draw = _branched(own, batch_size, key, law, is_halved, is_open)
-    return draw._replace(in_halves=is_turn & halves)
+    return draw._replace(in_halves=is_turn)
 
 
-def can_halve(options: Options, batch_size: int) -> bool:
-    """Whether some steps are drawn in two halves."""
+def in_halves(options: Options, batch_size: int, step: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether the batch of a step is two independent halves."""
+    return (step % MONITOR_EVERY == 0) & _can_halve(options, batch_size)
+
+
+def _can_halve(options: Options, batch_size: int) -> bool:
     return options.monitor and batch_size >= 2
 
 

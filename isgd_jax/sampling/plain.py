@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import samplers
-from isgd_jax.sampling.drawing import MONITOR_EVERY, can_halve
+from isgd_jax.sampling.drawing import in_halves
 from isgd_jax.sampling.estimator import ImportanceSampler
 from isgd_jax.sampling.options import (
     GradientSketch,
@@ -250,7 +250,7 @@ class _Epochs(_Still):
             jnp.ones(size, bool),
             target=share if target is None else target[indices],
             version=step // self.options.steps_per_update,
-            in_halves=(step % MONITOR_EVERY == 0) & can_halve(self.options, self.batch_size),
+            in_halves=in_halves(self.options, self.batch_size, step),
         )
 
     def observe(self, state: SamplerState, draw: Draw, grads: Params = None, **given: Any) -> SamplerState:

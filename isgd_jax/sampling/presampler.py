@@ -37,7 +37,7 @@ from jaxtyping import Float
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import candidates, samplers
-from isgd_jax.sampling.drawing import MONITOR_EVERY, can_halve
+from isgd_jax.sampling.drawing import in_halves
 from isgd_jax.sampling.estimator import ImportanceSampler
 from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges
 from isgd_jax.sampling.plain import _Still
@@ -239,7 +239,7 @@ class _Presampling(_Still):
         return draw._replace(
             target=jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices],
             version=step // self.options.steps_per_update,
-            in_halves=(step % MONITOR_EVERY == 0) & can_halve(self.options, self.batch_size),
+            in_halves=in_halves(self.options, self.batch_size, step),
             expected_speedup=jnp.mean(speedups),
         )
 

@@ -149,8 +149,8 @@ class Run:
         was_open = bool(self.cost_gate.is_open)
         self.cost_gate, told = self.costs.after(self.cost_gate, lambda: self.held.state.sampler, self.step)
         if bool(self.cost_gate.is_open) != was_open:  # decided from draws: the next ones are to know nothing of them
-            state = self.state
-            self.state = state._replace(sampler=begun_anew(state.sampler))
+            state = self.held.state
+            self.held.state = state._replace(sampler=begun_anew(state.sampler))
             if self.prefetch is not None:
                 self.prefetch.block = NO_BLOCK
         return told
@@ -372,7 +372,8 @@ def _check_scorer(problem: Problem, sampler: BatchSampler, state: TrainState) ->
 def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int, key: Key) -> None:
     kind, shape = getattr(key, "dtype", None), jnp.shape(key)
     is_typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
-    if shape != () if is_typed else (kind != jnp.uint32 or len(shape) != 1):
+    is_one = shape == () if is_typed else kind == jnp.uint32 and len(shape) == 1
+    if not is_one:
         got = f"keys of shape {shape}" if kind is not None else f"a {type(key).__name__}"
         raise ArgumentTypeError(f"key must be one key, such as jax.random.key(0), got {got}")
     if sampler.num_examples != problem.num_examples:

@@ -58,7 +58,7 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="isgd-prefetch")
         self._draws: Any = None
         self._indices = np.zeros((0, 0), np.int32)
-        self._first = self._fetched = self._next = self._end = 0
+        self._first = self._fetched = self._next = 0
         self._waiting: deque[Future] = deque()
         self._block = NO_BLOCK
 
@@ -78,7 +78,7 @@ class Prefetch:
         Raises:
             OSError: the examples cannot be read.
         """
-        if step != self._next or step >= self._end or not len(self._indices):
+        if step != self._next or step >= self._block.end or not len(self._indices):
             self._begin(step, state, steps_left)
         self._fetch_ahead()
         at, self._next = step - self._first, step + 1
@@ -92,7 +92,7 @@ class Prefetch:
     @block.setter
     def block(self, block: Block) -> None:
         if block is not self._block:
-            self._block, self._next, self._end = block, -1, 0
+            self._block, self._next = Block(*map(np.asarray, block)), -1
 
     def close(self) -> None:
         """Stop fetching."""
@@ -103,14 +103,13 @@ class Prefetch:
         if step >= self._block.end:
             end = np.asarray(step + min(BLOCK, steps_left), np.int32)
             self._block = Block(end, *(np.asarray(local_copy(x)) for x in (is_open(state), state.proposal.stream)))
-        begun, self._end = self._block, int(self._block.end)
-        self._draws = self._draw_ahead(with_gate(state, begun.is_open, begun.stream), self._key, BLOCK)
+        self._draws = self._draw_ahead(with_gate(state, self._block.is_open, self._block.stream), self._key, BLOCK)
         self._indices = np.asarray(self._draws.indices)
         self._first, self._fetched = step, step
         self._waiting.clear()
 
     def _fetch_ahead(self) -> None:
-        while self._fetched < self._end and len(self._waiting) < AHEAD:
+        while self._fetched < self._block.end and len(self._waiting) < AHEAD:
             ids = self._indices[self._fetched - self._first]
             self._waiting.append(self._pool.submit(self._gather, ids))
             self._fetched += 1

@@ -30,6 +30,11 @@ from .sampling import proposal as proposal
 from .sampling import rollouts as rollouts
 from .sampling import samplers as samplers
 from .sampling import score_table as score_table
+from .sampling.domain import DomainDraw as DomainDraw
+from .sampling.domain import DomainReport as DomainReport
+from .sampling.domain import DomainSampler as DomainSampler
+from .sampling.domain import DomainState as DomainState
+from .sampling.domain import domain_sampler as domain_sampler
 from .sampling.estimator import importance_sampler as importance_sampler
 from .sampling.groups import Groups as Groups
 from .sampling.placement import share as share
@@ -37,9 +42,6 @@ from .sampling.places import quasi_random as quasi_random
 from .sampling.plain import fixed as fixed
 from .sampling.plain import shuffled_epochs as shuffled_epochs
 from .sampling.plain import uniform_draws as uniform_draws
-from .sampling.pool import PoolSampler as PoolSampler
-from .sampling.pool import PoolState as PoolState
-from .sampling.pool import pool_sampler as pool_sampler
 from .sampling.presampler import presampling as presampling
 from .sampling.state import BatchSampler as BatchSampler
 from .sampling.state import SamplerState as SamplerState

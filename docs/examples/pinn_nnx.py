@@ -1,4 +1,4 @@
-"""Burgers' equation by a network: points drawn where gradients are large."""
+"""Burgers' equation by a network: points drawn where residuals are large."""
 
 import functools
 
@@ -32,72 +32,82 @@ def u(params, t, x):
 
 
 def equation(params, point):
-    """The square of u_t + u u_x - nu u_xx at a point inside."""
+    """The residual u_t + u u_x - nu u_xx at a point inside."""
     t, x = point
     u_t, u_x = jax.grad(u, 1), jax.grad(u, 2)
     u_xx = jax.grad(u_x, 2)(params, t, x)
-    residual = u_t(params, t, x) + u(params, t, x) * u_x(params, t, x) - NU * u_xx
-    return residual**2
+    return u_t(params, t, x) + u(params, t, x) * u_x(params, t, x) - NU * u_xx
 
 
 def condition(params, point):
-    """The square of what is missing from the initial and boundary values."""
+    """What is missing from the initial and boundary values."""
     t, x = point
     wanted = jnp.where(t == 0.0, -jnp.sin(jnp.pi * x), 0.0)
-    return (u(params, t, x) - wanted) ** 2
+    return u(params, t, x) - wanted
 
 
-def draw_inside(key, count):
-    unit = isgd.quasi_random(key, count, 2)
+def place_inside(unit):
     return unit * jnp.array([1.0, 2.0]) - jnp.array([0.0, 1.0])
 
 
-def draw_border(key, count):
+def place_border(unit):
     """A half of the points at t = 0, a half at x = -1 or 1."""
-    which, where = isgd.quasi_random(key, count, 2).T
+    which, where = unit.T
     t = jnp.where(which < 0.5, 0.0, where)
     x = jnp.where(which < 0.5, 2.0 * where - 1.0, jnp.where(which < 0.75, -1.0, 1.0))
     return jnp.stack([t, x], axis=1)
 
 
-terms = {
-    "inside": (equation, draw_inside, 8192),
-    "border": (condition, draw_border, 2048),
+terms = {"inside": (equation, place_inside), "border": (condition, place_border)}
+domains = {
+    name: isgd.domain_sampler(place, dims=2, batch_size=BATCH[name])
+    for name, (_, place) in terms.items()
 }
-pools = {
-    name: isgd.pool_sampler(draw, num_points=size, batch_size=BATCH[name], redraw=0.1)
-    for name, (_, draw, size) in terms.items()
-}
-states = {
-    name: jax.jit(pool.init)(jax.random.key(i))
-    for i, (name, pool) in enumerate(pools.items())
-}
+states = {name: domain.init() for name, domain in domains.items()}
 tx = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 opt_state = tx.init(params)
-refresh = jax.jit(
-    lambda states: {name: pools[name].refresh(state) for name, state in states.items()}
-)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-def train_step(params, opt_state, states, key):
-    gradient, states = jax.tree.map(jnp.zeros_like, params), dict(states)
-    for i, (name, pool) in enumerate(pools.items()):
-        draw = pool.sample(jax.random.fold_in(key, i), states[name])
-        points = pool.take(states[name], draw)
-        grads = isgd.per_example_grads(terms[name][0])(params, tuple(points.T))
-        mean = isgd.weighted_mean(grads, draw.target / draw.probs)
-        gradient = jax.tree.map(jnp.add, gradient, mean)
-        states[name] = pool.observe(states[name], draw, grads)
-    updates, opt_state = tx.update(gradient, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, states
+def residuals(params, name, points):
+    return jax.vmap(terms[name][0], (None, 0))(params, tuple(points.T))
+
+
+def sizes(params, name, points):
+    return jnp.abs(residuals(params, name, points))
+
+
+@jax.jit
+def refresh(params, states):
+    after = {}
+    for i, (name, state) in enumerate(states.items()):
+        score = functools.partial(sizes, params, name)
+        after[name] = domains[name].refresh(jax.random.key(i), state, score)
+    return after
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def train_step(params, opt_state, states, step):
+    draws = {
+        name: domains[name].sample(jax.random.key(i), state, step)
+        for i, (name, state) in enumerate(states.items())
+    }
+
+    def loss(params):  # each term's integral, whatever was drawn
+        means = [
+            jnp.mean(draw.weights * residuals(params, name, draw.points) ** 2)
+            for name, draw in draws.items()
+        ]
+        return sum(means)
+
+    updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 for step in range(STEPS):
     if step % 50 == 0:
-        states = refresh(states)
-    params, opt_state, states = train_step(params, opt_state, states, jax.random.key(9))
+        states = refresh(params, states)
+    params, opt_state = train_step(params, opt_state, states, step)
 
-fresh = draw_inside(jax.random.key(10), 4096)
-print("loss", float(jnp.mean(jax.vmap(equation, (None, 0))(params, tuple(fresh.T)))))
-print(pools["inside"].report(states["inside"]))
+fresh = place_inside(isgd.quasi_random(jax.random.key(10), 4096, 2))
+print("loss", float(jnp.mean(residuals(params, "inside", fresh) ** 2)))
+print(domains["inside"].report(states["inside"]))

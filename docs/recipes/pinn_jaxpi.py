@@ -14,6 +14,7 @@ from flax import linen as nn
 
 NU, GRID = 0.01 / jnp.pi, jnp.linspace(-1.0, 1.0, 128)
 LOW, HIGH = jnp.array([0.0, -1.0]), jnp.array([1.0, 1.0])  # of t and x
+KEY = jax.random.key(1)
 tx = optax.adam(optax.exponential_decay(3e-3, 1000, 0.9))
 
 
@@ -26,10 +27,10 @@ def u(params, t, x):  # periodic in x
 
 
 def residual(params, point):
-    """The square of u_t + u u_x - nu u_xx, Burgers' equation."""
+    """u_t + u u_x - nu u_xx at a point: Burgers' equation."""
     u_t, u_x = (jax.grad(u, axis)(params, *point) for axis in (1, 2))
     u_xx = jax.grad(jax.grad(u, 2), 2)(params, *point)
-    return (u_t + u(params, *point) * u_x - NU * u_xx) ** 2
+    return u_t + u(params, *point) * u_x - NU * u_xx
 
 
 def initial(params):
@@ -37,42 +38,47 @@ def initial(params):
     return jnp.mean((values + jnp.sin(jnp.pi * GRID)) ** 2)
 
 
-def draw_points(key, count):
-    return jax.random.uniform(key, (count, 2), minval=LOW, maxval=HIGH)
+domain = isgd.domain_sampler(lambda x: LOW + x * (HIGH - LOW), dims=2, batch_size=128)
 
 
-pool = isgd.pool_sampler(draw_points, num_points=4096, batch_size=128)
-refresh = jax.jit(pool.refresh, donate_argnums=0)
+def residual_sizes(params, points):
+    return jnp.abs(jax.vmap(residual, (None, 0))(params, tuple(points.T)))
+
+
+@jax.jit
+def refresh(params, state):
+    return domain.refresh(KEY, state, functools.partial(residual_sizes, params))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def train_step(run, key):
-    params, opt_state, weights, state = run
-    draw = pool.sample(key, state)
-    grads = isgd.per_example_grads(residual)(params, tuple(pool.take(state, draw).T))
-    mean = isgd.weighted_mean(grads, draw.target / draw.probs)
-    terms = jax.grad(initial)(params), mean
+def train_step(run, state, step):
+    params, opt_state, weights = run
+    draw = domain.sample(KEY, state, step)
+
+    def inside(params):
+        return jnp.mean(draw.weights * residual_sizes(params, draw.points) ** 2)
+
+    terms = jax.grad(initial)(params), jax.grad(inside)(params)
     norms = jnp.stack([optax.tree.norm(term) for term in terms])
     weights = 0.9 * weights + 0.1 * norms.sum() / norms
     gradient = jax.tree.map(lambda a, b: weights[0] * a + weights[1] * b, *terms)
     updates, opt_state = tx.update(gradient, opt_state)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, weights, pool.observe(state, draw, grads)
+    return optax.apply_updates(params, updates), opt_state, weights
 
 
 def train(folder, num_steps):
     params = net.init(jax.random.key(0), GRID[:3])
-    run = params, tx.init(params), jnp.ones(2), pool.init(jax.random.key(1))
+    run, state, first = (params, tx.init(params), jnp.ones(2)), domain.init(), 0
     file = Path(folder) / "all"
     if file.exists():
-        run = pickle.loads(file.read_bytes())
-    for step in range(int(run[3].sampler.clock.step), num_steps):
+        run, state, first = pickle.loads(file.read_bytes())
+    for step in range(first, num_steps):
         if step % 20 == 0:
-            run = (*run[:3], refresh(run[3]))
-        run = train_step(run, jax.random.key(2))
-    file.write_bytes(pickle.dumps(jax.device_get(run)))
-    print(f"step {num_steps}, weights {run[2]}\n{pool.report(run[3])}")
-    return run
+            state = refresh(run[0], state)
+        run = train_step(run, state, step)
+    file.write_bytes(pickle.dumps(jax.device_get((run, state, num_steps))))
+    print(f"step {num_steps}\n{domain.report(state)}")
+    return run, state
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Unbiased for the integral of the loss over the domain:
 
 * ``uniform``: new uniform points at every step;
 * ``sobol``: the points of one scrambled Sobol sequence in turn (of a list of pixels: shuffled epochs);
-* ``ours``: `isgd_jax.pool_sampler`, all of its points new every `REFRESH` steps, and drawn in proportion to the norms
-  of their gradients as they were then;
-* ``residual``: the same by the residual's size;
+* ``ours``: `isgd_jax.domain_sampler`, new points at every step, of a density that follows the residual's size as a few
+  points have shown it at most `REFRESH` steps ago;
+* ``ours_norms``: the same by the norms of gradients;
 * ``edges``: photographs alone, pixels drawn once and for all in proportion to the size of their color's slope.
 
 Not unbiased, they train another loss on purpose:
@@ -39,10 +39,8 @@ __all__ = ["ARMS", "Arm", "arm"]
 
 Array = jax.Array
 Memory = Any
-REFRESH = 100
-"""Steps between two refreshes of pools."""
-POOL = 16
-"""Batches in a pool."""
+REFRESH, BOXES, UNIFORM = 25, 128, 0.25
+"""Of the densities: steps between two refreshes, boxes, and the share that is spread uniformly."""
 RESAMPLE = 1_000
 """Steps between two times that ``rad`` and ``rar_d`` change their points."""
 SOBOL = 1 << 17
@@ -135,94 +133,56 @@ class Sobol(Arm):
         return memory[name][at], None
 
 
-class Pooled(NamedTuple):
+class Fitted(NamedTuple):
     key: Array
-    """Of all draws of the run."""
-    states: dict[str, isgd.PoolState]
-    draws: dict[str, "Drawn"]
+    """Of the run."""
+    states: dict[str, isgd.DomainState]
+    draws: dict[str, isgd.DomainDraw]
+    """Of each term, of all steps until the next refresh [steps, m, ...]: to draw them at once is cheaper."""
 
 
-class Drawn(NamedTuple):
-    """What a term learns from until the next refresh, all steps at once: searching for many draws is cheaper so."""
-
-    points: Array
-    """[steps, m, d]."""
-    weights: Array
-    """Of their losses in the mean [steps, m]."""
-
-
-class Pools(Arm):
-    """Unbiased draws from pools of new points, each scored once, when it comes: the same for both kinds of score."""
+class Ours(Arm):
+    """Points of a density that follows the residuals, weighted by one over it."""
 
     refresh_every = REFRESH
 
-    def pool(self, name: str) -> isgd.PoolSampler:
-        """The sampler of a term: all of its points are new at each refresh, and spread evenly."""
+    def sampler(self, name: str) -> isgd.DomainSampler:
+        """Of a term."""
         term = self.domain.terms[name]
-        size = self.size(term)
-        return isgd.pool_sampler(
-            lambda key, count: term.spread(isgd.quasi_random(key, count, term.dims)),
-            num_points=POOL * size,
-            batch_size=size,
-            redraw=1.0,
-            uniform_fraction=0.1,
-            calibrate=False,
-            gate=False,
-            monitor=False,
+        return isgd.domain_sampler(
+            term.spread, dims=term.dims, batch_size=self.size(term), num_boxes=BOXES, uniform_fraction=UNIFORM
         )
 
-    def init(self, key: Array) -> Pooled:
-        names = enumerate(self.domain.terms)
-        states = {name: self.pool(name).init(jax.random.fold_in(key, i)) for i, name in names}
-        return Pooled(key, states, self._draws(key, states))
+    def init(self, key: Array) -> Fitted:
+        states = {name: self.sampler(name).init() for name in self.domain.terms}
+        return Fitted(key, states, self._draws(key, states))
 
-    def refresh(self, params: Any, memory: Pooled, key: Array) -> Pooled:
+    def refresh(self, params: Any, memory: Fitted, key: Array) -> Fitted:
         after = {}
-        for name, state in memory.states.items():
-            after[name] = self.pool(name).refresh(state, score=self._scorer(params, self.domain.terms[name]))
-        return Pooled(memory.key, after, self._draws(memory.key, after))
-
-    def _draws(self, key: Array, states: dict[str, isgd.PoolState]) -> dict[str, Drawn]:
-        """The draws of all steps until the next refresh: as nothing is observed in between, all lie ahead of step 0."""
-        found = {}
-        for i, (name, state) in enumerate(states.items()):
-            pool, own = self.pool(name), jax.random.fold_in(key, i)
-            steps = REFRESH * state.sampler.proposal.refreshes + jnp.arange(REFRESH)
-            draws = jax.vmap(functools.partial(_ahead, pool, own, state))(steps)
-            found[name] = Drawn(pool.take(state, draws), draws.target / draws.probs)
-        return found
-
-    def _scorer(self, params: Any, term: Term) -> Callable[[Array], Array]:
-        """Of points [k], a batch at a time: what is computed of one stays in the cache."""
-
-        def score(points: Array) -> Array:
-            parts = points.reshape(-1, self.size(term), points.shape[-1])
-            return jax.lax.map(lambda part: self.scores(params, term, part), parts).ravel()
-
-        return score
+        for i, (name, state) in enumerate(memory.states.items()):
+            score = functools.partial(self.scores, params, self.domain.terms[name])
+            after[name] = self.sampler(name).refresh(jax.random.fold_in(memory.key, i), state, score)
+        return Fitted(memory.key, after, self._draws(memory.key, after))
 
     def scores(self, params: Any, term: Term, points: Array) -> Array:
         """What new points [k] are drawn in proportion to."""
-        raise NotImplementedError
-
-    def points(self, params: Any, memory: Pooled, key: Array, name: str, step: Array) -> tuple[Array, Array]:
-        drawn = memory.draws[name]
-        return drawn.points[step % REFRESH], drawn.weights[step % REFRESH]
-
-
-def _ahead(pool: isgd.PoolSampler, key: Array, state: isgd.PoolState, steps: Array) -> isgd.Draw:
-    return pool.sample(key, state, ahead=steps)
-
-
-class Residual(Pools):
-    """By the size of the residual."""
-
-    def scores(self, params: Any, term: Term, points: Array) -> Array:
         return self.size_of_residual(params, term, points)
 
+    def points(self, params: Any, memory: Fitted, key: Array, name: str, step: Array) -> tuple[Array, Array]:
+        draw = memory.draws[name]
+        return draw.points[step % REFRESH], (draw.target / draw.probs)[step % REFRESH]
 
-class Ours(Pools):
-    """By the norms of gradients."""
+    def _draws(self, key: Array, states: dict[str, isgd.DomainState]) -> dict[str, isgd.DomainDraw]:
+        return {
+            name: jax.vmap(functools.partial(self.sampler(name).sample, jax.random.fold_in(key, i), state))(
+                jnp.arange(REFRESH)
+            )
+            for i, (name, state) in enumerate(states.items())
+        }
+
+
+class OursByNorms(Ours):
+    """The same by the norms of gradients."""
 
     def scores(self, params: Any, term: Term, points: Array) -> Array:
         return isgd.norms(isgd.per_example_grads(loss_of(term))(params, points))
@@ -366,8 +326,8 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "rad": Rad,
     "rar_d": RarD,
     "r3": R3,
-    "residual": Residual,
     "ours": Ours,
+    "ours_norms": OursByNorms,
     "lbfgs": Lbfgs,
     "edges": Edges,
     "soft_mining": SoftMining,

@@ -42,7 +42,7 @@ FINALISTS = 4
 """Trials, the best by the first of these seeds, that are made with all."""
 LOOKS = 40
 """Errors are measured so many times a run."""
-FEW = ("uniform", "residual", "ours")
+FEW = ("uniform", "rad", "ours")
 """The arms of the quick form."""
 LBFGS_POOL = 4
 """L-BFGS works on so many plain batches."""
@@ -323,7 +323,7 @@ def errors_by_price(problem: str, found: dict[str, list[Record]], prices: dict[s
 
 def verdict(times: dict[str, np.ndarray]) -> str:
     """Whether ours is fastest, tied or behind, against the best rival."""
-    rivals = {name: t for name, t in times.items() if name != "ours"}
+    rivals = {name: t for name, t in times.items() if not name.startswith("ours")}
     if "ours" not in times or not rivals:
         return "nothing to compare"
     best = min(rivals, key=lambda name: np.median(rivals[name]))
@@ -348,15 +348,15 @@ def captured(
     total = max(LOOKS, round(trial.seconds / price(problem, "ours", trial.larger, 2)))
     carry, at, rows = made.begin(key), 0, []
     name = next(iter(domain.terms))
-    pool = arm.pool(name)
+    sampler = arm.sampler(name)
     for share in times:
         stop = max(at + 1, round(share * total))
         carry = made.advance(carry, key, trial.rate, float(total), at, stop - at)
         at = stop
-        state, drawn = carry[2].states[name], []
-        for i in range(-(-count // pool.batch_size)):
-            drawn.append(pool.take(state, pool.sample(jax.random.fold_in(key, 2**30 + i), state)))
-        rows.append((jax.tree.map(np.asarray, carry[0]), np.concatenate(drawn)[:count]))
+        steps = np.arange(-(-count // sampler.batch_size))
+        draws = jax.vmap(lambda step, state=carry[2].states[name]: sampler.sample(key, state, step))(steps)
+        points = np.asarray(draws.points).reshape(-1, draws.points.shape[-1])
+        rows.append((jax.tree.map(np.asarray, carry[0]), points[:count]))
     return rows
 
 
@@ -366,6 +366,7 @@ def _arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], see
     parser.add_argument("--problems", nargs="+", choices=names, default=list(names))
     parser.add_argument("--arms", nargs="+", choices=rivals, default=list(rivals))
     parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--seconds", nargs="+", type=float, help="budgets that every arm tries")
     parser.add_argument("--quick", action="store_true", help="a few minutes: three arms, three seeds, one short budget")
     parser.add_argument("--x64", action="store_true", help="in float64")
     parser.add_argument("--folder", type=Path, help="of the cells")
@@ -395,6 +396,8 @@ def main(
         jax.config.update("jax_enable_x64", True)
     if options.quick:
         grid, options.arms, options.seeds = quick, [name for name in options.arms if name in FEW], 3
+    if options.seconds:
+        grid = grid._replace(seconds=tuple(options.seconds))
     races = [Race(name, options.arms, grid, options.seeds, where) for name in options.problems]
     print(f"at most {sum(race.planned() for race in races) / 60:.0f} minutes, compiling aside", flush=True)
     print(f"each arm tries rates {grid.rates}, batches x{grid.larger}, budgets of {grid.seconds} s", flush=True)

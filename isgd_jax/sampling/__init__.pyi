@@ -6,6 +6,11 @@ from . import proposal as proposal
 from . import rollouts as rollouts
 from . import samplers as samplers
 from . import score_table as score_table
+from .domain import DomainDraw as DomainDraw
+from .domain import DomainReport as DomainReport
+from .domain import DomainSampler as DomainSampler
+from .domain import DomainState as DomainState
+from .domain import domain_sampler as domain_sampler
 from .estimator import importance_sampler as importance_sampler
 from .groups import Groups as Groups
 from .placement import share as share
@@ -13,9 +18,6 @@ from .places import quasi_random as quasi_random
 from .plain import fixed as fixed
 from .plain import shuffled_epochs as shuffled_epochs
 from .plain import uniform_draws as uniform_draws
-from .pool import PoolSampler as PoolSampler
-from .pool import PoolState as PoolState
-from .pool import pool_sampler as pool_sampler
 from .presampler import presampling as presampling
 from .state import BatchSampler as BatchSampler
 from .state import SamplerState as SamplerState

@@ -187,7 +187,7 @@ class ImportanceSampler:
         """The state before the first step: nothing scored, all examples alike.
 
         Args:
-            key: what epochs, pools and k-means fold theirs from; by default of seed 0.
+            key: what epochs and k-means fold theirs from; by default of seed 0.
 
         Returns:
             The state, in buffers of its own: it can be donated. It is made by one program, compiled once a sampler.

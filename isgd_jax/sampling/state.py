@@ -112,7 +112,7 @@ class SamplerState(NamedTuple):
 
     format: Int[Array, ""]
     key_data: UInt[Array, " k"]
-    """Raw data of the key that epochs, k-means and pools fold theirs from."""
+    """Raw data of the key that epochs and k-means fold theirs from."""
     clock: Clock
     table: ScoreTable
     quarantined: Int[Array, ""]

@@ -37,7 +37,7 @@ def unchecked() -> Iterator[None]:
 
 
 def jitted(sampler: Any) -> Any:
-    """The same sampler (or pool), each of its functions compiled whole.
+    """The same sampler, each of its functions compiled whole.
 
     Called outside jit, each operation is compiled for itself, and a `lax.cond` anew at each call: for a test that calls
     a function once or twice this costs several times as much.

@@ -387,7 +387,3 @@ def test_refusals(options: dict[str, Any], error: type[Exception], told: str) ->
             options = {"groups": isgd.Groups(options["groups"][0], allocation=options["groups"][1])}
         with pytest.raises(error, match=told):
             _sampler(**options)
-    if not callable(getattr(options.get("groups"), "shares", None)):
-        return
-    with pytest.raises(ValueError, match="belong to given examples"):
-        isgd.pool_sampler(lambda key, n: jax.random.uniform(key, (n, 1)), num_points=8, batch_size=2, **options)

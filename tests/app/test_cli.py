@@ -388,6 +388,7 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
         (["predict", "nowhere", "x.npy"], "nowhere is not the folder of a run"),
         (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
         (["probe", "--mode", "relaxed"], "--mode (applied to isgd probe)"),
+        (["probe", "--hold", "host"], "isgd: --hold must be device, where the probe measures; got 'host'"),
         (["probe", "--mixture", "2"], "isgd: --mixture must be above 0 and at most 1; got 2.0"),
         (["train", "--engine", "local", "--train-devices", "3"], "isgd: --batch-size must be a multiple of --train-"),
         (["train", "--num-processes", "2"], "isgd: --num-processes must be left out unless --distributed; got 2"),

@@ -38,8 +38,8 @@ def run(command: Predict) -> int:
     """Run `isgd predict`: write the outputs; returns the exit code.
 
     The inputs are read without pickle. The file of the outputs, ``--out`` or the name of the inputs with
-    ``-outputs.npy``, is written over. The model that the run's configuration names is imported, and is named before. Where
-    the newest checkpoint is damaged, the one before is taken, and standard error has that.
+    ``-outputs.npy``, is written over. The model that the run's configuration names is imported, and is named before.
+    Where the newest checkpoint is damaged, the one before is taken, and standard error has that.
 
     Raises:
         FileNotFoundError: there is no such file, run or checkpoint.

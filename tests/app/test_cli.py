@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -375,6 +376,17 @@ def test_what_is_told_of_a_run_is_of_its_last_line() -> None:
     assert key_numbers(lines, batch_size=8).test_loss is None
     assert unusual([refresh, *lines], batch_size=8) == ["the held-out loss is not finite any more"]
     assert "no worker scores any more" in unusual([refresh | {"scored": 0}, *lines], batch_size=8)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_several_processes_one_tells_of_the_page(
+    process: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax.process_index", lambda: process)
+    monkeypatch.setattr("isgd_jax.app.run.fit", lambda *args, **options: SimpleNamespace(stopped_by=None, run_dir="x"))
+    assert ended("train") == 0
+    assert ("isgd report x" in capsys.readouterr().out) == (process == 0)
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80])

@@ -30,7 +30,7 @@ def _conditions(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     mode, is_scored = config.sampling.mode, config.sampling.is_scored
     scored = "mode=exact or mode=relaxed"
     yield "training", "momentum", config.training.optimizer == "nesterov", "optimizer=nesterov"
-    yield "model", "hidden", config.model.model == "mlp", "model=mlp"
+    yield "model", "hidden", config.model.model != "cnn", "model=mlp"
     yield "refresh", "refresh_share", mode == "relaxed", "mode=relaxed"
     yield "refresh", "max_age", is_scored, scored
     yield "workers", "engine", is_scored, scored

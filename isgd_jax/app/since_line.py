@@ -23,8 +23,9 @@ class SinceLine:
         Args:
             infos: what they left, on the host.
         """
+        weights = [float(info.max_weight) for info in infos]
+        self._max_weight = max([*weights, self._max_weight] if self._losses else weights, default=0.0)
         self._losses += [float(info.loss) for info in infos]
-        self._max_weight = max([self._max_weight, *(float(info.max_weight) for info in infos)])
 
     def line(self) -> Record:
         """What a line of progress says of them; None of each where there was no step."""

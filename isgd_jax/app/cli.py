@@ -27,6 +27,7 @@ from isgd_jax.app.config import Config
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.help import WIDTH, first_page
+from isgd_jax.app.ignored import refuse_ignored
 from isgd_jax.app.presets import PRESETS
 from isgd_jax.app.run_dir import RunDir, write_named, write_whole
 from isgd_jax.errors import ArgumentError, IsgdError
@@ -188,6 +189,7 @@ def train(command: Train) -> int:
         OSError: the folder cannot be written to.
         FloatingPointError: the loss is no longer finite; checkpoints from before stay.
     """
+    import jax
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -209,7 +211,8 @@ def train(command: Train) -> int:
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
     if result.stopped_by is None:
-        console.print(f"One page of it all: isgd report {result.run_dir}", soft_wrap=True, highlight=False)
+        if jax.process_index() == 0:  # of several processes one has the folder
+            console.print(f"One page of it all: isgd report {result.run_dir}", soft_wrap=True, highlight=False)
         return 0
     console.print(f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {result.run_dir}")
     return 128 + result.stopped_by
@@ -291,7 +294,10 @@ def _parse(arguments: list[str]) -> Command:
         described = first_line if named != [name] else None  # among others a line is enough
         default = {"default": defaults[kind]} if kind in defaults else {}
         commands.append(Annotated[kind, tyro.conf.subcommand(name, description=described, **default)])
-    return parse(functools.reduce(operator.or_, commands), arguments, prog="isgd", description=DESCRIPTION)
+    command = parse(functools.reduce(operator.or_, commands), arguments, prog="isgd", description=DESCRIPTION)
+    if isinstance(command, Train):
+        refuse_ignored(command.config, defaults[Train].config)
+    return command
 
 
 def _show_help(arguments: list[str]) -> None:

@@ -58,6 +58,8 @@ class Part:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ArgumentTypeError(f"{name} must be a number; got nan")
             if not _matches(value, hint):
                 raise ArgumentTypeError(
                     f"{name} must be {_in_words(hint)}; got {value!r} of type {type(value).__name__}"

@@ -1,7 +1,6 @@
 """The training run: `fit` takes a configuration and leaves a folder; what it is made of is in the rooms below."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.app import build, data, models, multihost, plots, schedule, shared_checkpoints, task
+from isgd_jax.app import build, data, models, multihost, plots, resuming, schedule, shared_checkpoints, task
 from isgd_jax.app.clock import Clock, middle_seconds
-from isgd_jax.app.config import Config
+from isgd_jax.app.config import Config, TrainingConfig
 from isgd_jax.app.progress import Measure, Measures
 from isgd_jax.app.run_dir import Record, RunDir, Unwritten
 from isgd_jax.app.signals import Stop, stop_on_signals
+from isgd_jax.app.since_line import SinceLine
 from isgd_jax.app.tensorboard import require_tensorboard, with_events
 from isgd_jax.engines import arrivals
 from isgd_jax.engines.contract import Reports, Resumable, Timed
@@ -46,6 +46,9 @@ NOBODY_SCORES: Record = {
     "results_refused": 0,
 }
 """The figures of an engine where there is none."""
+
+INT32_MAX = 2**31 - 1
+"""Steps are counted in int32 on the devices."""
 
 REHEARSED = 4
 """Updates that the plan times together."""
@@ -118,7 +121,7 @@ def fit(
             dataset = data.load(
                 named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir, on_disk=named.hold == "disk"
             )
-    _check_size(config.training.batch_size, dataset)
+    _check_size(config.training, dataset)
     with multihost.joined(config, dataset.fingerprint):
         work = task.make(config.model, dataset, model=model, loss=loss)
         folder, devices = _run_dir(config, resume), _devices(config)
@@ -151,15 +154,23 @@ def _check_folders(config: Config, resume: bool) -> None:
     if config.recording.tensorboard:
         require_tensorboard()
     if resume and not config.hosts.distributed:
-        RunDir(Path(str(config.recording.run_dir))).check_resumable(config)
+        _check_resumable(RunDir(Path(str(config.recording.run_dir))), config)
     if config.refresh.replay is not None:
         RunDir(Path(config.refresh.replay)).check_replayable(config)
 
 
-def _check_size(batch_size: int, dataset: data.Dataset) -> None:
-    if batch_size > len(dataset):
+def _check_size(training: TrainingConfig, dataset: data.Dataset) -> None:
+    """What a data set of this size must be asked for."""
+    size, batch_size = len(dataset), training.batch_size
+    if batch_size > size:
         raise ArgumentError(
-            f"batch_size must be at most {len(dataset)}, the training examples of {dataset.name}; got {batch_size}"
+            f"batch_size must be at most {size}, the training examples of {dataset.name}; got {batch_size}"
+        )
+    most = INT32_MAX * batch_size / size
+    if training.epochs is not None and training.epochs > most:
+        raise ArgumentError(
+            f"epochs must be at most {most:.6g}, which are {INT32_MAX:,} updates on {dataset.name}, as many as are "
+            f"counted; got {training.epochs:g}"
         )
 
 
@@ -195,15 +206,20 @@ def _run_dir(config: Config, resume: bool) -> RunDir:
 
     Raises:
         FileExistsError: a new run would write into the folder of an old one.
-        ValueError: an old run was started with other settings.
+        ValueError: an old run was started with other settings, or its checkpoints were taken away.
     """
     if jax.process_index() != 0:
         return Unwritten(Path(str(config.recording.run_dir)))
     if not resume:
         return RunDir.create(config)
     run = RunDir(Path(str(config.recording.run_dir)))
-    run.check_resumable(config)
+    _check_resumable(run, config)
     return run
+
+
+def _check_resumable(run: RunDir, config: Config) -> None:
+    run.check_resumable(config)
+    resuming.check_checkpoints_there(run)
 
 
 class Recorder(Callback):
@@ -235,9 +251,11 @@ class Recorder(Callback):
         self._measures = Measures(config, work, measure=hooks.measure)
         self._rates = Rates(parts.engine) if isinstance(parts.engine, Reports) else None
         self._checkpoints = shared_checkpoints.of_run(
-            folder.checkpoints, identity={"data set": work.fingerprint, "format": FORMAT}
+            folder.checkpoints,
+            identity={"data set": work.fingerprint, "format": FORMAT} | resuming.files_of_numbers(config),
         )
         self._infos: list[StepInfo] = []
+        self._since_line = SinceLine()
         self._step = self._noted = 0  # steps made, and the last of which a move of the gate has been recorded
         self._quarantined = 0
         self._trusted_share: float | None = None
@@ -359,6 +377,7 @@ class Recorder(Callback):
         if isinstance(self._parts.engine, Resumable):
             self._parts.engine.restore(notes["engine"])
         self._clock.go_on_from(notes["seconds"], notes["spent"])
+        self._since_line = SinceLine(**notes.get("since_line", {}))
         run.step = self._step = self._noted = int(local_copy(run.state.sampler.clock.step))
         self._quarantined = int(local_copy(run.state.sampler.quarantined))
         self._was_open = bool(local_copy(is_open(run.state.sampler)))
@@ -411,14 +430,14 @@ class Recorder(Callback):
         for i, info in enumerate(infos):
             if not np.isfinite(info.loss):
                 raise self._diverged("training loss", float(info.loss), self._step - len(infos) + i)
-        if not infos:
-            return {"loss": None, "max_weight": None}
-        self._newly_quarantined(run)
-        losses, weights = [float(info.loss) for info in infos], [float(info.max_weight) for info in infos]
-        return {"loss": math.fsum(losses) / len(losses), "max_weight": max(weights)}
+        if infos:
+            self._newly_quarantined(run)
+        self._since_line.add(infos)
+        line, self._since_line = self._since_line.line(), SinceLine()
+        return line
 
     def _diverged(self, what: str, value: float | None, step: int) -> DivergedError:
-        """The error of a loss that is not finite after ``step`` updates; checkpoints that give such a loss go."""
+        """Record that a loss is not finite after ``step`` updates; checkpoints that give such a loss go."""
         self._checkpoints.discard_from(step)
         newest = self._checkpoints.latest_step()
         kept = (
@@ -428,7 +447,9 @@ class Recorder(Callback):
         )
         became = "is not finite" if value is None else f"became {value}"
         rate = self._config.training.learning_rate
-        return DivergedError(f"the {what} {became} at step {step}: lower learning_rate (it was {rate}); {kept}")
+        text = f"the {what} {became} at step {step}: lower learning_rate (it was {rate}); {kept}"
+        self._record("diverged", text=text)
+        return DivergedError(text)
 
     def _note_switches(self, infos: list[StepInfo]) -> None:
         """Record each move of the gate, once: from the steps of ``infos``, the last of which is the present one."""
@@ -449,7 +470,7 @@ class Recorder(Callback):
         spent, engine = self._spent(), self._parts.engine
         with self._clock.spending("saving"):
             notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
-            notes |= {"seconds": self._clock(), "spent": spent}
+            notes |= {"seconds": self._clock(), "spent": spent, "since_line": self._since_line.notes(infos)}
             self._checkpoints.save(self._step, {"state": run.state}, notes)
 
     def _newly_quarantined(self, run: Run) -> int:

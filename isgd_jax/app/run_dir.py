@@ -331,8 +331,12 @@ class RunDir:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     return
-                record = _parsed(line, f"{self.metrics}, line {number}")
-                _check_record(record, f"{self.metrics}, line {number}")
+                where = f"{self.metrics}, line {number}"
+                try:
+                    record = _parsed(line, where)
+                    _check_record(record, where)
+                except DamagedFileError as error:
+                    raise DamagedFileError(f"{error}; or take this line out, a run goes on without it") from error
                 if event is None or record["event"] == event:
                     yield record
 

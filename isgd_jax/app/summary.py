@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 from isgd_jax.app.run_dir import Record, RunDir, is_number
 
-__all__ = ["KeyNumbers", "has_ended", "key_numbers", "shut_stretches", "state_of", "unusual"]
+__all__ = ["ENDS", "KeyNumbers", "has_ended", "key_numbers", "shut_stretches", "state_of", "unusual"]
+
+
+ENDS = ("finished", "stopped", "diverged")
+"""Events that a run ends with, and its states then."""
 
 
 class KeyNumbers(NamedTuple):
-    """The last measurement of each; None where there is none."""
+    """The last measurement of each; None where there is none, and where the last held-out loss is not finite."""
 
     step: int
     loss: float | None
@@ -37,8 +41,8 @@ def key_numbers(lines: Sequence[Record], *, batch_size: int) -> KeyNumbers:
     return KeyNumbers(
         lines[-1]["step"] if lines else 0,
         _last(lines, "loss"),
-        _last(lines, "test_loss"),
-        _last(lines, "test_error"),
+        _at_last(lines, "test_loss"),
+        _at_last(lines, "test_error"),
         variance,
         batch_size / variance if variance else None,
         _last(lines, "share_scoring"),
@@ -48,25 +52,26 @@ def key_numbers(lines: Sequence[Record], *, batch_size: int) -> KeyNumbers:
 
 
 def has_ended(records: Sequence[Record]) -> bool:
-    """Whether the run has said that it finished, or was stopped."""
-    return bool(records) and records[-1]["event"] in ("finished", "stopped")
+    """Whether the run has said that it finished, was stopped, or diverged."""
+    return bool(records) and records[-1]["event"] in ENDS
 
 
 def state_of(run: RunDir, records: Sequence[Record]) -> str:
-    """One word: finished, stopped, running; killed, where nobody on this host writes to it any more; else "on HOST?".
+    """One word: running, where somebody on this host writes to it; finished, stopped, diverged; killed, where nobody
+    does any more; else "on HOST?".
 
     Args:
         run: its folder; of it the file that says who writes is read.
         records: of its metrics.jsonl, oldest first; "empty" is a run without any that nobody writes to.
     """
+    holder = run.holder()
+    if holder is not None and holder.is_alive:  # also one that goes on with a run that had ended
+        return "running"
     if has_ended(records):
         return str(records[-1]["event"])
-    holder = run.holder()
     if holder is None:
         return "killed" if records else "empty"
-    if holder.is_alive is None:
-        return f"on {holder.host}?"
-    return "running" if holder.is_alive else "killed"
+    return f"on {holder.host}?" if holder.is_alive is None else "killed"
 
 
 def shut_stretches(records: Sequence[Record]) -> list[tuple[int, int]]:
@@ -117,14 +122,23 @@ def unusual(records: Sequence[Record], *, batch_size: int) -> list[str]:
         found.append(f"scoring takes {numbers.share_scoring:.0%} of the time: refresh more rarely")
     if numbers.trusted_share is not None and numbers.trusted_share < 0.5:
         found.append(f"only {numbers.trusted_share:.0%} of the scores are trusted: they are older than --max-age")
-    ages = [line for line in last if line.get("scores_per_second") == 0 and line.get("workers")]
-    if ages:
+    refreshes = [record for record in records if record["event"] == "refresh"][-1:]  # inline all score at a refresh
+    idle = any(line.get("scores_per_second") == 0 and line.get("workers") for line in last)
+    if idle and any(refresh.get("scored") == 0 for refresh in refreshes):
         found.append("no worker scores any more")
     held_out = [line["test_loss"] for line in lines if is_number(line.get("test_loss"))]
+    if held_out and numbers.test_loss is None:
+        found.append("the held-out loss is not finite any more")
     if len(held_out) > 2 and held_out[-1] > 1.2 * min(held_out):
         best = min((line for line in lines if line.get("test_loss") == min(held_out)), key=lambda line: line["step"])
         found.append(f"the held-out loss was lowest at update {best['step']:,}, and has risen since")
     return list(dict.fromkeys(found))
+
+
+def _at_last(lines: Sequence[Record], field: str) -> float | None:
+    """Of the last line that has the field at all: what is not finite is None there, and no older number is shown."""
+    value = next((line[field] for line in reversed(lines) if field in line), None)
+    return float(value) if is_number(value) else None
 
 
 def _last(lines: Sequence[Record], field: str) -> float | None:

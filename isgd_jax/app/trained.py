@@ -32,39 +32,34 @@ class Trained:
       params: its parameters at the checkpoint.
       inputs: what is done to the inputs before the model sees them.
       step: updates made up to the checkpoint.
+      remarks: what a person should hear of: newer checkpoints that are damaged.
     """
 
     model: models.Model
     params: Params
     inputs: data.Inputs
     step: int
+    remarks: tuple[str, ...] = ()
 
     def __call__(self, x: Any) -> np.ndarray:
         """The outputs [n, ...] for raw inputs [n, ...], such as logits [n, classes].
 
         Args:
-          x: as the training set had them: the one input, or a dict of the inputs.
+          x: as the training set had them: the one input, or a dict of the inputs; a ``label`` in it is left out.
 
         Raises:
-          ValueError: an input is missing or of another shape.
+          TypeError: an input is of another kind of numbers than the run was trained on.
+          ValueError: an input is missing, unknown, of another shape or length than the others, or has numbers that are
+            not finite or do not fit.
         """
-        x = x if isinstance(x, dict) else {self.inputs.only: np.asarray(x)}
-        for name, shape in self.inputs.shapes.items():
-            got = np.shape(x[name])[1:] if name in x else None
-            if got != tuple(shape):
-                raise ArgumentError(
-                    f"expected {name!r} of shape [n, {', '.join(map(str, shape))}], as the run was trained on; got "
-                    f"{'nothing' if got is None else list(np.shape(x[name]))}"
-                )
+        given = data.raw_inputs(x, self.inputs)
 
         @jax.jit
         def outputs(params: Params, batch: Any) -> Any:
             return jax.vmap(lambda one: self.model.apply({"params": params}, self.inputs.of(one)))(batch)
 
-        size = len(next(iter(x.values())))
-        slices = [{name: x[name][at : at + _SLICE] for name in self.inputs.shapes} for at in range(0, size, _SLICE)]
-        if not slices:
-            raise ArgumentError("expected at least one example, got none")
+        size = len(next(iter(given.values())))
+        slices = [{name: array[at : at + _SLICE] for name, array in given.items()} for at in range(0, size, _SLICE)]
         return np.concatenate([np.asarray(outputs(self.params, one)) for one in slices])
 
 
@@ -89,11 +84,15 @@ def load(run: str | Path, *, model: models.Model | None = None) -> Trained:
     if model is None:
         num_classes = folder.environment().get("num_classes")
         if num_classes is None:
-            raise ArgumentError(f"{run} does not say of how many classes its model is: give it with model=")
+            raise ArgumentError(
+                f"{run} does not say of how many classes its model is (num_classes in environment.json): bring that "
+                "file back, or give the model in Python, to isgd_jax.app.trained.load"
+            )
         options = {"hidden": config.model.hidden, "initializer": config.model.initializer}
         model = models.by_name(config.model.model, num_classes, **(options if config.model.model == "mlp" else {}))
     example = {name: np.zeros(shape, inputs.dtypes[name]) for name, shape in inputs.shapes.items()}
     given = jax.tree.map(jax.numpy.asarray, inputs.of(example))
     made = model
     template = jax.eval_shape(lambda key: models.init(made, key, given), jax.random.key(0))
-    return Trained(model, checkpoints.into(template, saved.tree["state"]["params"]), inputs, saved.step)
+    params = checkpoints.into(template, saved.tree["state"]["params"])
+    return Trained(model, params, inputs, saved.step, tuple(saved.remarks))

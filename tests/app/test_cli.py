@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from isgd_jax.app.cli import FIRST_PAGES, _at_home, _leave_failures_to_us, _pars
 from isgd_jax.app.config import Config, configure
 from isgd_jax.app.gone import IN_PYTHON
 from isgd_jax.app.run_dir import RunDir
+from isgd_jax.app.summary import key_numbers, state_of, unusual
 
 SMALL = [
     "--hidden", "16", "--steps", "60", "--refresh-every", "20", "--log-every", "20", "--checkpoint-every", "20",
@@ -351,8 +353,61 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
     watched = said("watch", str(tmp_path / "done"))
     for text in ("done: finished, update 100", "equivalent plain batch", "128", "the gate was shut for 50%"):
         assert text in watched
+    assert watched.endswith("\n")
     assert max(map(len, watched.splitlines())) <= 100
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_is_gone_on_with_or_diverged_is_said_to_be(tmp_path: Path) -> None:
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
+    run.append({"event": "finished", "step": 9})
+    with run.alone():
+        assert state_of(run, list(run.records())) == "running"
+    assert state_of(run, list(run.records())) == "finished"
+    run.append({"event": "diverged", "step": 9})
+    assert state_of(run, list(run.records())) == "diverged"
+
+
+def test_what_is_told_of_a_run_is_of_its_last_line() -> None:
+    """Inline all score at refreshes, between which nobody does; a loss that is not finite has no older number."""
+    lines = [{"event": "progress", "step": step, "test_loss": loss, "scores_per_second": 0.0, "workers": 1}
+             for step, loss in ((0, 1.0), (10, None))]  # fmt: skip
+    refresh = {"event": "refresh", "step": 0, "scored": 90}
+    assert key_numbers(lines, batch_size=8).test_loss is None
+    assert unusual([refresh, *lines], batch_size=8) == ["the held-out loss is not finite any more"]
+    assert "no worker scores any more" in unusual([refresh | {"scored": 0}, *lines], batch_size=8)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_several_processes_one_tells_of_the_page(
+    process: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax.process_index", lambda: process)
+    monkeypatch.setattr("isgd_jax.app.run.fit", lambda *args, **options: SimpleNamespace(stopped_by=None, run_dir="x"))
+    assert ended("train") == 0
+    assert ("isgd report x" in capsys.readouterr().out) == (process == 0)
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_a_narrow_terminal_cuts_no_number_off(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"event": "progress", "step": 1_234_567, "seconds": 90_000.0, "test_loss": 0.1234, "test_error": 0.125,
+            "sd_uniform": 2.0, "sd_drawn": 1.0, "share_scoring": 0.25}  # fmt: skip
+    run = RunDir.create(configure(run_dir=str(tmp_path / "a-run-with-a-long-name-of-its-own")))
+    run.append(line)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich takes it for a terminal
+    with pytest.raises(SystemExit):
+        main(["runs", str(tmp_path)])
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "1,234,567" in said
+    assert max(len(row.rstrip()) for row in said.splitlines()) <= max(width, 38)
+    whole = {"run", "state", "step", "mode", "held-out", "error", "variance", "scoring", "minutes", "killed", "exact",
+             "1,234,567", "0.1234", "12.5%", "0.25", "25%", "1500.0"}  # fmt: skip
+    assert all(word in "a-run-with-a-long-name-of-its-own" for word in set(said.split()) - whole)
+    assert ("0.1234" in said) == (width >= 60)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +431,22 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
         (["compare", "--arms", "a:", "--out", "x", "--run-dir", "y"], "name the folder of them all with --out"),
         (["compare", "--arms", "a:", "--out", "x", "--until-levels"], "--until-levels needs --levels"),
         (["compare", "nowhere"], "nowhere is not the folder of a study"),
+        (
+            ["compare", "--arms", "a:", "--out", "x", "--levels", "test_los=1"],
+            "such as test_loss; got 'test_los'; did you mean test_loss?",
+        ),
+        (["compare", "--arms", "a: --mode uniform --mixture 0.3", "--out", "x"], "--mixture must be left out unless"),
+        (["train", "--learning-rate", "nan"], "isgd: --learning-rate must be a number; got nan"),
+        (["train", "--optimizer", "adam", "--momentum", "0.5"], "--momentum must be left out unless --optimizer nest"),
+        (["train", "--model", "cnn", "--hidden", "8"], "--hidden must be left out unless --model mlp; got (8,)"),
+        (["train", "--refresh-share", "0.5"], "--refresh-share must be left out unless --mode relaxed; got 0.5"),
+        (["train", "--mode", "uniform", "--scorer", "loss"], "--scorer must be left out unless --mode exact or --mode"),
+        (
+            ["train", "--mode", "uniform", "--engine", "local"],
+            "--engine must be left out unless --mode exact or --mode",
+        ),
+        (["train", "--mode", "uniform", "--max-age", "9"], "--max-age must be left out unless --mode exact or --mode"),
+        (["train", "--scorers", "2"], "--scorers must be left out unless --engine cluster; got 2"),
         (["compare", "--levels", "low", "--arms", "a:", "--out", "x"], "a level is a field and its values"),
         (["probe", "--run", "nowhere"], "nowhere is not the folder of a run"),
         (["train", "--coin", "0.5"], "isgd: --coin went in 0.2: every step draws from the proposal; use --mixture"),
@@ -388,6 +459,7 @@ def test_runs_are_listed_watched_and_never_written_to(tmp_path: Path, capsys: py
         (["predict", "nowhere", "x.npy"], "nowhere is not the folder of a run"),
         (["probe", "--power=0.5"], "isgd: --power went in 0.2: "),
         (["probe", "--mode", "relaxed"], "--mode (applied to isgd probe)"),
+        (["probe", "--hold", "host"], "isgd: --hold must be device, where the probe measures; got 'host'"),
         (["probe", "--mixture", "2"], "isgd: --mixture must be above 0 and at most 1; got 2.0"),
         (["train", "--engine", "local", "--train-devices", "3"], "isgd: --batch-size must be a multiple of --train-"),
         (["train", "--num-processes", "2"], "isgd: --num-processes must be left out unless --distributed; got 2"),

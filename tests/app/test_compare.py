@@ -15,6 +15,7 @@ from isgd_jax.app import compare, figures
 from isgd_jax.app.compare.plots import figure
 from isgd_jax.app.compare.study import _is_whole
 from isgd_jax.app.config import Config, configure
+from isgd_jax.app.html import comparison_page
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import Record, RunDir
 
@@ -267,6 +268,54 @@ def test_a_name_that_cannot_be_a_folder_is_refused(name: str, tmp_path: Path) ->
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not the folder of a study: it has no study.json"):
         compare.read(tmp_path)
+
+
+def test_a_run_that_has_not_ended_is_left_out_and_named(tmp_path: Path) -> None:
+    """The first has ended, and never gets there; the others may yet, and are of no arm's median."""
+    ends = [
+        [{"event": "finished", "step": 10, "num_steps": 10}],
+        [],
+        [{"event": "stopped", "step": 10, "num_steps": 40}],
+        [{"event": "finished", "step": 10, "num_steps": 10}, {"event": "resumed", "step": 10}],
+        [{"event": "finished", "step": 10, "num_steps": 40}],
+        [{"event": "diverged", "step": 10}],
+    ]
+    for seed, records in enumerate(ends):
+        run = RunDir.create(configure(run_dir=str(tmp_path / f"mine-{seed}"), seed=seed))
+        for record in curve([1.0, 0.6]) + records:
+            run.append(record)
+    (tmp_path / "study.json").write_text(json.dumps({"arms": ["mine"]}))
+    found = compare.read(tmp_path)
+    assert found.unfinished == {("mine", seed) for seed in (1, 2, 3)}
+    (never,) = compare.rows(found, [LEVEL], ["step"])
+    assert (never.seeds, never.reached, never.unfinished, never.median.value) == (2, 0, 4, math.inf)
+    (there,) = compare.rows(found, [compare.Level("test_loss", 0.6)], ["step"])
+    assert (there.seeds, there.reached, there.unfinished, there.median.value) == (3, 3, 3, 10.0)
+    assert "3/3, 3 unfinished" in compare.text([there])
+    (note,) = compare.left_out(found)
+    assert "mine with seed 1, mine with seed 2, mine with seed 3." in note
+    alone = compare.rows(compare.group([tmp_path / "mine-1"]), [LEVEL], ["step"])
+    assert "unfinished" in compare.text(alone)
+    assert "never" not in compare.text(alone)
+    assert note in comparison_page(found, [there], "mine")
+
+
+def test_the_length_makes_an_arm_where_the_rate_decays_over_it(tmp_path: Path) -> None:
+    for name, settings in {
+        "a": {"schedule": "cosine", "steps": 10},
+        "b": {"schedule": "cosine", "steps": 20},
+        "c": {"schedule": "cosine", "epochs": 2.0},
+        "d": {"steps": 10, "seed": 0},
+        "e": {"steps": 20, "seed": 1},
+    }.items():
+        RunDir.create(configure(run_dir=str(tmp_path / name), **settings))
+    found = compare.group([tmp_path / name for name in "abcde"])
+    assert {name: sorted(by_seed) for name, by_seed in found.curves.items()} == {
+        "schedule=cosine steps=10": [0],
+        "schedule=cosine steps=20": [0],
+        "schedule=cosine epochs=2.0": [0],
+        "schedule=constant": [0, 1],
+    }
 
 
 def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path: Path) -> None:

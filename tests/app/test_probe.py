@@ -1,5 +1,6 @@
 """The probe: against closed forms, against the definition, and its words against numbers worked by hand."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from isgd_jax.app import checkpoints, optimizers, task
 from isgd_jax.app.html import probe_page
 from isgd_jax.app.probe import Period, Trial, findings, measure, periods, probe, trial, verdict
 from isgd_jax.app.run import fit
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.gradients.all_examples import norms_and_mean_gradient
 from isgd_jax.gradients.per_example import stacked_per_example_grads
 
@@ -192,12 +194,13 @@ def test_the_remarks_of_a_verdict() -> None:
     assert "worse than none" not in " ".join(verdict(1.2, 1.3, table[:1], POOR, num_updates=5, losses=(2.3, 1.0)))
 
 
+@pytest.mark.usefixtures("failed_reads")
 def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", mode="exact", steps=20)
     result = fit(config, dataset=blobs())
     made = task.make(config.model, blobs())
     probed, first = probed_of(config, made), made.init(jax.random.key(1))
-    params, opt_state, step = findings._restored(tmp_path / "run", probed, first)
+    params, opt_state, step, _ = findings._restored(tmp_path / "run", probed, first)
     assert step == 20
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     assert float(optax.tree.norm(opt_state)) > 0
@@ -215,6 +218,20 @@ def test_a_checkpoint_is_probed_with_its_own_parameters_and_momentum(tmp_path: P
     wider, changed = work(tmp_path / "run", hidden=(9,))
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
         probe(probed_of(wider, changed), run=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20" / "record")
+    older = probe(probed, run=tmp_path / "run", ages=[2], num_examples=50, trial_steps=0)
+    assert older.num_updates == 10
+    assert [remark.partition(" is damaged")[0] for remark in older.remarks] == ["the checkpoint of step 20"]
+    for name in ("augment", "example_weights"):
+        RunDir(tmp_path / "run").write_config(config.replace(**{name: "mine:other"}))
+        with pytest.raises(ValueError, match=f"expected a run without {name}=, .* has 'mine:other': compare both ways"):
+            probe(probed, run=tmp_path / "run")
+
+
+def test_a_batch_larger_than_the_training_set_is_refused_as_training_does(tmp_path: Path) -> None:
+    config, made = work(tmp_path, batch_size=91)
+    with pytest.raises(ValueError, match="batch_size must be at most 90, the training examples; got 91"):
+        probe(probed_of(config, made))
 
 
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`isgd compare`: arms and seeds trained, or runs read that are there; who needs what to reach which level."""
 
 import dataclasses
+import difflib
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ from isgd_jax.app import compare
 from isgd_jax.app.config import Config
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
-from isgd_jax.app.run_dir import make_folder, write_whole
+from isgd_jax.app.ignored import refuse_ignored
+from isgd_jax.app.run_dir import MEASURED, make_folder, write_whole
 from isgd_jax.errors import ArgumentError
+
+_MEASURED = MEASURED | {f"share_{task}" for task in ("scoring", "updating", "measuring")}
+_MEASURED |= {f"sd_{of}{end}" for of in ("uniform", "stale", "ideal", "drawn") for end in ("", "_low", "_high")}
 
 __all__ = ["Compare", "parse_arms", "run"]
 
@@ -83,13 +88,14 @@ def run(command: Compare) -> int:
     levels = compare.levels(*command.levels)
     study = train(command, levels, lambda text: console.print(in_flags(text))) if command.arms else read(command.runs)
     rows = compare.rows(study, levels or compare.common_levels(study))
-    console.print(compare.text(rows), soft_wrap=True, highlight=False, markup=False)
+    notes = compare.left_out(study)
+    console.print(compare.text(rows), *notes, sep="\n", soft_wrap=True, highlight=False, markup=False)
     out = folder(command)
     if out is None:
         return 0
     make_folder(out)
     paths = [*compare.draw(study, out), out / "comparison.md", out / "comparison.html"]
-    write_whole(paths[-2], compare.markdown(rows) + "\n")
+    write_whole(paths[-2], "\n\n".join([compare.markdown(rows), *notes]) + "\n")
     write_whole(paths[-1], comparison_page(study, rows, title=out.resolve().name))
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
@@ -108,6 +114,7 @@ def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -
         ValueError: an arm cannot be read, or does not measure a level.
     """
     arms = parse_arms(command.arms, command.config)
+    _check_fields(levels)
     measured_on_train = [level for level in levels if level.field.startswith("train_")]
     for name, arm in arms.items():
         if measured_on_train and not arm.config.recording.full_train_loss:
@@ -120,6 +127,17 @@ def train(command: Compare, levels: Sequence[compare.Level], say: compare.Say) -
         levels=levels if command.until_levels else (),
         say=say,
     )
+
+
+def _check_fields(levels: Sequence[compare.Level]) -> None:
+    """Before anything is trained: the command's own runs measure no other fields."""
+    for level in levels:
+        if level.field not in _MEASURED:
+            near = difflib.get_close_matches(level.field, _MEASURED, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ArgumentError(
+                f"a level is of what a line of progress measures, such as test_loss; got {level.field!r}{meant}"
+            )
 
 
 def read(folders: Sequence[str]) -> compare.Study:
@@ -172,4 +190,6 @@ def _config(name: str, flags: list[str], base: Config) -> Config:
     for fixed in ("--seed", "--run-dir"):
         if any(flag.split("=")[0] == fixed for flag in flags):
             raise ArgumentError(f"arm {name!r}: {fixed} is the same for all arms")
-    return parse(Config, flags, prog=f"isgd compare, arm {name!r}", default=base)
+    config = parse(Config, flags, prog=f"isgd compare, arm {name!r}", default=base)
+    refuse_ignored(config, base)
+    return config

@@ -1,6 +1,7 @@
 """`isgd predict`: the outputs of a run's model for inputs in a file."""
 
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,10 +39,11 @@ def run(command: Predict) -> int:
 
     The inputs are read without pickle. The file of the outputs, ``--out`` or the name of the inputs with
     ``-outputs.npy``, is written over. The model that the run's configuration names is imported, and is named before.
+    Where the newest checkpoint is damaged, the one before is taken, and standard error has that.
 
     Raises:
         FileNotFoundError: there is no such file, run or checkpoint.
-        ValueError: the inputs are not those of the model, or a file is damaged.
+        TypeError, ValueError: the inputs are not those of the model, or a file is damaged.
     """
     import numpy as np
 
@@ -50,6 +52,8 @@ def run(command: Predict) -> int:
     file = Path(command.inputs)
     inputs = read_inputs(file)
     model = trained.load(command.folder)
+    for remark in model.remarks:
+        print(f"isgd: {remark}", file=sys.stderr, flush=True)
     outputs, content = model(inputs), io.BytesIO()
     np.save(content, outputs)
     out = Path(command.out) if command.out else file.with_name(f"{file.stem}-outputs.npy")

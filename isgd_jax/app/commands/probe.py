@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isgd_jax.app.config import DataConfig, ModelConfig, ScoringConfig, TrainingConfig
+from isgd_jax.app.fields import must
 from isgd_jax.app.run_dir import RunDir, make_folder, write_whole
 
 if TYPE_CHECKING:
@@ -80,16 +82,20 @@ def run(command: Probe) -> int:
     written when all is measured; in the folder of a run, below ``probe/``.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint is of another model or data set.
+        ValueError: an argument is out of range, the data are not held on the device, the run has example weights or
+            augmented examples, or the checkpoint is of another model or data set.
         FileNotFoundError: the run has no checkpoint.
         FloatingPointError: the gradients are not finite.
     """
     from rich.console import Console
 
     from isgd_jax.app import data, task
-    from isgd_jax.app.probe import probe, probed_of
+    from isgd_jax.app.probe import check_probeable, probe, probed_of
 
     console, named = Console(markup=False), command.data
+    must(named, "hold", named.hold == "device", "device, where the probe measures")
+    if command.run is not None:
+        check_probeable(RunDir(Path(command.run)).read_config(), Path(command.run))
     dataset = data.load(named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir)
     work = task.make(command.model, dataset)
     found = probe(
@@ -100,6 +106,8 @@ def run(command: Probe) -> int:
         num_examples=command.examples,
         trial_steps=command.trial,
     )
+    for remark in found.remarks:
+        print(f"isgd: {remark}", file=sys.stderr, flush=True)
     for part in (*tables(found), "\n".join(found.words)):
         console.print(part, "", sep="\n", soft_wrap=True, highlight=False)
     for path in write(found, folder(command), f"{named.dataset}, {command.model.model}"):

@@ -1,5 +1,6 @@
 """`isgd runs`: the runs in a folder, a line each, the newest first."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,11 @@ from isgd_jax.app.help import WIDTH
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.summary import key_numbers, state_of
 from isgd_jax.errors import ArgumentError
+
+_DROPPED = ("minutes", "scoring", "variance", "mode", "error", "held-out")
+"""What a narrow terminal has no room for, the first first."""
+_NAME, _GAP = 16, 2
+"""Columns that a run's name has at least, where it is as long, and those between two cells."""
 
 __all__ = ["Runs", "rows", "run"]
 
@@ -36,15 +42,30 @@ def run(command: Runs) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for i, head in enumerate(HEADS):
-        table.add_column(head, justify="left" if i in (0, 1, 3) else "right", overflow="fold", no_wrap=i > 0)
-    for row in rows(Path(command.folder)):
-        table.add_row(*row)
+    table, found = Table(box=None, padding=(0, _GAP, 0, 0)), rows(Path(command.folder))
     console = Console(markup=False, highlight=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    shown, needed = _fitting([HEADS, *found], width)
+    console.width = max(width, needed)
+    for i in shown:
+        table.add_column(HEADS[i], justify="left" if i in (0, 1, 3) else "right", overflow="fold", no_wrap=i > 0)
+    for row in found:
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     return 0
+
+
+def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> tuple[list[int], int]:
+    """The columns that are shown whole in so many, and how many they need; a name may be folded, a number never."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = min(widths[0], _NAME)
+    shown = list(range(len(widths)))
+    for head in (*_DROPPED, ""):
+        needed = sum(widths[i] + _GAP for i in shown)
+        if needed <= width or not head:
+            break
+        shown.remove(HEADS.index(head))
+    return shown, needed
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:

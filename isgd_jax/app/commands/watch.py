@@ -11,7 +11,7 @@ import tyro
 
 from isgd_jax.app.help import WIDTH
 from isgd_jax.app.run_dir import Record, RunDir, is_number
-from isgd_jax.app.summary import has_ended, key_numbers, shut_stretches, state_of, unusual
+from isgd_jax.app.summary import ENDS, has_ended, key_numbers, shut_stretches, state_of, unusual
 from isgd_jax.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -61,9 +61,12 @@ def run(command: Watch) -> int:
             records = list(folder.records())
             state = state_of(folder, records)
             live.update(view(folder.path.resolve().name, state, records, batch_size=batch_size), refresh=True)
-            if has_ended(records) or state == "killed":
-                return 0
+            if state in (*ENDS, "killed"):
+                break
             time.sleep(command.every)
+    if not console.is_terminal:
+        print()  # what is shown last has no end of line of its own
+    return 0
 
 
 def view(name: str, state: str, records: Sequence[Record], *, batch_size: int) -> "Group":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.app.run_dir import Record, RunDir, make_folder, read_json, write_whole
+from isgd_jax.app.run_dir import Record, RunDir, is_number, make_folder, read_json, write_whole
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
 __all__ = ["Arm", "Curve", "Fit", "Say", "Study", "group", "read", "train"]
@@ -47,6 +47,10 @@ class Study(NamedTuple):
     """The curves of each arm by seed; the first arm is the one that others are compared to."""
 
     curves: dict[str, dict[int, Curve]]
+    unfinished: frozenset[tuple[str, int]] = frozenset()
+    """Arm and seed of runs that go on, were stopped or were killed: what they would reach is not known."""
+    ended_early: frozenset[tuple[str, int]] = frozenset()
+    """Of runs that ended before their last update, at levels: whether they would reach another is not known."""
 
     @property
     def base(self) -> str:
@@ -102,11 +106,11 @@ def train(
     write_whole(folder / "study.json", json.dumps({"arms": list(arms)}) + "\n")
     for (name, seed), config in configs.items():
         _train_one(f"{name}, seed {seed}", arms[name], config, levels, say, observe)
-    return Study({name: {seed: _curve(folder / f"{name}-{seed}") for seed in seeds} for name in arms})
+    return _study({name: {seed: folder / f"{name}-{seed}" for seed in seeds} for name in arms})
 
 
 def read(folder: Path) -> Study:
-    """The study in a folder: finished and unfinished runs as they stand.
+    """The study in a folder: finished and unfinished runs as they stand, and which are unfinished.
 
     Raises:
         FileNotFoundError: the folder holds no study.
@@ -117,19 +121,20 @@ def read(folder: Path) -> Study:
     arms = read_json(folder / "study.json").get("arms")
     if not (isinstance(arms, list) and all(isinstance(name, str) for name in arms)):
         raise DamagedFileError(f"{folder / 'study.json'} is damaged: expected the names of arms, got {str(arms)[:200]}")
-    found: dict[str, dict[int, Curve]] = {name: {} for name in arms}
+    found: dict[str, dict[int, Path]] = {name: {} for name in arms}
     for path in sorted(folder.iterdir()):
         name, _, seed = path.name.rpartition("-")
         if name in found and seed.isdigit() and (path / "metrics.jsonl").is_file():
-            found[name][int(seed)] = _curve(path)
-    return Study({name: dict(sorted(by_seed.items())) for name, by_seed in found.items() if by_seed})
+            found[name][int(seed)] = path
+    return _study({name: dict(sorted(by_seed.items())) for name, by_seed in found.items() if by_seed})
 
 
 def group(folders: Iterable[Path]) -> Study:
     """Runs that were made one by one: those whose configurations differ in the seed alone are one arm.
 
     An arm is called by the fields in which it differs from the others, such as ``mode=exact``. What decides nothing
-    about the parameters (folders, how often is recorded) makes no other arm.
+    about the parameters (folders, how often is recorded) makes no other arm; the length does where the rate decays over
+    it.
 
     Args:
         folders: of runs, of which only configurations and records are read; the first is of the arm that others are
@@ -139,20 +144,19 @@ def group(folders: Iterable[Path]) -> Study:
         FileNotFoundError: a folder is not that of a run.
         ValueError: an arm has the same seed twice, or a file is damaged.
     """
-    arms: dict[str, dict[int, Curve]] = {}
-    configs = {folder: RunDir(folder).read_config().flat() for folder in folders}
-    asides = MAY_CHANGE_ON_RESUME | {"seed"}
-    fields = [name for name in next(iter(configs.values()), {}) if name not in asides]
-    differing = [name for name in fields if len({json.dumps(config[name]) for config in configs.values()}) > 1]
+    arms: dict[str, dict[int, Path]] = {}
+    configs = {folder: RunDir(folder).read_config() for folder in folders}
+    deciding = {folder: _deciding(config) for folder, config in configs.items()}
+    fields = dict.fromkeys(name for values in deciding.values() for name in values)
+    differing = [name for name in fields if len({json.dumps(values.get(name)) for values in deciding.values()}) > 1]
     for folder, config in configs.items():
-        name = " ".join(f"{field}={_plain(config[field])}" for field in differing) or "all runs"
+        values, seed = deciding[folder], config.training.seed
+        name = " ".join(f"{field}={_plain(values[field])}" for field in differing if field in values) or "all runs"
         by_seed = arms.setdefault(name, {})
-        if config["seed"] in by_seed:
-            raise ArgumentError(
-                f"{folder}: there is another run of the arm {name!r} with seed {config['seed']}; leave one"
-            )
-        by_seed[config["seed"]] = _curve(folder)
-    return Study(arms)
+        if seed in by_seed:
+            raise ArgumentError(f"{folder}: there is another run of the arm {name!r} with seed {seed}; leave one")
+        by_seed[seed] = folder
+    return _study(arms)
 
 
 def _train_one(
@@ -176,8 +180,9 @@ def _train_one(
     try:
         result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
     except FloatingPointError as error:
-        step = (_curve(run.path) or [{"step": 0}])[-1]["step"]
-        run.append({"event": "diverged", "step": step, "text": str(error)})
+        if _last_turn(run).get("event") != "diverged":  # a loop of one's own
+            step = (_curve(run.path) or [{"step": 0}])[-1]["step"]
+            run.append({"event": "diverged", "step": step, "text": str(error)})
         say(f"{what}: diverged, so it counts as one that never gets there: {error}")
         return
     stopped_by = getattr(result, "stopped_by", None)
@@ -189,15 +194,46 @@ def _train_one(
 
 def _is_whole(run: RunDir, config: Config, until: Callable[[Record], bool]) -> bool:
     """Finished, and nothing more was asked for since; or diverged, as it would again."""
-    turns = [record for record in run.records() if record["event"] in ("resumed", "stopped", "finished", "diverged")]
-    if not turns or turns[-1]["event"] not in ("finished", "diverged"):
+    last = _last_turn(run)
+    if last.get("event") not in ("finished", "diverged"):
         return False
-    last = turns[-1]
     if last["event"] == "diverged" or any(until(line) for line in _curve(run.path)[-1:]):
         return True
     if config.training.epochs is None:
         return last["step"] >= config.training.steps
     return last["step"] == last.get("num_steps") and config.training.epochs == run.read_config().training.epochs
+
+
+def _last_turn(run: RunDir) -> Record:
+    """The last record of how the run began anew or ended; empty where there is none."""
+    turns = [record for record in run.records() if record["event"] in ("resumed", "stopped", "finished", "diverged")]
+    return turns[-1] if turns else {}
+
+
+def _study(folders: Mapping[str, Mapping[int, Path]]) -> Study:
+    """The runs of each arm by seed, as they stand."""
+    ends = {
+        (name, seed): _last_turn(RunDir(path)) for name, by_seed in folders.items() for seed, path in by_seed.items()
+    }
+    return Study(
+        {name: {seed: _curve(path) for seed, path in by_seed.items()} for name, by_seed in folders.items()},
+        frozenset(run for run, end in ends.items() if end.get("event") not in ("finished", "diverged")),
+        frozenset(run for run, end in ends.items() if end.get("event") == "finished" and _is_early(end)),
+    )
+
+
+def _is_early(finished: Record) -> bool:
+    """Whether a run had updates left when it ended: it had reached its levels."""
+    last = finished.get("num_steps")
+    return is_number(last) and finished["step"] < last
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The fields that decide the parameters, but for the seed."""
+    training, values = config.training, config.flat()
+    length = () if training.schedule == "constant" else ("steps",) if training.epochs is None else ("epochs",)
+    asides = (MAY_CHANGE_ON_RESUME | {"seed"}) - set(length)
+    return {name: value for name, value in values.items() if name not in asides}
 
 
 def _fit() -> Fit:

@@ -16,6 +16,7 @@ from isgd_jax.app.data.catalog import load, names
 from isgd_jax.app.data.checks import Arrays
 from isgd_jax.app.data.dataset import Dataset, from_arrays, from_source
 from isgd_jax.app.data.inputs import INPUTS_FILE, Inputs, Statistics, read_inputs
+from isgd_jax.app.data.raw import raw_inputs
 
 __all__ = [
     "INPUTS_FILE",
@@ -27,5 +28,6 @@ __all__ = [
     "from_source",
     "load",
     "names",
+    "raw_inputs",
     "read_inputs",
 ]

@@ -24,6 +24,7 @@ def comparison_page(study: compare.Study, rows: Sequence[compare.Row], title: st
         title=title,
         arms=[(name, sorted(by_seed), max(len(c) for c in by_seed.values())) for name, by_seed in study.curves.items()],
         heads=compare.tables.HEADS,
+        notes=compare.left_out(study),
         rows=[compare.tables.cells(row) for row in rows],
         figures=pictures,
     )

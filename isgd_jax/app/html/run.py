@@ -95,7 +95,9 @@ def _state(records: Sequence[Record]) -> str:
     if not records:
         return "nothing recorded yet"
     last = records[-1]
-    how = {"finished": "finished", "stopped": "stopped by a signal"}.get(last["event"], "going on, or killed")
+    how = {"finished": "finished", "stopped": "stopped by a signal", "diverged": "diverged"}.get(
+        last["event"], "going on, or killed"
+    )
     return f"{how} at update {last['step']:,}, after {duration(last.get('seconds'))}"
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from isgd_jax.app import build, checkpoints, optimizers
-from isgd_jax.app.config import ScoringConfig, TrainingConfig
+from isgd_jax.app.config import Config, ScoringConfig, TrainingConfig
 from isgd_jax.app.probe import measure
 from isgd_jax.app.probe.trial import steps_in_time, try_both
 from isgd_jax.app.probe.verdict import Period, Trial, is_unlearnt, periods, verdict
@@ -18,7 +18,7 @@ from isgd_jax.errors import ArgumentError, DivergedError
 from isgd_jax.training.problem import Problem
 from isgd_jax.types import Params
 
-__all__ = ["Probe", "probe", "probed_of"]
+__all__ = ["Probe", "check_probeable", "probe", "probed_of"]
 
 
 class Probe(NamedTuple):
@@ -38,6 +38,8 @@ class Probe(NamedTuple):
     """Mean loss of the examples that were measured: with the first parameters, and with those that were probed."""
     tried: Trial | None
     """What came of training on both ways; None where nothing is learnt yet, or nobody asked."""
+    remarks: tuple[str, ...] = ()
+    """What a person should hear of: newer checkpoints that are damaged."""
 
     @property
     def is_unlearnt(self) -> bool:
@@ -66,17 +68,19 @@ def probe(
             before, or as fit in about a minute. Best are as many as are to come.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint is of another model or data set.
+        ValueError: an argument is out of range, the batch is larger than the training set, the run has example weights
+            or augmented examples, or the checkpoint is of another model or data set.
         FileNotFoundError: the run has no checkpoint.
         FloatingPointError: the gradients are not finite.
     """
     _check(run, after, ages, num_examples, trial_steps)
+    _check_size(probed)
     problem, seed = probed.problem, jax.random.key(probed.seed)
     init_key, step_key, sample_key = jax.random.split(seed, 3)
     first, opt_state = problem.init(jax.random.split(seed, 4)[0]), None
-    params = first
+    params, remarks = first, tuple[str, ...]()
     if run is not None:
-        params, opt_state, after = _restored(run, probed, first)
+        params, opt_state, after, remarks = _restored(run, probed, first)
     elif after:
         params, opt_state = measure.run_plain(probed, first, num_steps=after, key=init_key)
     size = min(num_examples, problem.num_examples)
@@ -94,7 +98,7 @@ def probe(
         tried = try_both(probed, params, opt_state, sample=sample, steps=steps, costs=cost, key=step_key)
     headroom = spread.uniform / spread.ideal if spread.ideal else float("inf")
     words = verdict(spread.second_moment_ratio, headroom, table, tried, num_updates=after, losses=losses)
-    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words, losses, tried)
+    return Probe(after, size, probed.mixture, spread, cost, by_age, table, words, losses, tried, remarks)
 
 
 def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, mixture: float = 0.3) -> measure.Probed:
@@ -123,17 +127,44 @@ def probed_of(training: TrainingConfig, scoring: ScoringConfig, task: Task, *, m
     )
 
 
-def _restored(run: Path, probed: measure.Probed, params: Params) -> tuple[Params, Any, int]:
-    """Parameters, optimizer state and step of the newest checkpoint."""
+def check_probeable(config: Config, run: Path) -> None:
+    """Refuse a run whose gradient is not that of the mean loss of the examples as they are: nothing else is measured.
+
+    Args:
+        config: of the run.
+        run: its folder, for the message.
+
+    Raises:
+        ValueError: it has example weights, or augments its examples.
+    """
+    for name in ("example_weights", "augment"):
+        value = getattr(config.sampling, name)
+        if value is not None:
+            raise ArgumentError(
+                f"expected a run without {name}=, for the probe measures the mean loss of the examples as they are; "
+                f"{run} has {value!r}: compare both ways by training them, with isgd compare"
+            )
+
+
+def _restored(run: Path, probed: measure.Probed, params: Params) -> tuple[Params, Any, int, tuple[str, ...]]:
+    """Parameters, optimizer state and step of the newest whole checkpoint, and what is to be said of damaged ones."""
     saved = checkpoints.read(RunDir(run).own_checkpoints(), only=("state/params", "state/opt_state"))
     if saved is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: probe it later, or from initialization, without run=")
+    check_probeable(RunDir(run).read_config(), run)
     theirs = saved.identity.get("data set")
     if theirs != probed.fingerprint:
         raise ArgumentError(f"the checkpoint is of another data set: it has {theirs}, this one {probed.fingerprint}")
     template = {"params": params, "opt_state": measure.Steps(probed).tx.init(params)}
     state = checkpoints.into(template, saved.tree["state"])
-    return state["params"], state["opt_state"], saved.step
+    return state["params"], state["opt_state"], saved.step, tuple(saved.remarks)
+
+
+def _check_size(probed: measure.Probed) -> None:
+    if probed.batch_size > probed.problem.num_examples:
+        raise ArgumentError(
+            f"batch_size must be at most {probed.problem.num_examples}, the training examples; got {probed.batch_size}"
+        )
 
 
 def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int, trial_steps: int | None) -> None:

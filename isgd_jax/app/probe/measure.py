@@ -130,7 +130,7 @@ def costs(probed: Probed, params: Params) -> Costs:
     data, num_examples = jax.device_put(probed.problem.train), probed.problem.num_examples
     opt_state, key = steps.tx.init(params), jax.random.key(0)
     samplers = (
-        shuffled_epochs(num_examples, batch_size=min(probed.batch_size, num_examples), monitor=False),
+        shuffled_epochs(num_examples, batch_size=probed.batch_size, monitor=False),
         importance_sampler(num_examples, batch_size=probed.batch_size),
     )
 

@@ -78,7 +78,7 @@ def try_both(
     plain_steps = max(1, round(steps * costs.reweighted_update / costs.update))
     num_examples = probed.problem.num_examples
     ours = importance_sampler(num_examples, batch_size=probed.batch_size)
-    plain = shuffled_epochs(num_examples, batch_size=min(probed.batch_size, num_examples), monitor=False)
+    plain = shuffled_epochs(num_examples, batch_size=probed.batch_size, monitor=False)
     scores = _scored(probed, params, round(MOST_SCORED / max(costs.score_example, 1e-9)), key)
 
     def knowing(key: Key) -> SamplerState:

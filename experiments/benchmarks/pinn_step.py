@@ -10,8 +10,8 @@ Target     at most 1.15 plain steps.
 Command    python experiments/benchmarks/pinn_step.py [--processes 3]
 Time       six minutes
 
-Result     Of before `isgd_jax.domain_sampler`, with pools. JAX 0.10.2, two cores, nothing else running, three processes,
-           median (range). By two nested `jvp` (a plain
+Result     Of before `isgd_jax.domain_sampler`, with pools. JAX 0.10.2, two cores, nothing else running, three
+           processes, median (range). By two nested `jvp` (a plain
            step of 2.74 ms) ours takes 1.33 (1.29 to 1.34) plain steps and residual 1.13; by nested reverse (3.50 ms)
            1.33 (1.32 to 1.33) and 1.20; by nested forward (5.15 ms) 1.21 (1.20 to 1.24) and 1.12. **Missed**; residual
            meets it in two of three. What is left is the norms of the new points: a pool of 16 batches each 100 steps is

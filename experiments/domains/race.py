@@ -1,8 +1,8 @@
 """The protocol: seconds to an error, for each way to choose points, each at its own best rate, batch and length.
 
 * A *cell* is one run: Adam, its rate decayed to zero by a cosine over a budget of seconds. Steps are the budget over
-  the *price* of the arm's step, which is measured first: the least of several blocks, so that a busy machine does not
-  favor anybody. Compiling and measuring errors stand outside the clock.
+  the *price* of the arm's step, which is measured first, of all arms in turn, several times over: the least of all, so
+  that a busy machine does not favor anybody. Compiling and measuring errors stand outside the clock.
 * *Tuning*: every arm tries the same grid of rates, batch sizes and budgets on a seed that is not reported, the best
   four of them on two more, and keeps what comes to the level soonest, or else nearest, in the median. Where a best rate
   or batch is an end of the grid, the next one is tried too (told). One seed chose by luck.
@@ -146,21 +146,41 @@ def _lbfgs_steps(domain: problems.Domain) -> Callable[..., Any]:
     return finish
 
 
-def price(problem: str, name: str, larger: float, blocks: int = 5) -> float:
-    """Seconds of a step, refreshes included; compiles what is not."""
-    made, key = programs(problem, name, larger), jax.random.key(TUNING_SEEDS[0])
-    arm, carry = arms.arm(name, problems.domain(problem), larger), None
-    carry = made.begin(key)
-    count = 20
-    found = []
-    for place in range(blocks + 2):
+ROUNDS = 4
+"""Times that the price of each arm is measured, the others' in between."""
+
+
+class Priced:
+    """An arm in training at a rate of 0, for the seconds of its step."""
+
+    def __init__(self, problem: str, name: str, larger: float) -> None:
+        self.made, self.key = programs(problem, name, larger), jax.random.key(TUNING_SEEDS[0])
+        self.every = max(arms.arm(name, problems.domain(problem), larger).refresh_every, 1)
+        self.carry, self.at, self.least = self.made.begin(self.key), 1, math.inf
+        self._seconds(self.every)  # compiles
+        # Blocks of half a second, which hold the refreshes that are due.
+        self.count = max(self.every, round(0.5 / self._seconds(self.every) / self.every) * self.every)
+
+    def measure(self) -> None:
+        """Two blocks more."""
+        for _ in range(2):
+            self.least = min(self.least, self._seconds(self.count))
+
+    def _seconds(self, count: int) -> float:
+        """Of a step, in a block of so many."""
         began = time.perf_counter()
-        carry = jax.block_until_ready(made.advance(carry, key, 0.0, 1e6, place * count + 1, count))
-        found.append(time.perf_counter() - began)
-        if place == 1:  # blocks of half a second, which hold the refreshes that are due
-            every = max(arm.refresh_every, 1)
-            count = max(every, round(0.5 / found[-1] * count / every) * every)
-    return min(found[2:]) / count
+        self.carry = jax.block_until_ready(self.made.advance(self.carry, self.key, 0.0, 1e6, self.at, count))
+        self.at += count
+        return (time.perf_counter() - began) / count
+
+
+def prices(problem: str, which: Sequence[tuple[str, float]]) -> dict[tuple[str, float], float]:
+    """Seconds of a step of arms and batches, refreshes included, measured in turn."""
+    priced = {each: Priced(problem, *each) for each in which}
+    for _ in range(ROUNDS):
+        for each in priced.values():
+            each.measure()
+    return {each: found.least for each, found in priced.items()}
 
 
 class Race:
@@ -180,11 +200,16 @@ class Race:
         return max(0.0, tuning + longest * len(self.names) * self.seeds - known)
 
     def price(self, name: str, larger: float) -> float:
-        """Of an arm's step, measured once a folder."""
+        """Of an arm's step, measured once a folder, those of all arms with this batch in turn."""
         if (name, larger) not in self.prices:
-            found = cell(self.folder, f"price-{name}-{larger}", lambda: {"price": price(self.problem, name, larger)})
-            self.prices[name, larger] = found["price"]
+            self._measure_prices((larger,))
         return self.prices[name, larger]
+
+    def _measure_prices(self, batches: Sequence[float]) -> None:
+        which = [(name, larger) for larger in batches for name in self.names]
+        key = "price-" + "-".join((*self.names, *map(str, batches)))
+        found = cell(self.folder, key, lambda: {"prices": [*prices(self.problem, which).values()]})
+        self.prices |= zip(which, found["prices"], strict=True)
 
     def run(self, name: str, trial: Trial, seed: int) -> Record:
         """A run, or what is kept of it."""
@@ -214,6 +239,7 @@ class Race:
 
     def race(self) -> None:
         """Tune, run all seeds, print the table."""
+        self._measure_prices(self.grid.larger)
         chosen = {}
         for name in self.names:
             chosen[name], told = self.tuned(name)
@@ -345,7 +371,7 @@ def captured(
     made, key, domain = programs(problem, "ours", trial.larger), jax.random.key(seed), problems.domain(problem)
     arm = arms.arm("ours", domain, trial.larger)
     assert isinstance(arm, arms.Ours)
-    total = max(LOOKS, round(trial.seconds / price(problem, "ours", trial.larger, 2)))
+    total = max(LOOKS, round(trial.seconds / prices(problem, [("ours", trial.larger)])["ours", trial.larger]))
     carry, at, rows = made.begin(key), 0, []
     name = next(iter(domain.terms))
     sampler = arm.sampler(name)

@@ -12,8 +12,8 @@ Commands   python experiments/neural_field.py                              all, 
            python experiments/neural_field.py --picture experiments/figures/neural_field.png
 It goes on where it was stopped.
 
-Result     Of before `isgd_jax.domain_sampler`: ours and residual were draws from pools. siren/china alone, in full but for
-           the arms (uniform, residual, soft mining, ours), and broken off after one seed, since all was
+Result     Of before `isgd_jax.domain_sampler`: ours and residual were draws from pools. siren/china alone, in full but
+           for the arms (uniform, residual, soft mining, ours), and broken off after one seed, since all was
            decided: **a loss**. Errors after 60 s by price: uniform 0.0398 (another seed 0.0399), residual
            0.0510 (0.0517), soft mining 0.0525, ours 0.0520; nobody came to 30 dB. Uniform and soft mining chose the
            rate 0.001, the others 0.0003; at 0.001 uniform is at 0.050 after 20 s and ours at 0.056 after 60, so it is

@@ -227,8 +227,10 @@ class WorkerPool(ClosesOnExit):
         return shipping + sweep / max(1, len(self._workers))
 
     def close(self) -> None:
-        """Let the workers end what they are at, and end them; those that do not are named."""
+        """Let the workers end what they are at, and end them; those that do not are named. Once closed it stays so."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             workers = list(self._workers.values())
             self._changed.notify_all()

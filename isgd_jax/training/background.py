@@ -28,7 +28,7 @@ from jax import Array
 
 from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.errors import ArgumentError, check_whole
-from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
 from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
 
@@ -81,7 +81,8 @@ class Refresher:
         """The state to draw step ``step`` from; the one that was passed is donated where a refresh is due.
 
         Raises:
-            ValueError: the steps of the caller are not those of the state.
+            ValueError: the steps of the caller are not those of the state, or its clock cannot tell ages of
+                ``max_age_seconds``.
 
         Args:
             step: of the caller's loop, from 0. Called before the draw of each step, also where nothing is due.
@@ -140,7 +141,10 @@ class Refresher:
         if self._clock is None:
             began = time.monotonic() - float(state.clock.seconds)
             self._clock = lambda: agree(time.monotonic() - began)
-        return self._clock()
+        now = self._clock()
+        if self.last is None:  # a run that lasts for weeks is not to end by it
+            check_clock(now, self.sampler.max_age_seconds)
+        return now
 
     def _take(self, state: SamplerState, chunks: list[ScoredChunk], now: float) -> SamplerState:
         """The state with what the chunks say. One shape for all, so that this compiles once."""
@@ -199,8 +203,8 @@ def refresher(
         publish_every: steps between two publications of the parameters to the engine; by default ``every``.
         wait: at a refresh, until all scores are of its version.
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
-        clock: seconds, for scores that are distrusted by age in seconds; by default those of running, which go on from
-            what the state says.
+        clock: seconds from the start of the run, for scores that are distrusted by age in seconds; by default those of
+            running, which go on from what the state says.
         publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
         warn: is told, once, when no worker has scored anything in several refreshes.
 

@@ -127,12 +127,20 @@ def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:
     return jnp.mean(jnp.diff(a) * jnp.diff(b)) / (2 * a.shape[0])
 
 
+def _squared_mean(values: Float[Array, " w"], mean: Float[Array, ""], used: Bool[Array, " w"]) -> Float[Array, ""]:
+    """The square of what a mean estimates, over pairs of different steps; of a single step its own square."""
+    count = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    many = jnp.maximum(count, 2.0)
+    own = jnp.sum(jnp.where(used, jnp.square(values), 0.0)) / many
+    return jnp.where(count < 2.0, jnp.square(mean), (many * jnp.square(mean) - own) / (many - 1.0))
+
+
 def report(monitor: Monitor) -> Report:
     """What the windows say, with 95 % bands.
 
-    Nothing seen is 0 with an infinite band. Before the second measurement of ‖mean gradient‖² the bands of the
-    variances are infinite; before the first, their values are second moments. Estimates are unbiased, so near
-    convergence DRAWN, say, may come out below 0.
+    Nothing seen is 0 with an infinite band. After one step IDEAL is the square of its mean norm. Before the second
+    measurement of ‖mean gradient‖² the bands of the variances are infinite; before the first, their values are second
+    moments. Estimates are unbiased, so near convergence DRAWN, say, may come out below 0.
 
     Args:
         monitor: as `observe` left it.
@@ -144,9 +152,7 @@ def report(monitor: Monitor) -> Report:
     second, stale, mean_norm, noise_second, noise_stale, noise_norm, noise_both = steps.values.T
     recent = rolling.latest(steps, steps.values.shape[0] // STRETCHES)
     mean, square = rolling.means(steps, recent), rolling.band_of_series(monitor.squares)
-    count = jnp.maximum(jnp.sum(recent, dtype=jnp.int32).astype(jnp.float32), 2.0)
-    own = jnp.sum(jnp.where(recent, jnp.square(mean_norm), 0.0)) / count
-    ideal = (count * jnp.square(mean[2]) - own) / (count - 1.0)
+    ideal = _squared_mean(mean_norm, mean[2], recent)
     slope = 2.0 * mean[2]
     ratio, scale = rolling.ratio_of_means(steps, stale, second, recent)
     noise_ratio = jnp.square(scale) * (noise_stale - 2.0 * ratio * noise_both + jnp.square(ratio) * noise_second)

@@ -416,6 +416,36 @@ def test_scores_are_distrusted_by_the_clock_that_the_caller_reads() -> None:
         sampler.record(state, np.arange(2), ones[:2], version=0)
 
 
+def test_a_clock_that_float32_cannot_tell_ages_by_is_refused_where_it_is_seen() -> None:
+    sampler, now = isgd.importance_sampler(N, batch_size=M, max_age_seconds=30.0), 1_700_000_000.0
+    state, told = sampler.init(), "got 1.7e.09, where it has steps of 128 s: count from the start of the run"
+    draw = sampler.sample(jax.random.key(0), state)
+    for seconds in (now, np.float64(now), jnp.float32(now)):
+        with pytest.raises(ValueError, match=told):
+            sampler.observe(state, draw, seconds=seconds)
+    with pytest.raises(ValueError, match=told):
+        sampler.record(state, np.arange(2), np.ones(2), version=0, seconds=now)
+    with pytest.raises(ValueError, match=told):
+        isgd.refresher(None, sampler, clock=lambda: now)(0, None, state)
+    draws = isgd.loaders.index_sampler(sampler, key=jax.random.key(0))
+    batch = next(draws)
+    with pytest.raises(ValueError, match=told):
+        draws.observe(batch, norms=np.ones(M), seconds=now)
+    with pytest.raises(ValueError, match=told):
+        draws.record([0], [1.0], seconds=now)
+    draws.observe(batch, norms=np.ones(M), seconds=1e6)  # twelve days of running
+    isgd.importance_sampler(N, batch_size=M).observe(state, draw, seconds=now)  # nothing ages by it
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32])
+def test_ids_that_int32_would_wrap_around_are_padding(dtype: Any) -> None:
+    sampler = isgd.importance_sampler(N, batch_size=M)
+    far = [2**32 + 5, 2**31 + 3, N] if dtype != np.uint32 else [2**31 + 3, 2**32 - 1, N]
+    state = sampler.record(sampler.init(), np.array([*far, 2], dtype), np.full(4, 9.0, np.float32), version=0)
+    np.testing.assert_array_equal(np.flatnonzero(state.table.scores), [2])
+    assert int(state.quarantined) == 0
+
+
 def test_draws_are_uniform_while_fewer_than_min_trusted_scores_are_trusted() -> None:
     for share, is_uniform in ((0.3, False), (0.5, True)):
         sampler = _made(min_trusted=share)

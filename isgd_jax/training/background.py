@@ -11,6 +11,7 @@ Guarantees:
 * between two refreshes the proposal stays as it is, so draws may be made ahead;
 * with ``wait`` every score carries the version of the refresh (the paper's exact mode); else nothing waits;
 * a score carries the version of the parameters it was measured with;
+* a refresher is one run's: at its first publication the engine forgets what it has scored for another;
 * one program records chunks of any length, and one refreshes;
 * a caller whose steps are not those of the state is told, at the refresh after the first that differs at the latest.
 """
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.engines.contract import Resumable, ScoredChunk
 from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
 from isgd_jax.training.data_parallel import agree
@@ -91,6 +92,8 @@ class Refresher:
         """
         is_due = step % self.every == 0
         if self.engine is not None and self.publishes(step):
+            if self._is_first and isinstance(self.engine, Resumable):
+                self.engine.restore(self.engine.state())  # it may have scored for another run: only its turn is kept
             self.engine.publish(self._published(params, step), step // self.sampler.steps_per_update)
         self._is_first = False
         return self._refreshed(step, state) if is_due else state

@@ -45,6 +45,11 @@ def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options:
     return isgd.fit(problem, sampler, tx or chain(size), **settings | options)
 
 
+def test_without_records_a_loss_that_is_none_is_told_at_the_end() -> None:
+    with pytest.warns(UserWarning, match="the training loss became nan, and parameters with it: lower the learning rate"):
+        quiet(linear(), tx=chain(N, jnp.nan), num_steps=3)
+
+
 @pytest.mark.devices(2)
 def test_one_engine_serves_one_run_after_the_other() -> None:
     """Both runs are those of an engine that scores between the steps."""

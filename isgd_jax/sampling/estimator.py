@@ -305,7 +305,14 @@ class ImportanceSampler:
             state = evidence.learnt(state, draw, found.norms, unit)
             if state.monitor is not None:
                 watched = evidence.monitored(
-                    state.monitor, self.num_examples, draw, grads, found.norms, halves=halves, axis_name=axis_name
+                    state.monitor,
+                    self.num_examples,
+                    draw,
+                    grads,
+                    found.norms,
+                    halves=halves,
+                    proposal_weights=evidence.single(state, draw) if drawing.is_poisson(self.options) else None,
+                    axis_name=axis_name,
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:

@@ -86,6 +86,7 @@ def observe(
     *,
     batch_grad_norm_sq: Float[Array, ""] | None = None,
     is_measured: Bool[Array, ""] | None = None,
+    proposal_weights: Float[Array, " m"] | None = None,
 ) -> Monitor:
     """Add a step: what its draws tell of the second moments, and of ‖mean gradient‖² where it was measured.
 
@@ -100,14 +101,17 @@ def observe(
         batch_grad_norm_sq: the squared norm of the weighted mean gradient of that very batch, for DRAWN: E‖batch mean‖²
             is ‖mean gradient‖² + DRAWN/m.
         is_measured: whether this step measured the two squares. None says yes, where they are given.
+        proposal_weights: 1/(N q) [m] of one draw by the law in use, finite on padding too; None where they are
+            ``weights``, which are less by the share of empty places where the number of draws is random (poisson).
 
     Raises:
         ValueError: there are fewer than 2 draws, too few for pairs.
     """
     used = jnp.ones(norms.shape, bool) if mask is None else mask
-    found = second_moments.from_draws(weights, norms, used)
+    found = second_moments.from_draws(weights, norms, used, proposal_weights=proposal_weights)
     weighted = jnp.where(used, weights * norms, 0.0)
-    second, stale = weighted * jnp.where(used, norms, 0.0), jnp.square(weighted)
+    second = weighted * jnp.where(used, norms, 0.0)
+    stale = jnp.square(weighted) if proposal_weights is None else second * proposal_weights
     noise = (_noise(second, second), _noise(stale, stale), _noise(weighted, weighted), _noise(second, stale))
     steps = rolling.push(monitor.steps, found.uniform, found.stale, jnp.mean(weighted), *noise)
     squares, batches = monitor.squares, monitor.batches

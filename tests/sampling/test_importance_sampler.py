@@ -11,7 +11,7 @@ import sampling_problem as problem
 
 import isgd_jax as isgd
 from isgd_jax.errors import ArgumentError
-from isgd_jax.sampling import calibration, fractions, renewal
+from isgd_jax.sampling import calibration, fractions, renewal, samplers
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import gate as gates
 
@@ -555,6 +555,45 @@ def test_a_key_of_refresh_starts_the_clusters_and_the_default_comes_from_seed_an
     lines = [tuple(np.asarray(refresh(state, jax.random.key(at)).proposal.law.order).tolist()) for at in range(8)]
     assert len(set(lines)) > 1
     assert not problem.unlike(refresh(state), refresh(state), rtol=0.0)
+
+
+@pytest.mark.parametrize("given", ["poisson", samplers.poisson])
+def test_the_monitor_of_poisson_tells_what_its_draws_are_worth(given: Any) -> None:
+    """STALE is of one draw by the law, whole steps and halves have one variance, and DRAWN is it: by brute force."""
+    size, room, keys = 200, 32, jax.random.split(jax.random.key(3), 4000)
+    rng = np.random.default_rng(0)
+    grads = (rng.normal(size=(size, 3)) * rng.lognormal(0, 0.5, (size, 1)) + 0.5).astype(np.float32)
+    norms = np.linalg.norm(grads, axis=1)
+    sampler = isgd.importance_sampler(size, batch_size=room, sampler=given, gate=False, calibrate=False)
+    fresh = sampler.init()
+    scored = sampler.refresh(sampler.record(fresh, np.arange(size), norms**1.5, version=0))
+
+    def told(key: Any, state: Any, ahead: Any) -> Any:
+        state = state._replace(clock=state.clock._replace(step=state.clock.step + ahead))
+        draw = sampler.sample(key, state)
+        watched = sampler.observe(state, draw, {"w": jnp.asarray(grads)[draw.indices]}).monitor
+        weights = jnp.where(draw.mask, draw.target / jnp.where(draw.mask, draw.probs, 1.0), 0.0)
+        made = jnp.mean(weights[:, None] * jnp.asarray(grads)[draw.indices], axis=0)
+        return made, watched.steps.values[0, :2], watched.batches.values[0, 0], watched.squares.values[0, 0]
+
+    many = jax.jit(jax.vmap(told, (0, None, None)))
+    for state in (fresh, scored):
+        law = np.asarray(isgd.samplers.probabilities(state.proposal.law), np.float64)
+        (halves, moments, drawn, square), (whole, *_) = many(keys, state, 0), many(keys, state, 1)
+        parts = [room * np.trace(np.cov(np.asarray(made, np.float64).T)) for made in (halves, whole)]
+        assert 0.93 < parts[0] / parts[1] < 1.12
+        truths = {
+            "uniform": (moments[:, 0], np.mean(norms**2)),
+            "stale": (moments[:, 1], np.sum(norms**2 / law) / size**2),
+            "drawn": (drawn, parts[0]),
+            "square": (square, np.sum(np.square(grads.mean(axis=0)))),
+        }
+        for name, (values, truth) in truths.items():
+            values = np.asarray(values, np.float64)
+            allowed = 4.5 * values.std() / np.sqrt(len(keys)) + (0.05 * truth if name == "drawn" else 0.0)
+            assert abs(values.mean() - truth) < allowed, name
+        if state is fresh:  # a draw is a uniform one
+            np.testing.assert_allclose(moments[:, 1], moments[:, 0], rtol=1e-5)
 
 
 @pytest.mark.slow

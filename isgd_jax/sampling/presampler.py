@@ -232,14 +232,11 @@ class _Presampling(_Still):
 
         return lax.cond(pays, lambda: self._by_score(key, scored(found.indices), found, size), by_chance)
 
-    def _by_score(
-        self, key: Key, scores: Float[Array, " c"], found: Draw, size: int
-    ) -> tuple[Draw, Float[Array, ""]]:
+    def _by_score(self, key: Key, scores: Float[Array, " c"], found: Draw, size: int) -> tuple[Draw, Float[Array, ""]]:
         """Draws of one half. Where it has more candidates than examples, no probability comes out above 1."""
-        spread = max(1.0, scores.shape[0] / self.num_examples)
-        draw = candidates.resample(
-            key, scores, num_draws=size, mixture=self.options.uniform_fraction, spread=spread
-        )
+        spread, mixture = max(1.0, scores.shape[0] / self.num_examples), self.options.uniform_fraction
+        assert not isinstance(mixture, str)
+        draw = candidates.resample(key, scores, num_draws=size, mixture=mixture, spread=spread)
         return _drawn_from(found, draw), candidates.speedup(scores)
 
     def _joined(self, state: SamplerState, parts: list[tuple[Draw, Array]], ahead: int | Array) -> Draw:

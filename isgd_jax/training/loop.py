@@ -235,8 +235,8 @@ def fit(
         TypeError: ``key`` is no key.
         ValueError: the parts do not fit each other, held-out data are not such as the loss or a metric takes; before
             the first step.
-        FloatingPointError: the loss is no longer finite, at the next record. Where no callback keeps any, a warning tells
-            it at the end.
+        FloatingPointError: the loss is no longer finite, at the next record. Where no callback keeps any, a warning
+            tells it at the end.
 
     Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
@@ -326,8 +326,8 @@ def _warn_if_lost(info: StepInfo | None, callbacks: Sequence[Callback]) -> None:
     loss = float(jax.device_get(info.loss))
     if not np.isfinite(loss):
         warnings.warn(
-            f"the training loss became {loss}, and parameters with it: lower the learning rate; a callback with records, "
-            "such as History, ends a run where it does",
+            f"the training loss became {loss}, and parameters with it: lower the learning rate; a callback with "
+            "records, such as History, ends a run where it does",
             stacklevel=3,
         )
 

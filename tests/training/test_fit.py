@@ -46,7 +46,7 @@ def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options:
 
 
 def test_without_records_a_loss_that_is_none_is_told_at_the_end() -> None:
-    with pytest.warns(UserWarning, match="the training loss became nan, and parameters with it: lower the learning rate"):
+    with pytest.warns(UserWarning, match="the training loss became nan, and parameters with it: lower the"):
         quiet(linear(), tx=chain(N, jnp.nan), num_steps=3)
 
 

@@ -1,6 +1,7 @@
 """A data set cut into chunks of one fixed shape, and what a scorer finds of one: the same on every engine."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,17 @@ import numpy as np
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked
 from isgd_jax.types import Batch
 
-__all__ = ["Chunks", "Scored", "as_scored", "check_held", "num_rows", "unpadded", "what_is_wrong"]
+__all__ = [
+    "Chunks",
+    "Scored",
+    "as_scored",
+    "check_held",
+    "is_key",
+    "joined",
+    "num_rows",
+    "unpadded",
+    "what_is_wrong",
+]
 
 _OF_NUMPY = tuple(map(np.dtype, (np.float16, np.float32, np.float64, np.complex64, np.complex128)))
 _OF_JAX = ("bfloat16", *(name for name in dir(jnp) if name.startswith("float8_")))
@@ -65,8 +76,8 @@ class Chunks:
 
         def rows(leaf: Any) -> Any:
             taken = leaf[start : start + self.size]
-            short = self.size - len(taken)
-            return np.concatenate([taken, np.repeat(taken[-1:], short, axis=0)]) if short else taken
+            count = len(taken)
+            return taken if count == self.size else taken[np.minimum(np.arange(self.size), count - 1)]
 
         return jax.tree.map(rows, data)
 
@@ -81,6 +92,16 @@ class Scored(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of both."""
         return sum(part.nbytes for part in self if part is not None)
+
+
+def joined(leaves: Sequence[Any]) -> Any:
+    """The rows of all these arrays, one after the other: in host memory, but for random keys, which NumPy has not."""
+    return jnp.concatenate(leaves) if is_key(leaves[0]) else np.concatenate(leaves)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array is one of typed random keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def num_rows(data: Batch) -> int:

@@ -79,7 +79,8 @@ class Engine(Protocol):
 
         Args:
             params: any pytree of arrays; copied, so the caller may donate its own at once.
-            version: parameter updates made so far. It comes back with every score, and must not go down.
+            version: parameter updates made so far. It comes back with every score. One that is lower than the last
+                begins another run: what was scored before is forgotten. The same again is of the same parameters.
         """
         ...
 
@@ -123,7 +124,7 @@ class Resumable(Protocol):
         ...
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on from a saved `state`; scores that were not collected then are measured again."""
+        """Go on from a saved `state`; scores that were not collected are forgotten, and measured again."""
         ...
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from isgd_jax.engines.all_hosts import AllHosts
-from isgd_jax.engines.chunks import Chunks, Scored, as_scored, num_rows, unpadded, what_is_wrong
+from isgd_jax.engines.chunks import Chunks, Scored, as_scored, joined, num_rows, unpadded, what_is_wrong
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
 from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import ArgumentError
@@ -71,8 +70,9 @@ class InlineEngine(ClosesOnExit):
             params: copied; to each device at the next `collect`.
             version: which the scores carry.
         """
-        self._published = (jax.tree.map(jnp.copy, params), version)
-        self._bytes += (len(self._devices) - 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        copied = jax.tree.map(jnp.copy, params)  # numbers of Python become arrays
+        self._published = (copied, version)
+        self._bytes += (len(self._devices) - 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(copied))
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
         """Score the next chunks and return them; this is when the engine works, and training waits for it.
@@ -156,7 +156,7 @@ class InlineEngine(ClosesOnExit):
         """A chunk for each device; the first of the group again is harmless padding."""
         padded = [*group, *[group[0]] * (len(self._devices) - len(group))]
         parts = [self._chunks.batch(self._data, chunk) for chunk in padded]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return jax.tree.map(lambda *leaves: joined(leaves), *parts)
 
     def _checked(self, pending: Any) -> Any:
         """What a call found of as many chunks as there are devices, in host memory."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
@@ -141,8 +142,9 @@ def device_pool(
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays and numbers of a tree."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in leaves)
 
 
 def seconds_per_chunk(job: Job, device: jax.Device, params: Params) -> float:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from isgd_jax.errors import CannotImportError
+from isgd_jax.errors import ArgumentTypeError, CannotImportError
 
 __all__ = [
     "KNOCK",
@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     raise CannotImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
-from isgd_jax.engines.chunks import Chunks, num_rows, unpadded
+from isgd_jax.engines.chunks import Chunks, is_key, num_rows, unpadded
 from isgd_jax.engines.contract import ScoredChunk, WorkersGone
 from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
@@ -149,9 +149,12 @@ class Actor:
         return not self._refused and not self._closed.wait(pause)
 
     def close(self) -> None:
-        """Let the actor go."""
+        """Let the actor go, once, and of the Ray that there is: to kill begins another where none runs."""
+        if self._closed.is_set():
+            return
         self._closed.set()
-        ray.kill(self.handle)
+        if ray.is_initialized():
+            ray.kill(self.handle)
 
     def _meet(self) -> None:
         """Wait until it has loaded its data, however long there is no room for it, and compare."""
@@ -225,6 +228,7 @@ class RayCluster(WorkerPool):
         super().close()
         if self._stops_ray and ray.is_initialized():
             ray.shutdown()
+        self._stops_ray = False  # one that is started later is another's
 
 
 def ray_cluster(
@@ -262,6 +266,7 @@ def ray_cluster(
     Raises:
         ConnectionError: there is no Ray at the address.
         OSError: Ray's object store has no room for the data.
+        TypeError: the data hold typed random keys, and are no function.
         ValueError: the data have no common leading axis.
     """
     held: list[Batch] = []
@@ -349,7 +354,7 @@ def fingerprint_of(data: Batch) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree.leaves_with_path(data):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
         digest.update(array.view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
@@ -357,6 +362,13 @@ def fingerprint_of(data: Batch) -> str:
 
 def _sent(data: Batch) -> ray.ObjectRef:
     """The data in Ray's object store, once for all workers of a node."""
+    for path, leaf in jax.tree.leaves_with_path(data):
+        if is_key(leaf):
+            raise ArgumentTypeError(
+                f"data{jax.tree_util.keystr(path)} must be an array that NumPy has, to be sent to workers, got "
+                f"{leaf.dtype}: give jax.random.key_data(keys) and wrap it in the scorer, or a function that makes the "
+                "data on the worker"
+            )
     try:
         return ray.put(jax.tree.map(np.asarray, data))
     except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError) as error:

@@ -11,6 +11,8 @@ Guarantees:
 * an item not back in time, or of a worker that left, is handed out again, before anything else;
 * results are idempotent: what comes twice, or later than a result of newer parameters, changes nothing;
 * a result carries the version it was measured with, which may be older than the one published since;
+* a version that is lower than the last begins another run: all is to be scored anew, and what was scored before, or
+  comes back later, is of no use to it;
 * what is not taken is at most one result a chunk: a trainer that does not look costs no memory.
 """
 
@@ -35,6 +37,8 @@ class WorkItem(NamedTuple):
 
     chunk: int
     version: int
+    run: int = 0
+    """Of the queue (`WorkQueue.begin_anew`)."""
 
 
 class Counts(NamedTuple):
@@ -47,7 +51,7 @@ class Counts(NamedTuple):
     taken: int
     """Results that told something new."""
     repeated: int
-    """Results that came twice or too late, and changed nothing."""
+    """Results that came twice, too late or from an earlier run, and changed nothing."""
     refused: int
     """Results that could not be right."""
 
@@ -71,14 +75,27 @@ class WorkQueue:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._chunks, self._fingerprint, self._timeout, self._now = chunks, fingerprint, timeout, now
-        self._cursor = 0
+        self._cursor = self._run = 0
+        self._forget()
+        self._handed_out = self._again = self._taken = self._repeated = self._refused = 0
+
+    def begin_anew(self) -> None:
+        """Another run begins, with other parameters at the same versions: nothing is scored; the turn stays."""
+        self._run += 1
+        self._forget()
+
+    def _forget(self) -> None:
         self._newest = NEVER
-        self._scored = np.full(len(chunks), NEVER, np.int64)  # the version each chunk was last scored with
+        self._scored = np.full(len(self), NEVER, np.int64)  # the version each chunk was last scored with
         self._busy = self._scored.copy()  # the version each chunk is scored or out with
         self._items: OrderedDict[int, tuple[str, int, float]] = OrderedDict()  # chunk: worker, version, due
         self._lost: deque[int] = deque()
         self._results: dict[int, ScoredChunk] = {}
-        self._handed_out = self._again = self._taken = self._repeated = self._refused = 0
+
+    @property
+    def run(self) -> int:
+        """How often it has begun anew."""
+        return self._run
 
     @property
     def cursor(self) -> int:
@@ -108,8 +125,10 @@ class WorkQueue:
             )
 
     def set_version(self, version: int) -> None:
-        """Parameters of this version have been published."""
-        self._newest = max(self._newest, version)
+        """Parameters of this version have been published; those of a lower one than the last are another run's."""
+        if version < self._newest:
+            self.begin_anew()
+        self._newest = version
 
     def next_item(self, worker: str, version: int) -> WorkItem | None:
         """The next chunk for a worker that holds parameters of this version; None if there is nothing to score.
@@ -133,7 +152,7 @@ class WorkQueue:
         self._busy[chunk] = version
         self._items[chunk] = (worker, version, self._now() + self._timeout)
         self._items.move_to_end(chunk)
-        return WorkItem(chunk, version)
+        return WorkItem(chunk, version, self._run)
 
     def requeue(self, worker: str) -> None:
         """A worker is gone: hand its items out again."""
@@ -153,11 +172,14 @@ class WorkQueue:
         Returns:
             None, or what is wrong with the result, which is then not used.
         """
+        if item.run != self._run:
+            self._repeated += 1
+            return None
         wrong = self._what_is_wrong(item, found, fingerprint)
         if wrong is not None:
             self._refused += 1
             return wrong
-        chunk, version = item
+        chunk, version, _ = item
         if chunk in self._items and self._items[chunk][1] <= version:
             del self._items[chunk]
         if version <= self._scored[chunk]:

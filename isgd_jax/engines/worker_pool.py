@@ -21,7 +21,7 @@ from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.errors import ArgumentError
 from isgd_jax.types import Params
 
-__all__ = ["CLOSING", "IN_FLIGHT", "LOG", "NOT_YET", "PATIENCE", "POLL", "Published", "Worker", "WorkerPool"]
+__all__ = ["CLOSING", "IN_FLIGHT", "LOG", "NOTHING", "PATIENCE", "POLL", "Held", "Published", "Worker", "WorkerPool"]
 
 LOG = logging.getLogger("isgd_jax")
 
@@ -36,9 +36,6 @@ PATIENCE = 5.0
 
 CLOSING = 30.0
 """Seconds after which `close` leaves a call that cannot be interrupted to itself; the program's end waits for it."""
-
-NOT_YET = 0
-"""Versions begin here; what a worker holds before its first parameters is below."""
 
 
 @runtime_checkable
@@ -70,11 +67,22 @@ class Worker(Protocol):
         ...
 
 
+class Held(NamedTuple):
+    """Which parameters a worker has: of which run of the queue, and their version."""
+
+    run: int
+    version: int
+
+
+NOTHING = Held(-1, -1)
+"""What a worker holds before its first parameters: older than all."""
+
+
 class Published(NamedTuple):
-    """The newest parameters, as they are shipped, and their version."""
+    """The newest parameters, as they are shipped, and which they are."""
 
     shipment: Any
-    version: int
+    held: Held
 
 
 class WorkerPool(ClosesOnExit):
@@ -84,6 +92,8 @@ class WorkerPool(ClosesOnExit):
         * `publish` keeps the newest parameters only, and does not wait for any worker.
         * `collect` never waits. ``collect(wait=True)`` returns when every score carries the published version, and
           what came in since the last call in the order of the examples.
+        * It serves one run after the other: what is published at a lower version than the last, or after `restore`, is
+          scored anew, and no score of before comes with it.
         * A worker with another data set is refused when it joins, and its results are refused afterwards.
         * An error in a worker costs the run nothing but time: its chunks go to others, it is tried again while
           `Worker.revive` allows it, and `notices` says so.
@@ -154,12 +164,12 @@ class WorkerPool(ClosesOnExit):
 
         Args:
             params: copied by ``ship``; a worker takes the newest ones when it next looks, and older ones are dropped.
-            version: must not go down.
+            version: one that is lower than the last begins another run, which nothing of the one before gets into.
         """
-        published = Published(self._ship(params), version)
+        shipment = self._ship(params)
         with self._changed:
-            self._published = published
             self._queue.set_version(version)
+            self._published = Published(shipment, Held(self._queue.run, version))
             self._changed.notify_all()
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
@@ -181,7 +191,7 @@ class WorkerPool(ClosesOnExit):
             if wait and self._closed:
                 raise RuntimeError("the engine is closed: nobody scores what is waited for")
             if wait:
-                self._wait_for(self._published.version)
+                self._wait_for(self._published.held.version)
             chunks = self._queue.collect()
         return sorted(chunks, key=lambda chunk: chunk.ids[0]) if wait else chunks
 
@@ -208,8 +218,10 @@ class WorkerPool(ClosesOnExit):
             return {"next": self._queue.cursor}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Go on from there, when parameters are published anew; what was scored before is forgotten."""
         with self._changed:
+            self._published = None
+            self._queue.begin_anew()
             self._queue.cursor = state["next"]
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
@@ -227,8 +239,10 @@ class WorkerPool(ClosesOnExit):
         return shipping + sweep / max(1, len(self._workers))
 
     def close(self) -> None:
-        """Let the workers end what they are at, and end them; those that do not are named."""
+        """Let the workers end what they are at, and end them; those that do not are named. Once closed it stays so."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             workers = list(self._workers.values())
             self._changed.notify_all()
@@ -272,12 +286,12 @@ class WorkerPool(ClosesOnExit):
 
     def _work(self, worker: Worker) -> None:
         """Score until the engine is closed, or an error."""
-        version, fetched = NOT_YET - 1, 0
+        held, fetched = NOTHING, 0
         begun: deque[tuple[WorkItem, Any]] = deque()
         while not self._closed:
             if fetched % self._refetch_every == 0 or not begun:
-                version = self._refetch(worker, version)
-            item = self._next_item(worker, version)
+                held = self._refetch(worker, held)
+            item = self._next_item(worker, held)
             if item is not None:
                 begun.append((item, worker.start(item)))
                 fetched += 1
@@ -290,20 +304,21 @@ class WorkerPool(ClosesOnExit):
             with contextlib.suppress(Exception):
                 worker.finish(started)
 
-    def _refetch(self, worker: Worker, version: int) -> int:
+    def _refetch(self, worker: Worker, held: Held) -> Held:
         """The newest parameters, if they are newer than the worker's."""
         with self._changed:
             newest = self._published
-        if newest is None or newest.version <= version:
-            return version
-        moved = worker.load(newest.shipment, newest.version)
+        if newest is None or newest.held <= held:
+            return held
+        moved = worker.load(newest.shipment, newest.held.version)
         with self._changed:
             self._bytes += moved
-        return newest.version
+        return newest.held
 
-    def _next_item(self, worker: Worker, version: int) -> WorkItem | None:
+    def _next_item(self, worker: Worker, held: Held) -> WorkItem | None:
         with self._changed:
-            return None if version < NOT_YET or self._closed else self._queue.next_item(worker.name, version)
+            is_of_now = held.run == self._queue.run and not self._closed
+            return self._queue.next_item(worker.name, held.version) if is_of_now else None
 
     def _complete(self, worker: Worker, item: WorkItem, found: Any) -> None:
         with self._changed:

@@ -26,7 +26,9 @@ from isgd_jax.types import Draw, Key
 __all__ = ["pays", "resample", "speedup"]
 
 
-def resample(key: Key, scores: Float[Array, " candidates"], *, num_draws: int, mixture: float = 0.1) -> Draw:
+def resample(
+    key: Key, scores: Float[Array, " candidates"], *, num_draws: int, mixture: float = 0.1, spread: float = 1.0
+) -> Draw:
     """Draw among the candidates by score, stratified along the scores.
 
     Args:
@@ -34,6 +36,7 @@ def resample(key: Key, scores: Float[Array, " candidates"], *, num_draws: int, m
         scores: one number [B] for each candidate, of at least 0.
         num_draws: b, at least 1.
         mixture: share of uniform draws; no weight 1/(B probs) is larger than one over it.
+        spread: over how many candidates draws are spread at least, 1 to B: none has a probability above one over it.
 
     Returns:
         The draw; ``indices`` count from the first candidate.
@@ -42,7 +45,10 @@ def resample(key: Key, scores: Float[Array, " candidates"], *, num_draws: int, m
         ValueError: a number is out of range.
     """
     probs, _ = proposal.smooth(scores, mixture=mixture)
-    return samplers.stratified(key, samplers.prepare(probs, samplers.order_by(probs)), num_draws=num_draws)
+    law = samplers.prepare(probs, samplers.order_by(probs))
+    if spread != 1.0:
+        law = samplers.capped(law, num_draws=spread)
+    return samplers.stratified(key, law, num_draws=num_draws)
 
 
 def speedup(scores: Float[Array, " candidates"]) -> Float[Array, ""]:

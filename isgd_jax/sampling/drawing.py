@@ -8,6 +8,7 @@ Guarantees:
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax import lax
@@ -19,7 +20,7 @@ from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw, Key, Sampler
 from isgd_jax.variance.gate import Gate
 
-__all__ = ["MONITOR_EVERY", "drawn", "expected_draws", "in_halves"]
+__all__ = ["MONITOR_EVERY", "drawn", "expected_draws", "in_halves", "is_poisson"]
 
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
@@ -59,8 +60,9 @@ def drawn(options: Options, batch_size: int, key: Key, state: SamplerState, step
         draw = samplers.on_line(kind, key, law, num_draws=batch_size, **places)
     elif options.sampler == "uniform":
         draw = samplers.uniform(key, law, num_draws=batch_size)
-    else:
-        own = samplers.poisson if isinstance(options.sampler, str) else options.sampler
+    else:  # halves of poisson expect half as many draws as the whole, else they would have more variance
+        own = partial(samplers.poisson, part_of=batch_size) if is_poisson(options) else options.sampler
+        assert not isinstance(own, str)
         draw = _branched(own, batch_size, key, law, is_halved, is_open)
     return draw._replace(in_halves=is_turn)
 
@@ -76,7 +78,12 @@ def _can_halve(options: Options, batch_size: int) -> bool:
 
 def expected_draws(options: Options, batch_size: int) -> float:
     """How many of the draws of a step are examples and not padding, on average."""
-    return samplers.poisson_size(batch_size) if options.sampler == "poisson" else float(batch_size)
+    return samplers.poisson_size(batch_size) if is_poisson(options) else float(batch_size)
+
+
+def is_poisson(options: Options) -> bool:
+    """Whether a step has a random number of draws, so that ``probs`` are not those of a single draw by the law."""
+    return options.sampler == "poisson" or options.sampler is samplers.poisson
 
 
 def _branched(

@@ -40,9 +40,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError
 from isgd_jax.sampling import (
     allocation,
     drawing,
@@ -71,6 +71,7 @@ from isgd_jax.sampling.state import (
     SamplerState,
     advanced,
     blank_clock,
+    check_clock,
     check_sizes,
     check_state,
     key_data,
@@ -126,7 +127,8 @@ def importance_sampler(
         monitor: estimate the variance of uniform, present and ideal draws from the draws of training.
         additive: a constant added to each score, the paper's smoothing.
         max_age: versions after which a score counts as the mean of those trusted.
-        max_age_seconds: the same by the caller's clock; ``observe`` and ``record`` then need ``seconds=``.
+        max_age_seconds: the same by the caller's clock; ``observe`` and ``record`` then need ``seconds=``, counted from
+            the start of the run.
         min_trusted: the share of trusted scores below which draws are uniform.
         example_weights: a_n [n] of the target sum(a_n g_n), which may be negative; None for the mean of all gradients.
             They come back as ``draw.target``.
@@ -174,6 +176,7 @@ class ImportanceSampler:
         sketch = _sketch_of(self.options)
         more |= {"steps_per_update": self.options.steps_per_update, "learns": self._learns}
         more |= {"sketch": None if sketch is None else sketch.of_grads}
+        more |= {"max_age_seconds": self.options.max_age_seconds}
         return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
 
     @property
@@ -282,14 +285,16 @@ class ImportanceSampler:
                 ``m // 2`` gradients and of the others (`isgd_jax.value_norms_and_mean`): all that the monitor needs.
             scores: what the table gets in place of the norms, such as losses.
             sketches: of the gradients [m, dims], where the order is made of sketches and ``grads`` are not given.
-            seconds: the caller's clock, where scores are distrusted by it.
+            seconds: the caller's clock, where scores are distrusted by it; from the start of the run, since float32
+                holds few digits.
             axis_name: of the devices that each handle a part of the draw (`share`).
 
         Without gradients and norms the state only moves on.
 
         Raises:
-            ValueError: the shapes do not fit the draw, ``max_age_seconds`` was given and ``seconds`` is not, ``halves``
-                came with ``grads``, without norms, or with ``axis_name``, or sketches that no order wants.
+            ValueError: the shapes do not fit the draw, ``max_age_seconds`` was given and ``seconds`` is not, or is too
+                large for it in float32, ``halves`` came with ``grads``, without norms, or with ``axis_name``, or
+                sketches that no order wants.
         """
         self._check_state(state)
         self._check_seconds(seconds)
@@ -300,7 +305,14 @@ class ImportanceSampler:
             state = evidence.learnt(state, draw, found.norms, unit)
             if state.monitor is not None:
                 watched = evidence.monitored(
-                    state.monitor, self.num_examples, draw, grads, found.norms, halves=halves, axis_name=axis_name
+                    state.monitor,
+                    self.num_examples,
+                    draw,
+                    grads,
+                    found.norms,
+                    halves=halves,
+                    proposal_weights=evidence.single(state, draw) if drawing.is_poisson(self.options) else None,
+                    axis_name=axis_name,
                 )
                 state = state._replace(monitor=watched)
         if self.options.record_drawn and found.scores is not None:
@@ -313,7 +325,7 @@ class ImportanceSampler:
     def record(
         self,
         state: SamplerState,
-        ids: Int[Array | np.ndarray, " c"],
+        ids: Integer[Array | np.ndarray, " c"],
         scores: Float[Array | np.ndarray, " k"],
         *,
         version: int | Int[Array, ""],
@@ -327,22 +339,20 @@ class ImportanceSampler:
 
         Args:
             state: of this sampler.
-            ids: the examples [c]. Those outside 0..n-1 are padding.
+            ids: the examples [c], of any width. Those outside 0..n-1 are padding.
             scores: one for each of the ids [c], in the unit of the others: norms, or anything in proportion to them.
             version: parameter updates made when they were measured, as ``state.version`` counts.
             sketches: [c, dims], where the order is made of sketches.
-            seconds: the caller's clock, where scores are distrusted by it.
+            seconds: as for ``observe``: counted from the start of the run.
 
         Raises:
             TypeError: ``ids`` are no whole numbers.
-            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, the shapes do not fit, or sketches came
-                that no order wants.
+            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, or is too large for it in float32, the
+                shapes do not fit, or sketches came that no order wants.
         """
         self._check_state(state)
         self._check_seconds(seconds)
-        ids, scores = jnp.asarray(ids), jnp.asarray(scores)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ArgumentTypeError(f"ids must be whole numbers, got {ids.dtype}")
+        ids, scores = jnp.asarray(score_table.as_ids(ids, self.num_examples)), jnp.asarray(scores)
         if ids.ndim != 1 or scores.shape != ids.shape:
             raise ArgumentError(
                 f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
@@ -447,6 +457,7 @@ class ImportanceSampler:
     def _check_seconds(self, seconds: float | Array | None) -> None:
         if self.options.max_age_seconds is not None and seconds is None:
             raise ArgumentError("max_age_seconds distrusts scores by the clock: pass seconds= to observe and record")
+        check_clock(seconds, self.options.max_age_seconds)
 
 
 class _Arrays(NamedTuple):

@@ -24,13 +24,25 @@ from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import allocation, calibration, fractions, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling.fractions import Mixtures
+from isgd_jax.sampling.gates import is_open
 from isgd_jax.sampling.placement import replicated
 from isgd_jax.sampling.state import SamplerState, begun_anew
 from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor
 from isgd_jax.variance.monitor import Monitor
 
-__all__ = ["Fresh", "blank", "check_halves", "gathered", "learnt", "monitored", "norms_of", "places", "target_of"]
+__all__ = [
+    "Fresh",
+    "blank",
+    "check_halves",
+    "gathered",
+    "learnt",
+    "monitored",
+    "norms_of",
+    "places",
+    "single",
+    "target_of",
+]
 
 DRAWS_IN_WINDOW, MOST_STEPS, FEWEST_STEPS = 1536, 64, 12
 SQUARES_EVERY, FEWEST_SQUARES = 4, 6
@@ -213,6 +225,7 @@ def monitored(
     norms: Float[Array, " m"],
     *,
     halves: tuple[Params, Params] | None = None,
+    proposal_weights: Float[Array, " m"] | None = None,
     axis_name: str | None = None,
 ) -> Monitor:
     """The monitor after a step; what needs the mean gradient is left out where there are norms alone.
@@ -229,6 +242,7 @@ def monitored(
         norms: fresh ones of the whole draw [m].
         halves: two trees whose average is the weighted mean gradient of the draw, made of its first ``m // 2``
             gradients and of the others, in place of ``grads``; on a mesh, of the whole draw.
+        proposal_weights: 1/(N q) [m] of one draw by the law in use, where the draw's own are not that (`single`).
         axis_name: of the devices that each have a part.
 
     Raises:
@@ -239,7 +253,7 @@ def monitored(
     draw_scale = jnp.where(draw.mask, 1.0 / (size * jnp.where(draw.mask, draw.probs, 1.0)), 0.0)
     wanted = norms * (size * jnp.abs(target_of(draw)))
     if grads is None and halves is None:
-        return monitor.observe(watched, draw_scale, wanted, None, draw.mask)
+        return monitor.observe(watched, draw_scale, wanted, None, draw.mask, proposal_weights=proposal_weights)
     weights = draw_weights(draw.probs, draw.mask, target_of(draw))
 
     def measured() -> tuple[Array, Array]:
@@ -252,8 +266,26 @@ def monitored(
     nothing = jnp.zeros((), jnp.float32)
     square, own = lax.cond(draw.in_halves, measured, lambda: (nothing, nothing))
     return monitor.observe(
-        watched, draw_scale, wanted, square, draw.mask, batch_grad_norm_sq=own, is_measured=draw.in_halves
+        watched,
+        draw_scale,
+        wanted,
+        square,
+        draw.mask,
+        batch_grad_norm_sq=own,
+        is_measured=draw.in_halves,
+        proposal_weights=proposal_weights,
     )
+
+
+def single(state: SamplerState, draw: Draw) -> Float[Array, " m"]:
+    """1/(N q) [m] of the drawn examples, with q the probability of a single draw by the law in use.
+
+    Of draws of random size it is not what ``probs`` say: those are over all places, of which some stay empty.
+    """
+    size = state.table.scores.shape[0]
+    proposed = samplers.probabilities_of(state.proposal.law, draw.indices)
+    by_law = jnp.where(proposed == 0.0, 0.0, 1.0 / (size * jnp.where(proposed == 0.0, 1.0, proposed)))
+    return jnp.where(is_open(state), by_law, 1.0)
 
 
 def _mean(grads: Params, weights: Float[Array, " m"], axis_name: str | None) -> Params:

@@ -34,9 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.errors import ArgumentError, check_whole
 from isgd_jax.gradients.weights import draw_weights
-from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.sampling import score_table
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
 from isgd_jax.types import Draw, Key
 
 __all__ = ["IndexBatch", "IndexSampler", "index_sampler"]
@@ -193,12 +194,14 @@ class IndexSampler:
             batch: that was learnt from.
             norms: of its examples' gradients [m], this process's part; they teach all that the sampler learns.
             scores: what the table gets in place of the norms, [m]; alone they choose the draws, and teach no more.
-            seconds: the caller's clock, where the sampler distrusts scores by it (``max_age_seconds``).
+            seconds: the caller's clock, where the sampler distrusts scores by it (``max_age_seconds``); from the start
+                of the run, since float32 holds few digits.
 
         Raises:
             ValueError: there is not one number a draw, the step was observed before or never handed out, the batch is
-                another sampler's, or ``seconds`` are wanted. Nothing is changed then.
+                another sampler's, or ``seconds`` are wanted, or too large to tell ages by. Nothing is changed then.
         """
+        check_clock(seconds, self.sampler.max_age_seconds)
         given = (
             self._whole("norms", norms, batch), self._whole("scores", scores, batch),
             None if seconds is None else np.float32(seconds),
@@ -231,21 +234,18 @@ class IndexSampler:
             ids: of examples [c].
             scores: as many numbers, 0 or more; those that are not are set aside.
             version: updates that the parameters had seen when they were measured; by default all so far.
-            seconds: the caller's clock, where the sampler distrusts scores by it.
+            seconds: as for ``observe``: counted from the start of the run.
 
         Raises:
             TypeError: ids are no whole numbers.
-            ValueError: there is not one score an id, or ``seconds`` are wanted.
+            ValueError: there is not one score an id, or ``seconds`` are wanted, or too large to tell ages by.
         """
-        ids, scores = np.asarray(ids), np.asarray(scores, np.float32)
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ArgumentTypeError(f"ids must be whole numbers, got {ids.dtype}")
+        check_clock(seconds, self.sampler.max_age_seconds)
+        ids, scores = np.asarray(score_table.as_ids(ids, self.sampler.num_examples)), np.asarray(scores, np.float32)
         if ids.ndim != 1 or ids.shape != scores.shape:
             raise ArgumentError(
                 f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
             )
-        inside = (ids >= 0) & (ids < self.sampler.num_examples)  # what int32 would wrap around is padding too
-        ids = np.where(inside, ids, self.sampler.num_examples).astype(np.int32)
         with self._changed, self._on_host():
             at = None if version is None else jnp.int32(version)
             now = None if seconds is None else np.float32(seconds)

@@ -71,7 +71,8 @@ def presampling(
         scorer: ``(params, batch) -> scores [b]``, or ``(params, frozen, batch)`` where ``sample`` is given frozen
             arrays, as by `isgd_jax.fit` of a problem that has some; None where `candidates` and `resample` are called
             with scores of one's own.
-        candidates: scored for each draw.
+        candidates: scored for each draw. Where half a batch has more of them than there are examples, draws are spread
+            over several, so that no probability is above 1.
         uniform_fraction: share of uniform draws among the candidates.
         gate: score only while the scores promise more than they cost.
         score_cost: of one score, in forward passes.
@@ -155,7 +156,7 @@ class _Presampling(_Still):
         parts = []
         for pick, part, size in self._halves(_keys(key, state, ahead), candidates):
             own = scores[part.start : part.start + part.draw.indices.shape[0]]
-            parts.append(_by_score(pick, own, part.draw, size, self.options.uniform_fraction))
+            parts.append(self._by_score(pick, own, part.draw, size))
         return self._joined(state, parts, ahead)
 
     def sample(
@@ -229,8 +230,14 @@ class _Presampling(_Still):
             taken = found.indices[draw.indices]
             return _drawn_from(found, draw), candidates.speedup(scored(taken))
 
-        fraction = self.options.uniform_fraction
-        return lax.cond(pays, lambda: _by_score(key, scored(found.indices), found, size, fraction), by_chance)
+        return lax.cond(pays, lambda: self._by_score(key, scored(found.indices), found, size), by_chance)
+
+    def _by_score(self, key: Key, scores: Float[Array, " c"], found: Draw, size: int) -> tuple[Draw, Float[Array, ""]]:
+        """Draws of one half. Where it has more candidates than examples, no probability comes out above 1."""
+        spread, mixture = max(1.0, scores.shape[0] / self.num_examples), self.options.uniform_fraction
+        assert not isinstance(mixture, str)
+        draw = candidates.resample(key, scores, num_draws=size, mixture=mixture, spread=spread)
+        return _drawn_from(found, draw), candidates.speedup(scores)
 
     def _joined(self, state: SamplerState, parts: list[tuple[Draw, Array]], ahead: int | Array) -> Draw:
         draw, speedups = jax.tree.map(lambda *both: jnp.concatenate([jnp.atleast_1d(x) for x in both]), *parts)
@@ -269,13 +276,6 @@ def _keys(key: Key, state: SamplerState, ahead: int | Array) -> Array:
 def _expected_speedup(state: SamplerState) -> Float[Array, ""]:
     assert isinstance(state.gate, SpeedupGate)
     return state.gate.expected_speedup
-
-
-def _by_score(
-    key: Key, scores: Float[Array, " c"], found: Draw, size: int, uniform_fraction: Any
-) -> tuple[Draw, Float[Array, ""]]:
-    draw = candidates.resample(key, scores, num_draws=size, mixture=uniform_fraction)
-    return _drawn_from(found, draw), candidates.speedup(scores)
 
 
 def _drawn_from(found: Draw, draw: Draw) -> Draw:

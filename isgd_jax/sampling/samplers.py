@@ -2,7 +2,8 @@
 
 Guarantees:
 
-* ``Draw.probs`` is the expected count divided by ``num_draws``: the weight ``1 / (N * probs)`` is right for each;
+* ``Draw.probs`` is the expected count divided by ``num_draws``: the weight ``1 / (N * probs)`` is right for each (of
+  `poisson`, given how many were included);
 * an index of mass zero is never drawn, unless every mass is zero, and every positive mass can be drawn (`law`);
 * draws of one key at successive steps (`on_line`) are spread evenly over the line, and each by itself is distributed as
   one of a fresh key.
@@ -148,17 +149,19 @@ def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     return systematic(key, capped(law, num_draws=num_draws), num_draws=num_draws)
 
 
-def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
+def poisson(key: Key, law: LawLike, *, num_draws: int, part_of: int | None = None) -> Draw:
     """Every index decides for itself, with probability min(1, kappa q_n): a design of random size, masked. O(n).
 
-    The expected size is chosen so that the room is too small less than once in a million draws (Chernoff's bound); a
-    random excess is then left out, which shifts expected counts by less than 1e-6 of themselves. For 128 places it is
-    about 83. Source: Hajek, "Sampling from a finite population" (1981).
+    The expected size is chosen so that the room is too small less than once in a million draws (Chernoff's bound); for
+    128 places it is about 78. A random excess is then left out, and ``probs`` of the others are lowered by as much, so
+    that estimates are unbiased however often it happens. Source: Hajek, "Sampling from a finite population" (1981).
 
     Args:
         key: of this draw alone.
         law: prepared by `prepare`, or probabilities [n].
         num_draws: the room m, 1 to n; not the expected size.
+        part_of: the room of the whole batch that this is a part of, such as a half of it. As many draws are then
+            expected as fall to the part, and the room is too small more often; None where it is the whole.
 
     Returns:
         m places; ``mask`` is false on the empty ones, whose index and ``probs`` mean nothing. Sums of target/probs
@@ -169,7 +172,8 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
     check_whole("num_draws", num_draws, least=1)
-    law, size = as_law(law), poisson_size(num_draws)
+    whole = num_draws if part_of is None else part_of
+    law, size = as_law(law), poisson_size(whole) * (num_draws / whole)
     if num_draws > law.masses.shape[0]:
         raise ArgumentError(f"poisson draws distinct indices: num_draws={num_draws} exceeds n={law.masses.shape[0]}")
     # Fewer examples with mass than the expected size are all included, once, whatever their number.
@@ -178,7 +182,8 @@ def poisson(key: Key, law: LawLike, *, num_draws: int) -> Draw:
     included = ~double_float.at_least(_unit_pair(choose, chance.shape[0], None), double_float.exact(chance))
     priority = jnp.where(included, jax.random.uniform(shuffle, included.shape, jnp.float32), -1.0)
     priority, at = jax.lax.top_k(priority, num_draws)
-    return Draw(example_at(law, at.astype(jnp.int32)), chance[at] / num_draws, priority >= 0.0)
+    kept = num_draws / jnp.maximum(jnp.sum(included, dtype=jnp.int32), num_draws).astype(jnp.float32)
+    return Draw(example_at(law, at.astype(jnp.int32)), kept * chance[at] / num_draws, priority >= 0.0)
 
 
 def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
@@ -257,7 +262,7 @@ def in_halves(sampler: Sampler, key: Key, law: Law, *, num_draws: int) -> Draw:
     """Two half-batches, drawn independently, one after the other; the second has one more where ``num_draws`` is odd.
 
     ``probs`` are those of the half that an index was drawn in. Each half is unbiased by itself, so the mean over all m
-    draws is too, also where the two have other probabilities (poisson with m odd).
+    draws is too, also where the two have other probabilities.
 
     Args:
         sampler: ``(key, law, *, num_draws) -> Draw``.

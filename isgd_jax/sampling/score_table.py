@@ -10,16 +10,18 @@ Guarantees:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from isgd_jax.errors import ArgumentError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling.placement import replicated
 
-__all__ = ["NEVER", "ScoreTable", "ages", "create", "record"]
+__all__ = ["NEVER", "ScoreTable", "ages", "as_ids", "create", "record"]
 
 NEVER = -1
 """The version of an example that was never scored."""
@@ -94,6 +96,30 @@ def record(
         table.seconds.at[at].set(jnp.asarray(seconds, jnp.float32), mode="drop"),
     )
     return written, jnp.sum(present & ~sound, dtype=jnp.int32)
+
+
+def as_ids(ids: Any, num_examples: int) -> Int[Array | np.ndarray, "..."]:
+    """Ids as int32; those that it would wrap around become n, which is padding.
+
+    >>> import numpy as np
+    >>> as_ids(np.array([3, -1, 2**32 + 3]), 10).tolist()
+    [3, 10, 10]
+
+    Args:
+        ids: whole numbers of any width and shape: an array of JAX stays one, all else is looked at by NumPy.
+        num_examples: n.
+
+    Raises:
+        TypeError: they are no whole numbers.
+    """
+    found = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ArgumentTypeError(f"ids must be whole numbers, got {found.dtype}")
+    whole = found.astype(np.int32)
+    if found.dtype == np.int32 or found.dtype.itemsize < whole.dtype.itemsize:
+        return whole
+    numpy: Any = jnp if isinstance(found, jax.Array) else np
+    return numpy.where((found >= 0) & (found < num_examples), whole, np.int32(num_examples))
 
 
 def ages(table: ScoreTable, version: int | Int[Array, ""]) -> Int[Array, " n"]:

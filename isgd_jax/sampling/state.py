@@ -42,6 +42,7 @@ __all__ = [
     "advanced",
     "begun_anew",
     "blank_clock",
+    "check_clock",
     "check_sizes",
     "check_state",
     "key_data",
@@ -54,12 +55,15 @@ FORMAT = 4
 
 KEY_IMPL = "threefry2x32"
 
+COARSEST = 0.1
+"""The largest step of a clock, as a share of the age that it is to tell."""
+
 
 class Clock(NamedTuple):
     """Where a run stands.
 
     ``step`` counts the calls of ``observe``; ``version`` the parameter updates, ``step // steps_per_update``;
-    ``seconds`` is the latest reading of the caller's clock, 0 where none is given.
+    ``seconds`` is the latest reading of the caller's clock, from the start of the run; 0 where none is given.
     """
 
     step: Int[Array, ""]
@@ -165,6 +169,8 @@ class BatchSampler(NamedTuple):
     sketch: Callable[[Params], Array] | None = None
     """``sketch(grads) -> sketches [m, dims]``: what ``observe`` makes of gradients for its order, for steps that hand
     it norms; None where the order is made of none."""
+    max_age_seconds: float | None = None
+    """By which scores are distrusted, in seconds from the start of the run."""
 
 
 def key_data(key: Key | None) -> UInt[Array, " k"]:
@@ -225,6 +231,25 @@ def advanced(clock: Clock, *, steps_per_update: int, seconds: float | Array | No
     step = clock.step + 1
     now = clock.seconds if seconds is None else jnp.asarray(seconds, jnp.float32)
     return Clock(step, step // steps_per_update, now)
+
+
+def check_clock(seconds: float | Array | None, max_age_seconds: float | None) -> None:
+    """Refuse a clock that float32 cannot tell ages by, such as that of the day, where it can be seen.
+
+    Ages are then wrong by no more than a tenth of what they are compared with.
+
+    Raises:
+        ValueError: float32 has steps there of more than a tenth of ``max_age_seconds``.
+    """
+    found = None if seconds is None or max_age_seconds is None else seen(seconds)
+    if found is None or max_age_seconds is None:
+        return
+    step = float(np.spacing(np.abs(found).astype(np.float32)))
+    if step > COARSEST * max_age_seconds:
+        raise ArgumentError(
+            f"seconds must be such that float32 can tell ages of max_age_seconds={max_age_seconds:g}, got {found:g}, "
+            f"where it has steps of {step:g} s: count from the start of the run, time.monotonic() - began"
+        )
 
 
 def check_sizes(num_examples: int, batch_size: int) -> None:

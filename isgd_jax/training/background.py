@@ -11,6 +11,7 @@ Guarantees:
 * between two refreshes the proposal stays as it is, so draws may be made ahead;
 * with ``wait`` every score carries the version of the refresh (the paper's exact mode); else nothing waits;
 * a score carries the version of the parameters it was measured with;
+* a refresher is one run's: at its first publication the engine forgets what it has scored for another;
 * one program records chunks of any length, and one refreshes;
 * a caller whose steps are not those of the state is told, at the refresh after the first that differs at the latest.
 """
@@ -26,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from isgd_jax.engines.contract import ScoredChunk
+from isgd_jax.engines.contract import Resumable, ScoredChunk
 from isgd_jax.errors import ArgumentError, check_whole
-from isgd_jax.sampling.state import BatchSampler, SamplerState
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
 from isgd_jax.training.data_parallel import agree
 from isgd_jax.types import Params
 
@@ -81,7 +82,8 @@ class Refresher:
         """The state to draw step ``step`` from; the one that was passed is donated where a refresh is due.
 
         Raises:
-            ValueError: the steps of the caller are not those of the state.
+            ValueError: the steps of the caller are not those of the state, or its clock cannot tell ages of
+                ``max_age_seconds``.
 
         Args:
             step: of the caller's loop, from 0. Called before the draw of each step, also where nothing is due.
@@ -90,6 +92,8 @@ class Refresher:
         """
         is_due = step % self.every == 0
         if self.engine is not None and self.publishes(step):
+            if self._is_first and isinstance(self.engine, Resumable):
+                self.engine.restore(self.engine.state())  # it may have scored for another run: only its turn is kept
             self.engine.publish(self._published(params, step), step // self.sampler.steps_per_update)
         self._is_first = False
         return self._refreshed(step, state) if is_due else state
@@ -140,7 +144,10 @@ class Refresher:
         if self._clock is None:
             began = time.monotonic() - float(state.clock.seconds)
             self._clock = lambda: agree(time.monotonic() - began)
-        return self._clock()
+        now = self._clock()
+        if self.last is None:  # a run that lasts for weeks is not to end by it
+            check_clock(now, self.sampler.max_age_seconds)
+        return now
 
     def _take(self, state: SamplerState, chunks: list[ScoredChunk], now: float) -> SamplerState:
         """The state with what the chunks say. One shape for all, so that this compiles once."""
@@ -199,8 +206,8 @@ def refresher(
         publish_every: steps between two publications of the parameters to the engine; by default ``every``.
         wait: at a refresh, until all scores are of its version.
         published: ``(params, step) -> what the scorer takes``, where that is more than the parameters.
-        clock: seconds, for scores that are distrusted by age in seconds; by default those of running, which go on from
-            what the state says.
+        clock: seconds from the start of the run, for scores that are distrusted by age in seconds; by default those of
+            running, which go on from what the state says.
         publish_at: ``step -> bool``, in place of ``publish_every``, for a replay.
         warn: is told, once, when no worker has scored anything in several refreshes.
 

@@ -11,6 +11,7 @@ Guarantees:
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ import optax
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.sampling.state import BatchSampler, begun_anew
 from isgd_jax.training.background import Refresher, refresher
-from isgd_jax.training.callbacks import Callback, PlainProgress, Record
+from isgd_jax.training.callbacks import Callback, History, PlainProgress, Record
 from isgd_jax.training.cost_gate import CostGate, CostWatch, check_step_cost, create, epochs_of
 from isgd_jax.training.data_parallel import DataParallel
 from isgd_jax.training.packing import Held, Packing
@@ -234,7 +235,8 @@ def fit(
         TypeError: ``key`` is no key.
         ValueError: the parts do not fit each other, held-out data are not such as the loss or a metric takes; before
             the first step.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is no longer finite, at the next record. Where no callback keeps any, a warning
+            tells it at the end.
 
     Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
@@ -292,7 +294,7 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
     for callback in callbacks:
         callback.begin(run)
     _check_costs(run)
-    seconds = float(run.state.sampler.clock.seconds)
+    seconds, info = float(run.state.sampler.clock.seconds), None
     while run.step < run.num_steps and run.stopped is None:
         if run.refreshes():
             refreshed = run.refresher(run.step, run.state.params, run.state.sampler)
@@ -310,10 +312,24 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
             if told is not None:
                 callback.told(run, told)
             callback.stepped(run, info)
+    _warn_if_lost(info, callbacks)
     for callback in callbacks:
         callback.end(run)
     records: list[Record] = next((callback.records for callback in callbacks if hasattr(callback, "records")), [])
     return FitResult(run.state.params, run.state, run.step, records, run.stopped)
+
+
+def _warn_if_lost(info: StepInfo | None, callbacks: Sequence[Callback]) -> None:
+    """Where no callback keeps records, which end a run whose loss is none, say at its end that the last one was."""
+    if info is None or any(isinstance(callback, History) for callback in callbacks):
+        return
+    loss = float(jax.device_get(info.loss))
+    if not np.isfinite(loss):
+        warnings.warn(
+            f"the training loss became {loss}, and parameters with it: lower the learning rate; a callback with "
+            "records, such as History, ends a run where it does",
+            stacklevel=3,
+        )
 
 
 def _check_costs(run: Run) -> None:

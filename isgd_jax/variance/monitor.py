@@ -86,6 +86,7 @@ def observe(
     *,
     batch_grad_norm_sq: Float[Array, ""] | None = None,
     is_measured: Bool[Array, ""] | None = None,
+    proposal_weights: Float[Array, " m"] | None = None,
 ) -> Monitor:
     """Add a step: what its draws tell of the second moments, and of ‖mean gradient‖² where it was measured.
 
@@ -100,14 +101,17 @@ def observe(
         batch_grad_norm_sq: the squared norm of the weighted mean gradient of that very batch, for DRAWN: E‖batch mean‖²
             is ‖mean gradient‖² + DRAWN/m.
         is_measured: whether this step measured the two squares. None says yes, where they are given.
+        proposal_weights: 1/(N q) [m] of one draw by the law in use, finite on padding too; None where they are
+            ``weights``, which are less by the share of empty places where the number of draws is random (poisson).
 
     Raises:
         ValueError: there are fewer than 2 draws, too few for pairs.
     """
     used = jnp.ones(norms.shape, bool) if mask is None else mask
-    found = second_moments.from_draws(weights, norms, used)
+    found = second_moments.from_draws(weights, norms, used, proposal_weights=proposal_weights)
     weighted = jnp.where(used, weights * norms, 0.0)
-    second, stale = weighted * jnp.where(used, norms, 0.0), jnp.square(weighted)
+    second = weighted * jnp.where(used, norms, 0.0)
+    stale = jnp.square(weighted) if proposal_weights is None else second * proposal_weights
     noise = (_noise(second, second), _noise(stale, stale), _noise(weighted, weighted), _noise(second, stale))
     steps = rolling.push(monitor.steps, found.uniform, found.stale, jnp.mean(weighted), *noise)
     squares, batches = monitor.squares, monitor.batches
@@ -127,12 +131,20 @@ def _noise(a: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, ""]:
     return jnp.mean(jnp.diff(a) * jnp.diff(b)) / (2 * a.shape[0])
 
 
+def _squared_mean(values: Float[Array, " w"], mean: Float[Array, ""], used: Bool[Array, " w"]) -> Float[Array, ""]:
+    """The square of what a mean estimates, over pairs of different steps; of a single step its own square."""
+    count = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    many = jnp.maximum(count, 2.0)
+    own = jnp.sum(jnp.where(used, jnp.square(values), 0.0)) / many
+    return jnp.where(count < 2.0, jnp.square(mean), (many * jnp.square(mean) - own) / (many - 1.0))
+
+
 def report(monitor: Monitor) -> Report:
     """What the windows say, with 95 % bands.
 
-    Nothing seen is 0 with an infinite band. Before the second measurement of ‖mean gradient‖² the bands of the
-    variances are infinite; before the first, their values are second moments. Estimates are unbiased, so near
-    convergence DRAWN, say, may come out below 0.
+    Nothing seen is 0 with an infinite band. After one step IDEAL is the square of its mean norm. Before the second
+    measurement of ‖mean gradient‖² the bands of the variances are infinite; before the first, their values are second
+    moments. Estimates are unbiased, so near convergence DRAWN, say, may come out below 0.
 
     Args:
         monitor: as `observe` left it.
@@ -144,9 +156,7 @@ def report(monitor: Monitor) -> Report:
     second, stale, mean_norm, noise_second, noise_stale, noise_norm, noise_both = steps.values.T
     recent = rolling.latest(steps, steps.values.shape[0] // STRETCHES)
     mean, square = rolling.means(steps, recent), rolling.band_of_series(monitor.squares)
-    count = jnp.maximum(jnp.sum(recent, dtype=jnp.int32).astype(jnp.float32), 2.0)
-    own = jnp.sum(jnp.where(recent, jnp.square(mean_norm), 0.0)) / count
-    ideal = (count * jnp.square(mean[2]) - own) / (count - 1.0)
+    ideal = _squared_mean(mean_norm, mean[2], recent)
     slope = 2.0 * mean[2]
     ratio, scale = rolling.ratio_of_means(steps, stale, second, recent)
     noise_ratio = jnp.square(scale) * (noise_stale - 2.0 * ratio * noise_both + jnp.square(ratio) * noise_second)

@@ -11,7 +11,8 @@ Guarantees:
 
 * ``moments(norms, norms)`` has STALE equal to IDEAL, and IDEAL is at most UNIFORM and at most STALE;
 * scores may have any scale: only their ratios count;
-* ``from_draws`` is unbiased for UNIFORM and STALE under every sampler, and for IDEAL under independent draws.
+* ``from_draws`` is unbiased for UNIFORM and STALE under every sampler (given the law, where the number of draws is
+  random), and for IDEAL under independent draws.
 
 Source: the paper, section 3 and its theorem 1; the estimates from draws follow Kutsuna (2025).
 """
@@ -62,7 +63,11 @@ def trace_covariance(moments: Moments, mean_grad_norm_sq: Float[Array, ""] | flo
 
 
 def from_draws(
-    weights: Float[Array, " m"], norms: Float[Array, " m"], mask: Bool[Array, " m"] | None = None
+    weights: Float[Array, " m"],
+    norms: Float[Array, " m"],
+    mask: Bool[Array, " m"] | None = None,
+    *,
+    proposal_weights: Float[Array, " m"] | None = None,
 ) -> Moments:
     """Estimates of the second moments from one batch that was drawn for training.
 
@@ -73,6 +78,8 @@ def from_draws(
         weights: 1/(N probs) [m], of the probabilities that the draws were really made with.
         norms: fresh norms of the drawn examples [m]. Old ones would estimate old moments.
         mask: false on padding [m], which counts as zero: means are over m places, as ``probs`` are.
+        proposal_weights: 1/(N q) [m], of the law that STALE is of. None where it is the one of ``weights``; draws of
+            random size (poisson) need it, since a place of theirs is drawn less often than q says.
 
     Raises:
         ValueError: m is below 2.
@@ -81,9 +88,10 @@ def from_draws(
     weighted = weights * norms if mask is None else jnp.where(mask, weights * norms, 0.0)
     norms = norms if mask is None else jnp.where(mask, norms, 0.0)
     total, own = jnp.sum(weighted), jnp.sum(jnp.square(weighted))
+    stale = own if proposal_weights is None else jnp.sum(weighted * norms * proposal_weights)
     return Moments(
         uniform=jnp.sum(weighted * norms) / size,
-        stale=own / size,
+        stale=stale / size,
         ideal=(jnp.square(total) - own) / (size * (size - 1)),
     )
 

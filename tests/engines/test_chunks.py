@@ -78,6 +78,13 @@ def test_engines_and_problems_look_at_their_data() -> None:
         Problem(lambda params, example: params * example["x"], params=jnp.ones(()), train=large)
 
 
+def test_a_short_chunk_of_random_keys_ends_with_its_last_key_again() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    found = Chunks(5, 3).batch({"key": keys, "x": np.arange(5)}, 1)
+    assert jnp.array_equal(jax.random.key_data(found["key"]), jax.random.key_data(keys)[jnp.array([3, 4, 4])])
+    np.testing.assert_array_equal(found["x"], [3, 4, 4])
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_chunks_of_nothing_are_refused(size: int) -> None:
     with pytest.raises(ArgumentError, match="at least one example each"):

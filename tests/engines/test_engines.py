@@ -155,6 +155,25 @@ def test_it_counts_what_it_did(build: Build) -> None:
     assert (stats.again, stats.refused) == (0, 0)
 
 
+def test_numbers_of_python_are_parameters(build: Build) -> None:
+    engine = build(lambda params, batch: jnp.abs(batch["y"]) * params["scale"])
+    engine.publish({"scale": 2.0}, 0)
+    found = np.concatenate([chunk.scores for chunk in engine.collect(wait=True)])
+    np.testing.assert_allclose(found, 2.0 * np.abs(on_host(linear_problem(NUM_EXAMPLES)[1])["y"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_data_may_hold_random_keys(name: str) -> None:
+    def noisy(params: Any, batch: Any) -> jax.Array:
+        return params * jax.vmap(jax.random.uniform)(batch["key"]) + batch["x"]
+
+    data = {"key": jax.random.split(jax.random.key(0), 10), "x": np.arange(10, dtype=np.float32)}
+    with ENGINES[name](noisy, data, chunk_size=4) as engine:
+        engine.publish(jnp.float32(0.5), 0)
+        found = np.concatenate([chunk.scores for chunk in engine.collect(wait=True)])
+    np.testing.assert_allclose(found, noisy(jnp.float32(0.5), data), rtol=1e-6)
+
+
 def test_closing_twice_is_harmless(build: Build) -> None:
     engine = build()
     engine.close()

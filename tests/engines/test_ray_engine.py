@@ -248,6 +248,31 @@ def test_a_ray_of_this_host_alone_lets_no_stranger_in() -> None:
             assert token.encode() not in entry.read_bytes()
 
 
+def test_closing_again_or_after_ray_has_ended_begins_no_other(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``ray.kill`` starts a Ray where none runs."""
+    engine, other, killed, kill = build(), build(), list[Any](), ray.kill
+    left = [worker.handle for worker in other._workers.values()]
+    monkeypatch.setattr(ray_engine.ray, "kill", lambda handle: (killed.append(handle), kill(handle)))
+    engine.close()
+    engine.close()
+    assert len(killed) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine.ray, "is_initialized", lambda: False)
+        other.close()
+    assert len(killed) == 1
+    for handle in left:
+        kill(handle)
+
+
+def test_random_keys_are_not_sent_and_the_error_says_what_to_do() -> None:
+    data = {"key": jax.random.split(jax.random.key(0), 4)}
+    with pytest.raises(TypeError, match=r"data\['key'\] must be an array that NumPy has.*jax.random.key_data\(keys\)"):
+        isgd.engines.ray_cluster(lambda params, batch: batch["key"], data, num_workers=1)
+    assert ray_engine.fingerprint_of(data) == ray_engine.fingerprint_of(data)
+
+
 SETTINGS: dict[str, Any] = {"scorers": 2, "engine": "cluster", "refresh_every": 10, "steps": 200, "log_every": 100,
                             "checkpoint_every": 100}  # fmt: skip
 

@@ -80,6 +80,24 @@ def test_a_result_twice_or_of_an_older_version_changes_nothing() -> None:
     assert (queue.counts.taken, queue.counts.repeated) == (1, 3)
 
 
+def test_a_lower_version_begins_another_run_and_nothing_of_the_first_gets_into_it() -> None:
+    queue, _ = make()
+    queue.set_version(7)
+    first = handed(queue, 3, version=7)
+    queue.complete(first[0], scores(queue, first[0]))
+    queue.set_version(0)
+    assert queue.missing(0) == 4
+    assert queue.complete(first[1], scores(queue, first[1])) is None
+    assert queue.collect() == []
+    second = handed(queue, 6)
+    assert [item.chunk for item in second] == [3, 0, 1, 2]  # in turn, where the first run stood
+    queue.set_version(9)
+    for item in (first[2], *second):  # of the first run, at a version that the second has passed
+        assert queue.complete(item, scores(queue, item)) is None
+    assert {chunk.version for chunk in queue.collect()} == {0}
+    assert (queue.counts.taken, queue.counts.repeated, queue.counts.refused) == (5, 2, 0)
+
+
 def test_only_the_newest_result_of_a_chunk_waits_for_the_trainer() -> None:
     queue, _ = make()
     for version in range(5):

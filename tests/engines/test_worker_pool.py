@@ -187,6 +187,37 @@ def test_a_worker_that_hangs_is_left_behind_and_its_late_result_does_no_harm(
     assert all(chunk.version == 0 for chunk in second + third if not chunk.version)
 
 
+@pytest.mark.parametrize("how", ["a lower version", "restored"])
+def test_a_run_after_another_is_scored_anew_and_gets_nothing_of_the_first(
+    pool: Callable[..., WorkerPool], how: str
+) -> None:
+    wake, hangs = threading.Event(), threading.Event()
+
+    def slow(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
+        if not hangs.is_set():
+            hangs.set()
+            assert wake.wait(DEADLINE)
+        return scores
+
+    engine, (params, _) = pool(slow), linear_problem(NUM_EXAMPLES)
+    engine.publish(jax.tree.map(lambda x: x + 1, params), 7)
+    assert hangs.wait(DEADLINE)
+    if how == "restored":
+        engine.restore(engine.state())
+        with pytest.raises(RuntimeError, match="call publish"):
+            engine.collect()
+    version = 7 if how == "restored" else 0
+    engine.publish(params, version)
+    wake.set()
+    found = engine.collect(wait=True)
+    assert all_scored(found)
+    assert {chunk.version for chunk in found} == {version}
+    check_scores(found, params)
+    engine.publish(params, version + 1)
+    check_scores(engine.collect(wait=True), params)
+    assert engine.notices() == []
+
+
 def test_nan_from_a_worker_is_set_aside_by_the_table(pool: Callable[..., WorkerPool]) -> None:
     def poisoned(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
         return np.where(np.arange(len(scores)) == 3, np.nan, scores).astype(np.float32)

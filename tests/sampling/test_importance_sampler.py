@@ -11,7 +11,7 @@ import sampling_problem as problem
 
 import isgd_jax as isgd
 from isgd_jax.errors import ArgumentError
-from isgd_jax.sampling import calibration, fractions, renewal
+from isgd_jax.sampling import calibration, fractions, renewal, samplers
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.variance import gate as gates
 
@@ -416,6 +416,36 @@ def test_scores_are_distrusted_by_the_clock_that_the_caller_reads() -> None:
         sampler.record(state, np.arange(2), ones[:2], version=0)
 
 
+def test_a_clock_that_float32_cannot_tell_ages_by_is_refused_where_it_is_seen() -> None:
+    sampler, now = isgd.importance_sampler(N, batch_size=M, max_age_seconds=30.0), 1_700_000_000.0
+    state, told = sampler.init(), "got 1.7e.09, where it has steps of 128 s: count from the start of the run"
+    draw = sampler.sample(jax.random.key(0), state)
+    for seconds in (now, np.float64(now), jnp.float32(now)):
+        with pytest.raises(ValueError, match=told):
+            sampler.observe(state, draw, seconds=seconds)
+    with pytest.raises(ValueError, match=told):
+        sampler.record(state, np.arange(2), np.ones(2), version=0, seconds=now)
+    with pytest.raises(ValueError, match=told):
+        isgd.refresher(None, sampler, clock=lambda: now)(0, None, state)
+    draws = isgd.loaders.index_sampler(sampler, key=jax.random.key(0))
+    batch = next(draws)
+    with pytest.raises(ValueError, match=told):
+        draws.observe(batch, norms=np.ones(M), seconds=now)
+    with pytest.raises(ValueError, match=told):
+        draws.record([0], [1.0], seconds=now)
+    draws.observe(batch, norms=np.ones(M), seconds=1e6)  # twelve days of running
+    isgd.importance_sampler(N, batch_size=M).observe(state, draw, seconds=now)  # nothing ages by it
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32])
+def test_ids_that_int32_would_wrap_around_are_padding(dtype: Any) -> None:
+    sampler = isgd.importance_sampler(N, batch_size=M)
+    far = [2**32 + 5, 2**31 + 3, N] if dtype != np.uint32 else [2**31 + 3, 2**32 - 1, N]
+    state = sampler.record(sampler.init(), np.array([*far, 2], dtype), np.full(4, 9.0, np.float32), version=0)
+    np.testing.assert_array_equal(np.flatnonzero(state.table.scores), [2])
+    assert int(state.quarantined) == 0
+
+
 def test_draws_are_uniform_while_fewer_than_min_trusted_scores_are_trusted() -> None:
     for share, is_uniform in ((0.3, False), (0.5, True)):
         sampler = _made(min_trusted=share)
@@ -525,6 +555,45 @@ def test_a_key_of_refresh_starts_the_clusters_and_the_default_comes_from_seed_an
     lines = [tuple(np.asarray(refresh(state, jax.random.key(at)).proposal.law.order).tolist()) for at in range(8)]
     assert len(set(lines)) > 1
     assert not problem.unlike(refresh(state), refresh(state), rtol=0.0)
+
+
+@pytest.mark.parametrize("given", ["poisson", samplers.poisson])
+def test_the_monitor_of_poisson_tells_what_its_draws_are_worth(given: Any) -> None:
+    """STALE is of one draw by the law, whole steps and halves have one variance, and DRAWN is it: by brute force."""
+    size, room, keys = 200, 32, jax.random.split(jax.random.key(3), 4000)
+    rng = np.random.default_rng(0)
+    grads = (rng.normal(size=(size, 3)) * rng.lognormal(0, 0.5, (size, 1)) + 0.5).astype(np.float32)
+    norms = np.linalg.norm(grads, axis=1)
+    sampler = isgd.importance_sampler(size, batch_size=room, sampler=given, gate=False, calibrate=False)
+    fresh = sampler.init()
+    scored = sampler.refresh(sampler.record(fresh, np.arange(size), norms**1.5, version=0))
+
+    def told(key: Any, state: Any, ahead: Any) -> Any:
+        state = state._replace(clock=state.clock._replace(step=state.clock.step + ahead))
+        draw = sampler.sample(key, state)
+        watched = sampler.observe(state, draw, {"w": jnp.asarray(grads)[draw.indices]}).monitor
+        weights = jnp.where(draw.mask, draw.target / jnp.where(draw.mask, draw.probs, 1.0), 0.0)
+        made = jnp.mean(weights[:, None] * jnp.asarray(grads)[draw.indices], axis=0)
+        return made, watched.steps.values[0, :2], watched.batches.values[0, 0], watched.squares.values[0, 0]
+
+    many = jax.jit(jax.vmap(told, (0, None, None)))
+    for state in (fresh, scored):
+        law = np.asarray(isgd.samplers.probabilities(state.proposal.law), np.float64)
+        (halves, moments, drawn, square), (whole, *_) = many(keys, state, 0), many(keys, state, 1)
+        parts = [room * np.trace(np.cov(np.asarray(made, np.float64).T)) for made in (halves, whole)]
+        assert 0.93 < parts[0] / parts[1] < 1.12
+        truths = {
+            "uniform": (moments[:, 0], np.mean(norms**2)),
+            "stale": (moments[:, 1], np.sum(norms**2 / law) / size**2),
+            "drawn": (drawn, parts[0]),
+            "square": (square, np.sum(np.square(grads.mean(axis=0)))),
+        }
+        for name, (values, truth) in truths.items():
+            values = np.asarray(values, np.float64)
+            allowed = 4.5 * values.std() / np.sqrt(len(keys)) + (0.05 * truth if name == "drawn" else 0.0)
+            assert abs(values.mean() - truth) < allowed, name
+        if state is fresh:  # a draw is a uniform one
+            np.testing.assert_allclose(moments[:, 1], moments[:, 0], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -57,6 +57,20 @@ def test_the_mean_is_that_of_the_data_whatever_the_scores(way: str) -> None:
         assert share[-1] > 3 * share[0]
 
 
+@pytest.mark.parametrize("size", [8, 9])
+def test_with_more_candidates_than_examples_no_probability_is_above_one_nor_the_mean_off(size: int) -> None:
+    """One example has nearly all of the score, and is not always among the candidates more than once."""
+    sampler = _sampler(batch_size=size, gate=False)
+    state, keys = sampler.init(), jax.random.split(jax.random.key(0), 6000)
+    data = {"score": jnp.full(N, 0.01).at[7].set(1000.0)}
+    draws = jax.jit(jax.vmap(lambda key: sampler.sample(key, state, params=1.0, data=data)))(keys)
+    assert float(jnp.max(draws.probs)) <= 1.0 + 1e-6
+    found = _share_of(draws)
+    error = found.std(axis=0) / np.sqrt(len(keys))
+    assert np.all(np.abs(found.mean(axis=0) - 1.0) < 4.5 * error), "4.5 standard errors by example"
+    assert np.mean(np.asarray(draws.indices) == 7) > 3 / N
+
+
 @pytest.mark.slow
 def test_the_two_steps_on_the_host_are_the_one_on_the_device() -> None:
     sampler = _sampler(gate=False)

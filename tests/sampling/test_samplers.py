@@ -450,6 +450,25 @@ def test_a_law_sharded_over_devices_draws_the_same() -> None:
     jax.tree.map(np.testing.assert_array_equal, updated, update(law, at, values))
 
 
+@pytest.mark.parametrize(("room", "whole"), [(1, 400), (3, 6), (16, 32)])
+def test_a_part_of_poisson_expects_its_part_of_the_draws_and_is_unbiased_though_its_room_is_small(
+    room: int, whole: int
+) -> None:
+    """Of one place for three quarters of a draw, one batch in six has too many."""
+    probs = jnp.asarray(np.arange(1.0, 41.0) / 820, jnp.float32)
+    law, keys = samplers.prepare(probs), jax.random.split(jax.random.key(0), 20_000)
+    part = jax.jit(jax.vmap(lambda key: samplers.poisson(key, law, num_draws=room, part_of=whole)))(keys)
+    mask, chosen = np.asarray(part.mask), np.asarray(part.probs)
+    found = np.zeros((len(keys), 40))
+    weights = np.where(mask, 1.0 / np.where(mask, chosen * room, 1.0), 0.0)
+    np.add.at(found, (np.arange(len(keys))[:, None], np.asarray(part.indices)), weights)
+    error = found.std(axis=0, ddof=1) / np.sqrt(len(keys))
+    assert np.all(np.abs(found.mean(axis=0) - 1.0) <= 4.5 * error)
+    expected = samplers.poisson_size(whole) * room / whole
+    if room > 1:  # of the others some are left out
+        assert abs(mask.sum(axis=1).mean() - expected) < 4.5 * np.sqrt(expected / len(keys))
+
+
 def test_poisson_includes_each_of_a_few_examples_with_mass_once() -> None:
     # Expected sizes of 12 for 4 examples: the inclusion probability is 1, not 12/4 of it.
     probs = jnp.zeros(40).at[:4].set(jnp.asarray([0.1, 0.2, 0.3, 0.4]))

@@ -45,6 +45,27 @@ def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options:
     return isgd.fit(problem, sampler, tx or chain(size), **settings | options)
 
 
+def test_without_records_a_loss_that_is_none_is_told_at_the_end() -> None:
+    with pytest.warns(UserWarning, match="the training loss became nan, and parameters with it: lower the"):
+        quiet(linear(), tx=chain(N, jnp.nan), num_steps=3)
+
+
+@pytest.mark.devices(2)
+def test_one_engine_serves_one_run_after_the_other() -> None:
+    """Both runs are those of an engine that scores between the steps."""
+    made, found, results = linear(), dict[str, list[int]](), dict[str, list[Any]]()
+    for name, make in (("inline", isgd.engines.inline), ("local", isgd.engines.local)):
+        found[name], results[name] = [], []
+        with make(made.scorer(), made.train, chunk_size=16, devices=jax.devices()[1:2]) as engine:
+            for seed, steps in ((0, 25), (1, 5), (2, 25)):  # the second publishes at the first step alone
+                waits = functools.partial(isgd.refresher, wait=True, clock=lambda: 0.0)
+                options = {"num_steps": steps, "key": jax.random.key(seed), "make_refresher": waits}
+                results[name].append(quiet(made, engine=engine, **options).state)
+                found[name].append(engine.stats().num_scored)
+    assert found["local"] == found["inline"] == [3 * N, 4 * N, 7 * N]
+    chex.assert_trees_all_equal(results["local"], results["inline"])
+
+
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's own arithmetic mixes types
 def test_a_regression_on_diabetes_reaches_least_squares_and_says_how_it_goes(capsys: pytest.CaptureFixture) -> None:

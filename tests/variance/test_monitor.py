@@ -79,6 +79,15 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
     assert float(report(watch).uniform.value) == 1.0
 
 
+def test_ideal_of_one_step_is_the_square_of_its_mean_norm() -> None:
+    """All norms alike: UNIFORM and IDEAL are the same, whatever was measured so far."""
+    watch = monitor.create(8)
+    for _ in range(3):
+        watch = observe(watch, jnp.ones(4), jnp.ones(4), jnp.float32(0.5))
+        found = report(watch)
+        assert float(found.ideal.value) == float(found.uniform.value) == 0.5
+
+
 def test_one_step_knows_no_error() -> None:
     watch = rolling.push(rolling.create(4, 1), jnp.float32(3.0))
     band = rolling.band(watch, rolling.means(watch)[0], watch.values[:, 0])

@@ -1,8 +1,9 @@
 """The race: the shortest fully decayed runs that end at a training loss, rate and batch tuned alike for each method.
 
-Tuning uses one seed that is not reported. For each batch, every rate of the grid makes a run of the same budget, and
-the grid goes on where its edge is best; with its best rate each batch then runs to the level, and the batch with the
-least seconds is taken, by the price model: passes times the least core seconds a pass of its runs. So all methods get
+Tuning uses three seeds that are not reported. For each batch, every rate of the grid makes runs of the same budget, and
+is judged by their mean loss, so that one at which any of them diverges is not taken; the grid goes on where its edge is
+best. With its best rate each batch then runs to the level, by the first seed, and the batch with the least seconds is
+taken, by the price model: passes times the least core seconds a pass of its runs. So all methods get
 the same number of trials, but for the edges. Then fresh seeds run to the level, the methods in turn.
 """
 
@@ -24,7 +25,7 @@ RATES, FIRST_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (3,
 """The grid, and the part of it that every method tries."""
 SMALLEST_BATCH, EPOCH_BATCHES, BATCH_RATIO = 8, 16, 4
 """Batches go on down to 8 and up to a sixteenth of the data: an epoch of a pruned half still has eight of them."""
-TUNING_SEED, PRICE_SEED = 1000, 2000
+TUNING_SEEDS, PRICE_SEED = (1000, 1001, 1002), 2000
 RUNG, MOST_RUNGS = 1.15, 10
 """Budgets stand on a ladder with this ratio, so many rungs up and down at most."""
 FALL, LEAP = 0.35, 4
@@ -129,14 +130,16 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
         made: list[Record] = []
 
         def loss(rate: float) -> float:
-            made.append(bench.run(name, budget(bench.problem, scale), rate, TUNING_SEED, batch_size=size))
-            return float(column(made[-1:], "train_loss")[0])
+            passes = budget(bench.problem, scale)
+            runs = [bench.run(name, passes, rate, seed, batch_size=size) for seed in TUNING_SEEDS]
+            made.extend(runs)
+            return float(np.mean(column(runs, "train_loss")))
 
         rates[size], losses = least(RATES, FIRST_RATES, loss)
         best = min(found.values(), default=math.inf)
         most = best / _price(made)  # no use in going on where another batch has arrived
         finishes[size] = finish = shortest(
-            bench, name, size, rates[size], TUNING_SEED, scale, most_passes=most, made=made
+            bench, name, size, rates[size], TUNING_SEEDS[0], scale, most_passes=most, made=made
         )
         found[size] = seconds = finish.passes * _price(made)
         grid = ", ".join(f"{rate:g}: {value:.3g}" for rate, value in losses.items())

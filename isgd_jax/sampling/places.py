@@ -50,7 +50,8 @@ def quasi_random(key: Key, count: int, dims: int, *, first: int | Array = 0) -> 
     check_whole("dims", dims, least=1)
     step = kronecker_steps(dims)
     start = jax.random.bits(key, (dims,), jnp.uint32)
-    turns = jnp.asarray(first).astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+    wrapped = first % 2**32 if isinstance(first, int) else first
+    turns = jnp.asarray(wrapped, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
     at = start[None] + turns[:, None] * step[None]  # fractions of one in 2^-32, which wrap
     return (at >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 

@@ -34,3 +34,8 @@ def test_parts_of_a_sequence_are_the_sequence() -> None:
     whole = np.asarray(isgd.quasi_random(jax.random.key(0), 12, 3))
     parts = [isgd.quasi_random(jax.random.key(0), 4, 3, first=first) for first in (0, 4, 8)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+    late = isgd.quasi_random(jax.random.key(0), 12, 3, first=2**32 * 5)
+    np.testing.assert_array_equal(late, whole)  # it repeats itself after 2^32 points
+    near = isgd.quasi_random(jax.random.key(0), 4, 3, first=2**31 - 2)
+    traced = jax.jit(lambda first: isgd.quasi_random(jax.random.key(0), 4, 3, first=first))(2**31 - 2)
+    np.testing.assert_array_equal(near, traced)

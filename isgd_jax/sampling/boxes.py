@@ -66,7 +66,7 @@ def uniform_boxes(depth: int, dims: int) -> Boxes:
         depth: 2**depth boxes.
         dims: of the cube.
     """
-    low, high = jnp.zeros((1, dims)), jnp.ones((1, dims))
+    low, high = jnp.zeros((1, dims), jnp.float32), jnp.ones((1, dims), jnp.float32)
     axes, middles = [], []
     for level in range(depth):
         axis = jnp.full(2**level, level % dims, jnp.int32)
@@ -98,15 +98,15 @@ def fitted(
     known = _Scored(points, weights * jnp.square(scores), weights, order)
     row = jnp.arange(count, dtype=jnp.int32)
     ranks = jnp.stack([jnp.zeros(count, jnp.int32).at[order[:, axis]].set(row) for axis in range(dims)], axis=1)
-    corners = jnp.zeros((2**depth, dims)), jnp.ones((2**depth, dims))
+    corners = jnp.zeros((2**depth, dims), jnp.float32), jnp.ones((2**depth, dims), jnp.float32)
     # One program for all levels: of each level's arrays the first 2**level rows count, and the next level's are written
     # over the others.
-    tree = jnp.zeros(2 ** (depth + 1), jnp.int32), jnp.zeros(2 ** (depth + 1))
+    tree = jnp.zeros(2 ** (depth + 1), jnp.int32), jnp.zeros(2 ** (depth + 1), jnp.float32)
 
     def halve(level: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         members, (low, high), (axes, middles) = carry
         axis, middle, is_upper = _best_halves(known, ranks, members, low, high, level)
-        at = (jnp.left_shift(1, level) - 1,)
+        at = (jnp.left_shift(jnp.int32(1), level.astype(jnp.int32)) - 1,)
         axes = jax.lax.dynamic_update_slice(axes, axis, at)
         middles = jax.lax.dynamic_update_slice(middles, middle, at)
         low, high = (corner[: 2**depth] for corner in _halves(low, high, axis, middle))
@@ -115,7 +115,7 @@ def fitted(
     first = jnp.zeros(count, jnp.int32)
     members, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, (first, corners, tree))
     volume = jnp.prod(high - low, axis=1)
-    wanted = volume * _root_mean_square(known, jnp.arange(count), members, 2**depth)
+    wanted = volume * _root_mean_square(known, row, members, 2**depth)
     total = jnp.sum(wanted)
     learnt = jnp.where(total > 0.0, wanted / jnp.where(total > 0.0, total, 1.0), volume)
     mass = (1.0 - uniform_fraction) * learnt + uniform_fraction * volume
@@ -195,8 +195,8 @@ def _best_halves(
         level: how often the cube has been halved.
     """
     count, dims = known.points.shape
-    boxes = jnp.arange(low.shape[0])
-    half = jnp.right_shift(count, level + 1)
+    boxes = jnp.arange(low.shape[0], dtype=jnp.int32)
+    half = jnp.right_shift(jnp.int32(count), level.astype(jnp.int32) + 1)
     part = jnp.arange(count, dtype=jnp.int32) // half  # box by box, each in two halves
     costs, middles, uppers = [], [], []
     for axis in range(dims):
@@ -212,7 +212,7 @@ def _best_halves(
         middles.append(low[:, axis] + share * side)
         uppers.append(jnp.zeros(count, jnp.int32).at[own].set(part % 2))
     best = jnp.argmin(jnp.stack(costs), axis=0).astype(jnp.int32)
-    is_upper = jnp.stack(uppers)[best[members], jnp.arange(count)]
+    is_upper = jnp.stack(uppers)[best[members], jnp.arange(count, dtype=jnp.int32)]
     return best, jnp.stack(middles)[best, boxes], is_upper
 
 

@@ -152,6 +152,19 @@ def test_where_nothing_is_learnt_the_density_is_uniform_and_what_is_no_score_is_
     assert float(state.drawn) == 1.0
 
 
+def test_the_state_keeps_its_types_where_float64_is_on() -> None:
+    """So that it can be carried through a loop; scores and points of the caller may be wider."""
+    with jax.enable_x64(True):
+        domain = isgd.domain_sampler(lambda unit: unit.astype(jnp.float64), dims=2, batch_size=8, num_boxes=4)
+        state = domain.init()
+        after = jax.jit(lambda s: domain.refresh(KEY, s, lambda x: jnp.sum(x, axis=1)))(state)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        assert {str(x.dtype) for x in jax.tree.leaves(after)} == {"float32", "int32"}
+        draw = domain.sample(KEY, after, 0)
+        assert draw.points.dtype == jnp.float64
+        assert draw.weights.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_scores_of_any_size_give_the_same_density(size: float) -> None:
     domain = make()

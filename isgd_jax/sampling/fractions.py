@@ -34,6 +34,9 @@ CAUTIOUS = 0.3
 LARGEST = 1e18
 """A step with a larger moment teaches nothing: its square would leave float32, and the sums never come back."""
 
+ROUNDED = 1e-5
+"""Moments that differ by no more, relatively, are alike: roundings would choose, and otherwise on each kind of mesh."""
+
 
 class Mixtures(NamedTuple):
     """Decayed sums over steps, for each share of `GRID`: of its moment less the cautious share's, and of the square."""
@@ -77,7 +80,8 @@ def observe(
     found = found if costs is None else found * costs
     sound = jnp.all(found <= LARGEST)  # NaN is not, either
     found = jnp.where(sound, found, 0.0)
-    excess = found - found[GRID.index(CAUTIOUS)]
+    cautious = found[GRID.index(CAUTIOUS)]
+    excess = jnp.where(jnp.abs(found - cautious) > ROUNDED * cautious, found - cautious, 0.0)
     rows = Mixtures(sound.astype(jnp.float32), excess, jnp.square(excess))
     keep = jnp.where(sound, 2.0 ** (-1.0 / half_life), 1.0)
     return jax.tree.map(lambda kept, row: keep * kept + row, mixtures, rows)
@@ -87,6 +91,8 @@ def observe(
 def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
     """The share whose moment, a standard error of its difference from the cautious one added, is the least.
 
+    Where none is less than that of the cautious share, it is this one.
+
     Args:
         mixtures: what was seen.
         min_steps: evidence, in decayed steps, before which it is `CAUTIOUS`.
@@ -94,8 +100,9 @@ def choose(mixtures: Mixtures, *, min_steps: float = 20.0) -> Float[Array, ""]:
     steps = jnp.maximum(mixtures.steps, 1.0)
     mean = mixtures.excess / steps
     spread = jnp.maximum(mixtures.square / steps - jnp.square(mean), 0.0)
-    best = jnp.argmin(mean + jnp.sqrt(spread / steps))
-    return jnp.where(mixtures.steps >= min_steps, jnp.asarray(GRID, jnp.float32)[best], CAUTIOUS)
+    most = mean + jnp.sqrt(spread / steps)  # of the cautious share 0
+    is_better = (mixtures.steps >= min_steps) & (jnp.min(most) < 0.0)
+    return jnp.where(is_better, jnp.asarray(GRID, jnp.float32)[jnp.argmin(most)], CAUTIOUS)
 
 
 def relative_scores(proposal_weights: Float[Array, " m"], mixture: Float[Array, ""]) -> Float[Array, " m"]:

@@ -68,3 +68,14 @@ def test_relative_scores_by_hand() -> None:
     np.testing.assert_allclose(
         fractions.relative_scores(1 / (0.8 * relative + 0.2), jnp.float32(0.2)), relative, atol=1e-6
     )
+
+
+def test_what_roundings_differ_by_is_no_evidence() -> None:
+    """Where all scores are alike every share has the same moment, and the cautious share stays."""
+    known = fractions.create()
+    for step in range(40):
+        norms = jax.random.uniform(jax.random.key(step), (8,)) + 0.5
+        alike = jnp.ones(8) * (1.0 + 3e-7 * (step % 3 - 1))
+        known = fractions.observe(known, jnp.ones(8), norms, alike, jnp.ones(8, bool))
+    np.testing.assert_array_equal(known.excess, 0.0)
+    assert float(fractions.choose(known)) == pytest.approx(fractions.CAUTIOUS)

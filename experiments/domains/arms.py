@@ -170,7 +170,7 @@ class Ours(Arm):
 
     def points(self, params: Any, memory: Fitted, key: Array, name: str, step: Array) -> tuple[Array, Array]:
         draw = memory.draws[name]
-        return draw.points[step % REFRESH], (draw.target / draw.probs)[step % REFRESH]
+        return draw.points[step % REFRESH], draw.weights[step % REFRESH]
 
     def _draws(self, key: Array, states: dict[str, isgd.DomainState]) -> dict[str, isgd.DomainDraw]:
         return {

@@ -217,7 +217,9 @@ class _Domain:
         """
         if not callable(score):
             raise ArgumentTypeError(f"score must be a function of new points, got a {type(score).__name__}")
-        unit, weights = self._to_score(self._own(key, state, _OF_SCORED), state.boxes)
+        unit = self._to_score(self._own(key, state, _OF_SCORED), state.boxes)
+        density = densities(state.boxes, unit)
+        weights = 1.0 / (SPREAD_UNIFORMLY + (1.0 - SPREAD_UNIFORMLY) * density)
         found = jnp.asarray(score(self._placed(unit)))
         if found.shape != (unit.shape[0],):
             raise ArgumentError(f"score(points) must be one number a point, [{unit.shape[0]}], got {found.shape}")
@@ -226,7 +228,7 @@ class _Domain:
         scores = jnp.where(is_usable, found, 0.0)
         largest = jnp.max(scores)
         scores = scores / jnp.where(largest > 0.0, largest, 1.0)  # so that squares stay within float32
-        drawn, ideal = _second_moments(scores, weights, densities(state.boxes, unit))
+        drawn, ideal = _second_moments(scores, weights, density)
         return DomainState(
             fitted(unit, scores, weights, uniform_fraction=self.uniform_fraction),
             state.refreshes + 1,
@@ -243,15 +245,13 @@ class _Domain:
         """A key of its own for what is done between two refreshes: nothing that was learnt from it decides on it."""
         return jax.random.fold_in(jax.random.fold_in(key, state.refreshes), purpose)
 
-    def _to_score(self, key: Key, boxes: Boxes) -> tuple[Array, Array]:
-        """New points of the cube, and one over the density of the mixture that they come from."""
+    def _to_score(self, key: Key, boxes: Boxes) -> Array:
+        """New points of the cube: some spread uniformly, the others as the boxes have it."""
         count = POINTS_PER_BOX * self.num_boxes
         spread = round(SPREAD_UNIFORMLY * count)
         first, second = jax.random.split(key)
-        unit = jnp.concatenate(
-            [quasi_random(first, spread, self.dims), moved(boxes, quasi_random(second, count - spread, self.dims))[0]]
-        )
-        return unit, 1.0 / (SPREAD_UNIFORMLY + (1.0 - SPREAD_UNIFORMLY) * densities(boxes, unit))
+        others, _ = moved(boxes, quasi_random(second, count - spread, self.dims))
+        return jnp.concatenate([quasi_random(first, spread, self.dims), others])
 
     def _placed(self, unit: Array) -> Points:
         """Points of the domain.

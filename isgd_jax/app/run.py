@@ -161,12 +161,8 @@ def _check_folders(config: Config, resume: bool) -> None:
 
 def _check_size(training: TrainingConfig, dataset: data.Dataset) -> None:
     """What a data set of this size must be asked for."""
-    size, batch_size = len(dataset), training.batch_size
-    if batch_size > size:
-        raise ArgumentError(
-            f"batch_size must be at most {size}, the training examples of {dataset.name}; got {batch_size}"
-        )
-    most = INT32_MAX * batch_size / size
+    data.check_batch_size(training.batch_size, len(dataset), of=dataset.name)
+    most = INT32_MAX * training.batch_size / len(dataset)
     if training.epochs is not None and training.epochs > most:
         raise ArgumentError(
             f"epochs must be at most {most:.6g}, which are {INT32_MAX:,} updates on {dataset.name}, as many as are "

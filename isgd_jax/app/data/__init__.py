@@ -13,7 +13,7 @@ Importing this package imports neither TFDS nor scikit-learn; loading a named da
 """
 
 from isgd_jax.app.data.catalog import load, names
-from isgd_jax.app.data.checks import Arrays
+from isgd_jax.app.data.checks import Arrays, check_batch_size
 from isgd_jax.app.data.dataset import Dataset, from_arrays, from_source
 from isgd_jax.app.data.inputs import INPUTS_FILE, Inputs, Statistics, read_inputs
 from isgd_jax.app.data.raw import raw_inputs
@@ -24,6 +24,7 @@ __all__ = [
     "Dataset",
     "Inputs",
     "Statistics",
+    "check_batch_size",
     "from_arrays",
     "from_source",
     "load",

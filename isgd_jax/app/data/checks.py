@@ -12,6 +12,7 @@ __all__ = [
     "LABEL",
     "Arrays",
     "blocks",
+    "check_batch_size",
     "check_labels",
     "check_like_train",
     "class_count",
@@ -101,6 +102,24 @@ def check_like_train(split: str, arrays: Arrays, train: Arrays) -> None:
     got, expected = ({key: (array.dtype.name, array.shape[1:]) for key, array in of.items()} for of in (arrays, train))
     if got != expected:
         raise ArgumentError(f"{split}: expected the keys, types and shapes of train, {expected}, got {got}")
+
+
+def check_batch_size(batch_size: int, num_examples: int, *, of: str = "") -> None:
+    """No more examples in a batch than there are.
+
+    Args:
+        batch_size: as it was asked for.
+        num_examples: of the training set.
+        of: its name, for the message, where it is known.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if batch_size > num_examples:
+        named = f" of {of}" if of else ""
+        raise ArgumentError(
+            f"batch_size must be at most {num_examples}, the training examples{named}; got {batch_size}"
+        )
 
 
 def check_labels(where: str, labels: np.ndarray, *, num_classes: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from isgd_jax.app import build, checkpoints, optimizers
 from isgd_jax.app.config import Config, ScoringConfig, TrainingConfig
+from isgd_jax.app.data import check_batch_size
 from isgd_jax.app.probe import measure
 from isgd_jax.app.probe.trial import steps_in_time, try_both
 from isgd_jax.app.probe.verdict import Period, Trial, is_unlearnt, periods, verdict
@@ -74,7 +75,7 @@ def probe(
         FloatingPointError: the gradients are not finite.
     """
     _check(run, after, ages, num_examples, trial_steps)
-    _check_size(probed)
+    check_batch_size(probed.batch_size, probed.problem.num_examples)
     problem, seed = probed.problem, jax.random.key(probed.seed)
     init_key, step_key, sample_key = jax.random.split(seed, 3)
     first, opt_state = problem.init(jax.random.split(seed, 4)[0]), None
@@ -158,13 +159,6 @@ def _restored(run: Path, probed: measure.Probed, params: Params) -> tuple[Params
     template = {"params": params, "opt_state": measure.Steps(probed).tx.init(params)}
     state = checkpoints.into(template, saved.tree["state"])
     return state["params"], state["opt_state"], saved.step, tuple(saved.remarks)
-
-
-def _check_size(probed: measure.Probed) -> None:
-    if probed.batch_size > probed.problem.num_examples:
-        raise ArgumentError(
-            f"batch_size must be at most {probed.problem.num_examples}, the training examples; got {probed.batch_size}"
-        )
 
 
 def _check(run: Path | None, after: int, ages: Sequence[int], num_examples: int, trial_steps: int | None) -> None:

@@ -75,7 +75,7 @@ import isgd_jax as isgd
 from isgd_jax.app import compare, data, evaluation, figures, run, task
 from isgd_jax.app.config import Config, configure
 from isgd_jax.app.data import Dataset
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.records import Record
 from isgd_jax.sampling import proposal, samplers
 from isgd_jax.training.train_step import TrainState
 from isgd_jax.variance import second_moments

@@ -164,7 +164,7 @@ def own_logger() -> Iterator[None]:
 def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit` ends with figures that take a second: drawn by commands, and by tests marked `figures`."""
     if "figures" not in request.keywords:
-        monkeypatch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
+        monkeypatch.setattr("isgd_jax.app.recorder.plots", SimpleNamespace(draw=lambda run: None))
 
 
 @pytest.fixture

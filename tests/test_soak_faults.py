@@ -29,8 +29,9 @@ from test_cli import finished, isgd
 from test_multihost import free_port, visit
 
 from isgd_jax.app import checkpoints
+from isgd_jax.app.records import Record
 from isgd_jax.app.run import fit
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines.contract import WorkersGone
 from isgd_jax.engines.local_engine import DeviceWorker
 

@@ -24,12 +24,13 @@ import isgd_jax
 from isgd_jax.app import userfiles
 from isgd_jax.app.commands import compare, predict, probe, runs, watch
 from isgd_jax.app.config import Config
+from isgd_jax.app.files import write_named, write_whole
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.help import WIDTH, first_page
 from isgd_jax.app.ignored import refuse_ignored
 from isgd_jax.app.presets import PRESETS
-from isgd_jax.app.run_dir import RunDir, write_named, write_whole
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import ArgumentError, IsgdError
 
 __all__ = ["main"]

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from isgd_jax.app.clock import account
 from isgd_jax.app.flags import in_flags
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.records import Record
 
 
 def _number(value: float | int) -> str:

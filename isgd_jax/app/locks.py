@@ -1,13 +1,14 @@
-"""One process at a time, by filelock, where files can be locked."""
+"""One process at a time, by filelock, where files can be locked; and whether a process that held one still runs."""
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from isgd_jax.errors import ArgumentError, CannotImportError
 
-__all__ = ["locked"]
+__all__ = ["is_alive", "locked", "start_of"]
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -53,3 +54,29 @@ def locked(file: Path, *, when_busy: Callable[[], None]) -> Iterator[bool]:
     finally:
         if is_held:
             lock.release()
+
+
+def start_of(pid: int) -> str | None:
+    """When a process of this host began, in ticks since a boot that is named: numbers of processes are used again.
+
+    None where the system does not say, or there is no such process.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+        return f"{boot} {after_name.split()[19]}"
+    except (OSError, IndexError):
+        return None
+
+
+def is_alive(pid: int, started: object) -> bool:
+    """Whether a process of this host still runs, and is the one that began then."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return started is None or start_of(pid) in (started, None)

@@ -11,7 +11,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from isgd_jax.app import figures
 from isgd_jax.app.figures import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
 from isgd_jax.app.labels import label
-from isgd_jax.app.run_dir import Record, RunDir, is_number
+from isgd_jax.app.records import Record, is_number
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.summary import shut_stretches
 
 __all__ = ["FEW_WORKERS", "FILES", "SHARES", "SHOWN", "all_figures", "draw", "norms_figure", "others", "weights_figure"]

@@ -11,7 +11,7 @@ from jax import Array
 
 from isgd_jax.app import evaluation, task
 from isgd_jax.app.config import Config
-from isgd_jax.app.run_dir import MEASURED, Record
+from isgd_jax.app.records import MEASURED, Record
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.sampling import score_table
 from isgd_jax.training.data_parallel import DataParallel, local_copy

@@ -3,50 +3,25 @@
 import contextlib
 import itertools
 import json
-import math
 import os
 import platform
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn
 
 import isgd_jax
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config, TrainingConfig
-from isgd_jax.app.locks import locked
+from isgd_jax.app.files import make_folder, parsed, read_json, write_whole, writing
+from isgd_jax.app.locks import is_alive, locked, start_of
+from isgd_jax.app.records import Record, check_record
 from isgd_jax.errors import ArgumentError, DamagedFileError, IsgdError, RunInUseError
 
-__all__ = [
-    "MEASURED",
-    "Holder",
-    "Record",
-    "RunDir",
-    "Unwritten",
-    "is_number",
-    "make_folder",
-    "read_json",
-    "write_named",
-    "write_whole",
-    "writing",
-]
+__all__ = ["Holder", "RunDir", "Unwritten"]
 
 _LOCK, _HOLDER = ".lock", ".holder.json"
-
-Record = dict[str, Any]
-"""One line of metrics.jsonl: `event` says which kind, `step` how many updates had been made."""
-
-
-MEASURED = frozenset(
-    {
-        "seconds", "train_seconds", "loss", "train_loss", "test_loss", "train_error", "test_error", "max_weight",
-        "age_mean", "age_p95", "variance_ratio", "steps_per_second", "scores_per_second", "trusted_share", "workers",
-        "bytes_moved", "chunks_again", "results_refused",
-    }
-)  # fmt: skip
-"""Fields of a line of progress that are numbers, or None where nothing was measured. So are ``sd_*``, ``share_*``."""
 
 
 class Holder(NamedTuple):
@@ -141,7 +116,7 @@ class RunDir:
             with writing(self.path / _LOCK):
                 stack.enter_context(locked(self.path / _LOCK, when_busy=self._refuse_second))
             since, pid = time.strftime("%Y-%m-%d %H:%M:%S %Z"), os.getpid()
-            holder = {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid), "since": since}
+            holder = {"host": socket.gethostname(), "pid": pid, "started": start_of(pid), "since": since}
             self.write(_HOLDER, _pretty(holder))
             try:
                 yield
@@ -165,7 +140,7 @@ class RunDir:
         host, pid = str(found.get("host")), found.get("pid")
         if host != socket.gethostname():
             return Holder(host, None)
-        return Holder(host, isinstance(pid, int) and _is_alive(pid, found.get("started")))
+        return Holder(host, isinstance(pid, int) and is_alive(pid, found.get("started")))
 
     def own(self, name: str) -> Path:
         """The path of something in the folder, for reading.
@@ -333,8 +308,8 @@ class RunDir:
                     return
                 where = f"{self.metrics}, line {number}"
                 try:
-                    record = _parsed(line, where)
-                    _check_record(record, where)
+                    record = parsed(line, where)
+                    check_record(record, where)
                 except DamagedFileError as error:
                     raise DamagedFileError(f"{error}; or take this line out, a run goes on without it") from error
                 if event is None or record["event"] == event:
@@ -375,176 +350,13 @@ class Unwritten(RunDir):
         return iter(())
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, where they are not there.
-
-    Raises:
-        OSError: it cannot be made, or a file or a link that leads nowhere has its name; the message says what to do.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise FileExistsError(f"cannot make the folder {path}: {error.filename} is none; name another") from error
-    except OSError as error:
-        raise type(error)(
-            f"cannot make the folder {path} ({error.strerror or error}): name one where you may write"
-        ) from error
-
-
-def write_whole(target: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all; where there is a link of this name, the file takes its place.
-
-    It is written beside, brought to the disk, and renamed.
-
-    Args:
-        target: the file, in a folder that is there.
-        content: of text, what UTF-8 cannot say (bytes of a file's name that are none) is written as an escape.
-
-    Raises:
-        OSError: the folder cannot be written to; what was there stays.
-    """
-    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with writing(target):
-            with partial.open("xb") as file:
-                file.write(_encoded(content))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
-
-
-def write_named(target: Path, content: str | bytes) -> Path:
-    """Write a file that a person named: as `write_whole` does, but a pipe or device of this name stays one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if target.is_file() or not target.exists():
-        return write_whole(target, content)
-    with writing(target):
-        target.write_bytes(_encoded(content))
-    return target
-
-
-@contextlib.contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """A disk says only that it is full, not where: name the file, and what to do.
-
-    Raises:
-        OSError: what was raised inside, of the same type.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(
-            f"cannot write {file} ({error.strerror or error}): make room there, or make it writable, then go on"
-        ) from error
-
-
-def _encoded(content: str | bytes) -> bytes:
-    return content.encode(errors="backslashreplace") if isinstance(content, str) else content
-
-
 def _is_ours_aside(path: Path) -> bool:
     """Whether this is left of a run that was killed before it wrote its configuration."""
     return path.name in (_LOCK, _HOLDER) or path.name.endswith(".partial")
 
 
-def _start_of(pid: int) -> str | None:
-    """When a process of this host began, in ticks since a boot that is named: numbers of processes are used again.
-
-    None where the system does not say, or there is no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
-        return f"{boot} {after_name.split()[19]}"
-    except (OSError, IndexError):
-        return None
-
-
-def _is_alive(pid: int, started: object) -> bool:
-    """Whether a process of this host still runs, and is the one that began then."""
-    if pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is another user's
-        pass
-    return started is None or _start_of(pid) in (started, None)
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a field of a record is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_record(record: Record, where: str) -> None:
-    """What every reader of a record relies on.
-
-    Raises:
-        DamagedFileError: a field is missing or of another type; ``where`` names the line.
-    """
-    step = record.get("step")
-    if not (isinstance(record.get("event"), str) and isinstance(step, int) and not isinstance(step, bool)):
-        raise DamagedFileError(f"{where}: expected an event and its step, got {str(record)[:200]}")
-    spent = record.get("spent", {})
-    if not (isinstance(spent, dict) and all(is_number(value) for value in spent.values())):
-        raise DamagedFileError(f"{where}: expected seconds by task as spent, got {str(spent)[:200]}")
-    is_progress = record["event"] == "progress"
-    for name, value in record.items():
-        is_measured = name == "seconds" or (is_progress and (name in MEASURED or name.startswith(("sd_", "share_"))))
-        if is_measured and not (value is None or is_number(value)):
-            raise DamagedFileError(f"{where}: expected a number or null as {name}, got {str(value)[:200]}")
-
-
 def _length(training: TrainingConfig) -> str:
     return f"steps={training.steps}" if training.epochs is None else f"epochs={training.epochs}"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        DamagedFileError: it is damaged, or holds something else; the message names the file.
-        OSError: it cannot be read.
-    """
-    return _parsed(file.read_bytes(), str(file))
-
-
-def _parsed(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        DamagedFileError: it is damaged, or something else; ``where`` names the file.
-    """
-    try:
-        found = json.loads(content, parse_int=_whole, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(
-            f"{where} is damaged, no JSON can be read from it ({error}): restore it, or start anew"
-        ) from error
-    if not isinstance(found, dict):
-        raise DamagedFileError(f"{where} is damaged: expected a JSON object, got a {type(found).__name__}")
-    return found
-
-
-def _whole(digits: str) -> int:
-    """A whole number of at most 64 bits: what we write has no larger ones, and floats cannot hold them."""
-    if not -(2**63) <= int(digits) < 2**64:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(float(digits)):
-        raise ValueError(f"the number {digits[:20]} is beyond what floats can hold")
-    return float(digits)
 
 
 def _default_name(config: Config) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.records import Record
 from isgd_jax.training.train_step import StepInfo
 
 __all__ = ["SinceLine"]

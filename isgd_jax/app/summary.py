@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from isgd_jax.app.run_dir import Record, RunDir, is_number
+from isgd_jax.app.records import Record, is_number
+from isgd_jax.app.run_dir import RunDir
 
 __all__ = ["ENDS", "KeyNumbers", "has_ended", "key_numbers", "shut_stretches", "state_of", "unusual"]
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isgd_jax.app.run_dir import Record, make_folder, writing
+from isgd_jax.app.files import make_folder, writing
+from isgd_jax.app.records import Record
 from isgd_jax.errors import CannotImportError
 from isgd_jax.training.callbacks import Log
 

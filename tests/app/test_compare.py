@@ -16,8 +16,9 @@ from isgd_jax.app.compare.plots import figure
 from isgd_jax.app.compare.study import _is_whole
 from isgd_jax.app.config import Config, configure
 from isgd_jax.app.html import comparison_page
+from isgd_jax.app.records import Record
 from isgd_jax.app.run import fit
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.run_dir import RunDir
 
 
 def curve(losses: list[float], every: int = 10, seconds: float = 1.0) -> list[Record]:

@@ -18,7 +18,8 @@ from problems import blobs, small_config
 from isgd_jax.app import compare, data, plots
 from isgd_jax.app.checkpoints import Checkpoints
 from isgd_jax.app.html import comparison_page, hardest, run_page
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.records import Record
+from isgd_jax.app.run_dir import RunDir
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from problems import small_config
 
 from isgd_jax.app import figures, plots
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.records import Record
+from isgd_jax.app.run_dir import RunDir
 
 
 def line(step: int, *, age: float | None) -> Record:

@@ -12,9 +12,10 @@ import pytest
 from problems import blobs, small_config
 
 from isgd_jax.app.config import Config
+from isgd_jax.app.records import Record
 from isgd_jax.app.resuming import check_checkpoints_there
 from isgd_jax.app.run import Result, fit
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     folder = tmp_path_factory.mktemp("made")
     np.save(folder / "weights.npy", np.linspace(0.5, 1.5, 90))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
+        patch.setattr("isgd_jax.app.recorder.plots", SimpleNamespace(draw=lambda run: None))
         result = fit(config_of(folder / "run", folder / "weights.npy"), dataset=blobs())
     return result, folder / "weights.npy"
 

@@ -22,8 +22,10 @@ from problems import blobs, small_config
 
 from isgd_jax.app import console, data, task
 from isgd_jax.app.progress import _checked
-from isgd_jax.app.run import FORMAT, Result, fit
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.recorder import FORMAT
+from isgd_jax.app.records import Record
+from isgd_jax.app.run import Result, fit
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.engines import scorers
 from isgd_jax.engines.local_engine import DeviceWorker
 from isgd_jax.errors import RunInUseError
@@ -54,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[Record
     found, told = list[Result](), list[Record]()
     config = small_config(tmp_path_factory.mktemp("whole") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isgd_jax.app.run.plots", SimpleNamespace(draw=lambda run: None))
+        patch.setattr("isgd_jax.app.recorder.plots", SimpleNamespace(draw=lambda run: None))
         thread = threading.Thread(target=lambda: found.append(fit(config, dataset=blobs(), observe=told.append)))
         thread.start()
         thread.join(timeout=120)
@@ -285,7 +287,7 @@ def test_resuming_with_other_data_model_or_format_is_refused_and_nothing_is_lost
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimizer"):
         fit(again, dataset=blobs(), model=Other(), resume=True)
     assert f"sampler {SAMPLER_FORMAT}" in FORMAT  # so that a state of the sampler's that means something else counts
-    monkeypatch.setattr("isgd_jax.app.run.FORMAT", "4")
+    monkeypatch.setattr("isgd_jax.app.recorder.FORMAT", "4")
     with pytest.raises(ValueError, match=f"another format: it has {FORMAT}, this run has 4; go on with .* the version"):
         fit(again, dataset=blobs(), resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

@@ -28,6 +28,7 @@ from isgd_jax.sampling import score_table
 
 ray = pytest.importorskip("ray")
 ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
+ray_connection = pytest.importorskip("isgd_jax.engines.ray_connection")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -37,7 +38,7 @@ PARAMS, _ = linear_problem(NUM_EXAMPLES)
 @pytest.fixture(scope="module", autouse=True)
 def ray_of_this_host() -> Iterator[None]:
     make_importable()
-    ray_engine.connect(None, 3)
+    ray_connection.connect(None, 3)
     yield
     ray.shutdown()
 
@@ -212,11 +213,11 @@ def test_sigterm_while_ray_starts_goes_to_whose_it_is(monkeypatch: pytest.Monkey
         signal.raise_signal(signal.SIGTERM)
         return True
 
-    monkeypatch.setattr(ray_engine, "_connect", start)
+    monkeypatch.setattr(ray_connection, "_connect", start)
     before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
     try:
         with pytest.raises(SystemExit):
-            ray_engine.connect(None, 1)
+            ray_connection.connect(None, 1)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
@@ -224,17 +225,17 @@ def test_sigterm_while_ray_starts_goes_to_whose_it_is(monkeypatch: pytest.Monkey
 
 def test_what_is_no_address_of_a_running_ray_is_not_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's client has its own limit, also where the environment tells of it; "local" would start one with no token."""
-    ray_engine._knock("ray://127.0.0.1:1")
+    ray_connection._knock("ray://127.0.0.1:1")
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
-    ray_engine._knock("auto")
+    ray_connection._knock("auto")
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(ConnectionError, match="none that runs"):
-        ray_engine._knock("local")
+        ray_connection._knock("local")
 
 
 def test_a_ray_of_this_host_alone_lets_no_stranger_in() -> None:
     """It asks for a token, which is on no command line, and listens on the loopback interface."""
-    ray_engine.connect(None, 3)  # where the test before has ended it
+    ray_connection.connect(None, 3)  # where the test before has ended it
     token, address = os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address
     assert address.startswith("127.0.0.1:")
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}

@@ -22,6 +22,7 @@ from isgd_jax.app.run_dir import RunDir
 
 ray = pytest.importorskip("ray")
 ray_engine = pytest.importorskip("isgd_jax.engines.ray_engine")
+ray_connection = pytest.importorskip("isgd_jax.engines.ray_connection")
 
 pytestmark = [
     pytest.mark.soak,
@@ -107,7 +108,7 @@ def test_a_node_is_lost_and_another_joins() -> None:
     from ray.cluster_utils import Cluster
 
     make_importable()
-    for name, value in ray_engine.QUIET.items():
+    for name, value in ray_connection.QUIET.items():
         os.environ[name] = value
     hosts = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -148,7 +149,7 @@ def test_a_node_is_lost_and_another_joins() -> None:
 def test_a_trainer_killed_while_its_actors_live_is_resumed(tmp_path: Path) -> None:
     """A Ray of its own outlives the trainer: what the trainer started is cleared away, and the run goes on."""
     ray_command = [sys.executable, "-m", "ray.scripts.scripts"]
-    environment = os.environ | ray_engine.QUIET | QUICK
+    environment = os.environ | ray_connection.QUIET | QUICK
     start = [*ray_command, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
     subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
     try:

@@ -13,10 +13,11 @@ import tyro
 
 from isgd_jax.app import compare
 from isgd_jax.app.config import Config
+from isgd_jax.app.files import make_folder, write_whole
 from isgd_jax.app.flags import in_flags, parse
 from isgd_jax.app.gone import refuse_gone
 from isgd_jax.app.ignored import refuse_ignored
-from isgd_jax.app.run_dir import MEASURED, make_folder, write_whole
+from isgd_jax.app.records import MEASURED
 from isgd_jax.errors import ArgumentError
 
 _MEASURED = MEASURED | {f"share_{task}" for task in ("scoring", "updating", "measuring")}

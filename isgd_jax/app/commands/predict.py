@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from isgd_jax.app.run_dir import write_named
+from isgd_jax.app.files import write_named
 from isgd_jax.errors import ArgumentError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from isgd_jax.app.config import DataConfig, ModelConfig, ScoringConfig, TrainingConfig
 from isgd_jax.app.fields import must
-from isgd_jax.app.run_dir import RunDir, make_folder, write_whole
+from isgd_jax.app.files import make_folder, write_whole
+from isgd_jax.app.run_dir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table

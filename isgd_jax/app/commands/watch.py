@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from isgd_jax.app.help import WIDTH
-from isgd_jax.app.run_dir import Record, RunDir, is_number
+from isgd_jax.app.records import Record, is_number
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.summary import ENDS, has_ended, key_numbers, shut_stretches, state_of, unusual
 from isgd_jax.errors import ArgumentError
 

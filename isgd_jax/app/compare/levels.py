@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from isgd_jax.app.run_dir import Record
+from isgd_jax.app.records import Record
 from isgd_jax.errors import ArgumentError
 
 __all__ = ["FIELDS", "Level", "common", "first_seen", "levels"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from isgd_jax.app.compare.study import Curve, Study
-from isgd_jax.app.run_dir import write_whole
+from isgd_jax.app.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isgd_jax.app.compare.levels import Level
 from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
-from isgd_jax.app.run_dir import Record, RunDir, is_number, make_folder, read_json, write_whole
+from isgd_jax.app.files import make_folder, read_json, write_whole
+from isgd_jax.app.records import Record, is_number
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
 __all__ = ["Arm", "Curve", "Fit", "Say", "Study", "group", "read", "train"]

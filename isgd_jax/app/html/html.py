@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from isgd_jax.app import figures
 from isgd_jax.app.labels import label
-from isgd_jax.app.run_dir import is_number
+from isgd_jax.app.records import is_number
 
 __all__ = ["NOTHING", "duration", "inline", "number", "percent", "render"]
 

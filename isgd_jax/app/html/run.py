@@ -10,7 +10,8 @@ from isgd_jax.app.flags import in_flags
 from isgd_jax.app.html import hardest
 from isgd_jax.app.html.html import NOTHING, duration, inline, number, percent, render
 from isgd_jax.app.labels import label
-from isgd_jax.app.run_dir import Record, RunDir
+from isgd_jax.app.records import Record
+from isgd_jax.app.run_dir import RunDir
 from isgd_jax.app.summary import key_numbers, shut_stretches, unusual
 from isgd_jax.errors import ArgumentError
 

@@ -24,7 +24,7 @@ def toy() -> problems.Domain:
         return jnp.max(jnp.abs(params - jnp.array([-1 / 6, 1.0])))
 
     grid = np.linspace(0, 1, 5)[:, None]
-    term = problems.Term(residual, lambda unit: unit, 1, 1.0, 16, 256)
+    term = problems.Term(residual, lambda unit: unit, 1, 1.0, 16, 64)
     return problems.Domain(
         "toy", {"inside": term}, lambda key: jnp.zeros(2), value, error, (0.5, 0.05), grid[:, 0] ** 2, grid
     )

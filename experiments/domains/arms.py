@@ -60,7 +60,7 @@ class Arm:
 
     def size(self, term: Term) -> int:
         """Points of a batch."""
-        return min(round(term.batch * self.larger), term.pool)
+        return round(term.batch * self.larger)
 
     def init(self, key: Array) -> Memory:
         """What is remembered before the first step."""
@@ -199,13 +199,9 @@ class Rad(Arm):
 
     def init(self, key: Array) -> Memory:
         return {
-            name: term.draw(jax.random.fold_in(key, i), self.count(term))
+            name: term.draw(jax.random.fold_in(key, i), term.kept)
             for i, (name, term) in enumerate(self.domain.terms.items())
         }
-
-    def count(self, term: Term) -> int:
-        """Points that batches are made of."""
-        return term.pool // 4
 
     def chosen(self, params: Any, term: Term, key: Array, count: int) -> Array:
         """Points drawn by residual."""
@@ -217,7 +213,7 @@ class Rad(Arm):
 
     def refresh(self, params: Any, memory: Memory, key: Array) -> Memory:
         return {
-            name: self.chosen(params, term, jax.random.fold_in(key, i), self.count(term))
+            name: self.chosen(params, term, jax.random.fold_in(key, i), term.kept)
             for i, (name, term) in enumerate(self.domain.terms.items())
         }
 
@@ -233,7 +229,7 @@ class RarD(Rad):
 
     def init(self, key: Array) -> Memory:
         return jnp.int32(0), {
-            name: term.draw(jax.random.fold_in(key, i), 2 * self.count(term))
+            name: term.draw(jax.random.fold_in(key, i), 2 * term.kept)
             for i, (name, term) in enumerate(self.domain.terms.items())
         }
 
@@ -241,15 +237,15 @@ class RarD(Rad):
         added, points = memory
         after = {}
         for i, (name, term) in enumerate(self.domain.terms.items()):
-            few = self.count(term) // 20
-            at = self.count(term) + (added * few + jnp.arange(few)) % self.count(term)
+            few = term.kept // 20
+            at = term.kept + (added * few + jnp.arange(few)) % term.kept
             after[name] = points[name].at[at].set(self.chosen(params, term, jax.random.fold_in(key, i), few))
         return added + 1, after
 
     def points(self, params: Any, memory: Memory, key: Array, name: str, step: Array) -> tuple[Array, None]:
         added, points = memory
         term = self.domain.terms[name]
-        known = jnp.minimum(self.count(term) + added * (self.count(term) // 20), 2 * self.count(term))
+        known = jnp.minimum(term.kept + added * (term.kept // 20), 2 * term.kept)
         return points[name][jax.random.randint(key, (self.size(term),), 0, known)], None
 
 

@@ -36,7 +36,8 @@ class Term(NamedTuple):
     weight: float
     batch: int
     """Points of a plain batch."""
-    pool: int
+    kept: int
+    """Points of an arm that keeps a set of them, such as RAD."""
     all_points: Array | None = None
     """All that there are, where they are a finite list such as pixels."""
     nearest: Callable[[Array], Array] | None = None
@@ -158,8 +159,8 @@ def burgers(derivative: Callable[..., Any] | None = None) -> Domain:
     damping = weights * np.exp(-np.cos(np.pi * at) / (2 * np.pi * nu) - 1 / (2 * np.pi * nu))
     truth = -np.sum(np.sin(np.pi * at) * damping, axis=-1) / np.sum(damping, axis=-1)
     terms = {
-        "inside": Term(residual, _strip, 2, 1.0, 192, 8_192),
-        "border": Term(missing, border, 2, 10.0, 64, 2_048),
+        "inside": Term(residual, _strip, 2, 1.0, 192, 2_048),
+        "border": Term(missing, border, 2, 10.0, 64, 512),
     }
     grid = np.stack([t, x], axis=-1)
     init = glorot((2, 32, 32, 32, 32, 1))
@@ -179,7 +180,7 @@ def _allen_cahn() -> Domain:
 
     times, places, truth = allen_cahn_reference(diffusion)
     grid = np.stack(np.meshgrid(times, places, indexing="ij"), axis=-1)
-    terms = {"inside": Term(residual, _strip, 2, 1.0, 256, 8_192)}
+    terms = {"inside": Term(residual, _strip, 2, 1.0, 256, 2_048)}
     init = glorot((2, 32, 32, 32, 32, 1))
     return Domain("allen_cahn", terms, init, value, _relative(value, grid, truth), (0.1, 0.01, 0.001), truth, grid)
 
@@ -252,7 +253,7 @@ def _poisson() -> Domain:
     x = np.linspace(-1, 1, 161)
     grid = np.stack(np.meshgrid(x, x, indexing="ij"), axis=-1)
     truth = np.exp(-sharp * np.sum((grid - np.asarray(center)) ** 2, axis=-1))
-    terms = {"inside": Term(residual, lambda unit: 2 * unit - 1, 2, 1.0, 256, 8_192)}
+    terms = {"inside": Term(residual, lambda unit: 2 * unit - 1, 2, 1.0, 256, 2_048)}
     init = glorot((2, 32, 32, 32, 32, 1))
     return Domain("poisson", terms, init, value, _relative(value, grid, truth), (0.1, 0.01, 0.001), truth, grid)
 
@@ -297,7 +298,9 @@ def _field(name: str) -> Domain:
         at = jnp.clip(jnp.round(points * (long / 2) + middle), 0, jnp.array([rows - 1, columns - 1]))
         return (at - middle) * (2 / long)
 
-    term = Term(residual, lambda unit: (2 * unit - 1) * limits, 2, 1.0, 1_024, len(everywhere), everywhere, nearest)
+    term = Term(
+        residual, lambda unit: (2 * unit - 1) * limits, 2, 1.0, 1_024, len(everywhere) // 4, everywhere, nearest
+    )
     return Domain(name, {"pixels": term}, init, value, error, (10**-1.25, 10**-1.5, 10**-1.75), image, grid)
 
 

@@ -322,7 +322,7 @@ class CostWatch:
         looks = math.ceil((cost - 1.0) / LOOK_SHARE / MONITOR_EVERY) * MONITOR_EVERY
         looks = min(max(looks, MONITOR_EVERY), LOOK_SELDOM)
         gate = gate._replace(step_cost=np.asarray(cost, np.float32), look_every=np.asarray(looks, np.int32))
-        text = f"a step that learns from norms takes {cost:.2f} times a plain one ({how}, refreshes included)"
+        text = f"a step that learns from norms takes {cost:.3g} times a plain one ({how}, refreshes included)"
         if cost <= TRY_AT_ONCE:
             return gate, text
         return _moved(gate, False, step), f"{text}: few norms until they promise more"
@@ -339,7 +339,7 @@ class CostWatch:
 def _told(gate: CostGate, found: Promise, scores_help: bool) -> str:
     """What has just been decided, and why."""
     cost, now, best = float(gate.step_cost), *(saves(x) for x in found)
-    numbers = f"draws promise {now:.2f} times fewer steps, ideal ones {best:.2f}, and cost {cost:.2f} times the time"
+    numbers = f"draws promise {now:.3g} times fewer steps, ideal ones {best:.3g}, and cost {cost:.3g} times the time"
     if bool(gate.is_open):
         return f"{numbers}: steps learn from norms again"
     why = numbers if scores_help else "scores do harm"

@@ -202,7 +202,7 @@ def test_norms_that_cost_too_much_are_left_and_a_run_goes_on_bit_for_bit(hold: s
     result = fitted(whole, hold=hold)
     (told,) = whole.texts
     assert told.startswith(
-        "72: a step that learns from norms takes 30.00 times a plain one (given, refreshes included)"
+        "72: a step that learns from norms takes 30 times a plain one (given, refreshes included)"
     )
     assert whole.learnt == [*(step for step in range(72) if step not in RESTED), *range(72, 128, 8), 128, 256]
     again = Notes(begin=whole.kept)
@@ -220,7 +220,7 @@ def test_a_measured_ratio_repeats_the_run_and_a_cheap_one_changes_no_more_than_t
     second = fitted(Notes(), step_cost=round(cost, 2))
     chex.assert_trees_all_equal(second.state._replace(cost_gate=None), first.state._replace(cost_gate=None))
     assert measured.texts[0].startswith(
-        f"72: a step that learns from norms takes {cost:.2f} times a plain one (measured"
+        f"72: a step that learns from norms takes {cost:.3g} times a plain one (measured"
     )
     cheap = Notes()
     result = fitted(cheap, step_cost=0.01)

@@ -291,6 +291,43 @@ def test_what_differs_is_named_with_its_processes() -> None:
     assert _of_all(same) == [same]
 
 
+SAVER = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from isgd_jax.app import shared_checkpoints
+from isgd_jax.app.config import configure
+from isgd_jax.app.multihost import joined
+place = {"coordinator": f"127.0.0.1:{sys.argv[1]}", "num_processes": 2, "process_id": int(sys.argv[2])}
+with joined(configure(distributed=True, **place), "a"):
+    numbers = np.array([-0.0, 1e-40, np.nan, -1.5], np.float32)
+    tree = [numbers, jnp.array([-0.0, 1.0], "bfloat16"), np.array([True, False]), np.uint32(2**32 - 1), numbers[:0]]
+    saved = shared_checkpoints.of_run(Path(sys.argv[3]), identity={})
+    saved.save(1, tree, {})
+    saved.wait()
+    found, _, _ = saved.restore(tree)
+    saved.close()
+    print([np.asarray(x).tobytes().hex() for x in found] == [np.asarray(x).tobytes().hex() for x in tree])
+"""
+"""Saves numbers that a sum would change, and takes them up again."""
+
+
+@pytest.mark.slow
+def test_what_is_taken_up_by_several_processes_has_the_bits_that_were_saved(tmp_path: Path) -> None:
+    """The sign of zeros, and numbers below 1e-38, among them."""
+    port, environment = str(free_port()), os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": forced(1)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVER, port, str(i), str(tmp_path / "checkpoints")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outs = [process.communicate(timeout=120) for process in running]
+    assert [out.splitlines()[-1:] for out, _ in outs] == [["True"]] * 2, outs
+
+
 @pytest.mark.slow
 def test_strangers_at_the_port_change_nothing(start: Callable[..., list[Member]]) -> None:
     """A request, random bytes, a connection closed at once, one that stays open: before the others come, and after."""

@@ -1,5 +1,6 @@
 """Several processes that train as one, over loopback."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,8 +22,8 @@ from test_cli import isgd
 
 from isgd_jax.app import checkpoints
 from isgd_jax.app.config import Config, configure
-from isgd_jax.app.multihost import LOST, _check_same, _of_all
-from isgd_jax.app.run import _devices, fit
+from isgd_jax.app.multihost import LOST, _check_same, _identity, _of_all
+from isgd_jax.app.run import _devices, _fingerprint, fit
 from isgd_jax.app.run_dir import RunDir
 
 SETTINGS: dict[str, Any] = {
@@ -277,6 +278,38 @@ def test_other_data_and_another_number_of_processes_are_refused(start: Callable[
     assert all("the fingerprint of the data set: 'a' in process 0, but 'b' in process 1" in x.end()[1] for x in data)
     numbers = start(0, of=2, port=other) + start(1, of=3, port=other)
     assert all("differ in num_processes=: 2 in process 0, but 3 in process 1" in x.end()[1] for x in numbers)
+
+
+@pytest.mark.slow
+def test_other_numbers_in_a_file_of_the_same_name_are_refused(
+    start: Callable[..., list[Member]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process would draw by its own weights of examples, and all would learn from a mixture."""
+    port, members = free_port(), list[Member]()
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        np.save("weights.npy", np.full(4, 1.0 + number))
+        members += start(number, port=port, example_weights="weights.npy")
+    for member in members:
+        code, told = member.end()
+        assert code == 1
+        assert "the processes differ in file of example_weights: " in told
+
+
+def test_held_out_examples_and_files_of_numbers_are_part_of_what_must_be_the_same(tmp_path: Path) -> None:
+    dataset, alone, many = blobs(), configure(), configure(distributed=True)
+    other = dataclasses.replace(dataset, test={name: array[1:] for name, array in dataset.test.items()})
+    assert _fingerprint(alone, dataset) == _fingerprint(alone, other) == dataset.fingerprint
+    assert _fingerprint(many, dataset) != _fingerprint(many, other)
+    weighted = configure(distributed=True, example_weights=str(tmp_path / "weights.npy"))
+    missing = _identity(weighted, "a")
+    np.save(tmp_path / "weights.npy", np.ones(4))
+    one = _identity(weighted, "a")
+    np.save(tmp_path / "weights.npy", np.zeros(4))
+    for others in (missing, _identity(weighted, "a")):
+        with pytest.raises(ValueError, match="the processes differ in file of example_weights: "):
+            _check_same([one, others])
 
 
 def test_what_differs_is_named_with_its_processes() -> None:

@@ -52,7 +52,7 @@ except ImportError as error:
     raise CannotImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
 from isgd_jax.engines.chunks import Chunks, is_key, num_rows, unpadded
-from isgd_jax.engines.contract import ScoredChunk, WorkersGone
+from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
 from isgd_jax.engines.worker_pool import WorkerPool
@@ -110,11 +110,13 @@ class ScoringActor:
 
         Raises:
             RuntimeError: the item is of another version than the parameters here, as after a restart that nobody saw.
+            ValueError: what the scorer returned cannot be scores.
         """
         if self._job is None or item.version != self._version:
             raise RuntimeError(f"asked to score at version {item.version}, but holds {self._version}")
         batch = jax.device_put(self._job.chunks.batch(self._job.data, item.chunk), self._device)
-        return unpadded(self._scorer(self._params, batch), len(self._job.chunks.ids(item.chunk)))
+        chunks = self._job.chunks
+        return unpadded(self._scorer(self._params, batch), len(chunks.ids(item.chunk)), chunks.size)
 
 
 class Refused(ValueError):
@@ -242,10 +244,7 @@ class RayCluster(WorkerPool):
             raise OSError(f"{self._unpublished}: {self._advice}, then go on")
         if self._unpublished and self._published is None:
             return []
-        try:
-            return super().collect(wait=wait)
-        except WorkersGone as error:
-            raise WorkersGone("; ".join([str(error), *self.notices()])) from None
+        return super().collect(wait=wait)
 
     def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
         """As in `WorkerPool`.

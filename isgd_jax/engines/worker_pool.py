@@ -155,6 +155,11 @@ class WorkerPool(ClosesOnExit):
         thread.start()
 
     @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._queue.num_examples
+
+    @property
     def chunk_size(self) -> int:
         """Examples in a chunk of the training set."""
         return self._queue.chunk_size

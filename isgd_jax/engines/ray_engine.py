@@ -91,7 +91,7 @@ class ScoringActor:
         self._device = jax.local_devices()[0]
         self._scorer = CapturingJit(self._job.scorer)
         self._params: Params = None
-        self._version: int | None = None
+        self._version = None
         return fingerprint
 
     def load(self, params: Params, version: int) -> int:

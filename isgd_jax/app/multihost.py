@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from isgd_jax.app.config import PER_HOST, Config, HostsConfig
+from isgd_jax.app.resuming import files_of_numbers
 from isgd_jax.errors import ArgumentError
 
 __all__ = ["LOST", "joined"]
@@ -44,8 +45,8 @@ def joined(config: Config, fingerprint: str) -> Iterator[None]:
 
     Args:
         config: where the others are, and how long to wait for them; all else in it must be the same in each process,
-            but for folders.
-        fingerprint: of the data set, which must be the same too.
+            but for folders, and so must the files of numbers that it names.
+        fingerprint: of the data set, held-out examples included, which must be the same too.
 
     Raises:
         TimeoutError: not all processes came in time.
@@ -131,7 +132,16 @@ def _identity(config: Config, fingerprint: str) -> dict[str, Any]:
     """What must be the same everywhere."""
     flags = {f"{name}=": value for name, value in config.flat().items() if name not in PER_HOST}
     flags["num_processes="] = config.hosts.num_processes or jax.process_count()  # JAX goes by what process 0 was told
-    return flags | {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
+    flags |= {"the version of jax": jax.__version__, "the fingerprint of the data set": fingerprint}
+    return flags | _files(config)
+
+
+def _files(config: Config) -> dict[str, str]:
+    """The checksums of the files of numbers that are named: each process reads its own."""
+    try:
+        return files_of_numbers(config)
+    except OSError as error:  # where it is missing everywhere it is told when it is read
+        return {"files of numbers": str(error)}
 
 
 def _of_all(identity: dict[str, Any]) -> list[dict[str, Any]]:

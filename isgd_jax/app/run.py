@@ -10,6 +10,7 @@ import jax
 from isgd_jax.app import build, data, models, multihost, resuming, schedule, task
 from isgd_jax.app.clock import Clock
 from isgd_jax.app.config import Config, TrainingConfig
+from isgd_jax.app.data.dataset import fingerprint
 from isgd_jax.app.progress import Measure
 from isgd_jax.app.recorder import Hooks, Observer, Recorder
 from isgd_jax.app.records import Record
@@ -78,7 +79,7 @@ def fit(
                 named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir, on_disk=named.hold == "disk"
             )
     _check_size(config.training, dataset)
-    with multihost.joined(config, dataset.fingerprint):
+    with multihost.joined(config, _fingerprint(config, dataset)):
         work = task.make(config.model, dataset, model=model, loss=loss)
         folder, devices = _run_dir(config, resume), _devices(config)
         with contextlib.ExitStack() as stack:
@@ -124,6 +125,13 @@ def _check_size(training: TrainingConfig, dataset: data.Dataset) -> None:
             f"epochs must be at most {most:.6g}, which are {INT32_MAX:,} updates on {dataset.name}, as many as are "
             f"counted; got {training.epochs:g}"
         )
+
+
+def _fingerprint(config: Config, dataset: data.Dataset) -> str:
+    """Of the examples; of several processes of the held-out ones too, which each measures, and counts classes in."""
+    if not config.hosts.distributed:
+        return dataset.fingerprint
+    return f"{dataset.fingerprint}, of held-out examples {fingerprint(dataset.test)}"
 
 
 def _replayed(config: Config, work: task.Task) -> arrivals.Schedule | None:

@@ -49,6 +49,11 @@ class AllHosts(ClosesOnExit):
         self._is_split = False
 
     @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._chunks.num_examples
+
+    @property
     def chunk_size(self) -> int:
         """Examples in a chunk."""
         return self._chunks.size

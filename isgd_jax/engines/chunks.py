@@ -168,14 +168,22 @@ def _check_fits(name: str, array: np.ndarray, held: np.dtype) -> None:
         )
 
 
-def unpadded(found: Any, count: int) -> Any:
+def unpadded(found: Any, count: int, size: int) -> Any:
     """What a scorer returned, in host memory and without padding. It waits for the device.
 
     Args:
-        found: arrays, on any device; what is no array with rows is left as it is, for `what_is_wrong` to refuse.
+        found: arrays, on any device.
         count: rows of each array that are not padding.
+        size: rows that the scorer was given. Where it returned fewer or more, nobody knows which row is whose.
+
+    Raises:
+        ArgumentError: it is not what can be scores of ``size`` examples.
     """
-    return jax.tree.map(lambda x: rows[:count] if (rows := np.asarray(x)).ndim else rows, found)
+    whole = jax.tree.map(np.asarray, found)
+    wrong = what_is_wrong(whole, size)
+    if wrong is not None:
+        raise ArgumentError(f"the scorer returned what cannot be scores: {wrong}")
+    return jax.tree.map(lambda rows: rows[:count], whole)
 
 
 def what_is_wrong(found: Any, count: int) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from isgd_jax.engines.all_hosts import AllHosts
-from isgd_jax.engines.chunks import Chunks, Scored, as_scored, joined, num_rows, unpadded, what_is_wrong
+from isgd_jax.engines.chunks import Chunks, Scored, as_scored, joined, num_rows, unpadded
 from isgd_jax.engines.contract import ClosesOnExit, EngineStats, ScoredChunk
 from isgd_jax.engines.sharded import sharded
 from isgd_jax.errors import ArgumentError
@@ -57,6 +57,11 @@ class InlineEngine(ClosesOnExit):
     def chunks(self) -> Chunks:
         """The chunks of the training set."""
         return self._chunks
+
+    @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._chunks.num_examples
 
     @property
     def chunk_size(self) -> int:
@@ -161,11 +166,7 @@ class InlineEngine(ClosesOnExit):
     def _checked(self, pending: Any) -> Any:
         """What a call found of as many chunks as there are devices, in host memory."""
         count = len(self._devices) * self._chunks.size
-        found = unpadded(pending, count)
-        wrong = what_is_wrong(found, count)
-        if wrong is not None:
-            raise ArgumentError(f"the scorer returned what cannot be scores: {wrong}")
-        return found
+        return unpadded(pending, count, count)
 
     def _scored_chunk(self, found: Any, place: int, chunk: int, version: int) -> ScoredChunk:
         ids, start = self._chunks.ids(chunk), place * self._chunks.size

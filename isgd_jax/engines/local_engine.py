@@ -59,9 +59,14 @@ class DeviceWorker:
         return item, self._scorer(self._params, batch)
 
     def finish(self, started: tuple[WorkItem, Any]) -> Any:
-        """The scores of a chunk that was started, in the memory of the host; waits for the device."""
+        """The scores of a chunk that was started, in the memory of the host; waits for the device.
+
+        Raises:
+            ValueError: what the scorer returned cannot be scores.
+        """
         item, found = started
-        return unpadded(found, len(self._job.chunks.ids(item.chunk)))
+        chunks = self._job.chunks
+        return unpadded(found, len(chunks.ids(item.chunk)), chunks.size)
 
     def revive(self, failures: int) -> bool:
         """Whether to try again after so many failures in a row: there is nothing to be made anew."""

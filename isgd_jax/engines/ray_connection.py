@@ -15,7 +15,7 @@ import ray
 from ray import _raylet
 from ray._private import ray_constants, services, worker
 
-__all__ = ["KNOCK", "QUIET", "connect", "last_line"]
+__all__ = ["KNOCK", "QUIET", "connect"]
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Ray would print notices."""
@@ -70,7 +70,7 @@ def _connect(address: str | None, num_workers: int) -> bool:
             return False
     except (ConnectionError, ValueError) as error:
         raise ConnectionError(
-            f"there is no Ray at address={address!r} ({last_line(error)}): start one with `ray start --head` and join "
+            f"there is no Ray at address={address!r} ({_last_line(error)}): start one with `ray start --head` and join "
             "the other hosts with `ray start --address=HOST:6379`, or leave out address= to start one of this host"
         ) from error
     _lock()
@@ -146,6 +146,6 @@ def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     logging.getLogger(__name__).debug("\n".join(data["lines"]))
 
 
-def last_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -41,7 +41,7 @@ except ImportError as error:
     raise CannotImportError("isgd.engines.ray_cluster needs Ray: pip install 'isgd_jax[cluster]'") from error
 
 from isgd_jax.engines.chunks import Chunks, is_key, num_rows, unpadded
-from isgd_jax.engines.contract import ScoredChunk, WorkersGone
+from isgd_jax.engines.contract import ScoredChunk
 from isgd_jax.engines.local_engine import Job, num_bytes, seconds_per_chunk
 from isgd_jax.engines.ray_connection import connect
 from isgd_jax.engines.work_queue import WorkItem, WorkQueue
@@ -61,6 +61,10 @@ LOOK = 1.0
 class ScoringActor:
     """The actor: one process, one device, one version of the parameters."""
 
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._version: int | None = None
+
     def prepare(self, make_job: MakeJob) -> str:
         """Load the data; called first, and again after each restart, since Ray's new process knows nothing.
 
@@ -71,11 +75,17 @@ class ScoringActor:
         self._device = jax.local_devices()[0]
         self._scorer = CapturingJit(self._job.scorer)
         self._params: Params = None
-        self._version: int | None = None
+        self._version = None
         return fingerprint
 
     def load(self, params: Params, version: int) -> int:
-        """Take parameters, NumPy arrays in the shared memory of this node; returns their bytes."""
+        """Take parameters, NumPy arrays in the shared memory of this node; returns their bytes.
+
+        Raises:
+            RuntimeError: it has no data, as after a restart that nobody saw.
+        """
+        if self._job is None:
+            raise RuntimeError("its process began anew, and has yet to load its data")
         self._params, self._version = jax.device_put(params, self._device), version
         return num_bytes(self._params)
 
@@ -84,11 +94,13 @@ class ScoringActor:
 
         Raises:
             RuntimeError: the item is of another version than the parameters here, as after a restart that nobody saw.
+            ValueError: what the scorer returned cannot be scores.
         """
-        if item.version != self._version:
+        if self._job is None or item.version != self._version:
             raise RuntimeError(f"asked to score at version {item.version}, but holds {self._version}")
         batch = jax.device_put(self._job.chunks.batch(self._job.data, item.chunk), self._device)
-        return unpadded(self._scorer(self._params, batch), len(self._job.chunks.ids(item.chunk)))
+        chunks = self._job.chunks
+        return unpadded(self._scorer(self._params, batch), len(chunks.ids(item.chunk)), chunks.size)
 
 
 class Refused(ValueError):
@@ -100,7 +112,7 @@ class Failed(RuntimeError):
 
 
 class Lost(RuntimeError):
-    """A worker that Ray restarts, here or on another node."""
+    """A worker that Ray restarts, here or on another node; or the Ray of this process is gone."""
 
 
 class Actor:
@@ -114,12 +126,14 @@ class Actor:
 
     def load(self, shipment: ray.ObjectRef, version: int) -> int:
         """Tell the actor the parameters to score with from now on."""
+        _check_ray()
         if not self._known:
             self._meet()
         return self._get(self.handle.load.remote(shipment, version))
 
     def start(self, item: WorkItem) -> ray.ObjectRef:
         """Send a batch to the actor; returns what `finish` waits for."""
+        _check_ray()
         return self.handle.score.remote(item)
 
     def finish(self, started: ray.ObjectRef) -> Any:
@@ -130,7 +144,7 @@ class Actor:
         """As long as Ray restarts it, after a pause."""
         pause = PAUSES[min(failures, len(PAUSES)) - 1]
         self._known = False  # the next one may be on another node, and must show its data
-        return not self._refused and not self._closed.wait(pause)
+        return not self._refused and ray.is_initialized() and not self._closed.wait(pause)
 
     def close(self) -> None:
         """Let the actor go, once, and of the Ray that there is: to kill begins another where none runs."""
@@ -159,6 +173,7 @@ class Actor:
         """Ray's errors are pages long: say what happened in one sentence."""
         try:
             while not self._closed.is_set():
+                _check_ray()
                 ready, _ = ray.wait([ref], timeout=LOOK)
                 if ready:
                     return ray.get(ref)
@@ -179,16 +194,27 @@ class RayCluster(WorkerPool):
 
     def __init__(self, queue: WorkQueue, *, stops_ray: bool, **options: Any) -> None:
         super().__init__(queue, ship=_ship, **options)
-        self._stops_ray, self._unpublished = stops_ray, ""
+        self._stops_ray, self._unpublished, self._advice = stops_ray, "", ""
 
     def publish(self, params: Params, version: int) -> None:
-        """As in `WorkerPool`; when Ray's store is full, workers go on with older parameters: `collect` may raise."""
+        """As in `WorkerPool`; when Ray's store is full, workers go on with older parameters: `collect` may raise.
+
+        Once the engine is closed nothing is done. Where somebody else shut Ray down nobody scores any more, and no
+        other Ray is begun, which would listen to everybody.
+        """
+        if self._closed:
+            return
         try:
             super().publish(params, version)
-            self._unpublished = ""
+            self._unpublished, self._advice = "", ""
         except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError):
             self._unpublished = f"Ray's object store has no room for the {num_bytes(params):,} bytes of the parameters"
-            self.tell(f"{self._unpublished}: workers go on with older ones; start Ray with a larger object store")
+            self._advice = "start Ray with a larger object store"
+            self.tell(f"{self._unpublished}: workers go on with older ones; {self._advice}")
+        except Lost as error:
+            if str(error) != self._unpublished:
+                self.tell(f"{error}: nobody scores any more; training goes on with the scores there are")
+            self._unpublished, self._advice = str(error), "make another engine"
 
     def collect(self, *, wait: bool = False) -> list[ScoredChunk]:
         """As in `WorkerPool`.
@@ -196,16 +222,29 @@ class RayCluster(WorkerPool):
         Raises:
             RuntimeError: nothing was published yet.
             WorkersGone: ``wait``, and nobody is left who could score.
-            OSError: ``wait``, and Ray's store was full at the last publish.
+            OSError: ``wait``, and Ray's store was full at the last publish, or Ray was shut down before.
         """
         if self._unpublished and wait:
-            raise OSError(f"{self._unpublished}: start Ray with a larger object store, then go on")
+            raise OSError(f"{self._unpublished}: {self._advice}, then go on")
         if self._unpublished and self._published is None:
             return []
+        return super().collect(wait=wait)
+
+    def seconds_per_collect(self, params: Params, *, wait: bool = False) -> float:
+        """As in `WorkerPool`.
+
+        Raises:
+            OSError: Ray's store has no room for the parameters, or Ray was shut down.
+        """
         try:
-            return super().collect(wait=wait)
-        except WorkersGone as error:
-            raise WorkersGone("; ".join([str(error), *self.notices()])) from None
+            return super().seconds_per_collect(params, wait=wait)
+        except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError) as error:
+            raise OSError(
+                f"Ray's object store has no room for the {num_bytes(params):,} bytes of the parameters: start Ray with "
+                "a larger one"
+            ) from error
+        except Lost as error:
+            raise OSError(f"{error}: make another engine") from error
 
     def close(self) -> None:
         """End the workers and, where this process started it, the Ray of this host."""
@@ -400,4 +439,11 @@ def places(num_workers: int, free: Mapping[str, float]) -> Places:
 
 def _ship(params: Params) -> ray.ObjectRef:
     """Into the object store, once for all workers of a node."""
+    _check_ray()
     return ray.put(jax.tree.map(np.asarray, params))
+
+
+def _check_ray() -> None:
+    """See that this process has a Ray: where it has none each of Ray's calls begins one, which listens to everybody."""
+    if not ray.is_initialized():
+        raise Lost("Ray was shut down in this process")

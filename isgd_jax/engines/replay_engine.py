@@ -30,6 +30,11 @@ class ReplayEngine(ClosesOnExit):
         self._steps = iter(sorted(schedule.arrivals))
 
     @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._inline.num_examples
+
+    @property
     def chunk_size(self) -> int:
         """Examples in a chunk."""
         return self._inline.chunk_size

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from isgd_jax.errors import ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.captured import CapturingJit, captured, passing
 from isgd_jax.types import Batch, Params, Scorer, SketchingScorer
 
@@ -47,6 +47,7 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
 
     Raises:
         TypeError: when called inside a jax transformation.
+        ValueError: when called, ``scorer`` does not return one row an example.
     """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1 and jax.process_count() == 1:
@@ -68,7 +69,7 @@ def sharded(scorer: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         rows = np.minimum(np.arange(each * len(devices)), size - 1)  # the last example, again, is harmless padding
         slices = jax.tree.map(lambda x: x[rows].reshape(len(devices), each, *x.shape[1:]), batch)
         found = jax.device_get(mapped(replicate(params), jax.device_put(slices, split), replicate.sharding))
-        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
+        joined = jax.tree.map(lambda x: _of_rows(x, each).reshape(-1, *x.shape[2:])[:size], found)
         return _bring_home(joined, params, batch)
 
     return score
@@ -104,6 +105,16 @@ def _mesh_of(params: Sequence[Any]) -> Mesh | None:
     return None
 
 
+def _of_rows(found: Any, each: int) -> Any:
+    """What each device found [devices, each, ...], one row an example: else no row is known to be whose."""
+    if found.shape[1:2] != (each,):
+        raise ArgumentError(
+            f"the scorer must return one row an example, [{each}] or [{each}, dims] floating-point scores, got "
+            f"{found.dtype}{list(found.shape[1:])}"
+        )
+    return found
+
+
 def _is_on_one(x: Any) -> bool:
     return isinstance(x, jax.Array) and x.committed and len(x.devices()) == 1
 
@@ -118,7 +129,7 @@ def _scored_over(mesh: Mesh, scorer: Any, params: Sequence[Any], batch: Batch) -
     found = scorer(*params, jax.tree.map(lambda x: _laid(x[rows], split), batch))
     if mesh.is_multi_process:
         found = multihost_utils.process_allgather(found, tiled=True)
-    return jax.tree.map(lambda x: np.asarray(x)[:size], found)
+    return jax.tree.map(lambda x: _of_rows(np.asarray(x)[None], len(rows))[0, :size], found)
 
 
 def _laid(x: Any, where: NamedSharding) -> jax.Array:

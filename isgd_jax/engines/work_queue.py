@@ -202,6 +202,11 @@ class WorkQueue:
         return len(self._chunks)
 
     @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._chunks.num_examples
+
+    @property
     def chunk_size(self) -> int:
         """Examples in a chunk."""
         return self._chunks.size

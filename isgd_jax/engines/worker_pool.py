@@ -155,6 +155,11 @@ class WorkerPool(ClosesOnExit):
         thread.start()
 
     @property
+    def num_examples(self) -> int:
+        """Of the training set."""
+        return self._queue.num_examples
+
+    @property
     def chunk_size(self) -> int:
         """Examples in a chunk of the training set."""
         return self._queue.chunk_size
@@ -182,7 +187,7 @@ class WorkerPool(ClosesOnExit):
             Chunks in the order in which they came in; with ``wait`` in that of the examples.
 
         Raises:
-            RuntimeError: nothing was published yet, or ``wait`` and the engine is closed.
+            RuntimeError: nothing was published yet, or ``wait`` and the engine is closed, or is while it is waited.
             WorkersGone: ``wait``, and no worker is left, or none has sent anything for the pool's time-out.
         """
         with self._changed:
@@ -268,8 +273,11 @@ class WorkerPool(ClosesOnExit):
         self._last_result = time.monotonic()
         while not self._queue.is_complete(version):
             missing = f"{self._queue.missing(version)} chunks lack scores at version {version}"
+            if self._closed:
+                raise RuntimeError(f"the engine was closed, and {missing}: nobody scores what is waited for")
             if not self._workers:
-                raise WorkersGone(f"all workers are gone and {missing}: go on with other workers, or inline")
+                gone = f"all workers are gone and {missing}: go on with other workers, or inline"
+                raise WorkersGone("; ".join([gone, *self._notices]))  # after an error nobody may ask for them
             if time.monotonic() - self._last_result > self._timeout:
                 why = "".join(f"; worker {name} failed ({errors[-1]})" for name, errors in self._failing.items())
                 raise WorkersGone(f"no worker has sent anything for {self._timeout:g} s and {missing}{why}")

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax.errors import ArgumentError, check_whole
+from isgd_jax.errors import ArgumentError, check_unmasked, check_whole
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import score_table
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
@@ -198,6 +198,7 @@ class IndexSampler:
                 of the run, since float32 holds few digits.
 
         Raises:
+            TypeError: they are masked, or no numbers.
             ValueError: there is not one number a draw, the step was observed before or never handed out, the batch is
                 another sampler's, or ``seconds`` are wanted, or too large to tell ages by. Nothing is changed then.
         """
@@ -237,10 +238,14 @@ class IndexSampler:
             seconds: as for ``observe``: counted from the start of the run.
 
         Raises:
-            TypeError: ids are no whole numbers.
+            TypeError: ids or the version are no whole numbers, or an array is masked.
             ValueError: there is not one score an id, or ``seconds`` are wanted, or too large to tell ages by.
         """
         check_clock(seconds, self.sampler.max_age_seconds)
+        check_unmasked("ids", ids)
+        check_unmasked("scores", scores)
+        if version is not None:
+            check_whole("version", version, least=0)
         ids, scores = np.asarray(score_table.as_ids(ids, self.sampler.num_examples)), np.asarray(scores, np.float32)
         if ids.ndim != 1 or ids.shape != scores.shape:
             raise ArgumentError(
@@ -280,7 +285,7 @@ class IndexSampler:
             saved: by `state_dict`, of a sampler made with the same arguments.
 
         Raises:
-            ValueError: it was saved by another format, sampler or ``ahead``.
+            ValueError: it was saved by another format, sampler or ``ahead``. Nothing is changed then.
         """
         if saved.get("format") != FORMAT:
             raise ArgumentError(f"expected a state of format {FORMAT}, got {saved.get('format')!r}")
@@ -288,10 +293,9 @@ class IndexSampler:
             raise ArgumentError(f"it was saved with ahead={len(saved['draws'])}, here it is {self.ahead}")
         with self._changed, self._on_host():
             [key_data] = _like([_data(self._key)], [saved["key"]])
-            self._state = _like(self._state, saved["state"])
-            self._key = _key_of(key_data, self._key)
+            state = _like(self._state, saved["state"])
             draws = [_like(draw, leaves) for draw, leaves in zip(self._made, saved["draws"], strict=True)]
-            self._made = deque(draws)
+            self._key, self._state, self._made = _key_of(key_data, self._key), state, deque(draws)
             self._observed = self._handed = int(saved["observed"])
             self._waiting.clear()
             self._listed.clear()
@@ -327,6 +331,7 @@ class IndexSampler:
     def _whole(self, what: str, given: Any, batch: IndexBatch) -> np.ndarray | None:
         if given is None:
             return None
+        check_unmasked(what, given)
         numbers = np.asarray(given, np.float32)
         if numbers.shape != batch.indices.shape:
             raise ArgumentError(f"expected {what} of the {len(batch.indices)} draws, got shape {numbers.shape}")

@@ -181,6 +181,7 @@ class _Presampling(_Still):
 
         Raises:
             TypeError: there is no scorer, or no ``params`` and ``data`` to score with.
+            ValueError: the scorer does not give one score a candidate.
         """
         if self.scorer is None or params is None or data is None:
             raise ArgumentTypeError(
@@ -223,7 +224,13 @@ class _Presampling(_Still):
         count = found.indices.shape[0]
 
         def scored(indices: Array) -> Array:
-            return score(jax.tree.map(lambda x: x[indices], data)).astype(jnp.float32)
+            found = score(jax.tree.map(lambda x: x[indices], data))
+            if jnp.shape(found) != indices.shape:  # longer ones would be drawn from, and the mean be another
+                raise ArgumentError(
+                    f"presampling's scorer must give one score an example: expected {list(indices.shape)}, got "
+                    f"{list(jnp.shape(found))}"
+                )
+            return found.astype(jnp.float32)
 
         def by_chance() -> tuple[Draw, Array]:
             draw = samplers.uniform(key, jnp.ones(count, jnp.float32), num_draws=size)

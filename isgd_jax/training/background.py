@@ -213,11 +213,12 @@ def refresher(
 
     Raises:
         TypeError: a number of steps is no whole number.
-        ValueError: it is not positive, or more than int32 holds.
+        ValueError: it is not positive, or more than int32 holds; or the engine scores another number of examples.
     """
     for name, value in (("every", every), ("publish_every", publish_every)):
         if value is not None:
             check_whole(name, value, least=1)
+    _check_size(engine, sampler)
     return Refresher(
         engine,
         sampler,
@@ -229,6 +230,16 @@ def refresher(
         publish_at=publish_at,
         warn=warn,
     )
+
+
+def _check_size(engine: Any, sampler: BatchSampler) -> None:
+    """See that an engine that knows its number of examples has those of the sampler: ids are all that scores bear."""
+    scored = getattr(engine, "num_examples", sampler.num_examples)
+    if scored != sampler.num_examples:
+        raise ArgumentError(
+            f"the engine scores {scored} examples, the sampler draws from {sampler.num_examples}: give both the same "
+            "training set"
+        )
 
 
 def _recorded(

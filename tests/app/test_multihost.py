@@ -1,5 +1,6 @@
 """Several processes that train as one, over loopback."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,8 +22,8 @@ from test_cli import isgd
 
 from isgd_jax.app import checkpoints
 from isgd_jax.app.config import Config, configure
-from isgd_jax.app.multihost import LOST, _check_same, _of_all
-from isgd_jax.app.run import _devices, fit
+from isgd_jax.app.multihost import LOST, _check_same, _identity, _of_all
+from isgd_jax.app.run import _devices, _fingerprint, fit
 from isgd_jax.app.run_dir import RunDir
 
 SETTINGS: dict[str, Any] = {
@@ -279,6 +280,38 @@ def test_other_data_and_another_number_of_processes_are_refused(start: Callable[
     assert all("differ in num_processes=: 2 in process 0, but 3 in process 1" in x.end()[1] for x in numbers)
 
 
+@pytest.mark.slow
+def test_other_numbers_in_a_file_of_the_same_name_are_refused(
+    start: Callable[..., list[Member]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process would draw by its own weights of examples, and all would learn from a mixture."""
+    port, members = free_port(), list[Member]()
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        np.save("weights.npy", np.full(4, 1.0 + number))
+        members += start(number, port=port, example_weights="weights.npy")
+    for member in members:
+        code, told = member.end()
+        assert code == 1
+        assert "the processes differ in file of example_weights: " in told
+
+
+def test_held_out_examples_and_files_of_numbers_are_part_of_what_must_be_the_same(tmp_path: Path) -> None:
+    dataset, alone, many = blobs(), configure(), configure(distributed=True)
+    other = dataclasses.replace(dataset, test={name: array[1:] for name, array in dataset.test.items()})
+    assert _fingerprint(alone, dataset) == _fingerprint(alone, other) == dataset.fingerprint
+    assert _fingerprint(many, dataset) != _fingerprint(many, other)
+    weighted = configure(distributed=True, example_weights=str(tmp_path / "weights.npy"))
+    missing = _identity(weighted, "a")
+    np.save(tmp_path / "weights.npy", np.ones(4))
+    one = _identity(weighted, "a")
+    np.save(tmp_path / "weights.npy", np.zeros(4))
+    for others in (missing, _identity(weighted, "a")):
+        with pytest.raises(ValueError, match="the processes differ in file of example_weights: "):
+            _check_same([one, others])
+
+
 def test_what_differs_is_named_with_its_processes() -> None:
     same = {"--seed": 0, "the version of jax": "1"}
     _check_same([same] * 3)
@@ -289,6 +322,43 @@ def test_what_differs_is_named_with_its_processes() -> None:
     with pytest.raises(ValueError, match="--power: 'nothing' in process 0, but 1 in process 1"):
         _check_same([same, same | {"--power": 1}])
     assert _of_all(same) == [same]
+
+
+SAVER = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from isgd_jax.app import shared_checkpoints
+from isgd_jax.app.config import configure
+from isgd_jax.app.multihost import joined
+place = {"coordinator": f"127.0.0.1:{sys.argv[1]}", "num_processes": 2, "process_id": int(sys.argv[2])}
+with joined(configure(distributed=True, **place), "a"):
+    numbers = np.array([-0.0, 1e-40, np.nan, -1.5], np.float32)
+    tree = [numbers, jnp.array([-0.0, 1.0], "bfloat16"), np.array([True, False]), np.uint32(2**32 - 1), numbers[:0]]
+    saved = shared_checkpoints.of_run(Path(sys.argv[3]), identity={})
+    saved.save(1, tree, {})
+    saved.wait()
+    found, _, _ = saved.restore(tree)
+    saved.close()
+    print([np.asarray(x).tobytes().hex() for x in found] == [np.asarray(x).tobytes().hex() for x in tree])
+"""
+"""Saves numbers that a sum would change, and takes them up again."""
+
+
+@pytest.mark.slow
+def test_what_is_taken_up_by_several_processes_has_the_bits_that_were_saved(tmp_path: Path) -> None:
+    """The sign of zeros, and numbers below 1e-38, among them."""
+    port, environment = str(free_port()), os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": forced(1)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVER, port, str(i), str(tmp_path / "checkpoints")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outs = [process.communicate(timeout=120) for process in running]
+    assert [out.splitlines()[-1:] for out, _ in outs] == [["True"]] * 2, outs
 
 
 @pytest.mark.slow

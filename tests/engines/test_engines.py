@@ -259,6 +259,8 @@ def test_scores_without_sketches_say_so(build: Build) -> None:
     [
         (lambda params, batch: jnp.sum(jnp.asarray(batch["y"])) + params["b"], "floating-point scores, got float32"),
         (lambda params, batch: jnp.asarray(batch["x"]) * params["w"][None], "floating-point scores, got float32"),
+        (lambda params, batch: jnp.tile(jnp.asarray(batch["y"]), 2), "floating-point scores, got float32"),
+        (lambda params, batch: jnp.asarray(batch["y"])[:2], "floating-point scores, got float32"),
         (lambda params, batch: jnp.zeros(batch["y"].shape, jnp.int32), "floating-point scores, got int32"),
         (lambda params, batch: (jnp.asarray(batch["y"]), jnp.asarray(batch["y"])), "dims.* sketches, got float32"),
         (lambda params, batch: (jnp.asarray(batch["y"]),) * 3, "got a tuple of 3"),

@@ -24,6 +24,7 @@ import isgd_jax as isgd
 from isgd_jax.app.run import fit
 from isgd_jax.engines.contract import Engine, WorkersGone
 from isgd_jax.engines.inline_engine import InlineEngine
+from isgd_jax.engines.work_queue import WorkItem
 from isgd_jax.sampling import score_table
 
 ray = pytest.importorskip("ray")
@@ -265,6 +266,54 @@ def test_closing_again_or_after_ray_has_ended_begins_no_other(
     assert len(killed) == 1
     for handle in left:
         kill(handle)
+
+
+def test_an_engine_that_is_closed_or_whose_ray_was_shut_down_begins_no_other(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of Ray's calls starts one where none runs, and that one listens to everybody."""
+    closed, left, put, sent = build(), build(), list[Any](), ray.put(0)
+    closed.close()
+    monkeypatch.setattr(ray_engine.ray, "put", put.append)
+    closed.publish(PARAMS, 0)
+    assert put == closed.notices() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine.ray, "is_initialized", lambda: False)
+        for version in range(2):
+            left.publish(PARAMS, version)
+        told = "Ray was shut down in this process: nobody scores any more; training goes on with the scores there are"
+        assert left.notices() == [told]
+        with pytest.raises(OSError, match="Ray was shut down in this process: make another engine, then go on"):
+            left.collect(wait=True)
+        with pytest.raises(OSError, match="Ray was shut down in this process: make another engine"):
+            left.seconds_per_collect(PARAMS)
+        (worker,) = left._workers.values()
+        for use in (lambda: worker.load(sent, 0), lambda: worker.start(WorkItem(0, 0)), lambda: worker.finish(sent)):
+            with pytest.raises(ray_engine.Lost, match="Ray was shut down in this process"):
+                use()
+        assert not worker.revive(1)
+    assert put == []
+
+
+def test_what_the_store_cannot_take_is_told_while_a_run_is_planned(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(value: Any) -> None:
+        raise ray.exceptions.ObjectStoreFullError("no room")
+
+    engine = build()
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(OSError, match="Ray's object store has no room for the 20 bytes of the parameters: start Ray"):
+        engine.seconds_per_collect(PARAMS)
+
+
+def test_a_process_that_began_anew_says_so() -> None:
+    """As after a restart between two calls, which nobody saw."""
+    actor = ray_engine.ScoringActor()
+    with pytest.raises(RuntimeError, match="its process began anew, and has yet to load its data"):
+        actor.load(PARAMS, 0)
+    with pytest.raises(RuntimeError, match="asked to score at version 0, but holds None"):
+        actor.score(WorkItem(0, 0))
 
 
 def test_random_keys_are_not_sent_and_the_error_says_what_to_do() -> None:

@@ -348,3 +348,28 @@ def test_waiting_on_a_closed_engine_is_an_error(pool: Callable[..., WorkerPool])
     engine.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.collect(wait=True)
+
+
+def test_who_waits_for_an_engine_that_is_closed_meanwhile_is_told_at_once(pool: Callable[..., WorkerPool]) -> None:
+    def slow(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
+        while not engine._closed:
+            threading.Event().wait(0.01)
+        return scores
+
+    engine, (params, _) = pool(slow), linear_problem(NUM_EXAMPLES)
+    engine.publish(params, 0)
+    threading.Timer(0.2, engine.close).start()
+    with pytest.raises(RuntimeError, match=r"the engine was closed, and .* chunks lack scores at version 0: nobody"):
+        engine.collect(wait=True)
+
+
+def test_that_all_workers_are_gone_is_said_with_the_reason(pool: Callable[..., WorkerPool]) -> None:
+    def fails(worker: DeviceWorker, item: Any, scores: np.ndarray) -> np.ndarray:
+        raise ValueError("no such layer")
+
+    engine, (params, _) = pool(fails), linear_problem(NUM_EXAMPLES)
+    engine.publish(params, 0)
+    with pytest.raises(
+        WorkersGone, match=r"all workers are gone .*; worker cpu:. failed \(ValueError: no such layer\)"
+    ):
+        engine.collect(wait=True)

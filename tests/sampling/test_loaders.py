@@ -63,6 +63,33 @@ def test_a_saved_state_goes_on_bit_for_bit_and_hands_out_again_what_was_not_obse
     same(trained(again, 13), whole[7:])
 
 
+def test_a_saved_state_that_is_refused_changes_nothing():
+    """One of another batch size has a state of the same shapes, and other draws."""
+    draws, whole = made(), trained(made(), 6)
+    trained(draws, 3)
+    strange, later = made(isgd.importance_sampler(N, batch_size=2 * M)), made()
+    trained(later, 5)
+    for saved in (strange.state_dict(), later.state_dict() | {"draws": strange.state_dict()["draws"]}):
+        with pytest.raises(ValueError, match="it was saved of another sampler"):
+            draws.load_state_dict(saved)
+    same(trained(draws, 3), whole[3:])
+
+
+def test_masked_arrays_and_versions_that_are_no_count_are_refused():
+    """NumPy drops the mask, and what it hid would be learnt."""
+    draws = made()
+    batch, masked = next(draws), np.ma.masked_array(np.ones(M, np.float32), mask=np.arange(M) == 1)
+    for name, use in {
+        "norms": lambda: draws.observe(batch, norms=masked),
+        "scores": lambda: draws.record(batch.indices, masked),
+        "ids": lambda: draws.record(np.ma.masked_array(batch.indices), np.ones(M)),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be an array without a mask"):
+            use()
+    with pytest.raises(ValueError, match="version must be 0 or more, got -1"):
+        draws.record(batch.indices, np.ones(M), version=-1)
+
+
 def test_epochs_are_epochs():
     rows = trained(made(isgd.shuffled_epochs(N, batch_size=M)), N // M)
     assert sorted(np.concatenate([indices for indices, _ in rows])) == list(range(N))

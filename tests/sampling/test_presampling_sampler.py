@@ -159,6 +159,17 @@ def test_a_batch_of_odd_size_and_of_one() -> None:
         assert bool(draw.in_halves) == (size > 1)
 
 
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (6,), (), (12, 1)])
+def test_a_scorer_of_another_shape_is_refused(shape: tuple[int, ...], is_gated: bool) -> None:
+    """More scores than candidates were drawn from, and the mean was that of other examples."""
+    sampler = isgd.presampling(
+        N, batch_size=2 * M, candidates=3, gate=is_gated, scorer=lambda params, batch: jnp.ones(shape)
+    )
+    with pytest.raises(ValueError, match=r"presampling's scorer must give one score an example: expected \[.*\], got"):
+        sampler.sample(jax.random.key(0), sampler.init(), params=1.0, data=DATA)
+
+
 def test_it_needs_a_scorer_with_parameters_and_data_or_the_two_steps() -> None:
     blind = isgd.presampling(N, batch_size=M)
     with pytest.raises(TypeError, match=r"presampling\(scorer=.*candidates\(\) and resample\(\)"):

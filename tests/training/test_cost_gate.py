@@ -201,9 +201,7 @@ def test_norms_that_cost_too_much_are_left_and_a_run_goes_on_bit_for_bit(hold: s
     whole = Notes(keep_at=170)
     result = fitted(whole, hold=hold)
     (told,) = whole.texts
-    assert told.startswith(
-        "72: a step that learns from norms takes 30 times a plain one (given, refreshes included)"
-    )
+    assert told.startswith("72: a step that learns from norms takes 30 times a plain one (given, refreshes included)")
     assert whole.learnt == [*(step for step in range(72) if step not in RESTED), *range(72, 128, 8), 128, 256]
     again = Notes(begin=whole.kept)
     resumed = fitted(again, hold=hold)

@@ -214,3 +214,17 @@ def test_scores_are_distrusted_by_the_clock_that_is_handed_in() -> None:
 def test_a_number_of_steps_that_is_none_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"every must be 1 (or more, got 0|to 2\^31 - 1, got 2147483648)"):
         isgd.refresher(None, sampler(), **changes)
+
+
+def test_an_engine_of_another_number_of_examples_is_refused() -> None:
+    """Scores bear ids alone: they would come to whatever example has the number."""
+    _, data = linear_problem(N + 3)
+    for engine in (
+        isgd.engines.inline(isgd.scorers.grad_norm(linear_loss), data, chunk_size=16),
+        isgd.engines.local(isgd.scorers.grad_norm(linear_loss), data, chunk_size=16, devices=jax.devices()[:1]),
+    ):
+        with (
+            engine,
+            pytest.raises(ValueError, match="the engine scores 43 examples, the sampler draws from 40: give both the"),
+        ):
+            isgd.refresher(engine, sampler())

@@ -13,7 +13,7 @@ from isgd_jax.types import Draw
 
 __all__ = ["replicated", "share"]
 
-AnyDraw = TypeVar("AnyDraw", Draw, DomainDraw)
+Tree = TypeVar("Tree", Draw, DomainDraw)
 
 
 def replicated(x: Array) -> Array:
@@ -33,7 +33,7 @@ def replicated(x: Array) -> Array:
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
-def share(draw: AnyDraw, axis_name: str) -> AnyDraw:
+def share(draw: Tree, axis_name: str) -> Tree:
     """The part of a draw that this device handles: equal parts along the axis, inside ``pmap`` or ``shard_map``.
 
     Scalars of the draw come whole. ``observe`` wants the whole draw again, with ``axis_name``.

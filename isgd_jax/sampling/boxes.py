@@ -6,7 +6,8 @@ The cube is halved again and again, each box along the axis that pays most, at t
 Guarantees:
 
 * a uniform point, moved, lies anywhere with exactly the density that `densities` says there, up to roundings: draws
-  weighted by one over it are unbiased for the integral over the cube, whatever the boxes were fitted to;
+  weighted by one over it are unbiased for the integral over the cube, whatever the boxes were fitted to (places have 24
+  bits along an axis, so the chance of a box is right to about 2^-24, of all 1,024 boxes of a line to 3e-5);
 * moving keeps order along each axis within each box, so points that leave no gaps still leave none;
 * no box is without volume or mass: the density is at least the uniform fraction everywhere.
 
@@ -21,16 +22,22 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-__all__ = ["POINTS_PER_BOX", "Boxes", "densities", "fitted", "moved", "uniform_boxes"]
+from isgd_jax.gradients.jaxpr import made_varying
+
+__all__ = ["MOST_BOXES", "POINTS_PER_BOX", "Boxes", "densities", "fitted", "moved", "uniform_boxes"]
 
 POINTS_PER_BOX = 4
 """Points that a box's score is the root mean square of."""
+
+MOST_BOXES = 2**15
+"""Numbers of a box and a point of it are sorted as one int32."""
 
 LEAST_SHARE = 0.25
 """Of its side a half of a box has at least so much: a rounding of coordinates never leaves a box without volume."""
 
 SHORTEST_SIDE = 2.0**-16
-"""A side of no more is not halved again, while there is a longer one: float32 has 2^-24 near 1."""
+"""A side of no more is not halved again, while there is a longer one, and else in equal parts: float32 has 2^-24 near
+1."""
 
 
 class Boxes(NamedTuple):
@@ -113,7 +120,9 @@ def fitted(
         return 2 * members + is_upper, (low, high), (axes, middles)
 
     first = jnp.zeros(count, jnp.int32)
-    members, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, (first, corners, tree))
+    # Inside `jax.shard_map` what goes in must differ between devices as what comes out does.
+    carry = made_varying((first, corners, tree), known)
+    members, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, carry)
     volume = jnp.prod(high - low, axis=1)
     wanted = volume * _root_mean_square(known, row, members, 2**depth)
     total = jnp.sum(wanted)
@@ -205,7 +214,8 @@ def _best_halves(
         side = high[:, axis] - low[:, axis]
         last = (2 * boxes + 1) * half
         share = (0.5 * (at[(last - 1) % count] + at[last % count]) - low[:, axis]) / side
-        share = jnp.clip(share, LEAST_SHARE, 1.0 - LEAST_SHARE)
+        least = jnp.where(side > SHORTEST_SIDE, LEAST_SHARE, 0.5)
+        share = jnp.clip(share, least, 1.0 - least)
         size = _root_mean_square(known, own, part, low.shape[0])
         below, above = size[2 * boxes % len(size)], size[(2 * boxes + 1) % len(size)]
         costs.append(jnp.where(side > SHORTEST_SIDE, share * below + (1.0 - share) * above, jnp.inf))

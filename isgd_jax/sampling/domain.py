@@ -16,8 +16,8 @@ Guarantees:
 
 * at any parameters the estimate is unbiased for the mean over the domain, whatever was scored, by what, and when: a
   score that is wrong or old costs variance, never bias;
-* points are never drawn twice, so what a step leaves of its error the next ones average out, as with uniform points (of
-  a pool that serves many steps the error stays until the pool is redrawn);
+* points are never drawn twice (but for what rounds to one float32), so what a step leaves of its error the next ones
+  average out, as with uniform points (of a pool that serves many steps the error stays until the pool is redrawn);
 * places of the draws are spread evenly within a step and over the steps between two refreshes, as the density is;
 * no weight is above one over the uniform fraction;
 * the state is one pytree of arrays; nothing is read to the host, and all runs inside ``jax.jit``.
@@ -28,6 +28,7 @@ is solved, are the field's custom (Wu et al. 2023, arXiv 2207.10289).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -35,9 +36,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
-from isgd_jax.sampling.boxes import POINTS_PER_BOX, Boxes, densities, fitted, moved, uniform_boxes
-from isgd_jax.sampling.places import quasi_random
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole
+from isgd_jax.sampling.boxes import MOST_BOXES, POINTS_PER_BOX, Boxes, densities, fitted, moved, uniform_boxes
+from isgd_jax.sampling.places import quasi_random, wrapped
 from isgd_jax.types import Key
 
 __all__ = ["DomainDraw", "DomainReport", "DomainSampler", "DomainState", "domain_sampler"]
@@ -106,7 +107,7 @@ class DomainReport(NamedTuple):
             ("equivalent plain batch", f"{float(self.equivalent_batch):.4g}"),
         ]
         if int(self.unusable):
-            rows.append(("scores that are no numbers", f"{int(self.unusable):,}"))
+            rows.append(("scores below 0 or not finite", f"{int(self.unusable):,}"))
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:{width}}  {value}" for label, value in rows)
 
@@ -119,10 +120,11 @@ class DomainSampler(NamedTuple):
     init: Callable[[], DomainState]
     """``init() -> state``: the uniform density."""
     sample: Callable[..., DomainDraw]
-    """``sample(key, state, step) -> draw``: changes nothing; one key serves a run, and many steps may be drawn at once
-    by `jax.vmap` over ``step``."""
+    """``sample(key, state, step) -> draw``: changes nothing; one key serves a run (each sampler has its own: of one key
+    their places are the same), and many steps may be drawn at once by `jax.vmap` over ``step``."""
     refresh: Callable[..., DomainState]
-    """``refresh(key, state, score) -> state``: the density follows ``score(points) -> [k]`` of new points."""
+    """``refresh(key, state, score) -> state``: the density follows ``score(points) -> [k]`` of new points. Scores have
+    no gradient."""
     report: Callable[[DomainState], DomainReport]
 
 
@@ -147,12 +149,16 @@ def domain_sampler(
         place: ``points of the unit cube [k, dims] -> points of the domain``, a pytree of arrays with leading axis k.
             What the loss is averaged over is what it makes of uniform points: for an integral it keeps volumes in
             proportion (a box by scaling, a triangle or a sphere by their usual maps; for a domain of any shape take its
-            bounding box, and a loss and a score of 0 outside).
+            bounding box, and a loss and a score of 0 outside: the mean is then over the box). Coordinates are 0 to 1,
+            both ends included: once in millions of draws one is 1, so bound what is an index, and keep a logarithm or a
+            root off its end.
         dims: of the cube. Boxes serve up to about five; with more they are too few to be small along each axis.
         batch_size: draws in a step, m. A loss of several terms has a sampler for each, and this is its share.
-        num_boxes: of the density, a power of two. A refresh scores four new points for each.
+        num_boxes: of the density, a power of two, at most 2^15. A refresh scores four new points for each.
         uniform_fraction: share of the draws that is spread uniformly, above 0: no weight is above one over it, and
-            nothing that arises where scores were small goes unseen for long.
+            nothing that arises where scores were small goes unseen for long. Uniform places have 24 bits along each
+            axis, so what has less than some 2^-20 of the mass comes as a multiple of 2^-24 of it, or never: keep it
+            above a thousandth.
 
     Returns:
         The functions, `DomainSampler`.
@@ -163,11 +169,15 @@ def domain_sampler(
     """
     if not callable(place):
         raise ArgumentTypeError(f"place must be a function of points of the unit cube, got {place!r}")
-    check_whole("dims", dims, least=1)
-    check_whole("batch_size", batch_size, least=1)
-    check_whole("num_boxes", num_boxes, least=2)
+    dims = check_whole("dims", dims, least=1)
+    batch_size = check_whole("batch_size", batch_size, least=1)
+    num_boxes = check_whole("num_boxes", num_boxes, least=2)
+    if num_boxes > MOST_BOXES:
+        raise ArgumentError(f"num_boxes must be at most {MOST_BOXES}, got {num_boxes}")
     if num_boxes & (num_boxes - 1):
         raise ArgumentError(f"num_boxes must be a power of two, got {num_boxes}")
+    if not isinstance(uniform_fraction, Real) and not hasattr(uniform_fraction, "dtype"):
+        raise ArgumentTypeError(f"uniform_fraction must be a number, got {uniform_fraction!r}")
     if not 0.0 < uniform_fraction <= 1.0:
         raise ArgumentError(f"uniform_fraction must be above 0 and at most 1, got {uniform_fraction!r}")
     made = _Domain(place, dims, batch_size, num_boxes, float(uniform_fraction))
@@ -197,9 +207,15 @@ class _Domain:
             key: of the run.
             state: of this sampler.
             step: its number; the places of the steps between two refreshes go on from each other.
+
+        Raises:
+            TypeError: ``step`` is no whole number, or ``state`` no state.
+            ValueError: it is several, or the state is another sampler's.
         """
+        self._check_state(state)
         own = self._own(key, state, _OF_DRAWS)
-        unit, box = moved(state.boxes, quasi_random(own, self.batch_size, self.dims, first=step * self.batch_size))
+        first = wrapped("step", step) * jnp.uint32(self.batch_size)
+        unit, box = moved(state.boxes, quasi_random(own, self.batch_size, self.dims, first=first))
         return DomainDraw(self._placed(unit), state.boxes.mass[box], state.boxes.volume[box])
 
     def refresh(self, key: Key, state: DomainState, score: Callable[[Points], Float[Array, " k"]]) -> DomainState:
@@ -212,22 +228,29 @@ class _Domain:
                 where they are, such as absolute residuals.
 
         Raises:
-            TypeError: ``score`` is no function.
-            ValueError: it does not give a number a point.
+            TypeError: ``score`` is no function, its numbers are complex, or ``state`` is no state.
+            ValueError: it does not give a number a point, or the state is another sampler's.
         """
+        self._check_state(state)
         if not callable(score):
             raise ArgumentTypeError(f"score must be a function of new points, got a {type(score).__name__}")
         unit = self._to_score(self._own(key, state, _OF_SCORED), state.boxes)
         density = densities(state.boxes, unit)
         weights = 1.0 / (SPREAD_UNIFORMLY + (1.0 - SPREAD_UNIFORMLY) * density)
-        found = jnp.asarray(score(self._placed(unit)))
+        found = score(self._placed(unit))
+        check_array("score(points)", found)
+        found = jax.lax.stop_gradient(jnp.asarray(found))
         if found.shape != (unit.shape[0],):
             raise ArgumentError(f"score(points) must be one number a point, [{unit.shape[0]}], got {found.shape}")
-        found = found.astype(jnp.float32)
+        if jnp.issubdtype(found.dtype, jnp.complexfloating):
+            raise ArgumentTypeError(f"score(points) must be real numbers, got {found.dtype}: take their jnp.abs")
+        if not jnp.issubdtype(found.dtype, jnp.floating) or jnp.finfo(found.dtype).bits < 32:
+            found = found.astype(jnp.float32)
         is_usable = jnp.isfinite(found) & (found >= 0.0)
         scores = jnp.where(is_usable, found, 0.0)
         largest = jnp.max(scores)
-        scores = scores / jnp.where(largest > 0.0, largest, 1.0)  # so that squares stay within float32
+        # In their own type, so that squares stay within float32.
+        scores = (scores / jnp.where(largest > 0.0, largest, 1.0)).astype(jnp.float32)
         drawn, ideal = _second_moments(scores, weights, density)
         return DomainState(
             fitted(unit, scores, weights, uniform_fraction=self.uniform_fraction),
@@ -240,6 +263,22 @@ class _Domain:
     def report(self, state: DomainState) -> DomainReport:
         """How the density did with the newest points."""
         return DomainReport(state.drawn, state.ideal, self.batch_size / state.drawn, state.refreshes, state.unusable)
+
+    def _check_state(self, state: DomainState) -> None:
+        """Refuse a state that is none, or of another sampler: its boxes would be taken for this one's.
+
+        Raises:
+            TypeError: it is no state.
+            ValueError: it has boxes of another number or of other dimensions.
+        """
+        if not isinstance(state, DomainState):
+            raise ArgumentTypeError(f"state must be what init and refresh give, got a {type(state).__name__}")
+        found, wanted = jnp.shape(state.boxes.low), (self.num_boxes, self.dims)
+        if found != wanted:
+            raise ArgumentError(
+                f"state must be this sampler's, with boxes [num_boxes, dims] of {wanted}, got {found}: each sampler "
+                "has a state of its own, and several at once go through jax.vmap"
+            )
 
     def _own(self, key: Key, state: DomainState, purpose: int) -> Key:
         """A key of its own for what is done between two refreshes: nothing that was learnt from it decides on it."""

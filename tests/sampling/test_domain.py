@@ -239,6 +239,8 @@ def test_two_terms_train_in_one_program_with_the_state_donated_and_weights_by_th
         ({"batch_size": 1.5}, "batch_size must be a whole number"),
         ({"num_boxes": 100}, "num_boxes must be a power of two, got 100"),
         ({"num_boxes": 1}, "num_boxes must be 2 or more"),
+        ({"num_boxes": 2**16}, "num_boxes must be at most 32768, got 65536"),
+        ({"uniform_fraction": "auto"}, "uniform_fraction must be a number, got 'auto'"),
         ({"uniform_fraction": 0.0}, "uniform_fraction must be above 0 and at most 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -256,4 +258,80 @@ def test_functions_that_give_something_else_are_told() -> None:
     with unchecked(), pytest.raises(TypeError, match="score must be a function of new points, got a ndarray"):
         domain.refresh(KEY, domain.init(), np.ones(64))
     with pytest.raises(ValueError, match="place must return arrays with leading axis 8"):
-        isgd.domain_sampler(lambda unit: unit[:3], dims=1, batch_size=8).sample(KEY, domain.init(), 0)
+        isgd.domain_sampler(lambda unit: unit[:3], dims=1, batch_size=8, num_boxes=16).sample(KEY, domain.init(), 0)
+    with unchecked(), pytest.raises(TypeError, match=r"score\(points\) must be an array, .* got dict"):
+        domain.refresh(KEY, domain.init(), lambda x: {"equation": x[:, 0]})
+    with unchecked(), pytest.raises(TypeError, match=r"real numbers, got complex64: take their jnp.abs"):
+        domain.refresh(KEY, domain.init(), lambda x: x[:, 0].astype(jnp.complex64))
+
+
+def test_the_state_of_another_sampler_is_refused() -> None:
+    """Boxes of one dimension broadcast: with them both coordinates of a point of the square lay in one interval."""
+    line, square = make(dims=1), make(dims=2)
+    state = line.refresh(KEY, line.init(), lambda x: x[:, 0])
+    words = r"state must be this sampler's, with boxes \[num_boxes, dims\] of \(16, 2\), got \(16, 1\)"
+    with pytest.raises(ValueError, match=words):
+        square.sample(KEY, state, 0)
+    with pytest.raises(ValueError, match=words):
+        square.refresh(KEY, state, lambda x: x[:, 0])
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match=r"\(2, 16, 1\).* several at once go through jax.vmap"):
+        line.sample(KEY, several, 0)
+    with unchecked(), pytest.raises(TypeError, match="state must be what init and refresh give, got a dict"):
+        line.sample(KEY, state._asdict(), 0)
+
+
+def test_a_step_of_any_whole_type_gives_its_own_points_and_another_is_refused() -> None:
+    """int16 holds no 200 steps of 256 draws, and float32 turned every step past 2^32 draws into one."""
+    domain = make(dims=2, batch_size=256)
+    state = domain.init()
+    wanted = domain.sample(KEY, state, 200).points
+    with unchecked():
+        for step in (np.int64(200), np.int16(200), np.uint8(200), jnp.int16(200), jnp.uint8(200), np.array(200)):
+            np.testing.assert_array_equal(domain.sample(KEY, state, step).points, wanted)
+        for step in (jnp.float32(200), 200.0, True, "200"):
+            with pytest.raises(TypeError, match="step must be a whole number, got"):
+                domain.sample(KEY, state, step)
+        with pytest.raises(ValueError, match=r"step must be one whole number, got an array of shape \(256,\)"):
+            domain.sample(KEY, state, jnp.arange(256))
+
+
+def test_numbers_of_numpy_are_taken_for_whole_ones() -> None:
+    with unchecked():
+        domain = isgd.domain_sampler(same, dims=np.int64(2), batch_size=np.int8(100), num_boxes=np.int64(16))
+    wanted = make(dims=2, batch_size=100)
+    found = domain.sample(KEY, domain.init(), 1_000).points
+    np.testing.assert_array_equal(found, wanted.sample(KEY, wanted.init(), 1_000).points)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_float64_scores_beyond_float32_count(size: float) -> None:
+    """The largest counted as 0, so that the fewest points went where the scores were largest."""
+    domain = make()
+    with jax.enable_x64(True):
+        found = domain.refresh(KEY, domain.init(), lambda x: x[:, 0].astype(jnp.float64) ** 2 * size)
+    wanted = domain.refresh(KEY, domain.init(), lambda x: x[:, 0] ** 2)
+    np.testing.assert_allclose(found.boxes.mass, wanted.boxes.mass, rtol=1e-4)
+    assert int(found.unusable) == 0
+
+
+def test_a_refresh_inside_what_is_differentiated_has_no_gradient_of_its_own() -> None:
+    """It had NaN, the slope of a square root, where a box has no score."""
+    domain = make()
+
+    def mean(size: jax.Array) -> jax.Array:
+        state = domain.refresh(KEY, domain.init(), lambda x: jnp.where(x[:, 0] > 0.5, size * x[:, 0], 0.0))
+        draw = domain.sample(KEY, state, 0)
+        return jnp.mean(draw.weights * size * draw.points[:, 0])
+
+    value, slope = jax.value_and_grad(mean)(jnp.float32(1.0))
+    assert float(slope) == pytest.approx(float(value), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_boxes", [2**13, 2**15])
+def test_no_box_is_without_volume_where_scores_pile_up(num_boxes: int) -> None:
+    """All points within 2^-20 of 0.9, the narrowest that float32 tells apart: sides came to 0, and densities to NaN."""
+    offsets = isgd.quasi_random(KEY, 4 * num_boxes, 1) * 2.0**-20
+    made = jax.jit(boxes.fitted)(0.9 + offsets, jnp.ones(len(offsets)), jnp.ones(len(offsets)), uniform_fraction=0.25)
+    assert float(jnp.min(made.volume)) > 0.0
+    assert bool(jnp.all(jnp.isfinite(boxes.densities(made, 0.9 + offsets))))

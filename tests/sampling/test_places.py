@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from sampling_problem import unchecked
 
 import isgd_jax as isgd
 
@@ -28,6 +29,10 @@ def test_numbers_that_are_none_are_refused() -> None:
         isgd.quasi_random(jax.random.key(0), 5, 0)
     with pytest.raises(ValueError, match="count"):
         isgd.quasi_random(jax.random.key(0), 0, 2)
+    with unchecked(), pytest.raises(TypeError, match=r"first must be a whole number, got 1\.5"):
+        isgd.quasi_random(jax.random.key(0), 5, 2, first=1.5)
+    with unchecked(), pytest.raises(ValueError, match="first must be one whole number, got an array of shape"):
+        isgd.quasi_random(jax.random.key(0), 5, 2, first=jax.numpy.arange(5))
 
 
 def test_parts_of_a_sequence_are_the_sequence() -> None:

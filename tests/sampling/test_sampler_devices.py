@@ -220,6 +220,25 @@ def test_arrays_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> No
     assert not problem.unlike(alone, run(*split), rtol=1e-6)
 
 
+def test_a_domain_is_refreshed_and_shared_inside_shard_map() -> None:
+    """Each device its part of one draw, or a density and points by a key of its own."""
+    domain = isgd.domain_sampler(lambda unit: unit, dims=2, batch_size=8, num_boxes=4)
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+
+    def drawn(key: Any, state: Any) -> Any:
+        return domain.sample(key, domain.refresh(key, state, lambda x: x[:, 0]), 3)
+
+    def both(key: Any, state: Any) -> Any:
+        own = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        return isgd.share(drawn(key, state), "data"), drawn(own, state)
+
+    key, state = jax.random.key(0), domain.init()
+    shared, own = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P(), out_specs=P("data")))(key, state)
+    assert not problem.unlike(shared, jax.jit(drawn)(key, state), rtol=1e-6)
+    third = jax.jit(drawn)(jax.random.fold_in(key, 2), state)
+    assert not problem.unlike(jax.tree.map(lambda x: np.asarray(x)[16:24], own), third, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_draws_that_cannot_be_cut_are_refused() -> None:
     sampler = problem.jitted(isgd.importance_sampler(24, batch_size=6))

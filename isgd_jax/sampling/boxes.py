@@ -203,27 +203,28 @@ def _best_halves(
         high: the others.
         level: how often the cube has been halved.
     """
-    count, dims = known.points.shape
+    count = known.points.shape[0]
     boxes = jnp.arange(low.shape[0], dtype=jnp.int32)
     half = jnp.right_shift(jnp.int32(count), level.astype(jnp.int32) + 1)
     part = jnp.arange(count, dtype=jnp.int32) // half  # box by box, each in two halves
-    costs, middles, uppers = [], [], []
-    for axis in range(dims):
-        own = known.order[jnp.sort(members * count + ranks[:, axis]) % count, axis]
-        at = known.points[own, axis]
-        side = high[:, axis] - low[:, axis]
+
+    def along(points: Array, order: Array, rank: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
+        own = order[jnp.sort(members * count + rank) % count]
+        at = points[own]
+        side = high - low
         last = (2 * boxes + 1) * half
-        share = (0.5 * (at[(last - 1) % count] + at[last % count]) - low[:, axis]) / side
+        share = (0.5 * (at[(last - 1) % count] + at[last % count]) - low) / side
         least = jnp.where(side > SHORTEST_SIDE, LEAST_SHARE, 0.5)
         share = jnp.clip(share, least, 1.0 - least)
         size = _root_mean_square(known, own, part, low.shape[0])
         below, above = size[2 * boxes % len(size)], size[(2 * boxes + 1) % len(size)]
-        costs.append(jnp.where(side > SHORTEST_SIDE, share * below + (1.0 - share) * above, jnp.inf))
-        middles.append(low[:, axis] + share * side)
-        uppers.append(jnp.zeros(count, jnp.int32).at[own].set(part % 2))
-    best = jnp.argmin(jnp.stack(costs), axis=0).astype(jnp.int32)
-    is_upper = jnp.stack(uppers)[best[members], jnp.arange(count, dtype=jnp.int32)]
-    return best, jnp.stack(middles)[best, boxes], is_upper
+        cost = jnp.where(side > SHORTEST_SIDE, share * below + (1.0 - share) * above, jnp.inf)
+        return cost, low + share * side, jnp.zeros(count, jnp.int32).at[own].set(part % 2)
+
+    costs, middles, uppers = jax.vmap(along, in_axes=1)(known.points, known.order, ranks, low, high)
+    best = jnp.argmin(costs, axis=0).astype(jnp.int32)
+    is_upper = uppers[best[members], jnp.arange(count, dtype=jnp.int32)]
+    return best, middles[best, boxes], is_upper
 
 
 def _root_mean_square(known: _Scored, points: Array, parts: Array, count: int) -> Array:

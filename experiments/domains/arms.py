@@ -5,7 +5,7 @@ Unbiased for the integral of the loss over the domain:
 * ``uniform``: new uniform points at every step;
 * ``sobol``: the points of one scrambled Sobol sequence in turn (of a list of pixels: shuffled epochs);
 * ``ours``: `isgd_jax.domain_sampler`, new points at every step, of a density that follows the residual's size as a few
-  points have shown it at most `REFRESH` plain batches ago;
+  points have shown it at most `REFRESH` steps ago;
 * ``ours_norms``: the same by the norms of gradients;
 * ``edges``: photographs alone, pixels drawn once and for all in proportion to the size of their color's slope.
 
@@ -40,7 +40,7 @@ __all__ = ["ARMS", "Arm", "arm"]
 Array = jax.Array
 Memory = Any
 REFRESH, BOXES, UNIFORM = 25, 128, 0.25
-"""Of the densities: plain batches between two refreshes, boxes, and the share that is spread uniformly."""
+"""Of the densities: steps between two refreshes, boxes, and the share that is spread uniformly."""
 RESAMPLE = 1_000
 """Steps between two times that ``rad`` and ``rar_d`` change their points."""
 SOBOL = 1 << 17
@@ -144,10 +144,7 @@ class Fitted(NamedTuple):
 class Ours(Arm):
     """Points of a density that follows the residuals, weighted by one over it."""
 
-    @property
-    def refresh_every(self) -> int:
-        """As many points are scored for one that is drawn, whatever the batch."""
-        return max(1, round(REFRESH / self.larger))
+    refresh_every = REFRESH
 
     def sampler(self, name: str) -> isgd.DomainSampler:
         """Of a term."""
@@ -173,12 +170,12 @@ class Ours(Arm):
 
     def points(self, params: Any, memory: Fitted, key: Array, name: str, step: Array) -> tuple[Array, Array]:
         draw = memory.draws[name]
-        return draw.points[step % self.refresh_every], draw.weights[step % self.refresh_every]
+        return draw.points[step % REFRESH], draw.weights[step % REFRESH]
 
     def _draws(self, key: Array, states: dict[str, isgd.DomainState]) -> dict[str, isgd.DomainDraw]:
         return {
             name: jax.vmap(functools.partial(self.sampler(name).sample, jax.random.fold_in(key, i), state))(
-                jnp.arange(self.refresh_every)
+                jnp.arange(REFRESH)
             )
             for i, (name, state) in enumerate(states.items())
         }

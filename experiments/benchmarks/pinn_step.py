@@ -51,9 +51,9 @@ def domain(derivative: Any) -> problems.Domain:
         return jnp.stack([unit[:, 1], jnp.where(unit[:, 0] < 0.5, -1.0, 1.0)], axis=1)
 
     terms = {
-        "inside": inside._replace(batch=768, pool=32_768),
-        "start": border._replace(batch=128, pool=4_096, place=start),
-        "ends": border._replace(batch=128, pool=4_096, place=ends),
+        "inside": inside._replace(batch=768),
+        "start": border._replace(batch=128, place=start),
+        "ends": border._replace(batch=128, place=ends),
     }
     return made._replace(terms=terms, init=problems.glorot((2, 64, 64, 64, 1)))
 

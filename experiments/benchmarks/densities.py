@@ -1,0 +1,108 @@
+"""How near the densities of `isgd_jax.domain_sampler` come to the best that there could be.
+
+A training with uniform points is stopped at five moments. Each density is fitted to scores of 25 steps before, three
+refreshes in a row as in a run. Told is the second moment of the gradient of a weighted draw, over that of a uniform
+one, by the norms at 32,768 new points. ``ideal`` is a draw in exact proportion to fresh norms; ``norms`` and
+``residual`` are exact, fresh proportions too, a quarter spread uniformly; then come so many boxes, four points a box.
+
+Command    python experiments/benchmarks/densities.py [--problems poisson burgers siren/china] [--boxes 128 512 2048]
+Time       ten minutes on one core
+
+Result     RESULT
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from domains import arms, problems, race
+
+import isgd_jax as isgd
+from isgd_jax.sampling.boxes import densities
+from isgd_jax.sampling.places import quasi_random
+
+LENGTHS = {"poisson": (3e-3, 28_000), "burgers": (1e-3, 40_000), "siren/china": (1e-3, 2_700)}
+"""Rates, and steps of a run."""
+MOMENTS = (0.02, 0.1, 0.3, 0.6, 1.0)
+MEASURED, AT_ONCE = 1 << 15, 1 << 10
+REFRESHES = 3
+
+Array = jax.Array
+
+
+def table(problem: str, boxes: list[int]) -> None:
+    """Print a row for each moment of a run."""
+    domain, (rate, total) = problems.domain(problem), LENGTHS[problem]
+    term = next(iter(domain.terms.values()))
+    made, key, at = race.programs(problem, "uniform", 1), jax.random.key(5), 0
+    score = {name: jax.jit(functools.partial(scores, domain, term, name)) for name in ("residual", "norms")}
+    fits = {(name, count): fitter(term, count, score[name]) for name in score for count in boxes}
+    carry, points = made.begin(key), term.spread(quasi_random(jax.random.key(9), MEASURED, term.dims))
+    unit = quasi_random(jax.random.key(9), MEASURED, term.dims)
+    heads = ["ideal", "norms", "residual", *(f"{name} in {count}" for name, count in fits)]
+    print(f"{problem}: {', '.join(heads)}", flush=True)
+    for share in MOMENTS:
+        stop = round(share * total)
+        before = max(at, stop - arms.REFRESH)
+        carry = made.advance(carry, key, rate, float(total), at, before - at)
+        fitted = {which: fit(carry[0], before) for which, fit in fits.items()}
+        carry = made.advance(carry, key, rate, float(total), before, stop - before)
+        at = stop
+        norms, residuals = (score[name](carry[0], points) for name in ("norms", "residual"))
+
+        def moment(density: Array, norms: Array = norms) -> float:
+            return float(jnp.mean(jnp.square(norms) / density) / jnp.mean(jnp.square(norms)))
+
+        exact = [norms / jnp.mean(norms), _mixed(norms), _mixed(residuals)]
+        found = [moment(density) for density in (*exact, *(densities(state.boxes, unit) for state in fitted.values()))]
+        error = float(domain.error(carry[0]))
+        print(f"  {share:4.0%}, error {error:.4f}: " + " ".join(f"{x:.3f}" for x in found), flush=True)
+
+
+def scores(domain: problems.Domain, term: problems.Term, name: str, params: Any, points: Array) -> Array:
+    """Of points [k], a multiple of some."""
+    arm = arms.arm("ours" if name == "residual" else "ours_norms", domain)
+    assert isinstance(arm, arms.Ours)
+    parts = points.reshape(-1, min(AT_ONCE, len(points)), points.shape[-1])
+    return jax.lax.map(lambda part: arm.scores(params, term, part), parts).ravel()
+
+
+def fitter(term: problems.Term, count: int, score: Any) -> Any:
+    """``(params, number) -> state``, after some refreshes with these parameters."""
+    sampler = isgd.domain_sampler(
+        term.spread, dims=term.dims, batch_size=1, num_boxes=count, uniform_fraction=arms.UNIFORM
+    )
+
+    @jax.jit
+    def fit(params: Any, number: int) -> isgd.DomainState:
+        key = jax.random.fold_in(jax.random.key(7), number)
+        refreshed = functools.partial(sampler.refresh, key, score=functools.partial(score, params))
+        return jax.lax.fori_loop(0, REFRESHES, lambda _, state: refreshed(state), sampler.init())
+
+    return fit
+
+
+def _mixed(sizes: Array) -> Array:
+    """The density in proportion to sizes at uniform points, a part of it spread uniformly."""
+    return (1 - arms.UNIFORM) * sizes / jnp.mean(sizes) + arms.UNIFORM
+
+
+def main() -> None:
+    """A table for each problem."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--boxes", nargs="+", type=int, default=[128, 512, 2_048])
+    options = parser.parse_args()
+    for problem in options.problems:
+        table(problem, options.boxes)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,8 @@
 A training with uniform points is stopped at five moments. Each density is fitted to scores of 25 steps before, three
 refreshes in a row as in a run. Told is the second moment of the gradient of a weighted draw, over that of a uniform
 one, by the norms at 32,768 new points. ``ideal`` is a draw in exact proportion to fresh norms; ``norms`` and
-``residual`` are exact, fresh proportions too, a quarter spread uniformly; then come so many boxes, four points a box.
+``residual`` are exact, fresh proportions too, a quarter spread uniformly; then come so many boxes, four points each, by
+residuals (``resi``) and by norms (``norm``).
 
 Command    python experiments/benchmarks/densities.py [--problems poisson burgers siren/china] [--boxes 128 512 2048]
 Time       ten minutes on one core
@@ -44,10 +45,10 @@ def table(problem: str, boxes: list[int]) -> None:
     made, key, at = race.programs(problem, "uniform", 1), jax.random.key(5), 0
     score = {name: jax.jit(functools.partial(scores, domain, term, name)) for name in ("residual", "norms")}
     fits = {(name, count): fitter(term, count, score[name]) for name in score for count in boxes}
-    carry, points = made.begin(key), term.spread(quasi_random(jax.random.key(9), MEASURED, term.dims))
-    unit = quasi_random(jax.random.key(9), MEASURED, term.dims)
-    heads = ["ideal", "norms", "residual", *(f"{name} in {count}" for name, count in fits)]
-    print(f"{problem}: {', '.join(heads)}", flush=True)
+    carry, unit = made.begin(key), quasi_random(jax.random.key(9), MEASURED, term.dims)
+    points = term.spread(unit)
+    heads = ["error", "ideal", "norms", "residual", *(f"{name[:4]}/{count}" for name, count in fits)]
+    print(f"{problem}\n     " + "".join(f"{head:>10}" for head in heads), flush=True)
     for share in MOMENTS:
         stop = round(share * total)
         before = max(at, stop - arms.REFRESH)
@@ -56,14 +57,10 @@ def table(problem: str, boxes: list[int]) -> None:
         carry = made.advance(carry, key, rate, float(total), before, stop - before)
         at = stop
         norms, residuals = (score[name](carry[0], points) for name in ("norms", "residual"))
-
-        def moment(density: Array, norms: Array = norms) -> float:
-            return float(jnp.mean(jnp.square(norms) / density) / jnp.mean(jnp.square(norms)))
-
-        exact = [norms / jnp.mean(norms), _mixed(norms), _mixed(residuals)]
-        found = [moment(density) for density in (*exact, *(densities(state.boxes, unit) for state in fitted.values()))]
-        error = float(domain.error(carry[0]))
-        print(f"  {share:4.0%}, error {error:.4f}: " + " ".join(f"{x:.3f}" for x in found), flush=True)
+        tried = [norms / jnp.mean(norms), _mixed(norms), _mixed(residuals)]
+        tried += [densities(state.boxes, unit) for state in fitted.values()]
+        found = [float(domain.error(carry[0])), *(_moment(norms, density) for density in tried)]
+        print(f"{share:5.0%}" + "".join(f"{x:10.3f}" for x in found), flush=True)
 
 
 def scores(domain: problems.Domain, term: problems.Term, name: str, params: Any, points: Array) -> Array:
@@ -87,6 +84,11 @@ def fitter(term: problems.Term, count: int, score: Any) -> Any:
         return jax.lax.fori_loop(0, REFRESHES, lambda _, state: refreshed(state), sampler.init())
 
     return fit
+
+
+def _moment(norms: Array, density: Array) -> float:
+    """The second moment of a draw from a density, over that of a uniform draw."""
+    return float(jnp.mean(jnp.square(norms) / density) / jnp.mean(jnp.square(norms)))
 
 
 def _mixed(sizes: Array) -> Array:

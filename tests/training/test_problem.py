@@ -48,6 +48,12 @@ class Model:
             TypeError,
             r"got a random key at \['rngs'\].*: split off what is not trained, .* nnx.split\(model, nnx.Param, ...\)",
         ),
+        (
+            {"params": {"params": {"w": np.ones(3)}, "batch_stats": {"mean": np.ones(3)}}},
+            TypeError,
+            r"BatchNorm's statistics are among the params, .* give variables\[\"params\"\] alone",
+        ),
+        ({"params": nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))[1]}, TypeError, "BatchNorm's statistics are among"),
         ({"train": {"x": [1.0, 2.0]}}, TypeError, "the data of 'train' must be arrays, got a float"),
         ({"train": {}}, ValueError, "the data of 'train' hold no arrays"),
         ({"train": {"x": np.ones(())}}, ValueError, "every array of 'train' needs a leading axis of ex"),

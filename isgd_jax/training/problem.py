@@ -173,7 +173,8 @@ class Problem:
         Frozen arrays are captured, not published: an engine copies or sends them once, not at each refresh.
 
         Args:
-            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`.
+            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`. What it makes is called as
+                ``scorer(params, (batch, keys))``, with None for keys where the loss needs none.
 
         Its parameters are what `published` makes of a refresh's.
         """

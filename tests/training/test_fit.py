@@ -430,6 +430,11 @@ def test_parts_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], m
         quiet(**{"problem": linear()} | changes)
 
 
+def test_a_single_callback_is_refused() -> None:
+    with unchecked(), pytest.raises(TypeError, match="callbacks must be a list of them, got one Watch"):
+        quiet(linear(), callbacks=Watch())
+
+
 def test_held_out_data_of_another_structure_are_refused_before_the_first_step() -> None:
     train = linear_problem(N)[1]
     other = {"z": train["x"]}

@@ -128,6 +128,11 @@ def test_a_scorer_measures_what_is_trained_alone(key: jax.Array) -> None:
     chex.assert_trees_all_close(found, jnp.abs(residual) * jnp.linalg.norm(DATA["x"], axis=1), rtol=1e-5)
 
 
+def test_a_scorer_of_ones_own_finds_its_batch_beside_the_keys() -> None:
+    score = problem().scorer(lambda loss_fn: lambda params, batch: jnp.abs(batch[0]["x"] @ params["w"]))
+    np.testing.assert_array_equal(score((PARAMS, None), DATA), jnp.abs(DATA["x"] @ PARAMS["w"]))
+
+
 def test_a_scorer_of_a_random_loss_has_new_keys_at_each_publication(key: jax.Array) -> None:
     made = problem(loss_fn=loss_with_key, needs_key=True)
     score, published = jax.jit(made.scorer(isgd.scorers.loss)), made.published(key)

@@ -105,7 +105,8 @@ def per_example_value_and_grad(
 def from_batch_loss(batch_loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The loss of ONE example, of a loss written for a batch: ``batch_loss_fn(params, batch)``, a mean or a sum.
 
-    The batch loss is called on a batch of one. It must not mix examples (batch normalization does).
+    The batch loss is called on a batch of one. It must not mix examples, as batch normalization and losses of pairs
+    do: that is not seen, and a batch of one is another loss. The mean over examples must be the loss of their batch.
 
     Args:
         batch_loss_fn: ``(params, batch) -> scalar``, or with more arguments before the batch; it may return

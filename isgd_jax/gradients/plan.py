@@ -266,9 +266,10 @@ def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[
     def checked(*args: Any) -> tuple[Any, Any]:
         value, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
         if len(jax.tree.leaves(value)) != 1 or not jax.tree_util.all_leaves([value]):
+            more = ", or, where more comes with it, say has_aux=True; a Problem measures the rest by metrics="
             raise ArgumentTypeError(
                 f"loss_fn must return the scalar loss of ONE example, got {_named(value)}: return the number alone"
-                + ("" if has_aux else ", or, where more comes with it, say has_aux=True")
+                + ("" if has_aux else more)
             )
         if jnp.shape(value) != ():
             raise ArgumentError(

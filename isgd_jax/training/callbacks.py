@@ -91,7 +91,10 @@ class History(Callback):
         bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
         if bad is not None:
             at = run.step - len(losses) + bad
-            raise DivergedError(f"the training loss became {losses[bad]} at step {at}: lower the learning rate")
+            advice = "lower the learning rate"
+            if at == 0:  # no update was made yet
+                advice = "no update made it so; look for the examples, jax.vmap(loss_fn, (None, 0))(params, data)"
+            raise DivergedError(f"the training loss became {losses[bad]} at step {at}: {advice}")
         found = run.sampler.report(run.state.sampler)
         record: Record = {"step": run.step, "seconds": time.monotonic() - self._began}
         record["loss"] = sum(losses) / len(losses)

@@ -232,7 +232,7 @@ def fit(
         Parameters, the whole state, and the history.
 
     Raises:
-        TypeError: ``key`` is no key.
+        TypeError: ``key`` is no key, or ``callbacks`` are no list.
         ValueError: the parts do not fit each other, held-out data are not such as the loss or a metric takes; before
             the first step.
         FloatingPointError: the loss is no longer finite, at the next record. Where no callback keeps any, a warning
@@ -242,6 +242,8 @@ def fit(
     """
     _check_fit(problem, sampler, num_steps, key)
     check_step_cost(step_cost)
+    if isinstance(callbacks, Callback):
+        raise ArgumentTypeError(f"callbacks must be a list of them, got one {type(callbacks).__name__}")
     callbacks = [PlainProgress()] if callbacks is None else list(callbacks)
     parallel = _parallel(sampler.batch_size, devices, shard_params)
     init_key, draw_key, sampler_key, picture_key = jax.random.split(key, 4)

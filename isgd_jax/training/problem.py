@@ -45,7 +45,7 @@ class Problem:
         hold: "device" moves the training data there; "host" leaves them, and a thread fetches what is drawn.
 
     Raises:
-        TypeError: parameters or data are no arrays, or a random key is among the parameters.
+        TypeError: parameters or data are no arrays, or a random key or BatchNorm's statistics are among the parameters.
         ValueError: arrays of the data differ in length, or there are none.
     """
 
@@ -133,14 +133,15 @@ class Problem:
             example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), data)
             for what, function in self.measured().items():
                 try:
-                    shape = jnp.shape(jax.eval_shape(function, params, *extra, example))
+                    value = jax.eval_shape(function, params, *extra, example)
                 except (TypeError, ValueError, LookupError, AttributeError) as error:
                     raise ArgumentError(
                         f"{what} cannot be measured on held_out[{name!r}], which must be made as the training data "
                         f"are, or by metrics= that take it: {type(error).__name__}: {error}"
                     ) from error
-                if shape != ():
-                    raise ArgumentError(f"{what} of an example of held_out[{name!r}] must be a scalar, got {shape}")
+                got = value.shape if isinstance(value, jax.ShapeDtypeStruct) else f"a {type(value).__name__}"
+                if got != ():
+                    raise ArgumentError(f"{what} of an example of held_out[{name!r}] must be a scalar, got {got}")
 
     def evaluator(self, *, batch_size: int = 1024) -> Callable[[Params, Batch], dict[str, Float[Array, ""]]]:
         """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices.
@@ -172,7 +173,8 @@ class Problem:
         Frozen arrays are captured, not published: an engine copies or sends them once, not at each refresh.
 
         Args:
-            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`.
+            make: ``loss_fn -> scorer``, by default `isgd_jax.engines.scorers.grad_norm`. What it makes is called as
+                ``scorer(params, (batch, keys))``, with None for keys where the loss needs none.
 
         Its parameters are what `published` makes of a refresh's.
         """
@@ -228,7 +230,22 @@ def _check_params(params: Params) -> None:
             f"params must be a pytree of arrays, got {got}: take the arrays out of the model first (nnx.split(model, "
             "nnx.Param), equinox.partition), and close the rest over in loss_fn"
         )
+    if any(map(_is_statistic, jax.tree.leaves(params, is_leaf=_is_statistic))) or _is_linen_with_statistics(params):
+        raise ArgumentTypeError(
+            "BatchNorm's statistics are among the params, where the optimizer would train them: give "
+            'variables["params"] alone (nnx.split(model, nnx.Param, ...)), and the rest as frozen='
+        )
     check_no_keys(params)
+
+
+def _is_statistic(x: Any) -> bool:
+    """Whether this is a statistic of Flax NNX."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "flax.nnx.variablelib.BatchStat" for kind in type(x).__mro__)
+
+
+def _is_linen_with_statistics(params: Params) -> bool:
+    """Whether these are all variables of a Linen model, and not its parameters alone."""
+    return isinstance(params, Mapping) and {"params", "batch_stats"} <= set(params)
 
 
 def _check_data(name: str, data: Batch) -> None:

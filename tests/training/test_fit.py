@@ -3,6 +3,7 @@
 import functools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -48,6 +49,14 @@ def quiet(problem: isgd.Problem, sampler: Any = None, tx: Any = None, **options:
 def test_without_records_a_loss_that_is_none_is_told_at_the_end() -> None:
     with pytest.warns(UserWarning, match="the training loss became nan, and parameters with it: lower the"):
         quiet(linear(), tx=chain(N, jnp.nan), num_steps=3)
+
+
+def test_a_loss_that_no_update_has_lost_is_told_apart() -> None:
+    run: Any = SimpleNamespace(problem=linear(), step=1, num_steps=1)
+    history = History()
+    history.begin(run)
+    with pytest.raises(FloatingPointError, match=r"became nan at step 0: no update made it so; look for the examples"):
+        history.stepped(run, SimpleNamespace(loss=jnp.nan))
 
 
 @pytest.mark.devices(2)
@@ -421,6 +430,11 @@ def test_parts_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], m
         quiet(**{"problem": linear()} | changes)
 
 
+def test_a_single_callback_is_refused() -> None:
+    with unchecked(), pytest.raises(TypeError, match="callbacks must be a list of them, got one Watch"):
+        quiet(linear(), callbacks=Watch())
+
+
 def test_held_out_data_of_another_structure_are_refused_before_the_first_step() -> None:
     train = linear_problem(N)[1]
     other = {"z": train["x"]}
@@ -428,6 +442,8 @@ def test_held_out_data_of_another_structure_are_refused_before_the_first_step() 
         quiet(linear(held_out={"later": other}))
     with pytest.raises(ValueError, match=r"rows of an example of held_out\['later'\] must be a scalar, got \(2,\)"):
         quiet(linear(held_out={"later": train}, metrics={"rows": lambda params, example: jnp.ones(2)}))
+    with pytest.raises(ValueError, match=r"all of an example of held_out\['later'\] must be a scalar, got a dict"):
+        quiet(linear(held_out={"later": train}, metrics={"all": lambda params, example: {"loss": jnp.ones(())}}))
     with unchecked(), pytest.raises(TypeError, match=r"held_out names its sets, .* got a list"):
         linear(held_out=[train])
 

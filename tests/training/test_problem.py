@@ -48,6 +48,12 @@ class Model:
             TypeError,
             r"got a random key at \['rngs'\].*: split off what is not trained, .* nnx.split\(model, nnx.Param, ...\)",
         ),
+        (
+            {"params": {"params": {"w": np.ones(3)}, "batch_stats": {"mean": np.ones(3)}}},
+            TypeError,
+            r"BatchNorm's statistics are among the params, .* give variables\[\"params\"\] alone",
+        ),
+        ({"params": nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))[1]}, TypeError, "BatchNorm's statistics are among"),
         ({"train": {"x": [1.0, 2.0]}}, TypeError, "the data of 'train' must be arrays, got a float"),
         ({"train": {}}, ValueError, "the data of 'train' hold no arrays"),
         ({"train": {"x": np.ones(())}}, ValueError, "every array of 'train' needs a leading axis of ex"),
@@ -120,6 +126,11 @@ def test_a_scorer_measures_what_is_trained_alone(key: jax.Array) -> None:
     found = made.scorer()(made.published(key)({"w": PARAMS["w"]}, 3), DATA)
     residual = DATA["x"] @ PARAMS["w"] + PARAMS["b"] - DATA["y"]
     chex.assert_trees_all_close(found, jnp.abs(residual) * jnp.linalg.norm(DATA["x"], axis=1), rtol=1e-5)
+
+
+def test_a_scorer_of_ones_own_finds_its_batch_beside_the_keys() -> None:
+    score = problem().scorer(lambda loss_fn: lambda params, batch: jnp.abs(batch[0]["x"] @ params["w"]))
+    np.testing.assert_array_equal(score((PARAMS, None), DATA), jnp.abs(DATA["x"] @ PARAMS["w"]))
 
 
 def test_a_scorer_of_a_random_loss_has_new_keys_at_each_publication(key: jax.Array) -> None:

@@ -31,11 +31,11 @@ Result     Ten seeds, one core of a machine whose other core was in use, trials 
            Burgers' equation, budgets of 30 s: **the claim is refuted**, yet ours is first at 0.01, all its runs arrive,
            and it is ahead of both; errors after 30 s tie with uniform's. All arms chose x1 and 30 s:
 
-                          ms a  error 0.1                        error 0.01                        after 30 s by price
-           arm      rate  step  arrived  secs over uniform's     arrived  secs over uniform's      over uniform's
-           uniform  0.003 0.41    10    10.1  1                    10     25.5  1                  0.0040  1
-           rad      0.001 0.44    10     7.8  0.88 [0.62, 1.26]     8     25.3  0.99 [0.93, inf]   0.0078  2.31 [1.20, 4.45]
-           ours     0.001 0.48    10     6.2  0.65 [0.44, 0.95]    10     20.6  0.87 [0.80, 0.94]  0.0055  1.18 [0.78, 1.77]
+                          ms a error 0.1                      error 0.01                       after 30 s by price
+           arm      rate  step arrived  secs over uniform's   arrived  secs over uniform's     over uniform's
+           uniform  0.003 0.41   10     10.1 1                   10    25.5 1                  0.0040 1
+           rad      0.001 0.44   10      7.8 0.88 [0.62, 1.26]    8    25.3 0.99 [0.93, inf]   0.0078 2.31 [1.20, 4.45]
+           ours     0.001 0.48   10      6.2 0.65 [0.44, 0.95]   10    20.6 0.87 [0.80, 0.94]  0.0055 1.18 [0.78, 1.77]
 
            Over RAD, the best rival, ours takes 0.84 [0.36, 0.96] to 0.01. Of budgets of 15 s about half of the runs
            arrive, in the day before's race 6 of uniform's, 7 of RAD's, 5 of ours: a tie of three. (What was drawn from

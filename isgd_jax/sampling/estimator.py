@@ -76,6 +76,7 @@ from isgd_jax.sampling.state import (
     check_state,
     key_data,
     on_mesh,
+    step_ahead,
 )
 from isgd_jax.types import Draw, Key, Params, Sampler
 
@@ -148,8 +149,8 @@ def importance_sampler(
     """
     given = locals() | {"groups": as_groups(groups)}
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
-    check_sizes(num_examples, batch_size)
-    check_options(options, num_examples, batch_size)
+    num_examples, batch_size = check_sizes(num_examples, batch_size)
+    options = check_options(options, num_examples, batch_size)
     made = ImportanceSampler(num_examples, batch_size, options)
     return made.functions(is_scored=True)
 
@@ -252,9 +253,7 @@ class ImportanceSampler:
         """
         del params, data
         self._check_state(state)
-        if isinstance(ahead, int) and ahead < 0:
-            raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {ahead}")
-        step = state.clock.step + ahead
+        step = step_ahead(state, ahead)
         draw = drawing.drawn(self.options, self.batch_size, key, state, step)
         return draw._replace(
             target=self._target(state, draw.indices, step), version=step // self.options.steps_per_update

@@ -99,17 +99,19 @@ def index_sampler(
     """
     if sampler.candidates is not None:
         raise ArgumentError("presampling scores candidates inside the step, and needs the data: take another sampler")
-    check_whole("ahead", ahead, least=1)
-    check_whole("refresh_every", refresh_every, least=1)
-    place, count = shard
-    if not (0 <= place < count) or sampler.batch_size % count:
+    ahead = check_whole("ahead", ahead, least=1)
+    refresh_every = check_whole("refresh_every", refresh_every, least=1)
+    place, count = (check_whole("each number of shard", number, least=0) for number in shard)
+    if not place < count or sampler.batch_size % count:
         raise ArgumentError(
             f"shard must be (number, count), with equal parts of a batch of {sampler.batch_size}; got {shard}"
         )
+    if not timeout >= 0.0:
+        raise ArgumentError(f"timeout must be 0 or more seconds, got {timeout}")
     if count > 1 and gather is None:
         raise ArgumentError("of several processes each sees its own norms: gather= must bring them together")
     return IndexSampler(
-        sampler, key, ahead=ahead, refresh_every=refresh_every, shard=shard, gather=gather, timeout=timeout
+        sampler, key, ahead=ahead, refresh_every=refresh_every, shard=(place, count), gather=gather, timeout=timeout
     )
 
 
@@ -158,7 +160,8 @@ class IndexSampler:
             TimeoutError: none of them is observed in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._handed < self._observed + self.ahead, self._timeout):
+            longest = min(self._timeout, threading.TIMEOUT_MAX)  # infinity is for ever
+            if not self._changed.wait_for(lambda: self._handed < self._observed + self.ahead, longest):
                 raise TimeoutError(
                     f"{self.ahead} batches are handed out and none was observed in {self._timeout:g} s: call observe() "
                     "after each update, or ask for fewer (ahead= must be the loader's queue and one more)"
@@ -169,9 +172,7 @@ class IndexSampler:
 
     def lists(self) -> Iterator[list[int]]:
         """The same as lists of indices, as a loader's ``batch_sampler``; `listed` gives the batches in their order."""
-        for batch in self:
-            self._listed.append(batch)
-            yield batch.indices.tolist()
+        return map(self._as_list, self)  # no generator, which would be at its end after an error
 
     def listed(self) -> IndexBatch:
         """The batch whose examples a loader that keeps the order has given next.
@@ -295,11 +296,16 @@ class IndexSampler:
             [key_data] = _like([_data(self._key)], [saved["key"]])
             state = _like(self._state, saved["state"])
             draws = [_like(draw, leaves) for draw, leaves in zip(self._made, saved["draws"], strict=True)]
+            observed = int(saved["observed"])
             self._key, self._state, self._made = _key_of(key_data, self._key), state, deque(draws)
-            self._observed = self._handed = int(saved["observed"])
+            self._observed = self._handed = observed
             self._waiting.clear()
             self._listed.clear()
             self._changed.notify_all()
+
+    def _as_list(self, batch: IndexBatch) -> list[int]:
+        self._listed.append(batch)
+        return batch.indices.tolist()
 
     def _fill(self) -> None:
         """Refresh if it is due, and draw the steps that may be asked for now."""

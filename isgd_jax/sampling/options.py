@@ -1,8 +1,8 @@
 """What an importance sampler is made with: its options, and the refusal of what no sampler can be made of."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import numpy as np
@@ -81,8 +81,8 @@ def order_keys(options: Options) -> np.ndarray | None:
     return np.unique(keys, return_inverse=True)[1].reshape(keys.shape).astype(np.int32)
 
 
-def check_options(options: Options, num_examples: int, batch_size: int) -> None:
-    """Refuse what no sampler can be made of, in the names of the arguments.
+def check_options(options: Options, num_examples: int, batch_size: int) -> Options:
+    """The options with counts as ints; what no sampler can be made of is refused, in the names of the arguments.
 
     Args:
         options: as `importance_sampler` was called.
@@ -117,7 +117,7 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> None:
         )
     grouping.check_chances(options.groups, options.uniform_fraction)
     check_fraction(options.uniform_fraction, options.additive)
-    check_ranges(options)
+    return check_ranges(options)
 
 
 def check_fraction(uniform_fraction: float | str, additive: float) -> None:
@@ -148,18 +148,19 @@ def check_number(uniform_fraction: float | str) -> None:
         )
 
 
-def check_ranges(options: Options) -> None:
-    """Refuse numbers that are out of range.
+def check_ranges(options: Options) -> Options:
+    """The options with counts as ints, for NumPy's have types of their own; numbers out of range are refused.
 
     Raises:
         TypeError: a count is no whole number.
         ValueError: a number is out of range.
     """
-    check_whole("order_every", options.order_every, least=1)
-    check_whole("steps_per_update", options.steps_per_update, least=1)
+    counts: dict[str, Any] = {
+        name: check_whole(name, getattr(options, name), least=1) for name in ("order_every", "steps_per_update")
+    }
     for name, limit in (("max_age", options.max_age), ("learning_steps", options.learning_steps)):
         if limit is not None:
-            check_whole(name, limit, least=0)
+            counts[name] = check_whole(name, limit, least=0)
     if not (0.0 <= options.additive < math.inf):
         raise ArgumentError(f"additive must be 0 or more, got {options.additive}")
     if not 0.0 <= options.min_trusted <= 1.0:
@@ -170,3 +171,4 @@ def check_ranges(options: Options) -> None:
         )
     if options.max_age_seconds is not None and not options.max_age_seconds > 0.0:
         raise ArgumentError(f"max_age_seconds must be above 0, got {options.max_age_seconds}")
+    return replace(options, **counts)

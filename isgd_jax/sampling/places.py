@@ -48,8 +48,7 @@ def quasi_random(key: Key, count: int, dims: int, *, first: int | Array = 0) -> 
     Source: Cranley & Patterson (SIAM J. Numer. Anal. 13, 1976) for the random start; the step is one over the powers of
     the root of x^(d+1) = x + 1 (Roberts, The unreasonable effectiveness of quasirandom sequences, 2018).
     """
-    check_whole("count", count, least=1)
-    check_whole("dims", dims, least=1)
+    count, dims = check_whole("count", count, least=1), check_whole("dims", dims, least=1)
     step = kronecker_steps(dims)
     start = jax.random.bits(key, (dims,), jnp.uint32)
     turns = wrapped("first", first) + jnp.arange(count, dtype=jnp.uint32)

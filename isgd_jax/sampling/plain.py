@@ -36,7 +36,7 @@ from isgd_jax.sampling.options import (
     check_options,
     check_ranges,
 )
-from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, on_mesh, own_key
+from isgd_jax.sampling.state import BatchSampler, SamplerState, check_sizes, on_mesh, own_key, step_ahead
 from isgd_jax.types import Draw, Key, Params, Sampler
 
 __all__ = ["fixed", "shuffled_epochs", "uniform_draws"]
@@ -67,13 +67,12 @@ def shuffled_epochs(
         ValueError: the batch is larger than the data set, a number is out of range, or an array has not one entry an
             example.
     """
-    check_sizes(num_examples, batch_size)
+    num_examples, batch_size = check_sizes(num_examples, batch_size)
     check_example_weights(example_weights, num_examples)
     if batch_size > num_examples:
         raise ArgumentError(f"an epoch of {num_examples} examples has no batch of {batch_size}")
     options = _plain(monitor, example_weights, steps_per_update)
-    check_ranges(options)
-    return _Epochs(num_examples, batch_size, options).functions()
+    return _Epochs(num_examples, batch_size, check_ranges(options)).functions()
 
 
 def uniform_draws(
@@ -101,11 +100,10 @@ def uniform_draws(
         TypeError: a number is of the wrong type.
         ValueError: a number is out of range, or an array has not one entry an example.
     """
-    check_sizes(num_examples, batch_size)
+    num_examples, batch_size = check_sizes(num_examples, batch_size)
     check_example_weights(example_weights, num_examples)
     options = dataclasses.replace(_plain(monitor, example_weights, steps_per_update), sampler="uniform")
-    check_ranges(options)
-    return _Still(num_examples, batch_size, options).functions()
+    return _Still(num_examples, batch_size, check_ranges(options)).functions()
 
 
 def fixed(
@@ -162,9 +160,9 @@ def fixed(
         calibrate=False,
         record_drawn=False,
     )
-    check_sizes(len(values), batch_size)
-    check_options(options, len(values), batch_size)
-    return _Fixed(len(values), batch_size, options, values).functions()
+    size, batch_size = check_sizes(len(values), batch_size)
+    options = check_options(options, size, batch_size)
+    return _Fixed(size, batch_size, options, values).functions()
 
 
 def _plain(monitor: bool, example_weights: Array | np.ndarray | None, steps_per_update: int) -> Options:
@@ -236,7 +234,7 @@ class _Epochs(_Still):
         """The next batch of the permutation, whatever the key."""
         del key, params, data
         self._check_state(state)
-        size, step = self.batch_size, state.clock.step + ahead
+        size, step = self.batch_size, step_ahead(state, ahead)
         epoch, at = step // self._num_batches, step % self._num_batches * size
         indices = lax.cond(
             epoch == state.clock.step // self._num_batches,

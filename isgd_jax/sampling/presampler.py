@@ -41,7 +41,7 @@ from isgd_jax.sampling.drawing import in_halves
 from isgd_jax.sampling.estimator import ImportanceSampler
 from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges
 from isgd_jax.sampling.plain import _Still
-from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes
+from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, step_ahead
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer, Scores
 
 __all__ = ["presampling"]
@@ -84,11 +84,11 @@ def presampling(
         TypeError: a number is of the wrong type.
         ValueError: a number is out of range, or an array has not one entry an example.
     """
-    check_sizes(num_examples, batch_size)
+    num_examples, batch_size = check_sizes(num_examples, batch_size)
     check_example_weights(example_weights, num_examples)
     check_number(uniform_fraction)
     check_fraction(uniform_fraction, 0.0)
-    check_whole("candidates", candidates, least=1)
+    candidates = check_whole("candidates", candidates, least=1)
     if not 0.0 <= score_cost < math.inf:
         raise ArgumentError(f"score_cost must be 0 or more forward passes, got {score_cost}")
     options = Options(
@@ -102,8 +102,7 @@ def presampling(
         record_drawn=False,
         steps_per_update=steps_per_update,
     )
-    check_ranges(options)
-    made = _Presampling(num_examples, batch_size, options, scorer, candidates, gate, score_cost)
+    made = _Presampling(num_examples, batch_size, check_ranges(options), scorer, candidates, gate, score_cost)
     return made.functions(candidates=made.candidates, resample=made.resample)
 
 
@@ -224,7 +223,7 @@ class _Presampling(_Still):
         count = found.indices.shape[0]
 
         def scored(indices: Array) -> Array:
-            found = score(jax.tree.map(lambda x: x[indices], data))
+            found = score(jax.tree.map(lambda x: jnp.asarray(x)[indices], data))
             if jnp.shape(found) != indices.shape:  # longer ones would be drawn from, and the mean be another
                 raise ArgumentError(
                     f"presampling's scorer must give one score an example: expected {list(indices.shape)}, got "
@@ -248,7 +247,7 @@ class _Presampling(_Still):
 
     def _joined(self, state: SamplerState, parts: list[tuple[Draw, Array]], ahead: int | Array) -> Draw:
         draw, speedups = jax.tree.map(lambda *both: jnp.concatenate([jnp.atleast_1d(x) for x in both]), *parts)
-        step, target = state.clock.step + ahead, state.examples.target
+        step, target = step_ahead(state, ahead), state.examples.target
         size = self.num_examples
         return draw._replace(
             target=jnp.full(draw.probs.shape, 1.0 / size, jnp.float32) if target is None else target[draw.indices],
@@ -277,7 +276,7 @@ def _given(params: Params, frozen: Any) -> tuple[Any, ...]:
 
 def _keys(key: Key, state: SamplerState, ahead: int | Array) -> Array:
     """Of the candidates of a step, and of the draws of its two halves."""
-    return jax.random.split(jax.random.fold_in(key, state.clock.step + ahead), 3)
+    return jax.random.split(jax.random.fold_in(key, step_ahead(state, ahead)), 3)
 
 
 def _expected_speedup(state: SamplerState) -> Float[Array, ""]:

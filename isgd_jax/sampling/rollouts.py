@@ -92,7 +92,7 @@ def create(num_prompts: int) -> RolloutStats:
         TypeError: ``num_prompts`` is no whole number.
         ValueError: it is less than 1.
     """
-    check_whole("num_prompts", num_prompts, least=1)
+    num_prompts = check_whole("num_prompts", num_prompts, least=1)
     scores, products, pairs = (jnp.zeros(num_prompts, jnp.float32) for _ in range(3))
     return RolloutStats(scores, products, pairs, jnp.full(num_prompts, -1, jnp.int32), calibration.create())
 
@@ -200,7 +200,7 @@ def moments(
     if not prior_pairs > 0.0:
         raise ArgumentError(f"prior_pairs must be above 0, got {prior_pairs}")
     if max_age is not None:
-        check_whole("max_age", max_age, least=0)
+        max_age = check_whole("max_age", max_age, least=0)
     age = jnp.asarray(version, jnp.int32) - stats.version
     trusted = stats.version >= 0
     trusted = trusted if max_age is None else trusted & (age <= max_age)
@@ -247,13 +247,16 @@ def expected_counts(
         ValueError: a shape does not fit; or, where values can be seen, a number is out of range, or the floors sum to
             more than ``num_rollouts``. Inside ``jax.jit`` all counts are then NaN.
     """
-    check_whole("num_rollouts", num_rollouts, least=1)
+    num_rollouts = check_whole("num_rollouts", num_rollouts, least=1)
     size = variance.shape[0]
     variance, ones = _checked("variance", variance, size), jnp.ones(size, jnp.float32)
     second = variance if second_moments is None else _checked("second_moments", second_moments, size)
     cost = ones if costs is None else _checked("costs", costs, size)
     weight = ones if target is None else jnp.abs(_checked("target", target, size, is_signed=True))
-    floor = ones * floors if isinstance(floors, float | int) else _checked("floors", floors, size)
+    if isinstance(floors, float | int | np.number) or (isinstance(floors, Array) and floors.ndim == 0):
+        floor = ones * jnp.float32(floors)
+    else:
+        floor = _checked("floors", floors, size)
     is_right = _check_floors(floor, weight, cost, num_rollouts)
     is_right &= jnp.all(jnp.isfinite(second) & (second >= 0.0) & jnp.isfinite(variance) & (variance >= 0.0))
     # Deviations in one unit, or sums leave float32. Where nothing varies, what the floors leave is shared out evenly.

@@ -145,7 +145,7 @@ def without_replacement(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         TypeError: ``num_draws`` is no whole number.
         ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
-    check_whole("num_draws", num_draws, least=1)
+    num_draws = check_whole("num_draws", num_draws, least=1)
     return systematic(key, capped(law, num_draws=num_draws), num_draws=num_draws)
 
 
@@ -171,7 +171,7 @@ def poisson(key: Key, law: LawLike, *, num_draws: int, part_of: int | None = Non
         TypeError: ``num_draws`` is no whole number.
         ValueError: ``num_draws`` is not in 1..n, or the law cannot be prepared.
     """
-    check_whole("num_draws", num_draws, least=1)
+    num_draws = check_whole("num_draws", num_draws, least=1)
     whole = num_draws if part_of is None else part_of
     law, size = as_law(law), poisson_size(whole) * (num_draws / whole)
     if num_draws > law.masses.shape[0]:
@@ -198,7 +198,7 @@ def uniform(key: Key, law: LawLike, *, num_draws: int) -> Draw:
         TypeError: ``num_draws`` is no whole number.
         ValueError: ``num_draws`` is below 1.
     """
-    check_whole("num_draws", num_draws, least=1)
+    num_draws = check_whole("num_draws", num_draws, least=1)
     if not isinstance(law, Law):
         check_array("law", law)
     size = (law.masses if isinstance(law, Law) else law).shape[0]
@@ -252,7 +252,7 @@ def on_line(
         TypeError: ``num_draws`` is no whole number.
         ValueError: ``num_draws`` is below 1, or the law cannot be prepared.
     """
-    check_whole("num_draws", num_draws, least=1)
+    num_draws = check_whole("num_draws", num_draws, least=1)
     law = as_law(law)
     at, probs = at_fractions(law, *_places(kind, key, num_draws, is_halved, is_open, step), is_open)
     return Draw(example_at(law, at), probs, jnp.ones((num_draws,), bool))

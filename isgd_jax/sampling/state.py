@@ -48,6 +48,7 @@ __all__ = [
     "key_data",
     "on_mesh",
     "own_key",
+    "step_ahead",
 ]
 
 FORMAT = 4
@@ -203,6 +204,20 @@ def own_key(state: SamplerState, count: Int[Array, ""]) -> Key:
     return jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), count)
 
 
+def step_ahead(state: SamplerState, ahead: int | Array) -> Int[Array, ""]:
+    """The number of the step that is ``ahead`` from now.
+
+    Raises:
+        TypeError: ``ahead`` is no whole number.
+        ValueError: it is negative, and no array of JAX.
+    """
+    if isinstance(ahead, Array):
+        return state.clock.step + ahead
+    if (whole := check_whole("ahead", ahead, least=-(2**31))) < 0:
+        raise ArgumentError(f"ahead counts the steps since the last observe, 0 or more; got {whole}")
+    return state.clock.step + whole
+
+
 def begun_anew(state: SamplerState, moved: bool | Bool[Array, ""] = True) -> SamplerState:
     """The state with places of draws that know nothing of the draws before.
 
@@ -252,15 +267,14 @@ def check_clock(seconds: float | Array | None, max_age_seconds: float | None) ->
         )
 
 
-def check_sizes(num_examples: int, batch_size: int) -> None:
-    """Refuse numbers that are no sizes.
+def check_sizes(num_examples: int, batch_size: int) -> tuple[int, int]:
+    """Both as ints, refused where they are no sizes: NumPy's small integers would wrap in products.
 
     Raises:
         TypeError: they are no whole numbers.
         ValueError: they are out of range.
     """
-    check_whole("num_examples", num_examples, least=1)
-    check_whole("batch_size", batch_size, least=1)
+    return check_whole("num_examples", num_examples, least=1), check_whole("batch_size", batch_size, least=1)
 
 
 def check_state(state: SamplerState, num_examples: int) -> None:

@@ -215,9 +215,9 @@ def refresher(
         TypeError: a number of steps is no whole number.
         ValueError: it is not positive, or more than int32 holds; or the engine scores another number of examples.
     """
-    for name, value in (("every", every), ("publish_every", publish_every)):
-        if value is not None:
-            check_whole(name, value, least=1)
+    every = check_whole("every", every, least=1)
+    if publish_every is not None:
+        publish_every = check_whole("publish_every", publish_every, least=1)
     _check_size(engine, sampler)
     return Refresher(
         engine,

@@ -240,7 +240,8 @@ def fit(
 
     Source: the paper, section 4; scores from the updates' own gradients are ours.
     """
-    _check_fit(problem, sampler, num_steps, key)
+    _check_fit(problem, sampler, key)
+    num_steps = check_whole("num_steps", num_steps, least=0)
     check_step_cost(step_cost)
     if isinstance(callbacks, Callback):
         raise ArgumentTypeError(f"callbacks must be a list of them, got one {type(callbacks).__name__}")
@@ -387,7 +388,7 @@ def _check_scorer(problem: Problem, sampler: BatchSampler, state: TrainState) ->
         ) from error
 
 
-def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int, key: Key) -> None:
+def _check_fit(problem: Problem, sampler: BatchSampler, key: Key) -> None:
     kind, shape = getattr(key, "dtype", None), jnp.shape(key)
     is_typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
     is_one = shape == () if is_typed else kind == jnp.uint32 and len(shape) == 1
@@ -398,6 +399,5 @@ def _check_fit(problem: Problem, sampler: BatchSampler, num_steps: int, key: Key
         raise ArgumentError(
             f"the sampler draws from {sampler.num_examples} examples, the problem has {problem.num_examples}"
         )
-    check_whole("num_steps", num_steps, least=0)
     if sampler.candidates is not None and problem.hold != "device":
         raise ArgumentError('presampling scores candidates inside the step: hold="device", or a loop of your own')

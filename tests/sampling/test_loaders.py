@@ -6,6 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from sampling_problem import unchecked
 
 import isgd_jax as isgd
 
@@ -177,3 +178,36 @@ def test_scores_are_distrusted_by_the_callers_clock_and_a_refused_observation_ch
         made().load_state_dict(made(isgd.importance_sampler(N + 1, batch_size=M)).state_dict())
     with pytest.raises(ValueError, match="ahead=2, here it is 3"):
         made().load_state_dict(made(ahead=2).state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ahead": np.uint8(3)}, {"refresh_every": np.uint8(5)}, {"shard": (np.uint8(0), np.uint8(1))}],
+    ids=["ahead", "refresh_every", "shard"],
+)
+def test_numbers_of_numpy_count_as_those_of_python(options):  # of eight bits, which are at their end after 255 steps
+    with unchecked():
+        plain, draws = made(), made(**options)
+    kept = plain.state_dict() | {"observed": 250}
+    plain.load_state_dict(kept)
+    draws.load_state_dict(kept)
+    same(trained(plain, 10), trained(draws, 10))
+
+
+def test_a_timeout_is_a_number_of_seconds_and_lists_go_on_after_it():
+    with pytest.raises(ValueError, match="timeout must be 0 or more seconds, got nan"):
+        made(timeout=float("nan"))
+    with unchecked(), pytest.raises(TypeError, match=r"each number of shard must be a whole number, got 1\.0"):
+        made(shard=(1.0, 2))
+    patient = made(ahead=1, timeout=float("inf"))
+    batch = next(patient)
+    threading.Timer(0.1, patient.observe, (batch,), {"norms": np.ones(M)}).start()
+    assert next(patient).step == 1
+    draws = made(ahead=1, timeout=0.01)
+    lists = draws.lists()
+    next(lists)
+    for _ in range(2):  # the second was told that there are no more batches
+        with pytest.raises(TimeoutError, match="none was observed"):
+            next(lists)
+    draws.observe(draws.listed(), norms=np.ones(M))
+    assert next(lists) == draws.listed().indices.tolist()

@@ -178,3 +178,10 @@ def test_it_needs_a_scorer_with_parameters_and_data_or_the_two_steps() -> None:
     for given in ({}, {"params": 1.0}, {"data": DATA}):
         with pytest.raises(TypeError, match=r"sample\(params=..., data=...\)"):
             sampler.sample(jax.random.key(0), sampler.init(), **given)
+
+
+def test_data_may_be_of_numpy() -> None:  # which cannot be taken from by traced indices
+    sampler = isgd.presampling(40, batch_size=4, scorer=lambda params, batch: params * batch, gate=False)
+    data = {"params": np.float32(1.0), "data": np.arange(40, dtype=np.float32)}
+    found = jax.eval_shape(lambda key: sampler.sample(key, sampler.init(), **data), jax.random.key(0))
+    assert found.indices.shape == (4,)

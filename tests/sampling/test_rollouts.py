@@ -181,3 +181,12 @@ def test_lazy_gradients_tell_the_same_as_the_definition() -> None:
     sums = np.stack([rows[np.asarray(indices) == i].sum(axis=0) for i in np.asarray(indices)])
     wanted = np.sum(rows * (sums - rows), axis=1)
     np.testing.assert_allclose(rollouts.pair_products(isgd.gram(grads), indices), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_floor_may_be_any_number() -> None:  # such as a share of NumPy's, which was taken for an array
+    variance = np.array([1.0, 4.0, 9.0], np.float32)
+    for floor in (np.float32(0.25), jnp.float32(0.25)):
+        with unchecked():
+            found = rollouts.expected_counts(variance, num_rollouts=np.uint8(12), floors=floor)
+        wanted = rollouts.expected_counts(variance, num_rollouts=12, floors=0.25)
+        assert found.tolist() == wanted.tolist()

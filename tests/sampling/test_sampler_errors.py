@@ -215,3 +215,24 @@ def test_the_target_and_weights_of_the_transform_are_an_error_together() -> None
     plain = isgd.importance_weighting(N)
     with unchecked(), pytest.raises(ValueError, match=r"target must have one number a draw, \(4,\); got \(3,\)"):
         plain.update(grads, plain.init(own), own, probs=draw.probs, target=jnp.ones(3))
+
+
+@pytest.mark.parametrize("make", [_importance, _epochs, _presampling], ids=["importance", "epochs", "presampling"])
+def test_steps_ahead_that_are_no_count_are_refused(make: Callable[..., Any]) -> None:
+    sampler = make()
+    draw = sampler.candidates or sampler.sample
+    for ahead, error in ((-1, ValueError), (np.int64(-1), ValueError), (1.5, TypeError), (True, TypeError)):
+        with unchecked(), pytest.raises(error, match="ahead"):
+            draw(jax.random.key(0), sampler.init(), ahead=ahead)
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:  # whose products wrap, and whose types go into the state
+    for make in EACH:
+        with unchecked():
+            made = make(batch_size=np.uint8(M), steps_per_update=np.int64(2))
+        assert [type(x) for x in (made.num_examples, made.batch_size, made.steps_per_update)] == [int] * 3
+    with unchecked():
+        many = isgd.presampling(300, batch_size=np.uint8(64), candidates=np.uint8(4))
+    state = jax.eval_shape(many.init)
+    assert many.candidates is not None
+    assert jax.eval_shape(many.candidates, jax.random.key(0), state).indices.shape == (256,)

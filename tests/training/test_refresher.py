@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import linear_loss, linear_problem
-from sampling_problem import jitted
+from sampling_problem import jitted, unchecked
 
 import isgd_jax as isgd
 from isgd_jax.engines.contract import ScoredChunk
@@ -228,3 +228,13 @@ def test_an_engine_of_another_number_of_examples_is_refused() -> None:
             pytest.raises(ValueError, match="the engine scores 43 examples, the sampler draws from 40: give both the"),
         ):
             isgd.refresher(engine, sampler())
+
+
+def test_numbers_of_numpy_count_steps_as_those_of_python() -> None:  # of eight bits, which cannot count to 256
+    with unchecked():
+        made = isgd.refresher(
+            None, sampler(steps_per_update=np.uint8(2)), every=np.uint8(100), publish_every=np.uint8(50)
+        )
+    assert [made.is_due(step) for step in (256, 300)] == [False, True]
+    assert [made.publishes(step) for step in (300, 350)] == [True, True]
+    assert type(made.sampler.steps_per_update) is int

@@ -28,6 +28,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -106,8 +107,8 @@ def index_sampler(
         raise ArgumentError(
             f"shard must be (number, count), with equal parts of a batch of {sampler.batch_size}; got {shard}"
         )
-    if not timeout >= 0.0:
-        raise ArgumentError(f"timeout must be 0 or more seconds, got {timeout}")
+    if not (isinstance(timeout, Real) and timeout >= 0.0):
+        raise ArgumentError(f"timeout must be 0 or more seconds, or infinity, got {timeout!r}")
     if count > 1 and gather is None:
         raise ArgumentError("of several processes each sees its own norms: gather= must bring them together")
     return IndexSampler(

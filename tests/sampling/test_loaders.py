@@ -195,8 +195,10 @@ def test_numbers_of_numpy_count_as_those_of_python(options):  # of eight bits, w
 
 
 def test_a_timeout_is_a_number_of_seconds_and_lists_go_on_after_it():
-    with pytest.raises(ValueError, match="timeout must be 0 or more seconds, got nan"):
+    with pytest.raises(ValueError, match="timeout must be 0 or more seconds, or infinity, got nan"):
         made(timeout=float("nan"))
+    with unchecked(), pytest.raises(ValueError, match=r"timeout must be 0 or more seconds, or infinity, got None"):
+        made(timeout=None)
     with unchecked(), pytest.raises(TypeError, match=r"each number of shard must be a whole number, got 1\.0"):
         made(shard=(1.0, 2))
     patient = made(ahead=1, timeout=float("inf"))

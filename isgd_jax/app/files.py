@@ -78,9 +78,9 @@ def writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(
-            f"cannot write {file} ({error.strerror or error}): make room there, or make it writable, then go on"
-        ) from error
+        is_gone = isinstance(error, FileNotFoundError)
+        advice = "put its folder back" if is_gone else "make room there, or make it writable"
+        raise type(error)(f"cannot write {file} ({error.strerror or error}): {advice}, then go on") from error
 
 
 def _encoded(content: str | bytes) -> bytes:

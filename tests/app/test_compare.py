@@ -19,6 +19,7 @@ from isgd_jax.app.html import comparison_page
 from isgd_jax.app.records import Record
 from isgd_jax.app.run import fit
 from isgd_jax.app.run_dir import RunDir
+from isgd_jax.errors import RunInUseError
 
 
 def curve(losses: list[float], every: int = 10, seconds: float = 1.0) -> list[Record]:
@@ -252,6 +253,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path: Pat
     arm = fake_arm([1.0, 0.5], calls)._replace(config=small_config("", steps=40))
     compare.train({"mine": arm}, seeds=1, folder=tmp_path)
     assert calls == [True]
+
+
+def test_of_two_studies_in_one_folder_the_second_is_told(tmp_path: Path) -> None:
+    def beaten(config: Config, **hooks: Any) -> Any:
+        raise FileExistsError(f"{config.recording.run_dir} is there already: go on with it by resume=")
+
+    with pytest.raises(RunInUseError, match=r"was begun by another process meanwhile: wait until it ends, the same"):
+        compare.train({"ours": compare.Arm(small_config("", steps=20), beaten)}, seeds=1, folder=tmp_path)
 
 
 def test_a_signal_ends_the_study(tmp_path: Path) -> None:

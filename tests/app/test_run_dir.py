@@ -86,6 +86,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         run.append({"event": "progress", "step": 1})
 
 
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
+    run.path.rename(tmp_path / "elsewhere")
+    for write in (lambda: run.write("note.txt", "new"), lambda: run.append({"event": "progress", "step": 1})):
+        with pytest.raises(
+            FileNotFoundError, match=r"cannot write .* \(No such file or directory\): put its folder back"
+        ):
+            write()
+
+
 def test_metrics_are_json_that_any_reader_takes(tmp_path: Path) -> None:
     run = RunDir.create(configure(run_dir=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -10,7 +10,7 @@ from isgd_jax.app.config import MAY_CHANGE_ON_RESUME, Config
 from isgd_jax.app.files import make_folder, read_json, write_whole
 from isgd_jax.app.records import Record, is_number
 from isgd_jax.app.run_dir import RunDir
-from isgd_jax.errors import ArgumentError, DamagedFileError
+from isgd_jax.errors import ArgumentError, DamagedFileError, RunInUseError
 
 __all__ = ["Arm", "Curve", "Fit", "Say", "Study", "group", "read", "train"]
 
@@ -181,6 +181,10 @@ def _train_one(
     resume = (run.path / "config.json").is_file()
     try:
         result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
+    except FileExistsError as error:
+        raise RunInUseError(
+            f"{run.path} was begun by another process meanwhile: wait until it ends, the same command then goes on"
+        ) from error
     except FloatingPointError as error:
         if _last_turn(run).get("event") != "diverged":  # a loop of one's own
             step = (_curve(run.path) or [{"step": 0}])[-1]["step"]

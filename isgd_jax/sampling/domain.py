@@ -152,7 +152,8 @@ def domain_sampler(
             bounding box, and a loss and a score of 0 outside: the mean is then over the box). Coordinates are 0 to 1,
             both ends included: once in millions of draws one is 1, so bound what is an index, and keep a logarithm or a
             root off its end.
-        dims: of the cube. Boxes serve up to about five; with more they are too few to be small along each axis.
+        dims: of the cube. Boxes must be small along each axis: with three dimensions take more of them, and beyond
+            about five they save little.
         batch_size: draws in a step, m. A loss of several terms has a sampler for each, and this is its share.
         num_boxes: of the density, a power of two, at most 2^15. A refresh scores four new points for each.
         uniform_fraction: share of the draws that is spread uniformly, above 0: no weight is above one over it, and

@@ -257,10 +257,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path: Pat
 
 def test_of_two_studies_in_one_folder_the_second_is_told(tmp_path: Path) -> None:
     def beaten(config: Config, **hooks: Any) -> Any:
+        RunDir.create(config)
         raise FileExistsError(f"{config.recording.run_dir} is there already: go on with it by resume=")
 
     with pytest.raises(RunInUseError, match=r"was begun by another process meanwhile: wait until it ends, the same"):
         compare.train({"ours": compare.Arm(small_config("", steps=20), beaten)}, seeds=1, folder=tmp_path)
+
+
+def test_a_file_in_the_place_of_a_runs_folder_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "ours-0").write_text("a note")
+    with pytest.raises(FileExistsError, match=r"ours-0 is there already"):
+        compare.train({"ours": compare.Arm(small_config("", steps=20))}, seeds=1, folder=tmp_path)
 
 
 def test_a_signal_ends_the_study(tmp_path: Path) -> None:

@@ -182,6 +182,8 @@ def _train_one(
     try:
         result = (arm.fit or _fit())(config, resume=resume, observe=observe, until=until)
     except FileExistsError as error:
+        if resume or not (run.path / "config.json").is_file():  # something else stands in the way
+            raise
         raise RunInUseError(
             f"{run.path} was begun by another process meanwhile: wait until it ends, the same command then goes on"
         ) from error

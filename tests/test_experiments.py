@@ -324,6 +324,19 @@ def test_sources_are_held_out_by_whole_files() -> None:
         assert np.bincount(split["label"], minlength=10).min() > 20
 
 
+def test_a_race_of_pictures_is_run_by_a_resnet() -> None:
+    arrays = {"image": np.zeros((20, 8, 8, 1), np.float32), "label": np.arange(20, dtype=np.int32) % 10}
+    scale, dataset = problems.Scale(20, (4,), 8, 1), problems.data.from_arrays(arrays, arrays)
+    made = problems.make(dataset, "clean", scale, "resnet")
+    params = jax.eval_shape(made.init, jax.random.key(0))
+    logits = jax.eval_shape(made.logits_fn, params, {"x": made.train["x"][0]})
+    assert made.name.endswith("clean, resnet")
+    assert logits.shape == (10,)
+    flat = {**arrays, "image": arrays["image"][:, 0, :, 0]}
+    with pytest.raises(ValueError, match="expected pictures"):
+        problems.make(problems.data.from_arrays(flat, flat), "clean", scale, "resnet")
+
+
 @pytest.mark.slow
 def test_an_honest_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Twice: the second time everything is there already, and the table is the same.

@@ -46,12 +46,14 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     """Fourteen layers, CIFAR size, widths 32 to 128, GroupNorm."""
 
+    num_classes: int = 10
+
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.GroupNorm(8)(nn.Conv(32, (3, 3), use_bias=False)(x)))
         for width, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
             x = Residual(width, stride)(x)
-        return nn.Dense(10)(x.mean((0, 1)))
+        return nn.Dense(self.num_classes)(x.mean((0, 1)))
 
 
 class Block(nn.Module):

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from benchmarks.norm_models import ResNet
 from clocks import core_seconds
 
 import isgd_jax as isgd
@@ -51,7 +53,10 @@ CALIBRATION_BINS = 15
 
 
 class Problem(NamedTuple):
-    """A data set and a model. Splits are dicts of arrays on the device, ``x`` [n, d] and ``y`` [n]."""
+    """A data set and a model. Splits are dicts of arrays on the device, ``x`` [n, d] and ``y`` [n].
+
+    The model is an MLP of ``hidden`` widths, or, of pictures of a shape, a ResNet.
+    """
 
     name: str
     hidden: tuple[int, ...]
@@ -60,6 +65,7 @@ class Problem(NamedTuple):
     train: dict[str, Array]
     valid: dict[str, Array]
     test: dict[str, Array]
+    picture: tuple[int, ...] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -76,8 +82,21 @@ class Problem(NamedTuple):
         return models.init(self._model, key, self.train["x"][0], num_classes=self.num_classes)
 
     @property
-    def _model(self) -> models.MLP:
-        return models.mlp(self.num_classes, hidden=self.hidden)
+    def _model(self) -> models.Model:
+        if self.picture is None:
+            return models.mlp(self.num_classes, hidden=self.hidden)
+        return OfPictures(self.picture, self.num_classes)
+
+
+class OfPictures(nn.Module):
+    """The ResNet of `norm_models` on flat pictures: fourteen layers, GroupNorm."""
+
+    picture: tuple[int, ...]
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return ResNet(self.num_classes)(x.reshape(self.picture))
 
 
 class Choice(NamedTuple):

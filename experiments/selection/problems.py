@@ -14,7 +14,7 @@ from isgd_jax.app import data
 from selection import sources
 from selection.contest import Problem
 
-__all__ = ["RACE_SCALES", "SCALES", "SPOILT", "Scale", "kinds", "load", "make"]
+__all__ = ["NETWORKS", "RACE_SCALES", "SCALES", "SPOILT", "Scale", "kinds", "load", "make"]
 
 
 class Scale(NamedTuple):
@@ -72,8 +72,18 @@ def load(name: str, data_dir: str | None = None) -> data.Dataset:
     return sources.load() if name == sources.NAME else data.load(name, data_dir=data_dir)
 
 
-def make(dataset: data.Dataset, kind: str, scale: Scale) -> Problem:
-    """The problem of a kind."""
+NETWORKS = ("mlp", "resnet")
+
+
+def make(dataset: data.Dataset, kind: str, scale: Scale, network: str = "mlp") -> Problem:
+    """The problem of a kind, for one of the `NETWORKS`.
+
+    Raises:
+        ValueError: a ResNet was asked for, and the examples are no pictures.
+    """
+    shape = np.shape(dataset.train[dataset.input_key])[1:]
+    if network == "resnet" and len(shape) != 3:
+        raise ValueError(f"a resnet: expected pictures [height, width, channels], got {dataset.name}'s {shape}")
     noise, imbalance = SPOILT.get(kind, (0.0, 1.0))
     rng = np.random.default_rng(_SPOILING_SEED)
     labels = np.asarray(dataset.train["label"])
@@ -83,13 +93,14 @@ def make(dataset: data.Dataset, kind: str, scale: Scale) -> Problem:
     labels = np.where(wrong, rng.integers(0, dataset.num_classes, len(labels)), labels)
     cut = len(labels) // 10
     return Problem(
-        name=f"{dataset.name}, {kind}",
+        name=f"{dataset.name}, {kind}" if network == "mlp" else f"{dataset.name}, {kind}, {network}",
         hidden=scale.hidden,
         num_classes=dataset.num_classes,
         batch_size=scale.batch_size,
         train=_split(inputs[cut:], labels[cut:]),
         valid=_split(inputs[:cut], labels[:cut]),
         test=_split(_flat(dataset, "test", slice(None)), np.asarray(dataset.test["label"])),
+        picture=shape if network == "resnet" else None,
     )
 
 

@@ -250,6 +250,8 @@ class _Domain:
             found = found.astype(jnp.float32)
         is_usable = jnp.isfinite(found) & (found >= 0.0)
         scores = jnp.where(is_usable, found, 0.0)
+        # Of the largest numbers there are, one over them, which is what XLA divides by, is flushed to zero.
+        scores = scores * jnp.where(jnp.max(scores) > 1.0, 2.0**-8, 1.0).astype(scores.dtype)
         largest = jnp.max(scores)
         # In their own type, so that squares stay within float32.
         scores = (scores / jnp.where(largest > 0.0, largest, 1.0)).astype(jnp.float32)

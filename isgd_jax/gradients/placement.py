@@ -1,4 +1,4 @@
-"""Where gradients lie on a mesh of devices: what is split there, and results that stay so."""
+"""Where arrays lie on a mesh of devices: what is split there, results that stay so, and what must be whole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from functools import partial, wraps
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map_leaves
 
-__all__ = ["as_parameters", "lies_on_a_mesh", "may_be_split", "placed", "spec_of", "split_axis", "stacked_split"]
+__all__ = [
+    "as_parameters",
+    "laid_as",
+    "lies_on_a_mesh",
+    "may_be_split",
+    "placed",
+    "replicated",
+    "spec_of",
+    "split_axis",
+    "stacked_split",
+]
 
 
 def spec_of(x: Any) -> PartitionSpec:
@@ -38,6 +49,35 @@ def _meshes(tree: Any) -> list[Any]:
     """Those that arrays lie on; an empty one where JAX names none."""
     shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
     return [sharding.mesh for sharding in shardings if sharding is not None]
+
+
+def replicated(x: Array) -> Array:
+    """``x`` with no axis split, where a mesh with explicit axes says that one is; else ``x`` itself.
+
+    Running sums and look-ups by index need all of an array, and JAX refuses both along an axis that is split. With
+    Auto axes the compiler sees to it.
+
+    Args:
+        x: an array of any shape, or a tracer of one.
+
+    Returns:
+        The same values, of the same shape: one all-gather where an axis was split. Source: ours.
+    """
+    if all(axis is None for axis in spec_of(x)):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
+
+
+def laid_as(tree: Any, other: Any) -> Any:
+    """``tree``, its arrays whole on the mesh with explicit axes that those of ``other`` lie on, if they lie on one.
+
+    Arrays that are made inside a program, such as the first of a loop, lie there only where ``jax.set_mesh`` says so,
+    and JAX lets the two kinds not take each other's place.
+    """
+    mesh = next((mesh for mesh in _meshes(other) if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def split_axis(grads: Grads) -> Any:

@@ -23,6 +23,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.gradients.jaxpr import made_varying
+from isgd_jax.gradients.placement import laid_as
 
 __all__ = ["MOST_BOXES", "POINTS_PER_BOX", "Boxes", "densities", "fitted", "moved", "uniform_boxes"]
 
@@ -120,8 +121,8 @@ def fitted(
         return 2 * members + is_upper, (low, high), (axes, middles)
 
     first = jnp.zeros(count, jnp.int32)
-    # Inside `jax.shard_map` what goes in must differ between devices as what comes out does.
-    carry = made_varying((first, corners, tree), known)
+    # Inside `jax.shard_map` what goes in must differ between devices as what comes out does; on a mesh, lie on it.
+    carry = made_varying(laid_as((first, corners, tree), known), known)
     members, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, carry)
     volume = jnp.prod(high - low, axis=1)
     wanted = volume * _root_mean_square(known, row, members, 2**depth)

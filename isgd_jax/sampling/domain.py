@@ -37,6 +37,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole
+from isgd_jax.gradients.placement import replicated
 from isgd_jax.sampling.boxes import MOST_BOXES, POINTS_PER_BOX, Boxes, densities, fitted, moved, uniform_boxes
 from isgd_jax.sampling.places import quasi_random, wrapped
 from isgd_jax.types import Key
@@ -213,7 +214,7 @@ class _Domain:
             TypeError: ``step`` is no whole number, or ``state`` no state.
             ValueError: it is several, or the state is another sampler's.
         """
-        self._check_state(state)
+        state = self._checked(state)
         own = self._own(key, state, _OF_DRAWS)
         first = wrapped("step", step) * jnp.uint32(self.batch_size)
         unit, box = moved(state.boxes, quasi_random(own, self.batch_size, self.dims, first=first))
@@ -232,7 +233,7 @@ class _Domain:
             TypeError: ``score`` is no function, its numbers are complex, or ``state`` is no state.
             ValueError: it does not give a number a point, or the state is another sampler's.
         """
-        self._check_state(state)
+        state = self._checked(state)
         if not callable(score):
             raise ArgumentTypeError(f"score must be a function of new points, got a {type(score).__name__}")
         unit = self._to_score(self._own(key, state, _OF_SCORED), state.boxes)
@@ -240,7 +241,7 @@ class _Domain:
         weights = 1.0 / (SPREAD_UNIFORMLY + (1.0 - SPREAD_UNIFORMLY) * density)
         found = score(self._placed(unit))
         check_array("score(points)", found)
-        found = jax.lax.stop_gradient(jnp.asarray(found))
+        found = replicated(jax.lax.stop_gradient(jnp.asarray(found)))
         if found.shape != (unit.shape[0],):
             raise ArgumentError(f"score(points) must be one number a point, [{unit.shape[0]}], got {found.shape}")
         if jnp.issubdtype(found.dtype, jnp.complexfloating):
@@ -249,6 +250,8 @@ class _Domain:
             found = found.astype(jnp.float32)
         is_usable = jnp.isfinite(found) & (found >= 0.0)
         scores = jnp.where(is_usable, found, 0.0)
+        # Of the largest numbers there are, one over them, which is what XLA divides by, is flushed to zero.
+        scores = scores * jnp.where(jnp.max(scores) > 1.0, 2.0**-8, 1.0).astype(scores.dtype)
         largest = jnp.max(scores)
         # In their own type, so that squares stay within float32.
         scores = (scores / jnp.where(largest > 0.0, largest, 1.0)).astype(jnp.float32)
@@ -265,8 +268,9 @@ class _Domain:
         """How the density did with the newest points."""
         return DomainReport(state.drawn, state.ideal, self.batch_size / state.drawn, state.refreshes, state.unusable)
 
-    def _check_state(self, state: DomainState) -> None:
-        """Refuse a state that is none, or of another sampler: its boxes would be taken for this one's.
+    def _checked(self, state: DomainState) -> DomainState:
+        """The state, whole on each device; refused if it is none, or another sampler's: its boxes would be taken for
+        this one's.
 
         Raises:
             TypeError: it is no state.
@@ -280,6 +284,7 @@ class _Domain:
                 f"state must be this sampler's, with boxes [num_boxes, dims] of {wanted}, got {found}: each sampler "
                 "has a state of its own, and several at once go through jax.vmap"
             )
+        return jax.tree.map(replicated, state)
 
     def _own(self, key: Key, state: DomainState, purpose: int) -> Key:
         """A key of its own for what is done between two refreshes: nothing that was learnt from it decides on it."""

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy, placement
 from isgd_jax.gradients.factors import wide
+from isgd_jax.gradients.placement import replicated
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import allocation, calibration, fractions, samplers, score_table
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling.fractions import Mixtures
 from isgd_jax.sampling.gates import is_open
-from isgd_jax.sampling.placement import replicated
 from isgd_jax.sampling.state import SamplerState, begun_anew
 from isgd_jax.types import Draw, Params
 from isgd_jax.variance import gate, monitor

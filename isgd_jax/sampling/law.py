@@ -27,9 +27,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, check_array, first_wrong
+from isgd_jax.gradients.placement import replicated
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
-from isgd_jax.sampling.placement import replicated
 
 __all__ = [
     "Law",

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError
+from isgd_jax.gradients.placement import replicated
 from isgd_jax.sampling import clusters
 from isgd_jax.sampling.law import order_by
 from isgd_jax.sampling.options import GradientSketch
@@ -67,7 +68,7 @@ def with_sketches(
             f"expected sketches of shape {(*ids.shape, rows.shape[1])}, one of {rows.shape[1]} numbers for each of "
             f"the ids; got {sketches.shape}"
         )
-    size = rows.shape[0]
+    size, ids, sketches = rows.shape[0], replicated(ids), replicated(sketches)
     is_newer = jnp.asarray(version, jnp.int32) >= state.table.versions.at[ids].get(mode="fill", fill_value=0)
     is_sound = (ids >= 0) & (ids < size) & is_newer & jnp.all(jnp.isfinite(sketches), axis=1)
     at = jnp.where(is_sound, ids, size)

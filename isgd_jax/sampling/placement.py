@@ -1,36 +1,17 @@
-"""Where arrays of a sampler lie: whole on each device, also where a mesh has them split; draws are shared out."""
+"""Draws shared out among devices, each of which has the whole state of the sampler."""
 
 from typing import TypeVar
 
 import jax
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.placement import spec_of
 from isgd_jax.sampling.domain import DomainDraw
 from isgd_jax.types import Draw
 
-__all__ = ["replicated", "share"]
+__all__ = ["share"]
 
 Tree = TypeVar("Tree", Draw, DomainDraw)
-
-
-def replicated(x: Array) -> Array:
-    """``x`` with no axis split, where a mesh with explicit axes says that one is; else ``x`` itself.
-
-    Running sums and look-ups by index need all of an array, and JAX refuses both along an axis that is split. With
-    Auto axes the compiler sees to it.
-
-    Args:
-        x: an array of any shape, or a tracer of one.
-
-    Returns:
-        The same values, of the same shape: one all-gather where an axis was split. Source: ours.
-    """
-    if all(axis is None for axis in spec_of(x)):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
 def share(draw: Tree, axis_name: str) -> Tree:

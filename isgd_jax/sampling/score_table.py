@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
-from isgd_jax.sampling.placement import replicated
+from isgd_jax.gradients.placement import replicated
 
 __all__ = ["NEVER", "ScoreTable", "ages", "as_ids", "create", "record"]
 

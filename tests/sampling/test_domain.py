@@ -165,7 +165,7 @@ def test_the_state_keeps_its_types_where_float64_is_on() -> None:
         assert draw.weights.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
 def test_scores_of_any_size_give_the_same_density(size: float) -> None:
     domain = make()
     refresh = jax.jit(lambda factor: domain.refresh(KEY, domain.init(), lambda x: x[:, 0] ** 2 * factor))

@@ -220,6 +220,44 @@ def test_arrays_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> No
     assert not problem.unlike(alone, run(*split), rtol=1e-6)
 
 
+def test_scores_and_sketches_split_over_an_explicit_mesh_are_recorded_as_on_one_device() -> None:
+    sampler = isgd.importance_sampler(8, batch_size=4, order=problem.sketch(dims=4), calibrate=False)
+    rng = np.random.default_rng(0)
+    state, scores = sampler.init(), jnp.asarray(1.0 + rng.random(8), jnp.float32)
+    sketches = jnp.asarray(rng.normal(size=state.ordering.sketches.shape), jnp.float32)
+    found = jnp.arange(8, dtype=jnp.int32), scores, sketches
+
+    @jax.jit
+    def recorded(state: Any, ids: Any, scores: Any, sketches: Any) -> Any:
+        return sampler.record(state, ids, scores, version=0, sketches=sketches)
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    several = recorded(jax.device_put(state, whole), *jax.device_put(found, split))
+    assert not problem.unlike(recorded(state, *found), several, rtol=0.0)
+
+
+def test_a_domain_on_an_explicit_mesh_is_that_of_one_device() -> None:
+    """Its state whole or split, and scores computed in parts, without `jax.set_mesh`."""
+    domain = isgd.domain_sampler(lambda unit: unit, dims=2, batch_size=4, num_boxes=4)
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def drawn(state: Any, where: Any) -> Any:
+        def score(points: Any) -> Any:
+            return (points if where is None else jax.sharding.reshard(points, where))[:, 0] ** 2
+
+        state = domain.refresh(jax.random.key(0), state, score)
+        return state, domain.sample(jax.random.key(0), state, 3)
+
+    run = jax.jit(drawn, static_argnums=1)
+    first, _ = run(domain.init(), None)
+    alone = run(first, None)
+    parts = jax.tree.map(lambda x: jax.device_put(x, split if x.shape[:1] == (4,) else whole), first)
+    assert not problem.unlike(alone, run(jax.device_put(first, whole), None), rtol=1e-6)
+    assert not problem.unlike(alone, run(parts, split), rtol=1e-6)
+
+
 def test_a_domain_is_refreshed_and_shared_inside_shard_map() -> None:
     """Each device its part of one draw, or a density and points by a key of its own."""
     domain = isgd.domain_sampler(lambda unit: unit, dims=2, batch_size=8, num_boxes=4)

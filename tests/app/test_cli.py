@@ -286,6 +286,24 @@ def test_help_is_instant(tmp_path: Path) -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_help_without_docstrings_is_refused() -> None:
+    """Python of PYTHONOPTIMIZE=2 has none."""
+    code = "from isgd_jax.app.cli import main; main()"
+    for page in ("--help", "--help-all"):
+        command = [sys.executable, "-OO", "-B", "-c", code, "train", page]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr == (
+            "isgd: help is made of docstrings, which Python drops: leave PYTHONOPTIMIZE=2, or -OO, out\n"
+        )
+
+
+def test_help_on_the_narrowest_terminal_ends() -> None:
+    code = "from isgd_jax.app.cli import main; main()"
+    command = [sys.executable, "-c", code, "runs", "--help-all"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "5"})
+    assert "╭─ options" in done.stdout
+
+
 def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_part(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,13 +192,13 @@ def train(command: Train) -> int:
         FloatingPointError: the loss is no longer finite; checkpoints from before stay.
     """
     import jax
-    from rich.console import Console
     from rich.logging import RichHandler
 
     from isgd_jax.app.console import RunConsole
     from isgd_jax.app.run import fit
+    from isgd_jax.app.terminal import Terminal
 
-    console = Console(markup=False)
+    console = Terminal()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     named = command.config.recording.run_dir
     if command.resume is not None and Path(str(named)) != Path(command.resume):

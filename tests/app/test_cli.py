@@ -266,8 +266,11 @@ def test_presets_and_replays_begin_with_their_configuration(
     assert {name: config[name] for name in expected} == expected
 
 
-def test_who_reads_us_may_stop_reading() -> None:
-    called = f"{sys.executable} -c 'from isgd_jax.app.cli import main; main()' train --help"
+@pytest.mark.parametrize("arguments", ["train --help", "runs ."])
+def test_who_reads_us_may_stop_reading(arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDir.create(configure(run_dir="run"))
+    called = f"{sys.executable} -c 'from isgd_jax.app.cli import main; main()' {arguments}"
     command = f"(sleep 0.5; {called}; echo $? >&2) | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr.split() == [str(128 + signal.SIGPIPE)]

@@ -276,6 +276,17 @@ def test_who_reads_us_may_stop_reading(arguments: str, tmp_path: Path, monkeypat
     assert done.stderr.split() == [str(128 + signal.SIGPIPE)]
 
 
+def test_standard_streams_may_be_closed(tmp_path: Path) -> None:
+    RunDir.create(configure(run_dir=str(tmp_path / "run")))
+    code = (
+        "import os, sys; from isgd_jax.app import entry; "
+        "sys.exit = lambda code: os._exit(code or os.fstat(1).st_ino != os.stat(os.devnull).st_ino); entry.main()"
+    )
+    closed = f"{sys.executable} -c '{code}' runs {tmp_path} <&- >&-"
+    done = subprocess.run(closed, shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_is_instant(tmp_path: Path) -> None:
     """It imports none of the heavy packages: that is what keeps it fast."""
     code = (

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,10 @@ import orbax.checkpoint as ocp
 
 from isgd_jax.errors import ArgumentError, DamagedFileError
 
-__all__ = ["Checkpoints", "Restored", "Saved", "checksums", "into", "read"]
+__all__ = ["Checkpoints", "Restored", "Saved", "check_storable", "checksums", "into", "read"]
+
+_LONGEST = 3800
+"""Bytes in the name of a folder of checkpoints: Linux takes 4,095 for that of a file, and Orbax's add up to 200."""
 
 Tree = TypeVar("Tree")
 
@@ -248,9 +252,11 @@ def read(folder: Path, *, only: Sequence[str] = ()) -> Saved | None:
 
     Raises:
         DamagedFileError: there are checkpoints, and all are damaged.
+        ArgumentError: Orbax cannot read from a folder of this name.
     """
     if not folder.is_dir():
         return None
+    _check_name(folder)
     handlers: Any = {"arrays": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(read_only=True, step_name_format=_Steps())
     with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers) as manager:
@@ -342,14 +348,50 @@ def _check_same_arrays(theirs: dict[str, str], ours: dict[str, str]) -> None:
             )
 
 
+def check_storable(tree: Any) -> None:
+    """Refuse arrays that Orbax does not save, or not apart from others; before the first step.
+
+    Args:
+        tree: of arrays, or their shapes.
+
+    Raises:
+        ArgumentError: an array has no numbers, or two have the same name once their places are joined by dots.
+    """
+    places: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        place, name = jax.tree_util.keystr(path), ".".join(map(_name, path))
+        if 0 in leaf.shape:
+            raise ArgumentError(
+                f"{place} is {leaf.dtype}{list(leaf.shape)}, an array without numbers, which cannot be saved in a "
+                "checkpoint: leave it out of the model"
+            )
+        if name in places:
+            raise ArgumentError(
+                f"{places[name]} and {place} would be one array in a checkpoint, {name}: name one otherwise"
+            )
+        places[name] = place
+
+
+def _check_name(folder: Path) -> None:
+    """Orbax takes names for UTF-8, whatever the system's encoding is; of others it makes names of its own."""
+    name = str(folder.absolute())
+    try:
+        is_utf8 = name.encode() == os.fsencode(name)
+    except UnicodeEncodeError:
+        is_utf8 = False
+    if not is_utf8:
+        how = "" if sys.getfilesystemencoding() == "utf-8" else ", or set PYTHONUTF8=1 where it is in UTF-8"
+        raise ArgumentError(f"no checkpoints can lie in {name!r}: Orbax needs a name in UTF-8; name another{how}")
+
+
 def _check_writable(folder: Path) -> None:
     """Before the first step rather than at the first save."""
-    try:
-        os.fsencode(folder.absolute()).decode()
-    except UnicodeDecodeError as error:
+    _check_name(folder)
+    if len(os.fsencode(folder.absolute())) > _LONGEST:
         raise ArgumentError(
-            f"checkpoints cannot be written to {str(folder.absolute())!r}: Orbax needs a name in UTF-8; name another"
-        ) from error
+            f"the name of the folder {str(folder.absolute())[:40]!r}... is longer than {_LONGEST:,} bytes, which "
+            "leaves no room for the names of the files in a checkpoint: name another"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

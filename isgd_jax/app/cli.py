@@ -7,6 +7,7 @@ import logging
 import operator
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -191,13 +192,13 @@ def train(command: Train) -> int:
         FloatingPointError: the loss is no longer finite; checkpoints from before stay.
     """
     import jax
-    from rich.console import Console
     from rich.logging import RichHandler
 
     from isgd_jax.app.console import RunConsole
     from isgd_jax.app.run import fit
+    from isgd_jax.app.terminal import Terminal
 
-    console = Console(markup=False)
+    console = Terminal()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     named = command.config.recording.run_dir
     if command.resume is not None and Path(str(named)) != Path(command.resume):
@@ -211,11 +212,13 @@ def train(command: Train) -> int:
     logging.getLogger("isgd_jax").propagate = False  # once is enough
     with RunConsole(console) as observe:
         result = fit(command.config, resume=command.resume is not None, observe=observe)
+    typed = shlex.quote(str(result.run_dir))
     if result.stopped_by is None:
         if jax.process_index() == 0:  # of several processes one has the folder
-            console.print(f"One page of it all: isgd report {result.run_dir}", soft_wrap=True, highlight=False)
+            console.print(f"One page of it all: isgd report {typed}", soft_wrap=True, highlight=False)
         return 0
-    console.print(f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {result.run_dir}")
+    go_on = f"Stopped by signal {result.stopped_by}. Go on with: isgd train --resume {typed}"
+    console.print(go_on, soft_wrap=True, highlight=False)
     return 128 + result.stopped_by
 
 
@@ -306,7 +309,10 @@ def _show_help(arguments: list[str]) -> None:
 
     Raises:
         SystemExit: it has been printed.
+        ArgumentError: help is asked for, and Python has dropped the docstrings that it is made of.
     """
+    if sys.flags.optimize >= 2 and {"--help", "-h", "--help-all"} & set(arguments):
+        raise ArgumentError("help is made of docstrings, which Python drops: leave PYTHONOPTIMIZE=2, or -OO, out")
     if arguments == ["--version"]:
         print(f"isgd_jax {isgd_jax.__version__}")
         sys.exit(0)

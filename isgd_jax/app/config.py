@@ -479,7 +479,8 @@ def _flattened(values: dict[str, Any]) -> dict[str, Any]:
             raise ArgumentError(f"the part {part!r} of a configuration must be an object of its fields; got {inside!r}")
         for name in inside:
             if name not in _PARTS[part]:
-                raise ArgumentError(f"there is no field {name!r} in the part {part!r}{_meant(name, _PARTS[part])}")
+                meant = _meant(name, _PARTS[part]) or ": use the isgd_jax that wrote it, or take it out"
+                raise ArgumentError(f"there is no field {name!r} in the part {part!r}{meant}")
         fields |= inside
     return fields
 

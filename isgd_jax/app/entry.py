@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ def main() -> None:
     Raises:
         SystemExit: always, as `isgd_jax.app.cli.main` does.
     """
+    _open_closed()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where who started us has it ignored
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -24,6 +26,13 @@ def main() -> None:
         if os.environ.get("ISGD_TRACEBACK"):
             raise
         _leave(signal.SIGINT)
+
+
+def _open_closed() -> None:
+    """What of the standard streams was closed leads nowhere; a file of the run would take its number, and output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -17,10 +17,13 @@ import tyro
 
 from isgd_jax.app.gone import IN_PYTHON
 
-__all__ = ["WIDTH", "first_page", "narrow", "without_none"]
+__all__ = ["LEAST", "WIDTH", "first_page", "narrow", "without_none"]
 
 WIDTH = 100
 """Columns: nothing that the command prints is wider, but paths."""
+
+LEAST = 40
+"""Columns that all flags, and mistakes in them, are told in where the terminal is narrower."""
 
 _FLAG = 27
 """Columns of a flag with its default."""
@@ -66,9 +69,9 @@ def _summary(command: type) -> str:
 
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
-    """Inside, tyro and rich take the terminal for one of at most `WIDTH` columns."""
+    """Inside, tyro and rich take the terminal for one of `LEAST` to `WIDTH` columns: below ten tyro never ends."""
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    os.environ["COLUMNS"] = str(max(LEAST, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)))
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from isgd_jax.app import build, data, models, multihost, resuming, schedule, task
+from isgd_jax.app import build, checkpoints, data, models, multihost, resuming, schedule, task
 from isgd_jax.app.clock import Clock
 from isgd_jax.app.config import Config, TrainingConfig
 from isgd_jax.app.data.dataset import fingerprint
@@ -81,6 +81,7 @@ def fit(
     _check_size(config.training, dataset)
     with multihost.joined(config, _fingerprint(config, dataset)):
         work = task.make(config.model, dataset, model=model, loss=loss)
+        checkpoints.check_storable(jax.eval_shape(work.init, jax.random.key(0)))
         folder, devices = _run_dir(config, resume), _devices(config)
         with contextlib.ExitStack() as stack:
             stack.enter_context(folder.alone())  # before an engine, such as Ray, is started for nothing

@@ -25,6 +25,7 @@ Source: ours.
 """
 
 import functools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isgd_jax.errors import ArgumentError, check_unmasked, check_whole
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, check_whole
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import score_table
 from isgd_jax.sampling.state import BatchSampler, SamplerState, check_clock
@@ -47,6 +48,11 @@ FORMAT = 1
 """Of what ``state_dict`` gives."""
 
 Gather = Callable[[np.ndarray], np.ndarray]
+
+_ONE_PROCESS = (
+    "copies in a loader's workers would all draw the same, and learn nothing of what is observed; draw where the "
+    "updates are made, and give the loader batch_sampler=draws.lists(), whose workers get the indices"
+)
 
 
 class IndexBatch(NamedTuple):
@@ -117,7 +123,7 @@ def index_sampler(
 
 
 class IndexSampler:
-    """An iterator of `IndexBatch`; made by `index_sampler`. All methods may be called from any thread."""
+    """An iterator of `IndexBatch`; made by `index_sampler`. Call its methods from any thread of its process."""
 
     def __init__(
         self,
@@ -137,6 +143,7 @@ class IndexSampler:
         )  # fmt: skip
         self._programs = _programs(sampler)
         self._device = jax.local_devices(backend="cpu")[0]
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._made: deque[Draw] = deque()
         """Draws not observed yet, the first of step ``observed``."""
@@ -159,7 +166,9 @@ class IndexSampler:
 
         Raises:
             TimeoutError: none of them is observed in time.
+            ValueError: this is another process than the one that made the sampler.
         """
+        self._check_process()
         with self._changed:
             longest = min(self._timeout, threading.TIMEOUT_MAX)  # infinity is for ever
             if not self._changed.wait_for(lambda: self._handed < self._observed + self.ahead, longest):
@@ -172,8 +181,13 @@ class IndexSampler:
         return self._batch(draw, step)
 
     def lists(self) -> Iterator[list[int]]:
-        """The same as lists of indices, as a loader's ``batch_sampler``; `listed` gives the batches in their order."""
-        return map(self._as_list, self)  # no generator, which would be at its end after an error
+        """The same as lists of indices, as a loader's ``batch_sampler``; `listed` gives the batches in their order.
+
+        A loop that leaves a loader leaves behind what is in its queue. `listed` would give those batches for the
+        examples of others, so a loop over the lists may begin only where every batch that they gave was asked for:
+        ``iter`` raises a ValueError otherwise. ``load_state_dict(state_dict())`` hands them out again.
+        """
+        return _Lists(self)
 
     def listed(self) -> IndexBatch:
         """The batch whose examples a loader that keeps the order has given next.
@@ -202,8 +216,10 @@ class IndexSampler:
         Raises:
             TypeError: they are masked, or no numbers.
             ValueError: there is not one number a draw, the step was observed before or never handed out, the batch is
-                another sampler's, or ``seconds`` are wanted, or too large to tell ages by. Nothing is changed then.
+                another sampler's, or ``seconds`` are wanted, or too large to tell ages by, or this is another process
+                than the one that made the sampler. Nothing is changed then.
         """
+        self._check_process()
         check_clock(seconds, self.sampler.max_age_seconds)
         given = (
             self._whole("norms", norms, batch), self._whole("scores", scores, batch),
@@ -236,13 +252,17 @@ class IndexSampler:
         Args:
             ids: of examples [c].
             scores: as many numbers, 0 or more; those that are not are set aside.
-            version: updates that the parameters had seen when they were measured; by default all so far.
+            version: updates that the parameters had seen when they were measured, of this sampler's steps; by default
+                all that are observed so far, and at most ``ahead`` steps more.
             seconds: as for ``observe``: counted from the start of the run.
 
         Raises:
             TypeError: ids or the version are no whole numbers, or an array is masked.
-            ValueError: there is not one score an id, or ``seconds`` are wanted, or too large to tell ages by.
+            ValueError: there is not one score an id, the version is of updates that nobody can have made yet, or
+                ``seconds`` are wanted, or too large to tell ages by, or this is another process than the one that made
+                the sampler. Nothing is changed then.
         """
+        self._check_process()
         check_clock(seconds, self.sampler.max_age_seconds)
         check_unmasked("ids", ids)
         check_unmasked("scores", scores)
@@ -254,6 +274,13 @@ class IndexSampler:
                 f"expected one score for each of the ids [c], got shapes {scores.shape} and {ids.shape}"
             )
         with self._changed, self._on_host():
+            most = (self._observed + self.ahead) // self.sampler.steps_per_update
+            if version is not None and version > most:
+                raise ArgumentError(
+                    f"version must be of updates that are made: at most {most}, since {self._observed} steps are "
+                    f"observed and {self.ahead} more can be learnt from; got {version}. Count from this sampler's "
+                    "first step"
+                )
             at = None if version is None else jnp.int32(version)
             now = None if seconds is None else np.float32(seconds)
             self._state = self._programs.record(self._state, ids, scores, at, now)
@@ -304,9 +331,12 @@ class IndexSampler:
             self._listed.clear()
             self._changed.notify_all()
 
-    def _as_list(self, batch: IndexBatch) -> list[int]:
-        self._listed.append(batch)
-        return batch.indices.tolist()
+    def __reduce__(self) -> Any:
+        raise ArgumentTypeError(f"an index_sampler cannot be pickled: {_ONE_PROCESS}; state_dict() can be saved")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # a fork; the lock may be held for ever there
+            raise ArgumentError(f"this index_sampler was made in another process: {_ONE_PROCESS}")
 
     def _fill(self) -> None:
         """Refresh if it is due, and draw the steps that may be asked for now."""
@@ -352,6 +382,27 @@ class IndexSampler:
 
     def _on_host(self) -> Any:
         return jax.default_device(self._device)
+
+
+class _Lists(Iterator[list[int]]):
+    """What `IndexSampler.lists` gives; no generator, which would be at its end after an error."""
+
+    def __init__(self, draws: IndexSampler) -> None:
+        self._draws = draws
+
+    def __iter__(self) -> "_Lists":
+        if left := len(self._draws._listed):
+            raise ArgumentError(
+                f"a loop begins while {left} batches that lists() gave were not asked for by listed(), such as those "
+                "in the queue of a loader that was left: call load_state_dict(state_dict()) before, and they are "
+                "handed out again"
+            )
+        return self
+
+    def __next__(self) -> list[int]:
+        batch = next(self._draws)
+        self._draws._listed.append(batch)
+        return batch.indices.tolist()
 
 
 class _Programs(NamedTuple):

@@ -252,5 +252,29 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write checkpoints to .*file/checkpoints \(Not a directory\): make room"):
         Checkpoints(tmp_path / "file" / "checkpoints", identity=IDENTITY)
-    with pytest.raises(ArgumentError, match=r"cannot be written to '.*r\\udcff': Orbax needs a name in UTF-8"):
+    with pytest.raises(ArgumentError, match=r"no checkpoints can lie in '.*r\\udcff': Orbax needs a name in UTF-8"):
         Checkpoints(tmp_path / "r\udcff", identity=IDENTITY)
+    with pytest.raises(ArgumentError, match=r"is longer than 3,800 bytes, which leaves no room for the names"):
+        Checkpoints(tmp_path.joinpath(*["b" * 200] * 19), identity=IDENTITY)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_names_in_an_encoding_that_is_not_orbaxs_are_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """In Latin-1 Orbax wrote to a folder of another name; in ASCII each checkpoint was told to be damaged."""
+    (tmp_path / "ü").mkdir()
+    monkeypatch.setattr("isgd_jax.app.checkpoints.os.fsencode", lambda name: str(name).encode(encoding))
+    monkeypatch.setattr("isgd_jax.app.checkpoints.sys.getfilesystemencoding", lambda: encoding)
+    for use in (checkpoints_module.read, lambda folder: Checkpoints(folder, identity=IDENTITY)):
+        with pytest.raises(ArgumentError, match=r"Orbax needs a name in UTF-8; name another, or set PYTHONUTF8=1"):
+            use(tmp_path / "ü")
+
+
+def test_arrays_that_cannot_be_saved_are_named() -> None:
+    one = jnp.ones(3)
+    checkpoints_module.check_storable({"a": {"b": one}, "c.d": one})
+    with pytest.raises(ArgumentError, match=r"\['e'\] is float32\[0, 3\], an array without numbers, which cannot be"):
+        checkpoints_module.check_storable({"a": one, "e": jnp.zeros((0, 3))})
+    with pytest.raises(ArgumentError, match=r"\['a'\]\['b'\] and \['a.b'\] would be one array in a checkpoint, a\.b"):
+        checkpoints_module.check_storable({"a": {"b": one}, "a.b": one})

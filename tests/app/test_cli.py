@@ -266,11 +266,25 @@ def test_presets_and_replays_begin_with_their_configuration(
     assert {name: config[name] for name in expected} == expected
 
 
-def test_who_reads_us_may_stop_reading() -> None:
-    called = f"{sys.executable} -c 'from isgd_jax.app.cli import main; main()' train --help"
+@pytest.mark.parametrize("arguments", ["train --help", "runs ."])
+def test_who_reads_us_may_stop_reading(arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDir.create(configure(run_dir="run"))
+    called = f"{sys.executable} -c 'from isgd_jax.app.cli import main; main()' {arguments}"
     command = f"(sleep 0.5; {called}; echo $? >&2) | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr.split() == [str(128 + signal.SIGPIPE)]
+
+
+def test_standard_streams_may_be_closed(tmp_path: Path) -> None:
+    RunDir.create(configure(run_dir=str(tmp_path / "run")))
+    code = (
+        "import os, sys; from isgd_jax.app import entry; "
+        "sys.exit = lambda code: os._exit(code or os.fstat(1).st_ino != os.stat(os.devnull).st_ino); entry.main()"
+    )
+    closed = f"{sys.executable} -c '{code}' runs {tmp_path} <&- >&-"
+    done = subprocess.run(closed, shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_is_instant(tmp_path: Path) -> None:
@@ -284,6 +298,24 @@ def test_help_is_instant(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "--learning-rate" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+def test_help_without_docstrings_is_refused() -> None:
+    """Python of PYTHONOPTIMIZE=2 has none."""
+    code = "from isgd_jax.app.cli import main; main()"
+    for page in ("--help", "--help-all"):
+        command = [sys.executable, "-OO", "-B", "-c", code, "train", page]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr == (
+            "isgd: help is made of docstrings, which Python drops: leave PYTHONOPTIMIZE=2, or -OO, out\n"
+        )
+
+
+def test_help_on_the_narrowest_terminal_ends() -> None:
+    code = "from isgd_jax.app.cli import main; main()"
+    command = [sys.executable, "-c", code, "runs", "--help-all"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "5"})
+    assert "╭─ options" in done.stdout
 
 
 def test_help_is_one_screen_of_each_command_and_all_of_it_has_a_panel_for_each_part(

@@ -149,7 +149,7 @@ def test_a_flat_configuration_of_an_earlier_version_is_read() -> None:
         ({"version": 2, "dta": {}}, "there is no part 'dta' in a configuration; did you mean 'data'?"),
         ({"version": 2, "data": 3}, "the part 'data' of a configuration must be an object of its fields; got 3"),
         ({"version": 2, "data": {"hol": "host"}}, "there is no field 'hol' in the part 'data'; did you mean 'hold'?"),
-        ({"version": 2, "data": {"batch_size": 3}}, "there is no field 'batch_size' in the part 'data'"),
+        ({"version": 2, "data": {"batch_size": 3}}, "there is no field 'batch_size' in the part 'data': use the isgd"),
         ({"version": 2, "training": {"steps": 2.5}}, "steps must be int; got 2.5 of type float"),
         ({"version": 2, "model": {"hidden": [8, None]}}, "hidden must be a tuple of int; got (8, None)"),
         ({"version": 2, "sampling": {"mode": ["exact"]}}, "mode must be 'uniform' or 'exact' or 'relaxed' or"),

@@ -259,6 +259,17 @@ def test_a_loss_that_is_no_scalar_is_found_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_parameter_that_no_checkpoint_can_hold_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    class WithNothing(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(x) + jnp.sum(self.param("nothing", nn.initializers.zeros, (0, 3)))
+
+    with pytest.raises(ValueError, match=r"\['nothing'\] is float32\[0, 3\], .* leave it out of the model"):
+        fit(small_config(tmp_path / "run"), dataset=blobs(), model=WithNothing())
+    assert not (tmp_path / "run").exists()
+
+
 def test_batch_norm_is_refused(tmp_path: Path) -> None:
     class WithBatchNorm(nn.Module):
         @nn.compact

@@ -91,6 +91,42 @@ def test_masked_arrays_and_versions_that_are_no_count_are_refused():
         draws.record(batch.indices, np.ones(M), version=-1)
 
 
+def test_scores_of_updates_that_nobody_has_made_are_refused():
+    """They would count as younger than any, and be overwritten by none."""
+    draws = made(isgd.importance_sampler(N, batch_size=M, steps_per_update=2))
+    trained(draws, 4)
+    draws.record([0], [1.0], version=3)  # four steps are observed, and three can be learnt from
+    with pytest.raises(ValueError, match=r"version must be of updates that are made: at most 3, since 4 .* got 4"):
+        draws.record([1], [1.0], version=4)
+
+
+def test_copies_in_other_processes_are_refused():
+    """In each worker of a loader they drew the same batches, and learnt nothing."""
+    draws = made()
+    batch = next(draws)
+    with pytest.raises(TypeError, match=r"cannot be pickled: .* give the loader batch_sampler=draws\.lists\(\)"):
+        pickle.dumps(draws)
+    draws._process += 1  # as after a fork
+    for use in (lambda: next(draws), lambda: draws.observe(batch), lambda: draws.record([0], [1.0])):
+        with pytest.raises(ValueError, match=r"made in another process: .* would all draw the same"):
+            use()
+
+
+def test_a_loop_over_lists_that_was_left_does_not_begin_anew_with_others_examples():
+    draws = made()
+    lists = draws.lists()
+    for _, asked in zip(lists, range(2), strict=False):  # a loader took a third into its queue
+        assert asked == draws.listed().step
+    with pytest.raises(ValueError, match=r"while 1 batches that lists\(\) gave were not asked for"):
+        iter(lists)
+    draws.load_state_dict(draws.state_dict())
+    for indices in lists:
+        batch = draws.listed()
+        assert batch.step == 0
+        assert indices == batch.indices.tolist()
+        break
+
+
 def test_epochs_are_epochs():
     rows = trained(made(isgd.shuffled_epochs(N, batch_size=M)), N // M)
     assert sorted(np.concatenate([indices for indices, _ in rows])) == list(range(N))

@@ -81,11 +81,10 @@ def run(command: Compare) -> int:
         FileNotFoundError: a folder to read is no study's and no run's.
         SystemExit: a signal asked to stop; the same command goes on.
     """
-    from rich.console import Console
-
     from isgd_jax.app.html import comparison_page
+    from isgd_jax.app.terminal import Terminal
 
-    console = Console(markup=False)
+    console = Terminal()
     levels = compare.levels(*command.levels)
     study = train(command, levels, lambda text: console.print(in_flags(text))) if command.arms else read(command.runs)
     rows = compare.rows(study, levels or compare.common_levels(study))

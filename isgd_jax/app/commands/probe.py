@@ -88,12 +88,11 @@ def run(command: Probe) -> int:
         FileNotFoundError: the run has no checkpoint.
         FloatingPointError: the gradients are not finite.
     """
-    from rich.console import Console
-
     from isgd_jax.app import data, task
     from isgd_jax.app.probe import check_probeable, probe, probed_of
+    from isgd_jax.app.terminal import Terminal
 
-    console, named = Console(markup=False), command.data
+    console, named = Terminal(), command.data
     must(named, "hold", named.hold == "device", "device, where the probe measures")
     if command.run is not None:
         check_probeable(RunDir(Path(command.run)).read_config(), Path(command.run))

@@ -39,11 +39,12 @@ def run(command: Runs) -> int:
     Raises:
         FileNotFoundError: there is no such folder, or no run in it.
     """
-    from rich.console import Console
     from rich.table import Table
 
+    from isgd_jax.app.terminal import Terminal
+
     table, found = Table(box=None, padding=(0, _GAP, 0, 0)), rows(Path(command.folder))
-    console = Console(markup=False, highlight=False)
+    console = Terminal(highlight=False)
     width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     shown, needed = _fitting([HEADS, *found], width)
     console.width = max(width, needed)

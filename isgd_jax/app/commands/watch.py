@@ -50,12 +50,13 @@ def run(command: Watch) -> int:
         FileNotFoundError: this is not the folder of a run.
         ValueError: a file of it cannot be read.
     """
-    from rich.console import Console
     from rich.live import Live
+
+    from isgd_jax.app.terminal import Terminal
 
     folder = RunDir(Path(command.folder))
     batch_size = folder.read_config().training.batch_size
-    console = Console(markup=False, highlight=False)
+    console = Terminal(highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     with Live(console=console, auto_refresh=False) as live:
         while True:

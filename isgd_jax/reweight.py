@@ -12,10 +12,10 @@ Guarantees:
 
 What a transformation cannot see, so that it trains on without a word:
 
-* **what stood before it in the chain.** ``optax.clip_by_global_norm`` there clips the gradients of all draws together,
-  as if they were one gradient: an update a hundred times too small; Adam there takes each draw for a step; whatever
-  scales arrays scales each factor of a lazy gradient, so that two signs cancel. It stands first:
-  ``optax.chain(importance_weighting(N), optax.clip_by_global_norm(1.0), ...)``;
+* **what stood before it in the chain**, where gradients are stacked. ``optax.clip_by_global_norm`` there clips the
+  gradients of all draws together, as if they were one gradient: an update a hundred times too small; Adam there takes
+  each draw for a step. It stands first: ``optax.chain(importance_weighting(N), optax.clip_by_global_norm(1.0), ...)``.
+  (Arithmetic on the arrays of a lazy gradient, which are factors, is an error that says so.);
 * **that it is missing.** Stacked per-example gradients given to an optimizer of its own, and applied, broadcast the
   parameters to one copy a draw, ``[m, *shape]``. (Lazy gradients, as `isgd_jax.per_example_grads` gives them, cannot be
   applied where a leaf is held in factors; where all are formed, as of a single product, they can.)

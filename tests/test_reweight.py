@@ -6,7 +6,7 @@ import pytest
 from sampling_problem import unchecked
 
 from isgd_jax import reweight
-from isgd_jax.gradients import per_example
+from isgd_jax.gradients import lazy, per_example
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 0.5]), "b": jnp.asarray(0.25)}
 
@@ -209,3 +209,65 @@ def test_donating_the_state_leaves_the_example_weights() -> None:
     tx = reweight.importance_weighting(3, example_weights=weights)
     jax.jit(lambda state: state, donate_argnums=0)(tx.init({}))
     assert weights.tolist() == [0.0, 1.0, 2.0]
+
+
+LAZY = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
+"""Used twice by `twice`: its gradient stays a sum of two products."""
+
+
+def twice(params: dict, x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["w"].T))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        optax.scale(-1),
+        optax.scale_by_schedule(lambda count: 0.1),
+        optax.clip(1.0),
+        optax.clip_by_global_norm(1.0),
+        optax.normalize_by_update_norm(),
+        optax.centralize(),
+        optax.scale_by_sign(),
+        optax.ema(0.9),
+        optax.adam(1e-3),
+        optax.stateless(lambda grads, _: jax.tree.map(lambda x: x + x, grads)),
+    ],
+    ids=["scale", "schedule", "clip", "global-norm", "normalize", "centralize", "sign", "ema", "adam", "own"],
+)
+@pytest.mark.parametrize("jitted", [False, True], ids=["seen", "jit"])
+def test_arithmetic_on_lazy_gradients_is_an_error(before: optax.GradientTransformation, jitted: bool) -> None:
+    tx, x = optax.chain(before, reweight.importance_weighting(9)), jnp.ones((5, 4))
+
+    def updates(params: dict) -> dict:
+        grads = per_example.per_example_grads(twice)(params, x)
+        return tx.update(grads, tx.init(params), params, probs=jnp.full(5, 0.2))[0]
+
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        (jax.jit(updates) if jitted else updates)(LAZY)
+
+
+def test_the_error_of_arithmetic_on_lazy_gradients_says_what_to_do() -> None:
+    grads = per_example.per_example_grads(twice)(LAZY, jnp.ones((5, 4)))
+    with pytest.raises(TypeError, match=r"importance_weighting stands first in the chain, and isgd_jax\.weighted_mean"):
+        jax.tree.map(lambda x: 0.5 * x, grads)
+
+
+def test_lazy_gradients_go_through_all_that_moves_arrays() -> None:
+    def grads_of(params: dict) -> dict:
+        return per_example.per_example_grads(twice)(params, x)
+
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    expected = per_example.stacked_per_example_grads(twice)(LAZY, x)["w"]
+    norms = jnp.linalg.norm(expected.reshape(5, -1), axis=1)
+    grads = jax.device_put(jax.jit(grads_of)(LAZY), jax.devices()[0])
+    rows = jax.tree.map(lambda leaf: leaf[jnp.array([3, 1])], grads)
+    np.testing.assert_allclose(lazy.norms(rows), norms[jnp.array([3, 1])], rtol=1e-5)
+    doubled = jax.vmap(grads_of)({"w": jnp.stack([LAZY["w"], LAZY["w"]])})
+    np.testing.assert_allclose(lazy.norms(jax.tree.map(lambda leaf: leaf[1], doubled)), norms, rtol=1e-5)
+    _, each = jax.lax.scan(lambda carry, _: (carry, grads_of(LAZY)), 0, length=2)
+    np.testing.assert_allclose(lazy.norms(jax.tree.map(lambda leaf: leaf[0], each)), norms, rtol=1e-5)
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), grads, rows)
+    np.testing.assert_allclose(lazy.norms(joined)[:5], norms, rtol=1e-5)
+    chosen = jax.lax.cond(jnp.array(True), lambda: grads_of(LAZY), lambda: grads)
+    np.testing.assert_allclose(lazy.stack(chosen)["w"], expected, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.random import define_prng_impl
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
@@ -31,9 +32,9 @@ from isgd_jax.gradients.terms import (
 )
 
 __all__ = [
-    "ANYWHERE", "Factored", "Grads", "formed_if_cheaper", "formed_squares", "gram_of", "how_squared", "inner_of",
-    "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of", "stacked",
-    "total_of", "weighted_sum",
+    "ANYWHERE", "Factored", "Grads", "formed_if_cheaper", "formed_squares", "gram_of", "guard_of", "how_squared",
+    "inner_of", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of",
+    "stacked", "total_of", "weighted_sum",
 ]  # fmt: skip
 
 ANYWHERE = PartitionSpec()
@@ -51,7 +52,8 @@ class Factored:
         formed: what could not be cut, for each example; None if there is none.
         shared: what is the same for all examples, such as the gradient of a penalty; None if there is none.
 
-    Every array inside but ``shared`` has the leading axis b.
+    Every array inside but ``shared`` has the leading axis b. A lazy leaf is a pytree, so that it passes through
+    `jax.jit` and loops; to scale its arrays would scale each factor, which ``guard`` refuses.
     """
 
     terms: tuple[Outer, ...]
@@ -61,6 +63,8 @@ class Factored:
     shared: Any = None
     spec: PartitionSpec = ANYWHERE
     """How the parameter is split, where axes of a mesh are explicit."""
+    guard: Any = None
+    """See `guard_of`; of leaves that leave this library."""
 
     @property
     def batch_size(self) -> int:
@@ -69,8 +73,34 @@ class Factored:
 
 
 jax.tree_util.register_dataclass(
-    Factored, data_fields=["terms", "formed", "shared"], meta_fields=["shape", "dtype", "spec"]
+    Factored, data_fields=["terms", "formed", "shared", "guard"], meta_fields=["shape", "dtype", "spec"]
 )
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError("a guard is no key")
+
+
+_GUARD = define_prng_impl(
+    key_shape=(0,),
+    seed=_refuse,
+    split=_refuse,
+    random_bits=_refuse,
+    fold_in=_refuse,
+    name="lazy gradient",
+    tag="a lazy gradient, its arrays are factors: importance_weighting stands first in the chain, and "
+    "isgd_jax.weighted_mean makes an ordinary gradient",
+)
+
+
+def guard_of(b: int) -> Array:
+    """[b, 1] values of no bytes that take part in no arithmetic.
+
+    Arrays of typed keys go through `jax.jit`, `jax.vmap`, loops and indexing, as factors do. Whoever scales, adds or
+    clips all arrays of a lazy gradient, and so each factor, meets an error of JAX that names the type, which says what
+    to do.
+    """
+    return jax.random.wrap_key_data(jnp.zeros((b, 1, 0), jnp.uint32), impl=_GUARD)
 
 
 Grads: TypeAlias = Any
@@ -134,7 +164,7 @@ def formed_if_cheaper(leaf: Factored) -> Any:
 
 def _in_slices(function: Any, leaf: Factored) -> Any:
     """``function(leaf)``, on so few examples at a time that their products stay in the cache."""
-    apart = replace(leaf, shared=None)
+    apart = replace(leaf, shared=None, guard=None)
     return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(shapes(leaf)))
 
 

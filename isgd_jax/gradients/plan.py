@@ -18,7 +18,7 @@ from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canoni
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
-from isgd_jax.gradients.leaf import Factored, formed_if_cheaper
+from isgd_jax.gradients.leaf import Factored, formed_if_cheaper, guard_of
 from isgd_jax.gradients.placement import lies_on_a_mesh, spec_of
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
@@ -67,7 +67,7 @@ class LeafPlan:
             return formed
         if formed is None and not terms:
             terms = (_nothing(b, self.param),)
-        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared, self.spec)
+        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared, self.spec, guard_of(b))
         return formed_if_cheaper(leaf) if joint else leaf
 
 

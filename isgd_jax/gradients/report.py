@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,8 @@ def explain(loss_fn: Callable[..., Any], *args: Any, argnums: int = 0, has_aux: 
 
 def _leaf(path: Any, leaf: Any, plan: LeafPlan, b: int) -> LeafReport:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    held = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(leaf))
+    arrays = jax.tree.leaves(replace(leaf, guard=None) if isinstance(leaf, Factored) else leaf)
+    held = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
     stacked = b * math.prod(plan.param.shape) * np.dtype(plan.param.dtype).itemsize
     return LeafReport(name, _how(leaf, plan), _why(plan), held, stacked)
 

@@ -172,6 +172,10 @@ class Sampled(NamedTuple):
     key: Array
     """Of all draws of the run."""
     state: Any
+    draws: isgd.Draw
+    """Of all steps until the next refresh, stacked: made one by one they take a twentieth of so small a step."""
+    place: Array
+    """Of the next one among them."""
 
 
 def ours(problem: Problem, *, sweep: float, every: int, mixture: float = 0.1, apart: bool = False) -> Method:
@@ -194,21 +198,29 @@ def drawn_by(sampler: Any, problem: Problem, *, every: int, sweep: float = 0.0, 
     """
     size, swept = problem.num_examples, round(sweep * problem.num_examples)
 
+    def drawn(key: Array, state: Any) -> Sampled:
+        def one(ahead: Array) -> isgd.Draw:
+            own = jax.random.fold_in(key, state.clock.step + ahead) if apart else key
+            return sampler.sample(own, state, ahead=ahead)
+
+        return Sampled(key, state, jax.vmap(one)(jnp.arange(every)), jnp.int32(0))
+
     def start(key: Array, data: Tree) -> tuple[Sampled, float]:
-        return Sampled(key, sampler.init(key)), 0.0
+        return drawn(key, sampler.init(key)), 0.0
 
     def choose(key: Array, memory: Sampled, params: Tree, data: Tree, progress: Array) -> tuple[Choice, Sampled]:
-        draw = sampler.sample(key if apart else memory.key, memory.state)
+        draw = jax.tree.map(lambda leaf: leaf[memory.place], memory.draws)
         return Choice(draw.indices, draw.target / draw.probs, 0.0, draw), memory
 
     def learn(memory: Sampled, choice: Choice, losses: Array, norms: Array, step: Array) -> Sampled:
-        return memory._replace(state=sampler.observe(memory.state, choice.draw, norms=norms))
+        state = sampler.observe(memory.state, choice.draw, norms=norms)
+        return memory._replace(state=state, place=memory.place + 1)
 
     def refresh(key: Array, memory: Sampled, params: Tree, data: Tree, step: Array) -> tuple[Sampled, float]:
         state, at = memory.state, (step // every * swept + jnp.arange(swept)) % size
         if swept:
             state = sampler.record(state, at, _sweep(problem, params, data, at), version=step)
-        return memory._replace(state=sampler.refresh(state)), NORMS * swept
+        return drawn(memory.key, sampler.refresh(state)), NORMS * swept
 
     return Method(start, choose, learn, refresh, refresh_every=every, measure=_norms)
 

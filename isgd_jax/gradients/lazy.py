@@ -32,13 +32,13 @@ from isgd_jax.gradients.leaf import (
     map_leaves,
     scaled_squares,
     shapes,
-    squares_of,
+    squares_of_each,
     stacked,
     total_of,
     weighted_sum,
 )
 from isgd_jax.gradients.placement import as_parameters, may_be_split, placed, stacked_split
-from isgd_jax.gradients.squares import Squares, has_cancelled, root, together
+from isgd_jax.gradients.squares import MANY, Squares, has_cancelled, root, together
 
 __all__ = [
     "first", "gram", "halves", "inner", "last", "norms", "scaled_norms", "stack", "weighted_mean", "weighted_sums",
@@ -70,7 +70,7 @@ def norms(grads: Grads, *, precision: Any = None) -> Float[Array, " b"]:
     over positions.
     """
     leaves = _small_joined(leaves_of(grads))
-    found = [squares_of(leaf, precision) for leaf in leaves]
+    found = squares_of_each(leaves, precision)
     risky = [at for at, squares in enumerate(found) if squares.sizes is not None]
     for asked in [[at] for at in risky] if costs.machine().cheap_conditions else [risky]:
         safe = _guarded([leaves[at] for at in asked], [found[at] for at in asked], precision)
@@ -93,7 +93,8 @@ def _guarded(leaves: Sequence[Any], found: Sequence[Squares], precision: Any) ->
 
 
 _SMALL = 4096
-"""Entries of a parameter whose gradients are joined with others to be squared: biases, scales, small tables."""
+"""Entries of a parameter whose gradients are joined with others to be squared, if all examples' are not `MANY`: biases,
+scales, small tables. (The bias of a layer whose factors are asked for has the right one's norm, computed once.)"""
 
 
 def _small_joined(leaves: Sequence[Any]) -> list[Any]:
@@ -106,7 +107,7 @@ def _small_joined(leaves: Sequence[Any]) -> list[Any]:
         return list(leaves)
     others, small = [], defaultdict(list)
     for leaf in leaves:
-        if is_factored(leaf) or leaf.size > _SMALL * leaf.shape[0]:
+        if is_factored(leaf) or leaf.size > min(_SMALL * leaf.shape[0], MANY):
             others.append(leaf)
         else:
             small[wide(leaf.dtype)].append(leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))

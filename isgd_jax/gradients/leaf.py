@@ -19,14 +19,26 @@ from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
 from isgd_jax.gradients.factors import OneHot, Windows, conjugate, einsum, products, wide
 from isgd_jax.gradients.slices import by_slices
-from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two, sum_squares
+from isgd_jax.gradients.squares import (
+    Rows,
+    Squares,
+    abs_square,
+    largest,
+    over,
+    power_of_two,
+    sum_squares,
+    sums_of_squares,
+)
 from isgd_jax.gradients.terms import (
     Outer,
+    factor_rows,
     fold,
     gram_pair,
     gram_squares,
     inner_term,
+    is_single_row,
     shape,
+    single_row_squares,
     unit_factors,
     weighted_term,
 )
@@ -34,7 +46,7 @@ from isgd_jax.gradients.terms import (
 __all__ = [
     "ANYWHERE", "Factored", "Grads", "formed_if_cheaper", "formed_squares", "gram_of", "guard_of", "how_squared",
     "inner_of", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of",
-    "stacked", "total_of", "weighted_sum",
+    "squares_of_each",    "stacked", "total_of", "weighted_sum",
 ]  # fmt: skip
 
 ANYWHERE = PartitionSpec()
@@ -176,6 +188,39 @@ def squares_of(leaf: Any, precision: Any) -> Squares:
         return formed_squares(leaf, precision)
     squares = gram_squares(leaf.terms, precision)
     return squares if leaf.shared is None else _with_shared(leaf, squares, precision)
+
+
+def squares_of_each(leaves: Sequence[Any], precision: Any) -> list[Squares]:
+    """`squares_of` several leaves, of which those that are factors of one row, or stacked, share conditions.
+
+    As many together as fit the cache, since what waits for a condition is held until then.
+    """
+    found: dict[int, Squares] = {}
+    for group in _within_the_cache({at: rows for at, leaf in enumerate(leaves) if (rows := _plain_rows(leaf))}):
+        squares = iter(sums_of_squares([rows for asked in group.values() for rows in asked]))
+        for at, asked in group.items():
+            found[at] = next(squares) if len(asked) == 1 else single_row_squares(next(squares), next(squares))
+    return [found[at] if at in found else squares_of(leaf, precision) for at, leaf in enumerate(leaves)]
+
+
+def _plain_rows(leaf: Any) -> list[Rows]:
+    """The arrays whose rows' squares are all that the norm of a leaf asks for, two of which are multiplied; or none."""
+    if not is_factored(leaf):
+        return [Rows(leaf.astype(wide(leaf.dtype)), is_slopes=True)]
+    return factor_rows(leaf.terms[0]) if is_plain(leaf) and is_single_row(leaf.terms) and _by_gram(leaf) else []
+
+
+def _within_the_cache(asked: dict[int, list[Rows]]) -> list[dict[int, list[Rows]]]:
+    groups: list[dict[int, list[Rows]]] = []
+    room = 0
+    for at, rows in asked.items():
+        size = sum(part.array.size * part.array.dtype.itemsize for part in rows)
+        if size > room:
+            groups.append({})
+            room = costs.machine().cache
+        groups[-1][at] = rows
+        room -= size
+    return groups
 
 
 def _with_shared(leaf: Factored, squares: Squares, precision: Any) -> Squares:

@@ -11,7 +11,7 @@ Source: ours, after Blue's scaled Euclidean norm (ACM TOMS 4, 1978).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Inexact
 from isgd_jax.gradients import costs
 
 __all__ = [
+    "MANY",
+    "Rows",
     "Squares",
     "abs_square",
     "has_cancelled",
@@ -30,10 +32,11 @@ __all__ = [
     "power_of_two",
     "root",
     "sum_squares",
+    "sums_of_squares",
     "together",
 ]
 
-_MANY = 1 << 14
+MANY = 1 << 14
 """Entries from which on a pass over them is worth a condition."""
 
 _SLOPE = 2.0**-24
@@ -87,6 +90,17 @@ def over(x: Array, scale: Array) -> Array:
     return x * (1 / scale).astype(x.dtype)
 
 
+class Rows(NamedTuple):
+    """An array [b, ...], float32 or wider, real or complex, to be squared and summed over all but ``lead`` axes.
+
+    ``is_slopes``: a right factor or a gradient, whose rows become small while examples are learnt.
+    """
+
+    array: Inexact[Array, "b ..."]
+    lead: int = 1
+    is_slopes: bool = False
+
+
 def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1, *, is_slopes: bool = False) -> Squares:
     """The squared norm of each row of an array over its own scale: exact where a plain sum of squares would be 0 or
     infinite.
@@ -98,30 +112,51 @@ def sum_squares(array: Inexact[Array, "b ..."], lead: int = 1, *, is_slopes: boo
     Args:
         array: [b, ...], float32 or wider, real or complex.
         lead: how many axes are kept, from the first; all others are summed over.
-        is_slopes: whether the array is a right factor, whose rows become small while examples are learnt.
+        is_slopes: see `Rows`.
     """
-    axes = tuple(range(lead, array.ndim))
-    dense, axes, units = _without_units(array, axes)
-    guess = _SLOPE if is_slopes else 1.0
-    is_worth_it = costs.machine().cheap_conditions and dense.size >= _MANY
-    scale, values = _by_a_guess(dense, axes, guess) if is_worth_it else _by_their_own_scale(dense, axes)
-    return Squares(lax.expand_dims(scale, units), lax.expand_dims(values, units))
+    return sums_of_squares([Rows(array, lead, is_slopes)])[0]
 
 
-def _by_a_guess(x: Array, axes: Sequence[int], guess: float) -> tuple[Array, Array]:
-    """The same numbers to the last bit, without a pass for the scales where one power of two suits all rows."""
-    unit = jnp.asarray(guess, x.real.dtype)
-    sums = jnp.sum(abs_square(over(x, unit)), axes)
-    kind = jnp.finfo(sums.dtype)
-    count = x.size // max(sums.size, 1)
-    least = float(kind.tiny) * count * 2 / float(kind.eps)  # all squares that are lost come to half a bit of it
+def sums_of_squares(parts: Sequence[Rows]) -> list[Squares]:
+    """`sum_squares` of several arrays, of which those that are worth a condition share one."""
+    reduced = [_without_units(part.array, tuple(range(part.lead, part.array.ndim))) for part in parts]
+    cheap = costs.machine().cheap_conditions
+    guessed = [at for at, (dense, _, _) in enumerate(reduced) if cheap and dense.size >= MANY]
+    found = dict(zip(guessed, _by_a_guess([(*reduced[at][:2], parts[at].is_slopes) for at in guessed]), strict=True))
+    for at, (dense, axes, _) in enumerate(reduced):
+        if at not in found:
+            found[at] = _by_their_own_scale(dense, axes)
+    return [Squares(*(lax.expand_dims(x, units) for x in found[at])) for at, (_, _, units) in enumerate(reduced)]
 
-    def of_sums() -> tuple[Array, Array]:
-        scale = power_of_two(jnp.sqrt(sums))
-        return scale * unit, over(over(sums, scale), scale)
 
-    is_safe = jnp.all((sums >= least) & (sums <= 1 / least))
-    return lax.cond(is_safe, of_sums, lambda: _by_their_own_scale(x, axes))
+def _by_a_guess(asked: Sequence[tuple[Array, tuple[int, ...], bool]]) -> list[tuple[Array, Array]]:
+    """The same numbers to the last bit, without passes for the scales where one power of two suits all rows of each
+    array."""
+    if not asked:
+        return []
+    units = [jnp.asarray(_SLOPE if is_slopes else 1.0, x.real.dtype) for x, _, is_slopes in asked]
+    sums = [jnp.sum(abs_square(over(x, unit)), axes) for (x, axes, _), unit in zip(asked, units, strict=True)]
+
+    def is_safe(x: Array, sums: Array) -> Array:
+        kind = jnp.finfo(sums.dtype)
+        count = x.size // max(sums.size, 1)
+        least = float(kind.tiny) * count * 2 / float(kind.eps)  # all squares that are lost come to half a bit of it
+        return (sums >= least) & (sums <= 1 / least)
+
+    def of_sums() -> list[tuple[Array, Array]]:
+        scales = [power_of_two(jnp.sqrt(found)) for found in sums]
+        return [
+            (scale * unit, over(over(found, scale), scale))
+            for scale, unit, found in zip(scales, units, sums, strict=True)
+        ]
+
+    def by_their_own() -> list[tuple[Array, Array]]:
+        return [_by_their_own_scale(x, axes) for x, axes, _ in asked]
+
+    safe: dict[Any, Array] = {}  # those of one shape are one operation
+    for (x, _, _), found in zip(asked, sums, strict=True):
+        safe[found.shape] = safe.get(found.shape, True) & is_safe(x, found)
+    return lax.cond(jnp.all(jnp.stack([jnp.all(each) for each in safe.values()])), of_sums, by_their_own)
 
 
 def _by_their_own_scale(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:

@@ -26,16 +26,19 @@ from isgd_jax.gradients.factors import (
     total,
     wide,
 )
-from isgd_jax.gradients.squares import Squares, abs_square, largest, over, power_of_two, sum_squares
+from isgd_jax.gradients.squares import Rows, Squares, abs_square, largest, over, power_of_two, sums_of_squares
 
 __all__ = [
     "Axes",
     "Outer",
+    "factor_rows",
     "fold",
     "gram_pair",
     "gram_squares",
     "inner_term",
+    "is_single_row",
     "shape",
+    "single_row_squares",
     "stacked_terms",
     "unfold",
     "unit_factors",
@@ -104,8 +107,8 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
         their signs, of which the rounding is about 2^-24.
     """
     first = terms[0]
-    if len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows):
-        return _single_row_squares(first.left, first.right)
+    if is_single_row(terms):
+        return single_row_squares(*sums_of_squares(factor_rows(first)))
     left_sizes, bounds, scale, rights = _scaled(terms)
     if len(terms) == 1 and isinstance(first.left, OneHot):
         return Squares(scale, _rows_squares(first.left, rights[0], precision))
@@ -125,10 +128,25 @@ def gram_squares(terms: Sequence[Outer], precision: Any) -> Squares:
     return Squares(scale, jnp.where(far, 0, values), jnp.where(far, _NEVER_SAFE, sums))
 
 
-def _single_row_squares(left: Array, right: Array) -> Squares:
-    """``Σ_k ‖x_k‖²‖δ_k‖²`` of factors [b, k, 1, ...], each row over a scale of its own."""
-    rows = sum_squares(left.astype(wide(left.dtype)), lead=3)
-    slopes = sum_squares(right.astype(wide(right.dtype)), lead=3, is_slopes=True)
+def is_single_row(terms: Sequence[Outer]) -> bool:
+    """Whether the sum is one outer product an example, so that its norm is that of its factors."""
+    first = terms[0]
+    return len(terms) == 1 and first.left.shape[2] == 1 and not isinstance(first.left, OneHot | Windows)
+
+
+def factor_rows(term: Outer) -> list[Rows]:
+    """What is asked of the two factors of a single row."""
+    left, right = term.left.astype(wide(term.left.dtype)), term.right.astype(wide(term.right.dtype))
+    return [Rows(left, 3), Rows(right, 3, is_slopes=True)]
+
+
+def single_row_squares(rows: Squares, slopes: Squares) -> Squares:
+    """``Σ_k ‖x_k‖²‖δ_k‖²`` of factors [b, k, 1, ...], each row over a scale of its own.
+
+    Args:
+        rows: squares of the left factor's [b, k, 1].
+        slopes: of the right one's.
+    """
     with jax.numpy_dtype_promotion("standard"):
         scales, values = rows.scale * slopes.scale, rows.values * slopes.values  # 0 or infinite where the norm is
     scale = power_of_two(jnp.max(scales, axis=(1, 2)))

@@ -233,13 +233,13 @@ def test_many_squares_are_scaled_only_where_they_leave_their_type_and_are_the_sa
     factor, dtype, is_slopes, monkeypatch
 ):
     """In turn, one row among others is out of range: all are then summed over their scales."""
-    shape = (16, squares._MANY // 16)
+    shape = (16, squares.MANY // 16)
     with jax.enable_x64(dtype == "float64"):
         rows = jax.random.normal(jax.random.key(0), shape, dtype) * 10.0 ** jnp.arange(-8, 8)[:, None].astype(dtype)
         rows = rows.at[3].set(rows[3] * jnp.asarray(factor, dtype))
         found = jax.jit(lambda x: squares.root(squares.sum_squares(x, is_slopes=is_slopes)))(rows)
         with monkeypatch.context() as always:
-            always.setattr(squares, "_MANY", rows.size + 1)
+            always.setattr(squares, "MANY", rows.size + 1)
             expected = jax.jit(lambda x: squares.root(squares.sum_squares(x, is_slopes=is_slopes)))(rows)
         assert found.dtype == jnp.finfo(dtype).dtype
         wide = np.asarray(rows, np.complex128 if dtype == "complex64" else np.float64)
@@ -248,8 +248,44 @@ def test_many_squares_are_scaled_only_where_they_leave_their_type_and_are_the_sa
         np.testing.assert_allclose(found, np.linalg.norm(wide, axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25])
+def test_squares_of_several_arrays_share_one_condition_and_keep_their_bits(scale):
+    """Whichever of them is out of range, all have the numbers that each has by itself."""
+    shapes = [(8, squares.MANY // 8), (8, squares.MANY // 4), (8, 2, squares.MANY)]
+    arrays = [jax.random.normal(jax.random.key(at), shape) for at, shape in enumerate(shapes)]
+    arrays[1] *= scale
+    parts = [
+        squares.Rows(x, lead, is_slopes=at == 1) for at, (x, lead) in enumerate(zip(arrays, (1, 1, 2), strict=True))
+    ]
+
+    def together(arrays):
+        asked = [part._replace(array=x) for part, x in zip(parts, arrays, strict=True)]
+        return [found.scale * jnp.sqrt(found.values) for found in squares.sums_of_squares(asked)]
+
+    assert str(jax.make_jaxpr(together)(arrays)).count("cond[") == 1
+    for found, part in zip(jax.jit(together)(arrays), parts, strict=True):
+        expected = np.linalg.norm(np.asarray(part.array, np.float64), axis=-1)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        alone = jax.jit(lambda x, part=part: squares.sum_squares(x, part.lead, is_slopes=part.is_slopes))(part.array)
+        np.testing.assert_array_equal(found, alone.scale * jnp.sqrt(alone.values))
+
+
+def test_norms_of_a_plain_network_ask_one_condition():
+    params = {"w": jnp.ones((64, 64)) / 64, "b": jnp.zeros(64), "v": jnp.ones((64, 64)) / 64, "c": jnp.zeros(64)}
+    batch = jax.random.normal(jax.random.key(0), (squares.MANY // 64, 64))
+
+    def loss_fn(p, x):
+        return jnp.sum(jnp.square(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] + p["c"]))
+
+    program = jax.make_jaxpr(lambda p, b: isgd.norms(isgd.per_example_grads(loss_fn)(p, b)))(params, batch)
+    assert str(program).count("cond[") == 1
+    np.testing.assert_allclose(
+        isgd.norms(isgd.per_example_grads(loss_fn)(params, batch)), oracle.norms(loss_fn, params, batch), rtol=2e-6
+    )
+
+
 def test_many_squares_under_vmap_and_within_shard_map_are_those_of_each_row():
-    rows = jax.random.normal(jax.random.key(0), (8, 8, squares._MANY // 8)).at[2, 1].multiply(1e-30)
+    rows = jax.random.normal(jax.random.key(0), (8, 8, squares.MANY // 8)).at[2, 1].multiply(1e-30)
 
     def norms_of(x):
         return squares.root(squares.sum_squares(x))

@@ -43,8 +43,9 @@ def choices_of(method: contest.Method, problem: contest.Problem, memory: object,
     params = problem.init(jax.random.key(1))
 
     def body(memory: object, key: jax.Array) -> tuple[object, contest.Choice]:
-        if isinstance(memory, rivals.Sampled):
-            memory = memory._replace(key=key)  # each draw by itself: nothing is learnt that would move its step on
+        if isinstance(memory, rivals.Sampled):  # any draw of a stretch: nothing is learnt that would move its step on
+            memory = method.refresh(key, memory._replace(key=key), params, problem.train, jnp.int32(0))[0]
+            memory = memory._replace(place=jax.random.randint(key, (), 0, method.refresh_every))
         choice, memory = method.choose(key, memory, params, problem.train, jnp.float32(0.5))
         return memory, choice
 

@@ -100,6 +100,7 @@ class Recorder(Callback):
         self._infos: list[StepInfo] = []
         self._since_line = SinceLine()
         self._step = self._noted = 0  # steps made, and the last of which a move of the gate has been recorded
+        self._logged = 0  # the last of which a line of progress was written
         self._quarantined = 0
         self._trusted_share: float | None = None
         self._was_open, self._reached = True, False
@@ -225,9 +226,25 @@ class Recorder(Callback):
         self._quarantined = int(local_copy(run.state.sampler.quarantined))
         self._was_open = bool(local_copy(is_open(run.state.sampler)))
         self._folder.forget_after(self._step)
+        self._logged = notes.get("logged", 0)
+        lost = self._lost_lines(self._logged)
         self._record("resumed")
-        self._warn(*remarks)
+        self._warn(*remarks, *lost)
         return True
+
+    def _lost_lines(self, logged: int) -> list[str]:
+        """What to say where lines of progress are gone that were written before the checkpoint; at most one sentence.
+
+        Args:
+            logged: the update of the last of them.
+        """
+        there = max((record["step"] for record in self._folder.records("progress")), default=0)
+        if there >= logged or jax.process_index() != 0:
+            return []
+        return [
+            f"{self._folder.metrics.name} ends at update {there:,}, before the line of update {logged:,} that the "
+            "checkpoint knows of: what is missing between them is missing in figures and comparisons too"
+        ]
 
     def _ask(self, run: Run) -> None:
         """Whether a signal asked to stop, or what was wanted is reached; all processes agree."""
@@ -249,7 +266,7 @@ class Recorder(Callback):
         watched = NOBODY_SCORES if self._rates is None else self._rates.since_last()
         watched = watched | {"trusted_share": self._trusted_share, "gate_is_open": self._was_open}
         record = self._record("progress", steps_per_second=rate, **training, **stepped, **measured, **shares, **watched)
-        self._reached = self._until(record)
+        self._reached, self._logged = self._until(record), self._step
         self._set_mark()
         if self._step == run.num_steps and record["test_loss"] is None:
             raise self._diverged("held-out loss", None, self._step)
@@ -314,6 +331,7 @@ class Recorder(Callback):
         with self._clock.spending("saving"):
             notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
             notes |= {"seconds": self._clock(), "spent": spent, "since_line": self._since_line.notes(infos)}
+            notes["logged"] = self._logged
             self._checkpoints.save(self._step, {"state": run.state}, notes)
 
     def _newly_quarantined(self, run: Run) -> int:

@@ -57,6 +57,18 @@ def test_the_first_line_after_a_break_is_that_of_a_run_without_one(run: RunDir, 
         assert again == whole, name
 
 
+def test_lines_that_were_lost_before_a_checkpoint_are_told(run: RunDir, made: tuple[Result, Path]) -> None:
+    shutil.rmtree(run.checkpoints / "40")
+    logged = max(line["step"] for line in lines_of(run.path) if line["step"] <= 36)
+    kept = [line for line in run.metrics.read_text().splitlines(True) if '"progress"' not in line]
+    run.metrics.write_text("".join(kept))
+    fit(config_of(run.path, made[1]), dataset=blobs(), resume=True)
+    told = [record["text"] for record in run.records("warning")]
+    assert any(f"ends at update 0, before the line of update {logged} " in text for text in told), told
+    fit(config_of(run.path, made[1]), dataset=blobs(), resume=True)  # nothing was lost before the checkpoint of 40
+    assert [record["text"] for record in run.records("warning")] == told
+
+
 def test_another_file_of_weights_is_refused(run: RunDir, made: tuple[Result, Path], tmp_path: Path) -> None:
     before, kept = run.metrics.read_bytes(), made[1].read_bytes()
     np.save(made[1], np.linspace(1.5, 0.5, 90))

@@ -66,7 +66,7 @@ def test_lines_that_were_lost_before_a_checkpoint_are_told(run: RunDir, made: tu
     told = [record["text"] for record in run.records("warning")]
     assert any(f"ends at update 0, before the line of update {logged} " in text for text in told), told
     fit(config_of(run.path, made[1]), dataset=blobs(), resume=True)  # nothing was lost before the checkpoint of 40
-    assert [record["text"] for record in run.records("warning")] == told
+    assert sum("ends at update" in record["text"] for record in run.records("warning")) == 1
 
 
 def test_another_file_of_weights_is_refused(run: RunDir, made: tuple[Result, Path], tmp_path: Path) -> None:

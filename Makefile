@@ -74,7 +74,7 @@ experiments-quick: $(VENV)/.dev
 	if [ -f runs/readme/config.json ]; then $(BIN)/isgd train --resume runs/readme; else $(BIN)/isgd train --run-dir runs/readme; fi
 	for name in variance error scores; do cp runs/readme/$$name.png experiments/figures/; done
 	$(BIN)/python experiments/paper.py --settings 1 --seeds 3 --copy-to experiments/figures
-	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3 --batches 128 --methods uniform ranks prune ours-free
+	$(ONE_CORE) $(BIN)/python experiments/honest.py race --dataset fashion_mnist --seeds 3 --tuning-seeds 1 --batches 128 --methods uniform ranks ours-free
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py --quick --problems burgers
 
 experiments: experiments-quick $(VENV)/.flights

@@ -279,11 +279,12 @@ def run_race(options: argparse.Namespace) -> None:
     size += f" {scale.hidden}" if options.network == "mlp" else ""
     print(f"{bench.problem.name}: {size}, to train loss {race.LEVEL}")
     there = len(results)
-    hours = race.forecast(bench, names, options.batches, scale, options.seeds)
+    tuned_on = race.TUNING_SEEDS[: options.tuning_seeds]
+    hours = race.forecast(bench, names, options.batches, scale, options.seeds, len(tuned_on))
     print(f"about {hours:.1f} hours in all; {there} runs were there already", flush=True)
     arms = []
     for name in names:
-        arms.append(race.tune(bench, name, options.batches, scale))
+        arms.append(race.tune(bench, name, options.batches, scale, tuned_on))
         print(*arms[-1].tried, sep="\n", flush=True)
     finishes: dict[str, list[race.Finish]] = {name: [] for name in names}
     for seed in range(options.seeds):
@@ -356,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(rivals.METHODS), default=list(rivals.METHODS))
     parser.add_argument("--budgets", nargs="+", choices=("passes", "seconds"), default=["passes", "seconds"])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="that every racer tries")
+    parser.add_argument("--tuning-seeds", type=int, choices=(1, 2, 3), default=3, help="that the race tunes on")
     parser.add_argument("--network", choices=problems.NETWORKS, default="mlp", help="of the race")
     parser.add_argument("--kinds", nargs="+", help="only these problems of the data set")
     parser.add_argument("--folder", type=Path, default=Path("runs/honest"))

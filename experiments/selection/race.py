@@ -1,10 +1,10 @@
 """The race: the shortest fully decayed runs that end at a training loss, rate and batch tuned alike for each method.
 
-Tuning uses three seeds that are not reported. For each batch, every rate of the grid makes runs of the same budget, and
-is judged by their mean loss, so that one at which any of them diverges is not taken; the grid goes on where its edge is
-best. With its best rate each batch then runs to the level, by the first seed, and the batch with the least seconds is
-taken, by the price model: passes times the least core seconds a pass of its runs. So all methods get
-the same number of trials, but for the edges. Then fresh seeds run to the level, the methods in turn.
+Tuning uses three seeds that are not reported; one, in the quick form. For each batch, every rate of the grid makes
+runs of the same budget, and is judged by their mean loss, so that one at which any of them diverges is not taken; the
+grid goes on where its edge is best. With its best rate each batch then runs to the level, by the first seed, and the
+batch with the least seconds is taken, by the price model: passes times the least core seconds a pass of its runs. So
+all methods get the same number of trials, but for the edges. Then fresh seeds run to the level, the methods in turn.
 """
 
 import math
@@ -18,7 +18,19 @@ from selection.bench import Record, aligned, column
 from selection.contest import Problem
 from selection.problems import Scale
 
-__all__ = ["LEVEL", "Arm", "Finish", "against_best", "fastest", "forecast", "least", "shortest", "table", "tune"]
+__all__ = [
+    "LEVEL",
+    "TUNING_SEEDS",
+    "Arm",
+    "Finish",
+    "against_best",
+    "fastest",
+    "forecast",
+    "least",
+    "shortest",
+    "table",
+    "tune",
+]
 
 LEVEL = 0.05
 RATES, FIRST_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (3, 7)
@@ -112,7 +124,7 @@ def batch_ladder(batches: Sequence[int], num_examples: int) -> tuple[tuple[int, 
     return (*below, *batches, *above), (len(below), len(below) + len(batches))
 
 
-def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
+def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale, seeds: Sequence[int] = TUNING_SEEDS) -> Arm:
     """The batch and the rate of a method.
 
     Args:
@@ -120,6 +132,7 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
         name: of the method.
         batches: sizes that every method tries.
         scale: its ``epochs`` are the budget of a trial, near the expected finish.
+        seeds: that no run of the race has.
     """
     rates: dict[int, float] = {}
     finishes: dict[int, Finish] = {}
@@ -131,16 +144,14 @@ def tune(bench: Runs, name: str, batches: Sequence[int], scale: Scale) -> Arm:
 
         def loss(rate: float) -> float:
             passes = budget(bench.problem, scale)
-            runs = [bench.run(name, passes, rate, seed, batch_size=size) for seed in TUNING_SEEDS]
+            runs = [bench.run(name, passes, rate, seed, batch_size=size) for seed in seeds]
             made.extend(runs)
             return float(np.mean(column(runs, "train_loss")))
 
         rates[size], losses = least(RATES, FIRST_RATES, loss)
         best = min(found.values(), default=math.inf)
         most = best / _price(made)  # no use in going on where another batch has arrived
-        finishes[size] = finish = shortest(
-            bench, name, size, rates[size], TUNING_SEEDS[0], scale, most_passes=most, made=made
-        )
+        finishes[size] = finish = shortest(bench, name, size, rates[size], seeds[0], scale, most_passes=most, made=made)
         found[size] = seconds = finish.passes * _price(made)
         grid = ", ".join(f"{rate:g}: {value:.3g}" for rate, value in losses.items())
         told = f"in {seconds:.2f} core seconds" if math.isfinite(seconds) else "later than another batch, or never"
@@ -221,7 +232,9 @@ def _price(made: Sequence[Record]) -> float:
     return min(run["core_seconds"] / run["passes"] for run in made)
 
 
-def forecast(bench: Runs, names: Sequence[str], batches: Sequence[int], scale: Scale, seeds: int) -> float:
+def forecast(
+    bench: Runs, names: Sequence[str], batches: Sequence[int], scale: Scale, seeds: int, tuning_seeds: int
+) -> float:
     """Hours that the race takes if nothing of it is there yet, from half an epoch of each method and batch.
 
     A walk is counted as four runs; grids that go on, and compilation, come on top.
@@ -233,7 +246,7 @@ def forecast(bench: Runs, names: Sequence[str], batches: Sequence[int], scale: S
         for run in [bench.run(name, bench.problem.num_examples / 2, RATES[4], PRICE_SEED, batch_size=size)]
     }
     trials, walk = FIRST_RATES[1] - FIRST_RATES[0], 4
-    runs = sum(prices.values()) * (trials + walk)
+    runs = sum(prices.values()) * (trials * tuning_seeds + walk)
     runs += seeds * walk * sum(np.mean([prices[name, size] for size in batches]) for name in names)
     return runs * budget(bench.problem, scale) / 3600
 

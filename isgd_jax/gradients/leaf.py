@@ -193,7 +193,7 @@ def squares_of(leaf: Any, precision: Any) -> Squares:
 def squares_of_each(leaves: Sequence[Any], precision: Any) -> list[Squares]:
     """`squares_of` several leaves, of which those that are factors of one row, or stacked, share conditions.
 
-    As many together as fit the cache, since what waits for a condition is held until then.
+    As many together as stay near in the cache, since what waits for a condition is held until then.
     """
     found: dict[int, Squares] = {}
     for group in _within_the_cache({at: rows for at, leaf in enumerate(leaves) if (rows := _plain_rows(leaf))}):
@@ -217,7 +217,7 @@ def _within_the_cache(asked: dict[int, list[Rows]]) -> list[dict[int, list[Rows]
         size = sum(part.array.size * part.array.dtype.itemsize for part in rows)
         if size > room:
             groups.append({})
-            room = costs.machine().cache
+            room = costs.machine().part
         groups[-1][at] = rows
         room -= size
     return groups

@@ -45,8 +45,8 @@ from isgd_jax.gradients.terms import (
 
 __all__ = [
     "ANYWHERE", "Factored", "Grads", "formed_if_cheaper", "formed_squares", "gram_of", "guard_of", "how_squared",
-    "inner_of", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of",
-    "squares_of_each",    "stacked", "total_of", "weighted_sum",
+    "inner_of", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of_each",
+    "stacked", "total_of", "weighted_sum",
 ]  # fmt: skip
 
 ANYWHERE = PartitionSpec()
@@ -180,10 +180,8 @@ def _in_slices(function: Any, leaf: Factored) -> Any:
     return by_slices(lambda part: function(replace(part, shared=leaf.shared)), apart, costs.slice_size(shapes(leaf)))
 
 
-def squares_of(leaf: Any, precision: Any) -> Squares:
-    """Squared norms of a leaf, and the sums of the sizes of what was added, where that can cancel."""
-    if not is_factored(leaf):
-        return sum_squares(leaf.astype(wide(leaf.dtype)))
+def _squares_of(leaf: Factored, precision: Any) -> Squares:
+    """Squared norms of a leaf in factors, and the sums of the sizes of what was added, where that can cancel."""
     if not _by_gram(leaf):
         return formed_squares(leaf, precision)
     squares = gram_squares(leaf.terms, precision)
@@ -191,8 +189,9 @@ def squares_of(leaf: Any, precision: Any) -> Squares:
 
 
 def squares_of_each(leaves: Sequence[Any], precision: Any) -> list[Squares]:
-    """`squares_of` several leaves, of which those that are factors of one row, or stacked, share conditions.
+    """Squared norms of leaves, and the sums of the sizes of what was added, where that can cancel.
 
+    Those that are stacked, or factors of one row, share conditions, see `sums_of_squares`.
     As many together as stay near in the cache, since what waits for a condition is held until then.
     """
     found: dict[int, Squares] = {}
@@ -200,7 +199,7 @@ def squares_of_each(leaves: Sequence[Any], precision: Any) -> list[Squares]:
         squares = iter(sums_of_squares([rows for asked in group.values() for rows in asked]))
         for at, asked in group.items():
             found[at] = next(squares) if len(asked) == 1 else single_row_squares(next(squares), next(squares))
-    return [found[at] if at in found else squares_of(leaf, precision) for at, leaf in enumerate(leaves)]
+    return [found[at] if at in found else _squares_of(leaf, precision) for at, leaf in enumerate(leaves)]
 
 
 def _plain_rows(leaf: Any) -> list[Rows]:
@@ -211,6 +210,7 @@ def _plain_rows(leaf: Any) -> list[Rows]:
 
 
 def _within_the_cache(asked: dict[int, list[Rows]]) -> list[dict[int, list[Rows]]]:
+    """The same in groups, each of at most `costs.Machine.part` bytes, or of one leaf."""
     groups: list[dict[int, list[Rows]]] = []
     room = 0
     for at, rows in asked.items():

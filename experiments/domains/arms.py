@@ -5,7 +5,7 @@ Unbiased for the integral of the loss over the domain:
 * ``uniform``: new uniform points at every step;
 * ``sobol``: the points of one scrambled Sobol sequence in turn (of a list of pixels: shuffled epochs);
 * ``ours``: `isgd_jax.domain_sampler`, new points at every step, of a density that follows the residual's size as a few
-  points have shown it at most `REFRESH` steps ago;
+  points have shown it at most `REFRESH` plain batches ago;
 * ``ours_norms``: the same by the norms of gradients;
 * ``edges``: photographs alone, pixels drawn once and for all in proportion to the size of their color's slope.
 
@@ -40,7 +40,7 @@ __all__ = ["ARMS", "Arm", "arm"]
 Array = jax.Array
 Memory = Any
 REFRESH, BOXES, UNIFORM = 25, 128, 0.25
-"""Of the densities: steps between two refreshes, boxes, and the share that is spread uniformly."""
+"""Of the densities: plain batches between two refreshes, boxes, and the share that is spread uniformly."""
 RESAMPLE = 1_000
 """Steps between two times that ``rad`` and ``rar_d`` change their points."""
 SOBOL = 1 << 17
@@ -55,8 +55,10 @@ class Arm:
     larger: float = 1
     """Batches are so many times a plain one."""
 
-    refresh_every = 0
-    """Steps between two calls of ``refresh``; 0 is never."""
+    @property
+    def refresh_every(self) -> int:
+        """Steps between two calls of ``refresh``; 0 is never."""
+        return 0
 
     def size(self, term: Term) -> int:
         """Points of a batch."""
@@ -144,7 +146,10 @@ class Fitted(NamedTuple):
 class Ours(Arm):
     """Points of a density that follows the residuals, weighted by one over it."""
 
-    refresh_every = REFRESH
+    @property
+    def refresh_every(self) -> int:
+        """A refresh scores as many points at any batch: of small ones, more steps pass between two."""
+        return round(REFRESH * max(1.0, 1 / self.larger))
 
     def sampler(self, name: str) -> isgd.DomainSampler:
         """Of a term."""
@@ -170,12 +175,13 @@ class Ours(Arm):
 
     def points(self, params: Any, memory: Fitted, key: Array, name: str, step: Array) -> tuple[Array, Array]:
         draw = memory.draws[name]
-        return draw.points[step % REFRESH], draw.weights[step % REFRESH]
+        at = step % self.refresh_every
+        return draw.points[at], draw.weights[at]
 
     def _draws(self, key: Array, states: dict[str, isgd.DomainState]) -> dict[str, isgd.DomainDraw]:
         return {
             name: jax.vmap(functools.partial(self.sampler(name).sample, jax.random.fold_in(key, i), state))(
-                jnp.arange(REFRESH)
+                jnp.arange(self.refresh_every)
             )
             for i, (name, state) in enumerate(states.items())
         }
@@ -191,8 +197,12 @@ class OursByNorms(Ours):
 class Rad(Arm):
     """Batches of points that are drawn by residual now and then."""
 
-    refresh_every = RESAMPLE
     power, constant, candidates = 1.0, 1.0, 10_000
+
+    @property
+    def refresh_every(self) -> int:
+        """By steps, as published."""
+        return RESAMPLE
 
     def init(self, key: Array) -> Memory:
         return {

@@ -42,17 +42,23 @@ SHORTEST_SIDE = 2.0**-16
 
 
 class Boxes(NamedTuple):
-    """A binary tree of halved boxes, root first, level by level, and its leaves from left to right."""
+    """A binary tree of halved boxes, root first, level by level, and its leaves from left to right.
+
+    Each is a box of uniform points, in proportion to its mass, that is moved to a box of the cube.
+    """
 
     axes: Int[Array, " halved"]
     """Along which each is halved."""
     middles: Float[Array, " halved"]
     """Where, in the cube's coordinates."""
-    left: Float[Array, " halved"]
-    """The share of its mass that lies below."""
+    splits: Float[Array, " halved"]
+    """Where, in those of uniform points: so much of its mass lies below."""
     low: Float[Array, "boxes dims"]
     """Corners of the leaves."""
     high: Float[Array, "boxes dims"]
+    start: Float[Array, "boxes dims"]
+    """Corners of the boxes of uniform points that are moved there."""
+    stop: Float[Array, "boxes dims"]
     mass: Float[Array, " boxes"]
     """The probability of each leaf."""
 
@@ -103,29 +109,30 @@ def fitted(
     count, dims = points.shape
     depth = (count // POINTS_PER_BOX).bit_length() - 1
     order = _order(points)
-    known = _Scored(points, weights * jnp.square(scores), weights, order)
     row = jnp.arange(count, dtype=jnp.int32)
-    ranks = jnp.stack([jnp.zeros(count, jnp.int32).at[order[:, axis]].set(row) for axis in range(dims)], axis=1)
+    ranks = jnp.stack([jnp.zeros(count, jnp.int32).at[order[axis]].set(row) for axis in range(dims)])
+    known = _Scored(points.T, weights * jnp.square(scores), weights, ranks)
     corners = jnp.zeros((2**depth, dims), jnp.float32), jnp.ones((2**depth, dims), jnp.float32)
     # One program for all levels: of each level's arrays the first 2**level rows count, and the next level's are written
     # over the others.
     tree = jnp.zeros(2 ** (depth + 1), jnp.int32), jnp.zeros(2 ** (depth + 1), jnp.float32)
 
     def halve(level: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        members, (low, high), (axes, middles) = carry
-        axis, middle, is_upper = _best_halves(known, ranks, members, low, high, level)
+        order, members, (low, high), (axes, middles) = carry
+        axis, middle, is_upper = _best_halves(known, order, members, low, high, level)
         at = (jnp.left_shift(jnp.int32(1), level.astype(jnp.int32)) - 1,)
         axes = jax.lax.dynamic_update_slice(axes, axis, at)
         middles = jax.lax.dynamic_update_slice(middles, middle, at)
         low, high = (corner[: 2**depth] for corner in _halves(low, high, axis, middle))
-        return 2 * members + is_upper, (low, high), (axes, middles)
+        order = jax.vmap(_parted, in_axes=(0, None, None))(order, is_upper, level)
+        return order, 2 * members + is_upper, (low, high), (axes, middles)
 
-    first = jnp.zeros(count, jnp.int32)
+    members = jnp.zeros(count, jnp.int32)
     # Inside `jax.shard_map` what goes in must differ between devices as what comes out does; on a mesh, lie on it.
-    carry = made_varying(laid_as((first, corners, tree), known), known)
-    members, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, carry)
+    carry = made_varying(laid_as((order, members, corners, tree), known), known)
+    order, _, (low, high), (axes, middles) = jax.lax.fori_loop(0, depth, halve, carry)
     volume = jnp.prod(high - low, axis=1)
-    wanted = volume * _root_mean_square(known, row, members, 2**depth)
+    wanted = volume * _root_mean_squares(known, order[0], depth)[-1]
     total = jnp.sum(wanted)
     learnt = jnp.where(total > 0.0, wanted / jnp.where(total > 0.0, total, 1.0), volume)
     mass = (1.0 - uniform_fraction) * learnt + uniform_fraction * volume
@@ -139,17 +146,10 @@ def moved(boxes: Boxes, unit: Float[Array, "m dims"]) -> tuple[Float[Array, "m d
         boxes: the density.
         unit: uniform points. Those of a sequence that leaves no gaps come out so, too.
     """
-    node = jnp.zeros(unit.shape[0], jnp.int32)
-    for level in range(boxes.depth):
-        at = node + (2**level - 1)
-        along, share = boxes.axes[at], boxes.left[at]
-        here = _along(unit, along)
-        is_left = here < share
-        inside = jnp.where(is_left, here / share, (here - share) / (1.0 - share))
-        unit = jnp.where(_one_hot(along, unit.shape[1]), inside[:, None], unit)
-        node = 2 * node + jnp.where(is_left, 0, 1)
-    low, high = boxes.low[node], boxes.high[node]
-    return low + jnp.clip(unit, 0.0, 1.0) * (high - low), node
+    box = _box_of(boxes.axes, boxes.splits, unit)
+    low, high, start, stop = boxes.low[box], boxes.high[box], boxes.start[box], boxes.stop[box]
+    share = (unit - start) / jnp.where(stop > start, stop - start, 1.0)
+    return low + jnp.clip(share, 0.0, 1.0) * (high - low), box
 
 
 def densities(boxes: Boxes, points: Float[Array, "m dims"]) -> Float[Array, " m"]:
@@ -159,38 +159,51 @@ def densities(boxes: Boxes, points: Float[Array, "m dims"]) -> Float[Array, " m"
         boxes: the density.
         points: anywhere in the cube.
     """
+    return (boxes.mass / boxes.volume)[_box_of(boxes.axes, boxes.middles, points)]
+
+
+def _box_of(axes: Array, places: Array, points: Array) -> Array:
+    """The leaf that each point [m, dims] lies in, where halved boxes part at these places along these axes."""
+    columns = tuple(points.T)
+
+    def down(level: Array, node: Array) -> Array:
+        at = node + (jnp.left_shift(jnp.int32(1), level.astype(jnp.int32)) - 1)
+        along, here = axes[at], columns[0]
+        for axis, column in enumerate(columns[1:], start=1):
+            here = jnp.where(along == axis, column, here)
+        return 2 * node + jnp.where(here < places[at], 0, 1)
+
+    # In a loop: unrolled, XLA computes a level anew for each use in those below it, up to five times the time.
     node = jnp.zeros(points.shape[0], jnp.int32)
-    for level in range(boxes.depth):
-        at = node + (2**level - 1)
-        is_left = _along(points, boxes.axes[at]) < boxes.middles[at]
-        node = 2 * node + jnp.where(is_left, 0, 1)
-    return (boxes.mass / boxes.volume)[node]
+    node = made_varying(laid_as(node, (axes, places, points)), (axes, places, points))
+    return jax.lax.fori_loop(0, axes.shape[0].bit_length(), down, node)
 
 
 class _Scored(NamedTuple):
     """What boxes are fitted to."""
 
-    points: Float[Array, "n dims"]
+    columns: Float[Array, "dims n"]
+    """Coordinates of the points."""
     squares: Float[Array, " n"]
     """Of the scores, weighted."""
     weights: Float[Array, " n"]
-    order: Int[Array, "n dims"]
-    """The points along each axis."""
+    ranks: Int[Array, "dims n"]
+    """Of the points along each axis."""
 
 
 def _order(points: Array) -> Array:
-    """The points along each axis [n, dims]: coordinates and numbers in one int32, which sorts several times as fast.
+    """The points along each axis [dims, n]: coordinates and numbers in one int32, which sorts several times as fast.
 
     What differs by less than 2^-31 times their number may change places.
     """
     count = points.shape[0]
     steps = 2**31 // count
-    rounded = jnp.clip((points * steps).astype(jnp.int32), 0, steps - 1)
-    return jnp.sort(rounded * count + jnp.arange(count, dtype=jnp.int32)[:, None], axis=0) % count
+    rounded = jnp.clip((points.T * steps).astype(jnp.int32), 0, steps - 1)
+    return jnp.sort(rounded * count + jnp.arange(count, dtype=jnp.int32)[None], axis=1) % count
 
 
 def _best_halves(
-    known: _Scored, ranks: Array, members: Array, low: Array, high: Array, level: Array
+    known: _Scored, order: Array, members: Array, low: Array, high: Array, level: Array
 ) -> tuple[Array, Array, Array]:
     """For each box of a level the axis to halve it along and the middle, and of each point whether it lies above.
 
@@ -198,41 +211,74 @@ def _best_halves(
 
     Args:
         known: the points.
-        ranks: of each point along each axis [n, dims].
+        order: box by box, and along each axis within a box [dims, n].
         members: the box of each point [n].
         low: corners of the boxes, of which the first ``2**level`` count.
         high: the others.
         level: how often the cube has been halved.
     """
-    count = known.points.shape[0]
+    count, depth = members.shape[0], low.shape[0].bit_length() - 1
     boxes = jnp.arange(low.shape[0], dtype=jnp.int32)
-    half = jnp.right_shift(jnp.int32(count), level.astype(jnp.int32) + 1)
-    part = jnp.arange(count, dtype=jnp.int32) // half  # box by box, each in two halves
+    half = _points_of_half(count, level)
+    last = (2 * boxes + 1) * half  # the first point of the upper half
 
-    def along(points: Array, order: Array, rank: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
-        own = order[jnp.sort(members * count + rank) % count]
-        at = points[own]
+    def along(column: Array, ranks: Array, own: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
         side = high - low
-        last = (2 * boxes + 1) * half
-        share = (0.5 * (at[(last - 1) % count] + at[last % count]) - low) / side
+        above = own[last % count]
+        share = (0.5 * (column[own[(last - 1) % count]] + column[above]) - low) / side
         least = jnp.where(side > SHORTEST_SIDE, LEAST_SHARE, 0.5)
         share = jnp.clip(share, least, 1.0 - least)
-        size = _root_mean_square(known, own, part, low.shape[0])
-        below, above = size[2 * boxes % len(size)], size[(2 * boxes + 1) % len(size)]
-        cost = jnp.where(side > SHORTEST_SIDE, share * below + (1.0 - share) * above, jnp.inf)
-        return cost, low + share * side, jnp.zeros(count, jnp.int32).at[own].set(part % 2)
+        size = _root_mean_squares(known, own, depth)[level]
+        lower, upper = size[2 * boxes % len(size)], size[(2 * boxes + 1) % len(size)]
+        cost = jnp.where(side > SHORTEST_SIDE, share * lower + (1.0 - share) * upper, jnp.inf)
+        return cost, low + share * side, ranks[above]
 
-    costs, middles, uppers = jax.vmap(along, in_axes=1)(known.points, known.order, ranks, low, high)
+    costs, middles, firsts = jax.vmap(along, in_axes=(0, 0, 0, 1, 1))(known.columns, known.ranks, order, low, high)
     best = jnp.argmin(costs, axis=0).astype(jnp.int32)
-    is_upper = uppers[best[members], jnp.arange(count, dtype=jnp.int32)]
-    return best, middles[best, boxes], is_upper
+    at = best[members]
+    rank = known.ranks[at, jnp.arange(count, dtype=jnp.int32)]
+    return best, middles[best, boxes], (rank >= firsts[at, members]).astype(jnp.int32)
 
 
-def _root_mean_square(known: _Scored, points: Array, parts: Array, count: int) -> Array:
-    """Of the scores in each of so many parts [count], where ``parts`` says in which each of the points is."""
-    squares = jax.ops.segment_sum(known.squares[points], parts, num_segments=count)
-    weights = jax.ops.segment_sum(known.weights[points], parts, num_segments=count)
-    return jnp.sqrt(squares / jnp.where(weights > 0.0, weights, 1.0))
+def _points_of_half(count: int, level: Array) -> Array:
+    """Points in each half of a box."""
+    return jnp.right_shift(jnp.int32(count), level.astype(jnp.int32) + 1)
+
+
+def _parted(own: Array, is_upper: Array, level: Array) -> Array:
+    """Points box by box [n], each box's lower half before the upper and else in their order.
+
+    Args:
+        own: points box by box.
+        is_upper: of each point, whether it is of the upper half of its box: as many as are not.
+        level: how often the cube has been halved.
+    """
+    count = own.shape[0]
+    half = _points_of_half(count, level)
+    row, up = jnp.arange(count, dtype=jnp.int32), is_upper[own]
+    uppers = jnp.cumsum(up, dtype=jnp.int32) - up  # before each, of all boxes
+    halves = row // (2 * half) * half  # of the boxes before
+    place = jnp.where(up == 1, halves + half + uppers, halves + row - uppers)
+    return jnp.zeros_like(own).at[place].set(own, unique_indices=True)
+
+
+def _root_mean_squares(known: _Scored, own: Array, depth: int) -> Array:
+    """Of the scores in each half of the boxes of each level [depth, 2**depth]: of level l the first ``2**(l + 1)``.
+
+    Args:
+        known: the points.
+        own: their order, box by box.
+        depth: levels.
+    """
+    sums, rows = jnp.stack([known.squares, known.weights])[:, own], []
+    while sums.shape[1] > 2**depth:
+        sums = sums[:, ::2] + sums[:, 1::2]
+    for _ in range(depth):
+        squares, weights = sums
+        size = jnp.sqrt(squares / jnp.where(weights > 0.0, weights, 1.0))
+        rows.insert(0, jnp.pad(size, (0, 2**depth - size.shape[0])))
+        sums = sums[:, ::2] + sums[:, 1::2]
+    return jnp.stack(rows)
 
 
 def _halves(low: Array, high: Array, axis: Array, middle: Array) -> tuple[Array, Array]:
@@ -245,14 +291,21 @@ def _halves(low: Array, high: Array, axis: Array, middle: Array) -> tuple[Array,
 
 
 def _with_mass(axes: Array, middles: Array, low: Array, high: Array, mass: Array) -> Boxes:
-    """The boxes with shares of mass summed up from the leaves."""
+    """The boxes, those of uniform points by shares of mass that are summed up from the leaves."""
     mass = mass / jnp.sum(mass)
-    left, level = [], mass
+    shares, level = [], mass
     while level.shape[0] > 1:
         pairs = level.reshape(-1, 2)
         level = jnp.sum(pairs, axis=1)
-        left.append(pairs[:, 0] / level)
-    return Boxes(axes, middles, jnp.concatenate(left[::-1]), low, high, mass)
+        shares.insert(0, pairs[:, 0] / level)
+    start, stop, splits = jnp.zeros((1, low.shape[1]), jnp.float32), jnp.ones((1, low.shape[1]), jnp.float32), []
+    for share in shares:
+        axis = axes[len(share) - 1 : 2 * len(share) - 1]
+        first, last = _along(start, axis), _along(stop, axis)
+        split = first + share * (last - first)
+        splits.append(split)
+        start, stop = _halves(start, stop, axis, split)
+    return Boxes(axes, middles, jnp.concatenate(splits), low, high, start, stop, mass)
 
 
 def _one_hot(axis: Array, dims: int) -> Array:

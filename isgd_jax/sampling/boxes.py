@@ -270,7 +270,8 @@ def _root_mean_squares(known: _Scored, own: Array, depth: int) -> Array:
         own: their order, box by box.
         depth: levels.
     """
-    sums, rows = jnp.stack([known.squares, known.weights])[:, own], []
+    sums = jnp.stack([known.squares, known.weights])[:, own]
+    rows: list[Array] = []
     while sums.shape[1] > 2**depth:
         sums = sums[:, ::2] + sums[:, 1::2]
     for _ in range(depth):
@@ -293,7 +294,8 @@ def _halves(low: Array, high: Array, axis: Array, middle: Array) -> tuple[Array,
 def _with_mass(axes: Array, middles: Array, low: Array, high: Array, mass: Array) -> Boxes:
     """The boxes, those of uniform points by shares of mass that are summed up from the leaves."""
     mass = mass / jnp.sum(mass)
-    shares, level = [], mass
+    shares: list[Array] = []
+    level = mass
     while level.shape[0] > 1:
         pairs = level.reshape(-1, 2)
         level = jnp.sum(pairs, axis=1)

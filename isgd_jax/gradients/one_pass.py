@@ -166,7 +166,12 @@ def sums_by_slices(
         rows = (value, lazy.norms(grads, precision=precision), besides)
         if cut is None:
             return rows, lazy.weighted_sums(grads, own, precision=precision)
-        parts = (lazy.first(grads, cut), own[:cut]), (lazy.last(grads, own.shape[0] - cut), own[cut:])
+        if placement.split_axis(grads) is None:
+            parts = (lazy.first(grads, cut), own[:cut]), (lazy.last(grads, own.shape[0] - cut), own[cut:])
+        else:  # an axis that lies on several devices is not to be cut
+            is_first = jnp.arange(own.shape[0], dtype=jnp.int32) < cut
+            zero = jnp.zeros_like(own)
+            parts = (grads, jnp.where(is_first, own, zero)), (grads, jnp.where(is_first, zero, own))
         return rows, tuple(lazy.weighted_sums(part, mine, precision=precision) for part, mine in parts)
 
     b = weights.shape[0]

@@ -7,6 +7,7 @@ from functools import partial, wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -15,10 +16,12 @@ from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map
 __all__ = [
     "as_parameters",
     "laid_as",
+    "laid_like",
     "lies_on_a_mesh",
     "may_be_split",
     "placed",
     "replicated",
+    "rows_of",
     "spec_of",
     "split_axis",
     "stacked_split",
@@ -68,6 +71,21 @@ def replicated(x: Array) -> Array:
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
+def rows_of(x: Any, indices: Array) -> Array:
+    """``x[indices]``, also of an array whose rows a mesh with explicit axes splits: the rows then lie on each device.
+
+    Args:
+        x: an array of JAX or NumPy, or a tracer, with the axis that is looked up first.
+        indices: of rows, whole on each device.
+    """
+    x = jnp.asarray(x)
+    spec = spec_of(x)
+    if not spec or spec[0] is None:
+        return x[indices]
+    rest = PartitionSpec(*(None,) * indices.ndim, *spec[1:])
+    return x.at[indices].get(out_sharding=NamedSharding(jax.typeof(x).sharding.mesh, rest))
+
+
 def laid_as(tree: Any, other: Any) -> Any:
     """``tree``, its arrays whole on the mesh with explicit axes that those of ``other`` lie on, if they lie on one.
 
@@ -78,6 +96,20 @@ def laid_as(tree: Any, other: Any) -> Any:
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def laid_like(tree: Any, other: Any) -> Any:
+    """``tree``, each array split as its counterpart of the same shape in ``other`` is, where a mesh says so explicitly.
+
+    Args:
+        tree: any.
+        other: a tree of the same structure and shapes.
+    """
+
+    def as_it(x: Array, like: Array) -> Array:
+        return x if spec_of(x) == spec_of(like) else jax.sharding.reshard(x, jax.typeof(like).sharding)
+
+    return jax.tree.map(as_it, tree, other)
 
 
 def split_axis(grads: Grads) -> Any:
@@ -109,9 +141,20 @@ def placed(function: Any = None, *, out: Any = _batch_split) -> Any:
     def left_to_the_compiler(grads: Grads, *args: Any, **options: Any) -> Any:
         if not _is_split(grads):
             return function(grads, *args, **options)
-        return jax.sharding.auto_axes(partial(function, **options), out_sharding=out(grads))(grads, *args)
+        to = _on_their_mesh(out(grads), grads)
+        return jax.sharding.auto_axes(partial(function, **options), out_sharding=to)(grads, *args)
 
     return left_to_the_compiler
+
+
+def _on_their_mesh(specs: Any, grads: Grads) -> Any:
+    """The specs with the mesh that the gradients lie on, where no ``jax.set_mesh`` says which: JAX would leave nothing
+    to the compiler.
+    """
+    mesh = next((mesh for mesh in _meshes(grads) if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return specs
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def as_parameters(grads: Grads) -> Any:

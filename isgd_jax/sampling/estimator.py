@@ -64,6 +64,7 @@ from isgd_jax.sampling.options import (
     check_options,
     order_keys,
 )
+from isgd_jax.sampling.placement import taking_split
 from isgd_jax.sampling.state import (
     FORMAT,
     BatchSampler,
@@ -169,7 +170,6 @@ class ImportanceSampler:
         Args:
             more: further fields of `BatchSampler`, such as ``is_scored`` or presampling's two steps.
         """
-        parts = (self.init, self.sample, self.observe, self.record, self.refresh)
         filled = drawing.expected_draws(self.options, self.batch_size) / self.batch_size
         reported = report.make_report(
             self._check_state, self._scores_are_used, self.batch_size, groups=self.options.groups, filled=filled
@@ -178,7 +178,17 @@ class ImportanceSampler:
         more |= {"steps_per_update": self.options.steps_per_update, "learns": self._learns}
         more |= {"sketch": None if sketch is None else sketch.of_grads}
         more |= {"max_age_seconds": self.options.max_age_seconds}
-        return BatchSampler(self.num_examples, self.batch_size, *parts, reported, **more)
+        return BatchSampler(
+            self.num_examples,
+            self.batch_size,
+            self.init,
+            taking_split(self.sample),
+            taking_split(self.observe),
+            taking_split(self.record),
+            taking_split(self.refresh),
+            taking_split(reported),
+            **more,
+        )
 
     @property
     def _learns(self) -> bool:

@@ -35,11 +35,13 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
+from isgd_jax.gradients.placement import rows_of
 from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import candidates, samplers
 from isgd_jax.sampling.drawing import in_halves
 from isgd_jax.sampling.estimator import ImportanceSampler
 from isgd_jax.sampling.options import Options, check_fraction, check_number, check_ranges
+from isgd_jax.sampling.placement import taking_split
 from isgd_jax.sampling.plain import _Still
 from isgd_jax.sampling.state import BatchSampler, SamplerState, SpeedupGate, check_sizes, step_ahead
 from isgd_jax.types import Batch, Draw, Key, Params, Scorer, Scores
@@ -103,7 +105,7 @@ def presampling(
         steps_per_update=steps_per_update,
     )
     made = _Presampling(num_examples, batch_size, check_ranges(options), scorer, candidates, gate, score_cost)
-    return made.functions(candidates=made.candidates, resample=made.resample)
+    return made.functions(candidates=taking_split(made.candidates), resample=taking_split(made.resample))
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,14 @@ class _Presampling(_Still):
 
         Raises:
             TypeError: there is no scorer, or no ``params`` and ``data`` to score with.
-            ValueError: the scorer does not give one score a candidate.
+            ValueError: the data are not of N examples, or the scorer does not give one score a candidate.
         """
         if self.scorer is None or params is None or data is None:
             raise ArgumentTypeError(
                 "presampling scores candidates at each step: give presampling(scorer=...) and sample(params=..., "
                 "data=...), or call candidates() and resample() with scores of your own"
             )
+        self._check_data(data)
         found, pays = self.candidates(key, state, ahead=ahead), self._scores_are_used(state)
         shared = _given(params, frozen)
         parts = [
@@ -202,6 +205,19 @@ class _Presampling(_Still):
             return after
         mean = KEPT * _expected_speedup(state) + (1.0 - KEPT) * draw.expected_speedup
         return after._replace(gate=SpeedupGate(mean))
+
+    def _check_data(self, data: Any) -> None:
+        """Refuse data of fewer or more examples: look-ups beyond the last row give the last row.
+
+        Raises:
+            ValueError: a leaf has not one row an example.
+        """
+        for leaf in jax.tree.leaves(data):
+            if jnp.shape(leaf)[:1] != (self.num_examples,):
+                raise ArgumentError(
+                    f"data must be arrays with leading axis {self.num_examples}, one row for each example of this "
+                    f"sampler; got shape {jnp.shape(leaf)}"
+                )
 
     def _scores_are_used(self, state: SamplerState) -> Array:
         """Whether candidates are scored now; scores of the caller's own always are."""
@@ -223,7 +239,7 @@ class _Presampling(_Still):
         count = found.indices.shape[0]
 
         def scored(indices: Array) -> Array:
-            found = score(jax.tree.map(lambda x: jnp.asarray(x)[indices], data))
+            found = score(jax.tree.map(lambda x: rows_of(x, indices), data))
             if jnp.shape(found) != indices.shape:  # longer ones would be drawn from, and the mean be another
                 raise ArgumentError(
                     f"presampling's scorer must give one score an example: expected {list(indices.shape)}, got "

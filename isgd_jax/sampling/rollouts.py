@@ -39,12 +39,14 @@ rollouts for rejection sampling by the same argument.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, check_array, check_whole, first_wrong, seen
+from isgd_jax.gradients.placement import laid_like, replicated
 from isgd_jax.sampling import calibration, samplers
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.types import Draw, Key
@@ -144,11 +146,13 @@ def observe(
     """
     if not 0.0 <= memory <= 1.0:
         raise ArgumentError(f"memory must be 0 to 1, got {memory}")
-    at, size = draw.indices, stats.scores.shape[0]
-    for name, given in (("norms", norms), ("products", products)):
-        if given is not None and given.shape != at.shape:
-            raise ArgumentError(f"{name} must have one number a rollout, {at.shape}; got {given.shape}")
+    size, shape = stats.scores.shape[0], draw.indices.shape
+    for name, found in (("norms", norms), ("products", products)):
+        if found is not None and found.shape != shape:
+            raise ArgumentError(f"{name} must have one number a rollout, {shape}; got {found.shape}")
     version = jnp.asarray(version, jnp.int32)
+    given, (stats, draw, norms, products) = stats, jax.tree.map(replicated, (stats, draw, norms, products))
+    at = draw.indices
     sound = draw.mask & (norms >= 0.0) & (norms <= calibration.LARGEST)
     was_seen = stats.version[at] >= 0
     fit = calibration.observe(
@@ -168,7 +172,7 @@ def observe(
     products = jnp.zeros_like(norms) if products is None else jnp.where(paired, products, 0.0)
     # Written by each of a prompt's sound rollouts alike: one a step, however many rollouts it has.
     to = jnp.where(sound, at, size)
-    return RolloutStats(
+    after = RolloutStats(
         scores=stats.scores.at[to].set(scores, mode="drop"),
         products=stats.products.at[to].set(memory * stats.products[at] + _sums(products, at, size), mode="drop"),
         pairs=stats.pairs.at[to].set(
@@ -177,6 +181,7 @@ def observe(
         version=stats.version.at[to].max(version, mode="drop"),
         calibration=fit,
     )
+    return laid_like(after, given)
 
 
 def moments(
@@ -201,6 +206,7 @@ def moments(
         raise ArgumentError(f"prior_pairs must be above 0, got {prior_pairs}")
     if max_age is not None:
         max_age = check_whole("max_age", max_age, least=0)
+    stats = jax.tree.map(replicated, stats)
     age = jnp.asarray(version, jnp.int32) - stats.version
     trusted = stats.version >= 0
     trusted = trusted if max_age is None else trusted & (age <= max_age)

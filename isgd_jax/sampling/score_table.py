@@ -83,6 +83,7 @@ def record(
         raise ArgumentError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
     size = table.scores.shape[0]
     version = jnp.asarray(version, jnp.int32)
+    table = jax.tree.map(replicated, table)
     indices, scores = replicated(indices).astype(jnp.int32), replicated(scores).astype(jnp.float32)
     present = (indices >= 0) & (indices < size)
     sound = jnp.isfinite(scores) & (scores >= 0.0)

@@ -106,6 +106,13 @@ class DataParallel:
             plain=self.replicate(state.plain),
         )
 
+    def moved(self, state: Any) -> Any:
+        """A state of training from anywhere, such as a run on other devices: `placed`, if it does not lie here."""
+        parts = state.params, state.opt_state, state.sampler, state.plain
+        devices = set(self._everywhere.mesh.devices.flat)
+        lies = (isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(parts))
+        return state if all(lies) else self.placed(state)
+
     def _parts(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: self._part(jnp.shape(x)), tree)
 

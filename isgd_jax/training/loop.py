@@ -26,7 +26,7 @@ from isgd_jax.sampling.state import BatchSampler, begun_anew
 from isgd_jax.training.background import Refresher, refresher
 from isgd_jax.training.callbacks import Callback, History, PlainProgress, Record
 from isgd_jax.training.cost_gate import CostGate, CostWatch, check_step_cost, create, epochs_of
-from isgd_jax.training.data_parallel import DataParallel
+from isgd_jax.training.data_parallel import DataParallel, local_copy
 from isgd_jax.training.packing import Held, Packing
 from isgd_jax.training.prefetch import BLOCK, NO_BLOCK, Prefetch
 from isgd_jax.training.problem import Problem
@@ -297,6 +297,8 @@ def _loop(run: Run, callbacks: Sequence[Callback]) -> FitResult:
     for callback in callbacks:
         callback.begin(run)
     _check_costs(run)
+    given = run.held.state
+    run.held.state = local_copy(given) if run.parallel is None else run.parallel.moved(given)
     seconds, info = float(run.state.sampler.clock.seconds), None
     while run.step < run.num_steps and run.stopped is None:
         if run.refreshes():

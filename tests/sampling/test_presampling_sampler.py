@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampling_problem as problem
+from jax.sharding import NamedSharding, PartitionSpec
 
 import isgd_jax as isgd
 from isgd_jax.sampling import candidates
@@ -69,6 +70,27 @@ def test_with_more_candidates_than_examples_no_probability_is_above_one_nor_the_
     error = found.std(axis=0) / np.sqrt(len(keys))
     assert np.all(np.abs(found.mean(axis=0) - 1.0) < 4.5 * error), "4.5 standard errors by example"
     assert np.mean(np.asarray(draws.indices) == 7) > 3 / N
+
+
+def test_data_of_another_number_of_examples_are_refused() -> None:
+    """Look-ups beyond the last row give the last row, which was scored in the place of others."""
+    sampler = _sampler()
+    state, key = sampler.init(), jax.random.key(0)
+    for rows in (N - 1, N + 1):
+        with pytest.raises(ValueError, match=rf"leading axis {N}, one row for each example.*got shape \({rows},\)"):
+            sampler.sample(key, state, params=1.0, data={"score": jnp.ones(rows)})
+
+
+@pytest.mark.devices(4)
+def test_data_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> None:
+    sampler = problem.jitted(isgd.presampling(8, batch_size=4, scorer=scorer, gate=False))
+    state, key, scores = sampler.init(), jax.random.key(0), jnp.asarray(SCORES[:8])
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    alone, several = (
+        sampler.sample(key, state, params=1.0, data={"score": x})
+        for x in (scores, jax.device_put(scores, NamedSharding(mesh, PartitionSpec("data"))))
+    )
+    assert not problem.unlike(alone, several, rtol=1e-6)
 
 
 @pytest.mark.slow

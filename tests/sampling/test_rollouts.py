@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from sampling_problem import unchecked
 from scipy import optimize
 
@@ -190,3 +191,24 @@ def test_a_floor_may_be_any_number() -> None:  # such as a share of NumPy's, whi
             found = rollouts.expected_counts(variance, num_rollouts=np.uint8(12), floors=floor)
         wanted = rollouts.expected_counts(variance, num_rollouts=12, floors=0.25)
         assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.devices(4)
+def test_what_was_seen_and_norms_may_come_split_over_an_explicit_mesh() -> None:
+    """As norms do where the batch of rollouts is split; what was seen comes out as it came."""
+
+    @jax.jit
+    def step(stats: Any, norms: Any) -> Any:
+        counts = jnp.linspace(1.0, 2.0, 8)
+        draw = rollouts.draw(jax.random.key(0), counts, num_rollouts=12)
+        products = rollouts.pair_products(jnp.ones((12, 12), jnp.float32), draw.indices)
+        stats = rollouts.observe(stats, draw, norms, products, version=1)
+        return stats, rollouts.moments(stats, version=2)
+
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    given = rollouts.create(8), jnp.linspace(0.5, 3.0, 12)
+    alone, several = step(*given), step(*jax.device_put(given, split))
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(several), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert several[0].scores.sharding == split

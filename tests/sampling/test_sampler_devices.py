@@ -4,6 +4,7 @@ Under `jax.pmap` and `jax.shard_map` each device has its part of the draw (`shar
 constraint (Auto axes) or by its type (Explicit axes, the default of `jax.make_mesh`).
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -199,6 +200,24 @@ def test_lazy_gradients_of_several_layers_on_an_explicit_mesh() -> None:
         assert not problem.unlike(alone, run(own, jax.device_put(batch, P("data", None, None))), rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_batch_split_over_an_explicit_mesh_whether_it_is_set_or_not(is_set: bool) -> None:
+    """Without `jax.set_mesh` the mesh is that of the arrays."""
+
+    @jax.jit
+    def run(own: Any, batch: Any) -> Any:
+        grads, weights = isgd.per_example_grads(problem.loss_fn)(own, batch), jnp.linspace(0.5, 2.0, 8)
+        one_pass = isgd.value_norms_and_mean(problem.loss_fn, halves=True)
+        return isgd.weighted_mean(grads, weights), isgd.gram(grads), one_pass(own, batch, weights)
+
+    own, batch = problem.params(), jax.tree.map(lambda x: x[:8], problem.data())
+    alone = run(own, batch)
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        several = run(own, jax.device_put(batch, NamedSharding(mesh, P("data", None))))
+    assert not problem.unlike(alone, several, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_arrays_split_over_an_explicit_mesh_give_the_draws_of_one_device() -> None:
     """Masses, orders, indices and scores may come split: laws and tables are whole on each device."""
@@ -235,6 +254,32 @@ def test_scores_and_sketches_split_over_an_explicit_mesh_are_recorded_as_on_one_
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     several = recorded(jax.device_put(state, whole), *jax.device_put(found, split))
     assert not problem.unlike(recorded(state, *found), several, rtol=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", problem.NAMES)
+def test_a_state_split_over_an_explicit_mesh_is_that_of_one_device(kind: str) -> None:
+    """In a loop that carries it: what comes out lies as it came."""
+    sampler = problem.samplers()[kind]
+
+    def step(state: Any, _: Any) -> Any:
+        own, data = problem.params(), problem.data()
+        draw = sampler.sample(jax.random.key(0), state, params=own, data=data)
+        state = sampler.observe(state, draw, norms=1.0 + draw.indices.astype(jnp.float32))
+        if sampler.is_scored:
+            state = sampler.record(state, jnp.arange(8, dtype=jnp.int32), jnp.linspace(1.0, 4.0, 8), version=3)
+        sampler.report(state)  # is traced, and of no interest
+        return sampler.refresh(state), draw
+
+    run = jax.jit(lambda state: jax.lax.scan(step, state, length=5))
+    mesh = jax.make_mesh((DEVICES,), ("data",), devices=jax.devices()[:DEVICES])
+    state = sampler.init()
+    where = jax.tree.map(
+        lambda x: NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % DEVICES == 0 else P()), state
+    )
+    alone, several = run(state), run(jax.device_put(state, where))
+    assert not problem.unlike(alone, several, rtol=1e-5)
+    assert jax.tree.all(jax.tree.map(lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), several[0], where))
 
 
 def test_a_domain_on_an_explicit_mesh_is_that_of_one_device() -> None:

@@ -260,6 +260,22 @@ class From(isgd.Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.devices(4)
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (4, None), (None, 4)])
+def test_a_run_goes_on_on_other_devices(before: int | None, after: int | None) -> None:
+    """From the arrays of the run before, parameters in parts on both: the state is moved to where the run trains."""
+
+    def run(num_devices: int | None, **given: Any) -> Any:
+        devices = None if num_devices is None else jax.devices()[:num_devices]
+        return quiet(linear(), devices=devices, shard_params=devices is not None, **given)
+
+    whole = run(None)
+    resumed = run(after, callbacks=[From(run(before, num_steps=17).state, 17)])
+    chex.assert_trees_all_close(resumed.params, whole.params, rtol=1e-5, atol=1e-6)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(resumed.params)} == {after or 1}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", ["device", pytest.param("host", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_saved_state_bit_for_bit(hold: str, tmp_path: Path) -> None:
     """Broken off between two refreshes, with momentum, saved by Orbax."""

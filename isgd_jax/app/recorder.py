@@ -225,6 +225,9 @@ class Recorder(Callback):
         run.step = self._step = self._noted = int(local_copy(run.state.sampler.clock.step))
         self._quarantined = int(local_copy(run.state.sampler.quarantined))
         self._was_open = bool(local_copy(is_open(run.state.sampler)))
+        proposal = local_copy(run.state.sampler.proposal)
+        if self._parts.engine is not None and int(proposal.refreshes) > 0:
+            self._trusted_share = float(proposal.trusted_share)
         self._folder.forget_after(self._step)
         self._logged = notes.get("logged", 0)
         lost = self._lost_lines(self._logged)

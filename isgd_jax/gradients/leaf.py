@@ -167,7 +167,7 @@ def how_squared(leaf: Factored) -> str:
 
 def formed_if_cheaper(leaf: Factored) -> Any:
     """The leaf, formed if norms and a mean together are then cheaper than each asked of the factors."""
-    if leaf.formed is not None or leaf.shared is not None or not costs.prefers_formed(shapes(leaf)):
+    if not is_plain(leaf) or not costs.prefers_formed(shapes(leaf)):
         return leaf
     if not any(isinstance(term.left, Windows) for term in leaf.terms):
         return stacked(leaf, None).astype(leaf.dtype)  # all are kept, and there are no windows to write out: no slices
@@ -246,10 +246,8 @@ def scaled_squares(leaf: Any, scale: Array, precision: Any) -> Squares:
     """Squared norms of the leaf times ``scale``, which is shaped like the parameter, entry by entry."""
     if not is_factored(leaf):
         return sum_squares(_times(leaf.astype(wide(leaf.dtype)), scale))
-    if leaf.formed is None and leaf.shared is None and len(leaf.terms) == 1:
-        term = leaf.terms[0]
-        if term.left.shape[2] == 1 and not isinstance(term.left, OneHot | Windows):  # Σ_io |x_i|² |s_io|² |δ_o|²
-            return _scaled_outer(leaf, term, scale, precision)
+    if is_plain(leaf) and is_single_row(leaf.terms):  # Σ_io |x_i|² |s_io|² |δ_o|²
+        return _scaled_outer(leaf, leaf.terms[0], scale, precision)
     return _in_slices(lambda part: sum_squares(_times(stacked(part, precision), scale)), leaf)
 
 
@@ -270,7 +268,7 @@ def _times(array: Array, scale: Array) -> Array:
 
 def _products(leaf: Any, precision: Any) -> Array:
     """A leaf formed, its axes in the parameter's order only where that matters: for sums of several parts."""
-    if is_factored(leaf) and len(leaf.terms) == 1 and leaf.formed is None and leaf.shared is None:
+    if is_factored(leaf) and is_plain(leaf) and len(leaf.terms) == 1:
         return _product(leaf.terms[0], precision)
     return stacked(leaf, precision)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import lazy
 from isgd_jax.gradients.leaf import is_factored
 from isgd_jax.gradients.per_example import per_example_grads
@@ -189,14 +190,20 @@ def nearest_to_loss(loss_fn: Callable[..., Any], params: Params, *args: Any) -> 
     """The place among the leaves of the matrix whose gradient takes the shortest program: the last layer's.
 
     Programs are traced and counted, one for each leaf, and none is run. Vectors and scalars are taken only where there
-    is no matrix; of equals the last one is.
+    is no matrix; of equals the last one is. Whole numbers, such as counts, have no gradient, and are passed over.
 
     Args:
         loss_fn: ``(params, example) -> scalar``, or with more arguments in between.
         params: of the model; only shapes matter.
         args: one item of the data set, after whatever else the loss takes.
+
+    Raises:
+        ValueError: no parameter is a floating-point or complex array.
     """
     leaves, structure = jax.tree.flatten(params)
+    learnt = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not learnt:
+        raise ArgumentError("params must have a floating-point or complex array to learn, got none")
 
     def length(place: int) -> tuple[bool, int, int]:
         def loss(leaf: Array, others: list[Array], *rest: Any) -> Array:
@@ -205,7 +212,7 @@ def nearest_to_loss(loss_fn: Callable[..., Any], params: Params, *args: Any) -> 
         closed = jax.make_jaxpr(jax.grad(loss))(leaves[place], leaves, *args)  # shapes are enough
         return leaves[place].ndim < 2, _count(closed.jaxpr), -place
 
-    return min(range(len(leaves)), key=length)
+    return min(learnt, key=length)
 
 
 def _is_plain(leaf: Any) -> bool:

@@ -301,9 +301,9 @@ class ImportanceSampler:
         Without gradients and norms the state only moves on.
 
         Raises:
-            ValueError: the shapes do not fit the draw, ``max_age_seconds`` was given and ``seconds`` is not, or is too
-                large for it in float32, ``halves`` came with ``grads``, without norms, or with ``axis_name``, or
-                sketches that no order wants.
+            ValueError: the shapes do not fit the draw, ``max_age_seconds`` was given and ``seconds`` is not, or is not
+                finite or too large for it in float32, ``halves`` came with ``grads``, without norms, or with
+                ``axis_name``, or sketches that no order wants.
         """
         self._check_state(state)
         self._check_seconds(seconds)
@@ -355,9 +355,9 @@ class ImportanceSampler:
             seconds: as for ``observe``: counted from the start of the run.
 
         Raises:
-            TypeError: ``ids`` are no whole numbers.
-            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, or is too large for it in float32, the
-                shapes do not fit, or sketches came that no order wants.
+            TypeError: ``ids`` or ``version`` are no whole numbers.
+            ValueError: ``max_age_seconds`` was given and ``seconds`` is not, or is not finite or too large for it in
+                float32, ``version`` is negative, the shapes do not fit, or sketches came that no order wants.
         """
         self._check_state(state)
         self._check_seconds(seconds)

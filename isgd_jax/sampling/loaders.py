@@ -172,10 +172,7 @@ class IndexSampler:
         with self._changed:
             longest = min(self._timeout, threading.TIMEOUT_MAX)  # infinity is for ever
             if not self._changed.wait_for(lambda: self._handed < self._observed + self.ahead, longest):
-                raise TimeoutError(
-                    f"{self.ahead} batches are handed out and none was observed in {self._timeout:g} s: call observe() "
-                    "after each update, or ask for fewer (ahead= must be the loader's queue and one more)"
-                )
+                raise TimeoutError(self._stalled())
             draw, step = self._made[self._handed - self._observed], self._handed
             self._handed += 1
         return self._batch(draw, step)
@@ -337,6 +334,19 @@ class IndexSampler:
     def _check_process(self) -> None:
         if os.getpid() != self._process:  # a fork; the lock may be held for ever there
             raise ArgumentError(f"this index_sampler was made in another process: {_ONE_PROCESS}")
+
+    def _stalled(self) -> str:
+        """Why no batch can be handed out."""
+        if self._waiting:
+            return (
+                f"step {self._observed} was handed out and not observed in {self._timeout:g} s, and "
+                f"{len(self._waiting)} later ones wait for it: observe each batch, also one whose update fails; or, "
+                "where a loop was left in the middle of a step, load_state_dict(state_dict()) hands its batch out again"
+            )
+        return (
+            f"{self.ahead} batches are handed out and none was observed in {self._timeout:g} s: call observe() after "
+            "each update, or ask for fewer (ahead= must be the loader's queue and one more)"
+        )
 
     def _fill(self) -> None:
         """Refresh if it is due, and draw the steps that may be asked for now."""

@@ -110,6 +110,9 @@ def trust(
 ) -> Bool[Array, " n"]:
     """Which scores to believe [n]: measured at all, and neither older than ``max_age`` nor ``max_age_seconds``.
 
+    A score that a clock which was set back has in the future is as far from now as an old one: else one wrong reading
+    would be believed until the clock comes there.
+
     Args:
         table: scores with their versions and seconds.
         version: of the parameters now, in updates.
@@ -121,7 +124,7 @@ def trust(
     if max_age is not None:
         trusted &= tables.ages(table, version) <= max_age
     if max_age_seconds is not None:
-        trusted &= jnp.asarray(seconds, jnp.float32) - table.seconds <= max_age_seconds
+        trusted &= jnp.abs(jnp.asarray(seconds, jnp.float32) - table.seconds) <= max_age_seconds
     return trusted
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from isgd_jax.errors import ArgumentError, ArgumentTypeError
+from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
 from isgd_jax.gradients.placement import replicated
 
 __all__ = ["NEVER", "ScoreTable", "ages", "as_ids", "create", "record"]
@@ -77,12 +77,13 @@ def record(
         The table, and how many scores were quarantined: negative or not finite, and so not written.
 
     Raises:
-        ValueError: ``memory`` is not in [0, 1).
+        TypeError: ``version`` is no whole number.
+        ValueError: ``version`` is negative and no array of JAX, or ``memory`` is not in [0, 1).
     """
     if not 0.0 <= memory < 1.0:
         raise ArgumentError(f"memory is the share of the old mean square to keep, 0 to below 1, got {memory}")
     size = table.scores.shape[0]
-    version = jnp.asarray(version, jnp.int32)
+    version = _as_version(version)
     table = jax.tree.map(replicated, table)
     indices, scores = replicated(indices).astype(jnp.int32), replicated(scores).astype(jnp.float32)
     present = (indices >= 0) & (indices < size)
@@ -121,6 +122,15 @@ def as_ids(ids: Any, num_examples: int) -> Int[Array | np.ndarray, "..."]:
         return whole
     numpy: Any = jnp if isinstance(found, jax.Array) else np
     return numpy.where((found >= 0) & (found < num_examples), whole, np.int32(num_examples))
+
+
+def _as_version(version: int | Int[Array, ""]) -> Int[Array, ""]:
+    """Updates as int32: a float would be cut, and a negative one is that of scores that were never measured."""
+    if not isinstance(version, jax.Array):
+        return jnp.int32(check_whole("version", version, least=0))
+    if not jnp.issubdtype(version.dtype, jnp.integer):
+        raise ArgumentTypeError(f"version must be a whole number, got {version.dtype}")
+    return version.astype(jnp.int32)
 
 
 def ages(table: ScoreTable, version: int | Int[Array, ""]) -> Int[Array, " n"]:

@@ -254,12 +254,15 @@ def check_clock(seconds: float | Array | None, max_age_seconds: float | None) ->
     Ages are then wrong by no more than a tenth of what they are compared with.
 
     Raises:
-        ValueError: float32 has steps there of more than a tenth of ``max_age_seconds``.
+        ValueError: it is no number, or float32 has steps there of more than a tenth of ``max_age_seconds``.
     """
     found = None if seconds is None or max_age_seconds is None else seen(seconds)
     if found is None or max_age_seconds is None:
         return
-    step = float(np.spacing(np.abs(found).astype(np.float32)))
+    if not np.isfinite(found):
+        raise ArgumentError(f"seconds must be finite, counted from the start of the run, got {found:g}")
+    with np.errstate(over="ignore"):
+        step = float(np.spacing(np.minimum(np.abs(found).astype(np.float32), np.finfo(np.float32).max)))
     if step > COARSEST * max_age_seconds:
         raise ArgumentError(
             f"seconds must be such that float32 can tell ages of max_age_seconds={max_age_seconds:g}, got {found:g}, "

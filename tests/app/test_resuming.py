@@ -57,6 +57,16 @@ def test_the_first_line_after_a_break_is_that_of_a_run_without_one(run: RunDir, 
         assert again == whole, name
 
 
+def test_the_share_of_trusted_scores_is_known_until_the_next_refresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isgd_jax.app.recorder.plots", SimpleNamespace(draw=lambda run: None))
+    for steps in (10, 20):  # scores are refreshed before the break alone
+        config = small_config(tmp_path / "run", refresh_every=100, monitor="off", steps=steps)
+        fit(config, dataset=blobs(), resume=steps == 20)
+    assert [line["trusted_share"] for line in lines_of(tmp_path / "run")] == [None, 1.0, 1.0]
+
+
 def test_lines_that_were_lost_before_a_checkpoint_are_told(run: RunDir, made: tuple[Result, Path]) -> None:
     shutil.rmtree(run.checkpoints / "40")
     logged = max(line["step"] for line in lines_of(run.path) if line["step"] <= 36)

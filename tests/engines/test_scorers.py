@@ -107,6 +107,18 @@ def test_a_sketch_of_chosen_parameters_is_refused(key):
         scorers.grad_norm(mlp_loss, sketch=sketch, select=scorers.under("2"))
 
 
+def test_whole_numbers_among_the_parameters_are_passed_over_by_the_sketch(key):
+    """A count beside the weights was differentiated, which JAX refuses; all else takes it."""
+    params, batch = mlp(key, [12, 5]), images(key, 6, 12)
+    example = jax.tree.map(lambda x: x[0], batch)
+    counted = {"steps": jnp.zeros((3, 3), jnp.int32), "net": params}
+    sketch = isgd.last_layer_sketch(lambda p, e: mlp_loss(p["net"], e), counted, example, dims=16)
+    plain = isgd.last_layer_sketch(mlp_loss, params, example, dims=16)
+    np.testing.assert_array_equal(sketch.of_batch(counted, batch), plain.of_batch(params, batch))
+    with pytest.raises(ValueError, match="params must have a floating-point or complex array to learn, got none"):
+        isgd.last_layer_sketch(lambda p, e: jnp.float32(0.0), {"steps": counted["steps"]}, example)
+
+
 def _rows(loss_fn, params, batch):
     """One `jax.grad` an example, flat, in float64."""
     grad = jax.jit(jax.grad(loss_fn))

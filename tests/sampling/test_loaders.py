@@ -230,6 +230,18 @@ def test_numbers_of_numpy_count_as_those_of_python(options):  # of eight bits, w
     same(trained(plain, 10), trained(draws, 10))
 
 
+def test_the_step_that_others_wait_for_is_named():
+    """Of a batch whose update failed; it said that none was observed."""
+    draws = made(timeout=0.05)
+    next(draws)
+    for batch in (next(draws), next(draws)):
+        draws.observe(batch, norms=np.ones(M))
+    with pytest.raises(TimeoutError, match=r"step 0 was .* not observed in 0\.05 s, and 2 later ones wait for it: "):
+        next(draws)
+    draws.load_state_dict(draws.state_dict())
+    assert next(draws).step == 0
+
+
 def test_a_timeout_is_a_number_of_seconds_and_lists_go_on_after_it():
     with pytest.raises(ValueError, match="timeout must be 0 or more seconds, or infinity, got nan"):
         made(timeout=float("nan"))

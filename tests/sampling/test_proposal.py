@@ -78,6 +78,13 @@ def test_staleness_in_seconds() -> None:
     np.testing.assert_allclose(made.probs, 0.9 * np.array([2.0, 4.0, 3.0]) / 9.0 + 0.1 / 3, rtol=1e-6)
 
 
+def test_a_score_of_the_future_is_as_far_from_now_as_an_old_one() -> None:
+    """One wrong reading of a clock, or one that was set back, would be believed until the clock comes there."""
+    scores = scored([2.0, 4.0, 100.0, 100.0], seconds=[95.0, 105.0, 1e6, float("inf")])
+    made = proposal.propose(scores, version=0, seconds=100.0, max_age_seconds=20.0, mixture=0.1)
+    np.testing.assert_allclose(made.probs, 0.9 * np.array([2.0, 4.0, 3.0, 3.0]) / 12.0 + 0.1 / 4, rtol=1e-6)
+
+
 def test_the_additive_constant_is_the_mixture_of_the_paper() -> None:
     scores, constant = jnp.asarray([1.0, 3.0, 8.0]), 2.0
     relative = constant / (float(jnp.mean(scores)) + constant)

@@ -205,6 +205,27 @@ def test_record_refuses_what_does_not_fit() -> None:
         sketched.record(sketched.init(), ids, ones, version=0, sketches=np.ones((2, 2), np.float32))
 
 
+def test_versions_that_are_no_count_are_refused() -> None:
+    """1.5 was cut to 1, and the scores of version -1 were those of examples that nobody has scored."""
+    sampler = _importance()
+    state, ids, ones = sampler.init(), np.arange(3), np.ones(3, np.float32)
+    wrong = {"half": (1.5, TypeError), "true": (True, TypeError), "word": ("1", TypeError), "below": (-1, ValueError)}
+    for version, error in [*wrong.values(), (jnp.float32(1.0), TypeError), (2**40, ValueError)]:
+        with unchecked(), pytest.raises(error, match="version must be"):
+            sampler.record(state, ids, ones, version=version)
+
+
+def test_a_clock_that_is_no_number_is_refused() -> None:
+    """Scores of an infinite reading were believed for ever, those of NaN never, and NaN stood in the state."""
+    sampler = _importance(max_age_seconds=5.0)
+    state, ids, ones = sampler.init(), np.arange(3), np.ones(3, np.float32)
+    for seconds in (float("nan"), float("inf"), jnp.float32("-inf")):
+        with pytest.raises(ValueError, match="seconds must be finite, counted from the start of the run, got"):
+            sampler.record(state, ids, ones, version=0, seconds=seconds)
+    with pytest.raises(ValueError, match=r"float32 can tell ages of max_age_seconds=5, got 1e\+300"):
+        sampler.record(state, ids, ones, version=0, seconds=1e300)
+
+
 def test_the_target_and_weights_of_the_transform_are_an_error_together() -> None:
     weights = jnp.ones(N)
     sampler, tx = _importance(example_weights=weights), isgd.importance_weighting(N, weights)

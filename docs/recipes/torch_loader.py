@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 digits = load_digits()
 columns = {"x": (digits.data / 16.0).tolist(), "y": digits.target.tolist()}
+columns["index"] = list(range(len(digits.target)))
 WORKERS, PREFETCH = 2, 2
 
 
@@ -39,7 +40,7 @@ def train(folder, num_steps):
         multiprocessing_context="spawn",  # JAX has threads: a fork could hang
     )
     for batch in loader:
-        drawn = draws.listed()
+        drawn = draws.listed(batch["index"])
         logits = model(batch["x"])
         losses = torch.nn.functional.cross_entropy(logits, batch["y"], reduction="none")
         loss = (torch.from_numpy(drawn.weights) * losses).mean()

@@ -102,12 +102,13 @@ def laid_like(tree: Any, other: Any) -> Any:
     """``tree``, each array split as its counterpart of the same shape in ``other`` is, where a mesh says so explicitly.
 
     Args:
-        tree: any.
+        tree: arrays that are whole on each device.
         other: a tree of the same structure and shapes.
     """
 
     def as_it(x: Array, like: Array) -> Array:
-        return x if spec_of(x) == spec_of(like) else jax.sharding.reshard(x, jax.typeof(like).sharding)
+        is_split = any(axis is not None for axis in spec_of(like))
+        return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split else x
 
     return jax.tree.map(as_it, tree, other)
 

@@ -37,7 +37,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole
-from isgd_jax.gradients.placement import replicated
+from isgd_jax.gradients.placement import laid_like, replicated
 from isgd_jax.sampling.boxes import MOST_BOXES, POINTS_PER_BOX, Boxes, densities, fitted, moved, uniform_boxes
 from isgd_jax.sampling.places import quasi_random, wrapped
 from isgd_jax.types import Key
@@ -233,7 +233,7 @@ class _Domain:
             TypeError: ``score`` is no function, its numbers are complex, or ``state`` is no state.
             ValueError: it does not give a number a point, or the state is another sampler's.
         """
-        state = self._checked(state)
+        given, state = state, self._checked(state)
         if not callable(score):
             raise ArgumentTypeError(f"score must be a function of new points, got a {type(score).__name__}")
         unit = self._to_score(self._own(key, state, _OF_SCORED), state.boxes)
@@ -256,13 +256,14 @@ class _Domain:
         # In their own type, so that squares stay within float32.
         scores = (scores / jnp.where(largest > 0.0, largest, 1.0)).astype(jnp.float32)
         drawn, ideal = _second_moments(scores, weights, density)
-        return DomainState(
+        after = DomainState(
             fitted(unit, scores, weights, uniform_fraction=self.uniform_fraction),
             state.refreshes + 1,
             drawn,
             ideal,
             state.unusable + jnp.sum(~is_usable, dtype=jnp.int32),
         )
+        return laid_like(after, given)  # as it came, so that a loop can carry it
 
     def report(self, state: DomainState) -> DomainReport:
         """How the density did with the newest points."""

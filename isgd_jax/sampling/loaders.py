@@ -186,14 +186,25 @@ class IndexSampler:
         """
         return _Lists(self)
 
-    def listed(self) -> IndexBatch:
+    def listed(self, indices: Any = None) -> IndexBatch:
         """The batch whose examples a loader that keeps the order has given next.
 
+        Args:
+            indices: of the examples as the loader gave them [m], where these carry their own: a batch that the loader
+                lost, such as one whose reading failed, is then no batch of another's weights.
+
         Raises:
-            ValueError: no list was taken that has not been asked for.
+            ValueError: no list was taken that has not been asked for, or the next one is of other examples. Nothing is
+                changed then.
         """
         if not self._listed:
             raise ArgumentError("every batch that lists() gave has been asked for")
+        if indices is not None and not np.array_equal(np.asarray(indices), self._listed[0].indices):
+            raise ArgumentError(
+                f"the loader gave other examples than those of step {self._listed[0].step}, which are next: it lost a "
+                "batch, or changed their order. load_state_dict(state_dict()) and a new loop over the loader hand out "
+                "again what was not learnt from"
+            )
         return self._listed.popleft()
 
     def observe(

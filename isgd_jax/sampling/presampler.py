@@ -146,7 +146,8 @@ class _Presampling(_Still):
             key: that of ``candidates``.
             state: of this sampler.
             candidates: as `candidates` drew them.
-            scores: one [c] for each; one that is negative or not finite counts as the mean of the others.
+            scores: one [c] for each, of its gradient: ``example_weights`` come on top. One that is negative or not
+                finite counts as the mean of the others.
             ahead: steps since the last ``observe``, for draws made before their turn.
 
         Raises:
@@ -154,6 +155,7 @@ class _Presampling(_Still):
         """
         if scores.shape != candidates.indices.shape:
             raise ArgumentError(f"expected {candidates.indices.shape[0]} scores, one a candidate; got {scores.shape}")
+        scores = self._weighted(state, scores, candidates.indices)
         parts = []
         for pick, part, size in self._halves(_keys(key, state, ahead), candidates):
             own = scores[part.start : part.start + part.draw.indices.shape[0]]
@@ -191,9 +193,9 @@ class _Presampling(_Still):
             )
         self._check_data(data)
         found, pays = self.candidates(key, state, ahead=ahead), self._scores_are_used(state)
-        shared = _given(params, frozen)
+        scored = partial(self._scored, partial(self.scorer, *_given(params, frozen)), state, data)
         parts = [
-            self._chosen(partial(self.scorer, *shared), pick, data, part.draw, pays, size)
+            self._chosen(scored, pick, part.draw, pays, size)
             for pick, part, size in self._halves(_keys(key, state, ahead), found)
         ]
         return self._joined(state, parts, ahead)
@@ -232,20 +234,32 @@ class _Presampling(_Still):
         halves = zip(picks, (0, cut), (cut, self.batch_size - cut), strict=True)
         return [(pick, _part(found, self.each, start, size), size) for pick, start, size in halves if size]
 
+    def _scored(
+        self, score: Callable[[Batch], Scores], state: SamplerState, data: Batch, indices: Array
+    ) -> Float[Array, " c"]:
+        """Scores of examples, with the weights of the target.
+
+        Raises:
+            ValueError: the scorer does not give one score an example.
+        """
+        found = score(jax.tree.map(lambda x: rows_of(x, indices), data))
+        if jnp.shape(found) != indices.shape:  # longer ones would be drawn from, and the mean be another
+            raise ArgumentError(
+                f"presampling's scorer must give one score an example: expected {list(indices.shape)}, got "
+                f"{list(jnp.shape(found))}"
+            )
+        return self._weighted(state, found.astype(jnp.float32), indices)
+
+    def _weighted(self, state: SamplerState, scores: Float[Array, " c"], indices: Array) -> Float[Array, " c"]:
+        """Scores of gradients as those of what is averaged, N |a| times as large."""
+        target = state.examples.target
+        return scores if target is None else scores * (self.num_examples * jnp.abs(target[indices]))
+
     def _chosen(
-        self, score: Callable[[Batch], Scores], key: Key, data: Batch, found: Draw, pays: Array, size: int
+        self, scored: Callable[[Array], Scores], key: Key, found: Draw, pays: Array, size: int
     ) -> tuple[Draw, Float[Array, ""]]:
         """Draws of one half, by score if that pays."""
         count = found.indices.shape[0]
-
-        def scored(indices: Array) -> Array:
-            found = score(jax.tree.map(lambda x: rows_of(x, indices), data))
-            if jnp.shape(found) != indices.shape:  # longer ones would be drawn from, and the mean be another
-                raise ArgumentError(
-                    f"presampling's scorer must give one score an example: expected {list(indices.shape)}, got "
-                    f"{list(jnp.shape(found))}"
-                )
-            return found.astype(jnp.float32)
 
         def by_chance() -> tuple[Draw, Array]:
             draw = samplers.uniform(key, jnp.ones(count, jnp.float32), num_draws=size)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from sampling_problem import unchecked
 
 import isgd_jax as isgd
@@ -335,3 +337,23 @@ def test_no_box_is_without_volume_where_scores_pile_up(num_boxes: int) -> None:
     made = jax.jit(boxes.fitted)(0.9 + offsets, jnp.ones(len(offsets)), jnp.ones(len(offsets)), uniform_fraction=0.25)
     assert float(jnp.min(made.volume)) > 0.0
     assert bool(jnp.all(jnp.isfinite(boxes.densities(made, 0.9 + offsets))))
+
+
+@pytest.mark.devices(8)
+def test_a_state_split_over_an_explicit_mesh_is_that_of_one_device() -> None:
+    domain, mesh = make(dims=2), jax.make_mesh((8,), ("data",))
+
+    def laid(x: jax.Array) -> jax.Array:
+        split = P("data") if x.ndim and x.shape[0] % 8 == 0 else P()
+        return jax.device_put(x, NamedSharding(mesh, split))
+
+    def run(state: isgd.DomainState) -> tuple[isgd.DomainState, jax.Array]:
+        def step(state: isgd.DomainState, at: jax.Array) -> tuple[isgd.DomainState, jax.Array]:
+            state = domain.refresh(KEY, state, peak)
+            return state, domain.sample(KEY, state, at).points
+
+        return jax.lax.scan(step, state, jnp.arange(3, dtype=jnp.int32))
+
+    one, several = jax.jit(run)(domain.init()), jax.jit(run)(jax.tree.map(laid, domain.init()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, several)
+    assert several[0].boxes.mass.sharding.spec == P("data")

@@ -127,6 +127,18 @@ def test_a_loop_over_lists_that_was_left_does_not_begin_anew_with_others_example
         break
 
 
+def test_a_batch_that_a_loader_lost_is_no_batch_of_another_ones_weights():
+    draws = made()
+    lists = draws.lists()
+    next(lists)  # its reading fails in a worker, and the loop goes on
+    second = next(lists)
+    with pytest.raises(ValueError, match=r"other examples than those of step 0, which are next: it lost a batch"):
+        draws.listed(second)
+    draws.load_state_dict(draws.state_dict())
+    first = next(iter(lists))
+    assert draws.listed(np.asarray(first)).step == 0
+
+
 def test_epochs_are_epochs():
     rows = trained(made(isgd.shuffled_epochs(N, batch_size=M)), N // M)
     assert sorted(np.concatenate([indices for indices, _ in rows])) == list(range(N))

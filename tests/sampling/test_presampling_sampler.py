@@ -58,6 +58,23 @@ def test_the_mean_is_that_of_the_data_whatever_the_scores(way: str) -> None:
         assert share[-1] > 3 * share[0]
 
 
+@pytest.mark.parametrize("way", ["by score", "on the host"])
+def test_weights_of_the_target_are_drawn_by_with_the_scores(way: str) -> None:
+    """Weights of one over the score: all candidates that have one are alike, and so are the draws of a half."""
+    weights = np.where(SCORES > 0, 1 / np.maximum(SCORES, 0.1), 0.0).astype(np.float32)
+    sampler = _sampler(example_weights=-weights, uniform_fraction=0.2, batch_size=8, gate=False)
+    state, key = sampler.init(), jax.random.key(2)
+    if way == "by score":
+        draw = sampler.sample(key, state, params=1.0, data=DATA)
+    else:
+        found = sampler.candidates(key, state)
+        draw = sampler.resample(key, state, found, SCORES[found.indices])
+    for half in (slice(4), slice(4, 8)):
+        picked = np.asarray(draw.probs)[half][SCORES[np.asarray(draw.indices)[half]] > 0]
+        assert len(np.unique(SCORES[np.asarray(draw.indices)[half]])) > 1
+        np.testing.assert_allclose(picked, picked[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [8, 9])
 def test_with_more_candidates_than_examples_no_probability_is_above_one_nor_the_mean_off(size: int) -> None:
     """One example has nearly all of the score, and is not always among the candidates more than once."""

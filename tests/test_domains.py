@@ -116,6 +116,10 @@ def test_fastest_is_said_only_where_the_interval_is_under_one():
 
     slow, fast = times(10.0, 11.0, 12.0), times(5.0, 5.4, 6.1)
     assert "fastest" in race.verdict({"uniform": slow, "ours": fast})
+    # The rival with the lower median is well behind, the other near: a tie.
+    two = {"low median": times(8.0, 8.4, math.inf), "near": times(5.5, 9.0, 9.0), "ours": fast}
+    assert race.verdict(two).startswith("ours over near, the nearest rival")
+    assert race.verdict(two).endswith("a tie")
     assert "slower" in race.verdict({"uniform": fast, "ours": slow})
     assert "a tie" in race.verdict({"uniform": times(4.0, 12.0, 8.0), "ours": times(6.0, 8.0, 9.0)})
     assert "no rival" in race.verdict({"uniform": times(math.inf, math.inf, 3.0), "ours": fast})

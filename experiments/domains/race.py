@@ -7,10 +7,10 @@
   four of them on two more, and keeps what comes to the level soonest, or else nearest, in the median. Where a best rate
   or batch is an end of the grid, the next one is tried too (told). One seed chose by luck.
 * *Seeds* are outer, arms inner: what disturbs the machine meets all. A run that never arrives is censored.
-* Told: how many arrived, median seconds, the ratio to `uniform` and to the best rival paired by seed with its 95 %
+* Told: how many arrived, median seconds, the ratio to `uniform` and to the nearest rival paired by seed with its 95 %
   interval (Student's, of logarithms); the same by the price alone (steps times price); and errors at the end of the
   shortest budget in use, which count where uniform arrives in fewer than half of its runs. "Fastest" is said only where
-  the interval against the best rival lies under 1.
+  the interval against each rival lies under 1.
 
 Cells are files in a folder, written whole: a race goes on where it was stopped.
 """
@@ -348,16 +348,17 @@ def errors_by_price(problem: str, found: dict[str, list[Record]], prices: dict[s
 
 
 def verdict(times: dict[str, np.ndarray]) -> str:
-    """Whether ours is fastest, tied or behind, against the best rival."""
-    rivals = {name: t for name, t in times.items() if not name.startswith("ours")}
-    if "ours" not in times or not rivals:
+    """Whether ours is fastest, tied or behind: against each rival that arrives in half of its runs, the nearest told."""
+    rivals = {name: t for name, t in times.items() if not name.startswith("ours") and np.isfinite(np.median(t))}
+    if "ours" not in times or len(times) == 1:
         return "nothing to compare"
-    best = min(rivals, key=lambda name: np.median(rivals[name]))
-    if not np.isfinite(np.median(rivals[best])):
+    if not rivals:
         return "no rival arrives in half of its runs"
-    ratio = paired_ratio(times["ours"], rivals[best])
-    word = "fastest" if ratio.high < 1 else "slower" if ratio.low > 1 else "a tie"
-    return f"ours over {best}, the best rival: {_told(ratio)}: {word}"
+    ratios = {name: paired_ratio(times["ours"], t) for name, t in rivals.items()}
+    nearest = max(ratios, key=lambda name: ratios[name].value)
+    is_slower = any(ratio.low > 1 for ratio in ratios.values())
+    word = "slower" if is_slower else "fastest" if all(ratio.high < 1 for ratio in ratios.values()) else "a tie"
+    return f"ours over {nearest}, the nearest rival: {_told(ratios[nearest])}: {word}"
 
 
 def _told(ratio: Interval | None) -> str:

@@ -348,7 +348,7 @@ def errors_by_price(problem: str, found: dict[str, list[Record]], prices: dict[s
 
 
 def verdict(times: dict[str, np.ndarray]) -> str:
-    """Whether ours is fastest, tied or behind: against each rival that arrives in half of its runs, the nearest told."""
+    """Whether ours is fastest, tied or behind, against each rival that arrives in half of its runs."""
     rivals = {name: t for name, t in times.items() if not name.startswith("ours") and np.isfinite(np.median(t))}
     if "ours" not in times or len(times) == 1:
         return "nothing to compare"

@@ -52,9 +52,9 @@ Result     Ten seeds, one core of a machine whose other core was in use, trials 
            lbfgs    0.003 x1        0.42   10      5.6 0.73 [0.56, 0.95]    5       - 0.56 [0.48, inf]   0.0238
            ours     0.003 x4        1.59   10      5.3 0.78 [0.58, 1.04]    8    17.8 0.69 [0.00, 0.92]  0.0050
 
-           (An interval that begins at 0 is one of medians, where not all arrive. Over RAR-D ours takes 0.72 [0.33, 0.79]
+           (An interval from 0 is one of medians, where not all arrive. Over RAR-D ours takes 0.72 [0.33, 0.79]
            to 0.01. L-BFGS comes there at 13 s or never.) In a race before, of uniform points, RAD and ours, all three
-           chose x1: ours 0.87 [0.80, 0.94] of uniform's seconds to 0.01, and all its runs arrived; RAD 0.99 [0.93, inf].
+           chose x1: ours 0.87 [0.80, 0.94] of uniform's time to 0.01, and all its runs arrived; RAD 0.99 [0.93, inf].
            What was drawn from pools of points that served 100 steps came last there, with 4.8 times uniform's error.
            What bounds it: 128 boxes by residual save a factor of 2.5 in the second moment where exact norms would save
            50 (`benchmarks/densities.py`).

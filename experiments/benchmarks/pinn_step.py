@@ -10,11 +10,11 @@ Target     at most 1.15 plain steps.
 Command    python experiments/benchmarks/pinn_step.py [--processes 3]
 Time       three minutes
 
-Result     JAX 0.10.2, two cores, nothing else running, three processes, median (range). By two nested `jvp` (a plain
-           step of 2.33 ms) ours takes 1.09 (1.05 to 1.13) plain steps, by norms 1.16 (1.09 to 1.16); by nested reverse
-           (3.13 ms) 1.09 (1.08 to 1.11) and 1.14 (1.13 to 1.15); by nested forward (4.70 ms) 0.99 and 1.06 (1.04 to
-           1.07). **Met**, but by norms in the first, by 0.01. Draws from pools of points, all new and scored each 100
-           steps, took 1.33, 1.33 and 1.21 by norms, 1.13, 1.20 and 1.12 by residuals.
+Result     JAX 0.10.2, two cores, nothing else running, three processes, median (range). By two nested `jvp` ours takes
+           1.07 (1.03 to 1.07) plain steps, by norms 1.11 (1.06 to 1.13); by nested reverse 1.09 (1.08 to 1.10) and 1.11
+           (1.10 to 1.13); by nested forward 1.02 (0.99 to 1.05) and 1.06 (1.05 to 1.09). **Met**. Draws from pools of
+           points, all new and scored each 100 steps, took 1.33, 1.33 and 1.21 by norms, 1.13, 1.20 and 1.12 by
+           residuals.
 """
 
 import argparse

@@ -29,6 +29,7 @@ def _conditions(config: Config) -> Iterator[tuple[str, str, bool, str]]:
     """The part and the name of a field, whether it is read, and what it needs to be."""
     mode, is_scored = config.sampling.mode, config.sampling.is_scored
     scored = "mode=exact or mode=relaxed"
+    yield "training", "steps", config.training.epochs is None, "epochs=None"
     yield "training", "momentum", config.training.optimizer == "nesterov", "optimizer=nesterov"
     yield "model", "hidden", config.model.model != "cnn", "model=mlp"
     yield "refresh", "refresh_share", mode == "relaxed", "mode=relaxed"

@@ -470,6 +470,7 @@ def test_a_narrow_terminal_cuts_no_number_off(
         (["compare", "--arms", "a: --mode uniform --mixture 0.3", "--out", "x"], "--mixture must be left out unless"),
         (["train", "--learning-rate", "nan"], "isgd: --learning-rate must be a number; got nan"),
         (["train", "--optimizer", "adam", "--momentum", "0.5"], "--momentum must be left out unless --optimizer nest"),
+        (["train", "--epochs", "2", "--steps", "50"], "--steps must be left out unless --epochs None; got 50"),
         (["train", "--model", "cnn", "--hidden", "8"], "--hidden must be left out unless --model mlp; got (8,)"),
         (["train", "--refresh-share", "0.5"], "--refresh-share must be left out unless --mode relaxed; got 0.5"),
         (["train", "--mode", "uniform", "--scorer", "loss"], "--scorer must be left out unless --mode exact or --mode"),

@@ -231,7 +231,12 @@ def capped(law: LawLike, *, num_draws: int | float) -> Law:
     start = (total / num_draws, jnp.int32(0), total > 0.0)
     cap, _, _ = jax.lax.while_loop(lambda state: state[2], lower, start)
     masses = jnp.minimum(law.masses, cap)
-    return law._replace(masses=masses, sums=_sums(masses, law.scale))
+    # Far below the largest mass, products of what is left would be lost to float32. A law of tiny masses is scaled up
+    # already, and its scale has no room for more.
+    raised, factor = double_float.in_range(masses)
+    has_room = law.scale <= 1.0
+    masses = jnp.where(has_room, raised, masses)
+    return law._replace(masses=masses, sums=_sums(masses, law.scale * jnp.where(has_room, factor, 1.0)))
 
 
 def at_fractions(

@@ -121,6 +121,15 @@ def test_distinct_indices_without_replacement() -> None:
     np.testing.assert_array_equal(np.sort(once, axis=1), indices)
 
 
+@pytest.mark.parametrize("largest", [1e25, 1.0, 1e-30])
+def test_all_examples_with_mass_are_drawn_once_however_much_masses_differ(largest: float) -> None:
+    masses = np.append(np.geomspace(max(largest * 1e-43, 3e-38), largest, 40), 0.0).astype(np.float32)
+    size = int(np.count_nonzero(masses))
+    draw = many(samplers.without_replacement, jnp.asarray(masses), size, 200)
+    np.testing.assert_array_equal(np.sort(draw.indices, axis=1), np.broadcast_to(np.arange(size), (200, size)))
+    np.testing.assert_allclose(draw.probs, 1 / size, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_systematic_counts_are_floor_or_ceil() -> None:
     masses = log_normal(50, 1.0)

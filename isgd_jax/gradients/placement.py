@@ -15,6 +15,7 @@ from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map
 
 __all__ = [
     "as_parameters",
+    "is_split",
     "laid_as",
     "laid_like",
     "lies_on_a_mesh",
@@ -31,6 +32,11 @@ __all__ = [
 def spec_of(x: Any) -> PartitionSpec:
     """How the axes of an array are split, as far as a mesh says so explicitly; on meshes left to the compiler, not."""
     return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
+
+
+def is_split(x: Any) -> bool:
+    """Whether a mesh says explicitly that any axis of an array is split."""
+    return any(axis is not None for axis in spec_of(x))
 
 
 def lies_on_a_mesh(tree: Any) -> bool:
@@ -107,8 +113,7 @@ def laid_like(tree: Any, other: Any) -> Any:
     """
 
     def as_it(x: Array, like: Array) -> Array:
-        is_split = any(axis is not None for axis in spec_of(like))
-        return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split else x
+        return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split(like) else x
 
     return jax.tree.map(as_it, tree, other)
 
@@ -119,11 +124,10 @@ def split_axis(grads: Grads) -> Any:
     return next((spec[0] for spec in map(spec_of, arrays) if spec and spec[0] is not None), None)
 
 
-def _is_split(grads: Grads) -> bool:
+def _are_split(grads: Grads) -> bool:
     """Whether a mesh says explicitly that any axis of anything is split, of a batch or of parameters."""
-    specs = [leaf.spec for leaf in leaves_of(grads) if is_factored(leaf)]
-    specs += [spec_of(x) for x in jax.tree.leaves(grads)]
-    return any(name is not None for spec in specs for name in spec)
+    parameters = [leaf.spec for leaf in leaves_of(grads) if is_factored(leaf)]
+    return any(map(is_split, jax.tree.leaves(grads))) or any(axis is not None for spec in parameters for axis in spec)
 
 
 def _batch_split(grads: Grads) -> PartitionSpec:
@@ -140,7 +144,7 @@ def placed(function: Any = None, *, out: Any = _batch_split) -> Any:
 
     @wraps(function)
     def left_to_the_compiler(grads: Grads, *args: Any, **options: Any) -> Any:
-        if not _is_split(grads):
+        if not _are_split(grads):
             return function(grads, *args, **options)
         to = _on_their_mesh(out(grads), grads)
         return jax.sharding.auto_axes(partial(function, **options), out_sharding=to)(grads, *args)

@@ -8,7 +8,7 @@ import jax
 from jax import Array, lax
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.placement import laid_like, replicated, spec_of
+from isgd_jax.gradients.placement import is_split, laid_like, replicated
 from isgd_jax.sampling.domain import DomainDraw
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw
@@ -56,7 +56,7 @@ def taking_split(function: Function) -> Function:
     @functools.wraps(function)
     def laid(*args: Any, **options: Any) -> Any:
         given = [x for x in (*args, *options.values()) if isinstance(x, SamplerState | Draw)]
-        if not any(axis is not None for x in jax.tree.leaves(given) for axis in spec_of(x)):
+        if not any(map(is_split, jax.tree.leaves(given))):
             return function(*args, **options)
         found = function(*map(_whole, args), **{name: _whole(x) for name, x in options.items()})
         before = next((x for x in given if isinstance(x, SamplerState)), None)

@@ -29,7 +29,7 @@ from isgd_jax.gradients import costs, lazy
 from isgd_jax.gradients.batching import at_a_time, check_microbatch_size, in_microbatches
 from isgd_jax.gradients.jaxpr import made_varying, one_example
 from isgd_jax.gradients.per_example import per_example_grads
-from isgd_jax.gradients.plan import Plan, make_plan
+from isgd_jax.gradients.plan import Plan, check_loss, make_plan
 from isgd_jax.types import Example, Params, Scorer, Scores, SketchingScorer
 
 __all__ = [
@@ -201,7 +201,12 @@ def loss(loss_fn: Callable[..., Any]) -> Scorer:
     """
 
     def score(*args: Any) -> Scores:
-        return jax.vmap(loss_fn, in_axes=_last_alone(args))(*args)
+        return jax.vmap(one, in_axes=_last_alone(args))(*args)
+
+    def one(*args: Any) -> Any:
+        value = loss_fn(*args)
+        check_loss(value)
+        return value
 
     return score
 

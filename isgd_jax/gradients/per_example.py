@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from isgd_jax.gradients.jaxpr import made_varying
 from isgd_jax.gradients.leaf import Grads
-from isgd_jax.gradients.plan import make_plan
+from isgd_jax.gradients.plan import checked, make_plan
 from isgd_jax.types import Batch, Params
 
 __all__ = ["from_batch_loss", "per_example_grads", "per_example_value_and_grad", "stacked_per_example_grads"]
@@ -32,7 +32,8 @@ def stacked_per_example_grads(loss_fn: Callable[..., Any]) -> Callable[[Params, 
     """
 
     def grads(params: Params, batch: Batch) -> Grads:
-        return jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(made_varying(params, batch), batch)
+        one = jax.grad(lambda *args: checked(loss_fn)(*args)[0])
+        return jax.vmap(one, in_axes=(None, 0))(made_varying(params, batch), batch)
 
     return grads
 
@@ -80,7 +81,8 @@ def per_example_value_and_grad(
     Returns:
         A function of the same arguments, with a batch in the place of the example: a pytree of arrays with one leading
         axis b. It raises ValueError where the loss is no scalar, or an array of the batch has no such axis, and
-        TypeError where there is nothing to differentiate or a random key is among the parameters.
+        TypeError where the loss is no real number, there is nothing to differentiate, or a random key is among the
+        parameters.
 
     Guarantees:
 

@@ -163,7 +163,7 @@ def make_plan(
     example = jax.tree.map(_without_batch_axis, batch)
     places = tuple(_from_the_front(n, len(shared)) for n in (argnums if isinstance(argnums, tuple) else (argnums,)))
     argnums = places if isinstance(argnums, tuple) else places[0]
-    value_and_grad = jax.value_and_grad(_checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
+    value_and_grad = jax.value_and_grad(checked(loss_fn, has_aux), argnums, has_aux=True, allow_int=True)
     closed, shapes = jax.make_jaxpr(value_and_grad, return_shape=True)(*shared, example)
     (_, aux), grads = shapes
     traced = program(closed)
@@ -256,26 +256,72 @@ def _leaf_plan(node: Node, param: Any, examples: Sequence[Value]) -> LeafPlan:
     return LeafPlan(param, spec, terms, formed, shared)
 
 
+def check_loss(value: Any, advice: str = "") -> None:
+    """Refuse what is not the loss of one example, in one clear sentence.
+
+    Args:
+        value: as the loss function returned it.
+        advice: what else may help where it is no number.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is an array of several.
+    """
+    is_leaf = len(jax.tree.leaves(value)) == 1 and jax.tree_util.all_leaves([value])
+    if not is_leaf or not _is_numeric(value):
+        raise ArgumentTypeError(
+            f"loss_fn must return the scalar loss of ONE example, got {_named(value)}: return the number alone{advice}"
+        )
+    if jnp.shape(value) != ():
+        raise ArgumentError(
+            f"loss_fn must return the scalar loss of ONE example, got shape {jnp.shape(value)}; "
+            "if it is written for a batch, wrap it: per_example_grads(from_batch_loss(loss_fn))"
+        )
+
+
 def _named(value: Any) -> str:
+    if isinstance(value, np.ndarray | np.generic):
+        return f"an array of {value.dtype}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Any, Any]]:
-    """``loss_fn`` returning (loss, aux) always, with one clear sentence where it is not the loss of one example."""
+def _is_numeric(value: Any) -> bool:
+    """Whether JAX takes it for an array."""
+    try:
+        jax.typeof(value)
+    except TypeError:
+        return hasattr(value, "__jax_array__")
+    return True
 
-    def checked(*args: Any) -> tuple[Any, Any]:
-        value, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
-        if len(jax.tree.leaves(value)) != 1 or not jax.tree_util.all_leaves([value]):
-            more = ", or, where more comes with it, say has_aux=True; a Problem measures the rest by metrics="
+
+def checked(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """``loss_fn`` returning (loss, aux) always, refused where the loss is not one that has a gradient.
+
+    Args:
+        loss_fn: ``(*shared, example) -> scalar``, or with ``has_aux`` a pair ``(scalar, aux)``.
+        has_aux: whether it returns a pair.
+
+    Raises:
+        TypeError: by what is returned; the loss is no real number, or what should be a pair is none.
+        ValueError: by what is returned; the loss is an array of several.
+    """
+
+    def pair(*args: Any) -> tuple[Any, Any]:
+        value, aux = loss_fn(*args), None
+        if has_aux:
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise ArgumentTypeError(
+                    f"loss_fn must return a pair (loss, aux) with has_aux=True, got {_named(value)}: return both, or "
+                    "leave has_aux out"
+                )
+            value, aux = value
+        more = ", or, where more comes with it, say has_aux=True; a Problem measures the rest by metrics="
+        check_loss(value, "" if has_aux else more)
+        if not jnp.issubdtype(dtype := jnp.result_type(value), jnp.floating):
             raise ArgumentTypeError(
-                f"loss_fn must return the scalar loss of ONE example, got {_named(value)}: return the number alone"
-                + ("" if has_aux else more)
-            )
-        if jnp.shape(value) != ():
-            raise ArgumentError(
-                f"loss_fn must return the scalar loss of ONE example, got shape {jnp.shape(value)}; "
-                "if it is written for a batch, wrap it: per_example_grads(from_batch_loss(loss_fn))"
+                f"loss_fn must return a real number, which has a gradient, got {dtype}: convert an integer by "
+                "jnp.float32, and of a complex number take jnp.real or jnp.abs"
             )
         return value, aux
 
-    return checked
+    return pair

@@ -142,6 +142,10 @@ class Problem:
                 got = value.shape if isinstance(value, jax.ShapeDtypeStruct) else f"a {type(value).__name__}"
                 if got != ():
                     raise ArgumentError(f"{what} of an example of held_out[{name!r}] must be a scalar, got {got}")
+                if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+                    raise ArgumentError(
+                        f"{what} of an example of held_out[{name!r}] must be a real number, got {value.dtype}"
+                    )
 
     def evaluator(self, *, batch_size: int = 1024) -> Callable[[Params, Batch], dict[str, Float[Array, ""]]]:
         """``(params, data) -> means`` of what is measured, jitted; the data pass through in slices.

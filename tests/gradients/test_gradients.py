@@ -121,6 +121,30 @@ def test_a_loss_that_returns_more_than_an_array_is_refused_with_advice(key):
         isgd.per_example_grads(lambda w, x: None)(jnp.float32(1), jnp.ones(3))
 
 
+WRONG_LOSSES = {
+    "a str": "0.5", "a dict": {"loss": 0.5}, "a set": {0.5}, "a builtin": abs, "array of <U1": np.array("a"),
+    "int32": 3, "bool": True, "complex64": 1j,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", WRONG_LOSSES)
+def test_a_loss_that_is_no_real_number_is_refused_in_a_sentence(named):
+    def loss(w, x):
+        return WRONG_LOSSES[named]
+
+    gradients = [isgd.stacked_per_example_grads, isgd.per_example_grads]
+    numbers = ("int32", "bool", "complex64")
+    for function in gradients if named in numbers else [*gradients, isgd.scorers.loss]:
+        with pytest.raises(TypeError, match=r"^loss_fn must return .* got .*" + named):
+            function(loss)(jnp.float32(1), jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [None, 0.5, {"loss": 0.5}, (0.5, 1.0, 2.0)])
+def test_where_a_pair_was_promised_what_is_none_is_refused_in_a_sentence(value):
+    with pytest.raises(TypeError, match=r"^loss_fn must return a pair \(loss, aux\) with has_aux=True, got "):
+        isgd.per_example_grads(lambda w, x: value, has_aux=True)(jnp.float32(1), jnp.ones(3))
+
+
 def test_negative_argnums_count_back_from_the_batch():
     a, b, x = jnp.ones((5, 4), jnp.bfloat16), jnp.full((4, 5), 0.5), jnp.ones((3, 4))
 

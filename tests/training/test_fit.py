@@ -460,6 +460,10 @@ def test_held_out_data_of_another_structure_are_refused_before_the_first_step() 
         quiet(linear(held_out={"later": train}, metrics={"rows": lambda params, example: jnp.ones(2)}))
     with pytest.raises(ValueError, match=r"all of an example of held_out\['later'\] must be a scalar, got a dict"):
         quiet(linear(held_out={"later": train}, metrics={"all": lambda params, example: {"loss": jnp.ones(())}}))
+    with pytest.raises(
+        ValueError, match=r"turn of an example of held_out\['later'\] must be a real number, got complex64"
+    ):
+        quiet(linear(held_out={"later": train}, metrics={"turn": lambda params, example: jnp.complex64(1j)}))
     with unchecked(), pytest.raises(TypeError, match=r"held_out names its sets, .* got a list"):
         linear(held_out=[train])
 

@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from isgd_jax.sampling import samplers
-from isgd_jax.sampling.options import Options
+from isgd_jax.sampling.options import Options, is_poisson
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw, Key, Sampler
 from isgd_jax.variance.gate import Gate
 
-__all__ = ["MONITOR_EVERY", "drawn", "expected_draws", "in_halves", "is_poisson"]
+__all__ = ["MONITOR_EVERY", "drawn", "in_halves"]
 
 MONITOR_EVERY = 4
 """Steps between two that are drawn as independent halves, which the monitor needs of dependent draws. Such a batch has
@@ -74,16 +74,6 @@ def in_halves(options: Options, batch_size: int, step: Int[Array, ""]) -> Bool[A
 
 def _can_halve(options: Options, batch_size: int) -> bool:
     return options.monitor and batch_size >= 2
-
-
-def expected_draws(options: Options, batch_size: int) -> float:
-    """How many of the draws of a step are examples and not padding, on average."""
-    return samplers.poisson_size(batch_size) if is_poisson(options) else float(batch_size)
-
-
-def is_poisson(options: Options) -> bool:
-    """Whether a step has a random number of draws, so that ``probs`` are not those of a single draw by the law."""
-    return options.sampler == "poisson" or options.sampler is samplers.poisson
 
 
 def _branched(

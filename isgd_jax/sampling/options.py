@@ -13,6 +13,7 @@ from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_unmasked, ch
 from isgd_jax.gradients.weights import check_example_weights
 from isgd_jax.sampling import costs as cost
 from isgd_jax.sampling import groups as grouping
+from isgd_jax.sampling import samplers
 from isgd_jax.sampling.groups import Groups
 from isgd_jax.types import Params, Sampler
 
@@ -26,6 +27,8 @@ __all__ = [
     "check_number",
     "check_options",
     "check_ranges",
+    "expected_draws",
+    "is_poisson",
     "order_keys",
 ]
 
@@ -71,6 +74,16 @@ class Options:
     groups: Groups | None = None
 
 
+def is_poisson(options: Options) -> bool:
+    """Whether a step has a random number of draws, so that ``probs`` are not those of a single draw by the law."""
+    return options.sampler == "poisson" or options.sampler is samplers.poisson
+
+
+def expected_draws(options: Options, batch_size: int) -> float:
+    """How many of the draws of a step are examples and not padding, on average."""
+    return samplers.poisson_size(batch_size) if is_poisson(options) else float(batch_size)
+
+
 def order_keys(options: Options) -> np.ndarray | None:
     """What the line is ordered by first, as ranks: of int32, whatever the keys are."""
     if isinstance(options.order, str | GradientSketch):
@@ -99,6 +112,11 @@ def check_options(options: Options, num_examples: int, batch_size: int) -> Optio
     if options.sampler in DISTINCT and batch_size > num_examples:
         raise ArgumentError(
             f"sampler={options.sampler!r} draws distinct examples: batch_size={batch_size} of {num_examples}"
+        )
+    if (expected := expected_draws(options, batch_size)) < math.log(2):  # empty in a share exp(-expected) of all steps
+        raise ArgumentError(
+            f"sampler='poisson' with batch_size={batch_size} expects {expected:.2g} draws a step, so that most steps "
+            "would have none: give it 8 places or more, or take sampler='stratified'"
         )
     if isinstance(options.order, str) and options.order not in ("score", "index"):
         raise ArgumentError(

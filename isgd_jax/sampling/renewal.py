@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from isgd_jax.sampling import allocation, calibration, fractions, ordering, proposal, samplers, score_table
 from isgd_jax.sampling import costs as cost
-from isgd_jax.sampling.drawing import expected_draws
-from isgd_jax.sampling.options import DISTINCT, Options
+from isgd_jax.sampling.options import DISTINCT, Options, expected_draws
 from isgd_jax.sampling.state import Proposal, SamplerState, begun_anew
 from isgd_jax.types import Key
 

@@ -75,6 +75,12 @@ REFUSED: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Excepti
         )
         for name in ("without_replacement", "poisson")
     ),
+    (
+        (_importance, _fixed),
+        {"sampler": "poisson", "batch_size": 7},
+        ValueError,
+        "expects 0.56 draws .* give it 8",
+    ),
 ]
 
 

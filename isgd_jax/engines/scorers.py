@@ -352,12 +352,11 @@ def logit_bound(
         loss_of_logits: ``(logits, example) -> scalar``; cross-entropy with ``example["label"]`` by default.
     """
 
-    def one(*args: Any) -> Float[Array, ""]:
-        slopes = jax.grad(loss_of_logits)(logits_fn(*args), args[-1])
-        return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(slopes)))
+    def slopes(*args: Any) -> Any:
+        return jax.grad(loss_of_logits)(logits_fn(*args), args[-1])
 
     def score(*args: Any) -> Scores:
-        return jax.vmap(one, in_axes=_last_alone(args))(*args)
+        return lazy.norms(jax.vmap(slopes, in_axes=_last_alone(args))(*args))
 
     return score
 

@@ -180,11 +180,14 @@ class Contraction:
         if axis not in (*self.left.axes, *self.right.axes):
             return None
         (new,) = axes_of([size])
+        is_shared = axis in self.left.axes and axis in self.right.axes
 
         def change(side: Side) -> Side:
             if axis not in side.axes:
                 return side
-            side = side if axis in side.plain else side.unrolled(self.dtype)
+            # An index that is padded names row 0: harmless where the other factor is padded with zeros.
+            is_kept = axis in side.plain and (is_shared or side.view is not OneHot)
+            side = side if is_kept else side.unrolled(self.dtype)
             place = side.axes.index(axis)
             return replace(side.mapped(lambda x: function(x, place)), axes=_swap(side.axes, axis, (new,)))
 
@@ -344,13 +347,15 @@ def _summed(side: Side, other: Side, term: Contraction) -> Side:
 
 
 def _fitted(side: Side, shared: Sequence[Axis], term: Contraction) -> Side:
-    """A view is kept only where `factors` knows its form: classes, or the kernel, as axes of the left factor alone."""
+    """A view is kept only where `factors` knows its form: classes, or the kernel, as axes of the left factor alone, and
+    the kernel's in their order.
+    """
     kept = [a for a in side.axes if a in term.out and a not in shared]
     kernel = _kernel(side)
     fits = (
         kept == [side.axes[-1]]
         if side.view is OneHot
-        else all(a in kept for a in kernel)
+        else tuple(a for a in term.out if a in kernel and a not in shared) == kernel
         and not any(a in term.out for a in side.axes[len(side.plain) + len(kernel) :])
     )
     return side if fits else side.unrolled(term.dtype)

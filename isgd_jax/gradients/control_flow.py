@@ -45,14 +45,23 @@ class _Scan:
         return self.exports[inner], True
 
     def lifted(self, term: Contraction, *, summed: bool) -> Contraction:
-        """The contractions of all steps as one: summed over the steps, or with the steps as its first axis."""
+        """The contractions of all steps as one: summed over the steps, or with the steps as its first axis.
+
+        Where neither factor changes from step to step, one of them is repeated: every step counts.
+        """
 
         def lift(side: Side) -> Side:
             node, stacked = self.exported(side.node)
             return replace(side, node=node, axes=(self.steps, *side.axes) if stacked else side.axes)
 
+        def every_step(x: Any) -> Any:
+            return jnp.broadcast_to(x, (self.length, *x.shape))
+
+        left, right = lift(term.left), lift(term.right)
+        if self.steps not in (*left.axes, *right.axes):
+            right = replace(right.mapped(every_step), axes=(self.steps, *right.axes))
         out, shape = (term.out, term.shape) if summed else ((self.steps, *term.out), (self.length, *term.shape))
-        return replace(term, left=lift(term.left), right=lift(term.right), out=out, shape=shape)
+        return replace(term, left=left, right=right, out=out, shape=shape)
 
     def apply(self, inputs: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         """Run the scan for those outputs that are used, exports included; None in the places of the others."""

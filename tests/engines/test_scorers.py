@@ -48,6 +48,13 @@ def test_logit_bound_takes_any_loss_of_the_logits():
     np.testing.assert_allclose(score(jnp.float32(1), batch), [2 * np.sqrt(3), 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1e-4), ("float32", 1e-25), ("complex64", 1 + 2j)])
+def test_logit_bound_is_the_norm_in_every_type_however_small_it_is(dtype, size):
+    slopes = (size * np.array([[3, 4], [0, 1]])).astype(dtype)
+    score = scorers.logit_bound(lambda w, x: w * jnp.ones_like(x), lambda out, x: jnp.real(jnp.sum(out * x)))
+    np.testing.assert_allclose(score(jnp.ones((), dtype), slopes), np.abs(size) * np.array([5, 1]), rtol=1e-3)
+
+
 def test_a_chosen_subtree_counts_alone(key):
     params, batch = mlp(key, [12, 16, 16, 5]), images(key, 6, 12)
     last = scorers.grad_norm(mlp_loss, select=scorers.under("2"))

@@ -46,6 +46,20 @@ def test_in_any_layout_a_convolution_gives_the_same(way: str) -> None:
         np.testing.assert_allclose(found, convolve(left, right, numbers), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_kernel_whose_spatial_axes_change_places_has_its_own_gradient(groups: int) -> None:
+    random = np.random.default_rng(0)
+    kernel, images = random.normal(size=(4, 4 // groups, 3, 2)), random.normal(size=(3, 4, 6, 5))
+
+    def loss_fn(kernel: jax.Array, image: jax.Array) -> jax.Array:
+        swapped = jnp.swapaxes(kernel, 2, 3)
+        return jnp.sum(
+            jnp.sin(lax.conv_general_dilated(image[None], swapped, (1, 1), "SAME", feature_group_count=groups))
+        )
+
+    oracle.check(loss_fn, jnp.asarray(kernel, jnp.float32), jnp.asarray(images, jnp.float32))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_inside_a_loop_every_convolution_is_in_the_fast_layout(
     layout: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch

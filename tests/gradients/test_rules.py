@@ -306,6 +306,30 @@ def test_what_is_not_linear_is_as_one_gradient_an_example():
     assert lazy == asked.keys() & {"int8 to float32", "int8, negated", "int8, moved about", "uint8", "of eight bits"}
 
 
+def test_a_loop_whose_steps_are_all_alike_counts_every_step():
+    assert_exact({
+        "carried": lambda x, y: lax.scan(lambda c, _: (c + dot(x, y), None), jnp.zeros((I, O)), None, length=3)[0],
+        "stacked": lambda x, y: lax.scan(lambda _, __: (None, dot(x, y)), None, None, length=3)[1],
+    })  # fmt: skip
+
+
+def test_rows_by_index_beside_zeros_add_nothing_to_them():
+    def padded(x, y):
+        layers = lax.scan(lambda _, __: (None, rows_by_index(x, y)), None, None, length=2)[1]
+        return lax.pad(layers, np.zeros((), y.dtype), ((1, 0, 0), (0, 0, 0), (0, 0, 0)))
+
+    assert_exact({"padded": padded})
+
+
+def assert_exact(programs: dict[str, Any]) -> None:
+    """What is asked of lazy gradients, which these are, is that of one `jax.grad` an example, in float32."""
+    batch = jax.tree.map(jnp.asarray, factors(np.float32))
+    grads, found, _ = ask(programs, batch)
+    right = each_grad(programs, batch)
+    assert all(map(is_factored, grads.values()))
+    assert max(error for case in programs for error in errors(found[case], right[case]).values()) <= 1e-6
+
+
 def multiplies_integers() -> bool:
     """Whether XLA does: on an H100 its products of int8 in int32 are wrong for sizes that are no multiples of 4."""
     x, y = (np.random.default_rng(at).integers(-99, 99, (6, size)).astype(np.int8) for at, size in ((0, 5), (1, 7)))

@@ -221,9 +221,18 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].rsplit(": ", 1)[-1]
-            whole = [int(path.name) for path in self._manager.directory.iterdir() if path.name.isdigit()]
-            kept = f"the one of step {max(whole)} stays; make room and resume" if whole else "none was saved before"
-            raise OSError(f"cannot write a checkpoint to {self._manager.directory} ({reason}): {kept}") from error
+            raise OSError(
+                f"cannot write a checkpoint to {self._manager.directory} ({reason}): {self._kept()}"
+            ) from error
+
+    def _kept(self) -> str:
+        """What stays where a checkpoint cannot be written, and what to do."""
+        folder = self._manager.directory
+        if not folder.is_dir():
+            return "the folder is gone; put it back and resume"
+        whole = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        kept = f"the one of step {max(whole)} stays" if whole else "none was saved before"
+        return f"{kept}; make room and resume"
 
 
 class Saved(NamedTuple):

@@ -51,7 +51,8 @@ def write_whole(target: Path, content: str | bytes) -> Path:
                 os.fsync(file.fileno())
             partial.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what kept it from being written is told, not that it is not there
+            partial.unlink()
     return target
 
 
@@ -61,11 +62,11 @@ def write_named(target: Path, content: str | bytes) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    if target.is_file() or not target.exists():
-        return write_whole(target, content)
     with writing(target):
-        target.write_bytes(_encoded(content))
-    return target
+        is_special = target.exists() and not target.is_file()  # of a name that is too long, this raises
+        if is_special:
+            target.write_bytes(_encoded(content))
+    return target if is_special else write_whole(target, content)
 
 
 @contextlib.contextmanager

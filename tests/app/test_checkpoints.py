@@ -275,8 +275,14 @@ def test_a_checkpoint_that_cannot_be_written_says_what_stays_and_what_to_do(
         (folder / name).mkdir()
     if left is None:
         folder.rmdir()
-    with pytest.raises(OSError, match=rf"cannot write a checkpoint to .* \(full\): {told}$"), checkpoints._writing():
-        raise ValueError("full")
+    for raised, reason in (
+        (ValueError("NOT_FOUND: Error in a: The disk is full [os_error_code='28']"), "The disk is full"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "No such file or directory"),
+        (RuntimeError("No metadata: <object at 0x7>."), "No metadata: <object at 0x7>."),
+        (RuntimeError(), "RuntimeError"),
+    ):
+        with pytest.raises(OSError, match=rf"cannot write a .* \({reason}\): {told}$"), checkpoints._writing():
+            raise raised
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])

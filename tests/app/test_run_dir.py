@@ -13,7 +13,7 @@ from problems import small_config
 
 from isgd_jax.app import files
 from isgd_jax.app.config import configure
-from isgd_jax.app.files import write_named
+from isgd_jax.app.files import write_named, write_whole
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import ArgumentError, RunInUseError
 
@@ -243,9 +243,15 @@ def test_what_keeps_a_file_from_being_written_is_told_with_what_to_do(
 ) -> None:
     """Also where the disk refuses to remove what was never made, as one that can only be read does."""
     (tmp_path / "file").touch()
-    for name, reason in (("file/page", "Not a directory"), ("x" * 300, "File name too long")):
-        with pytest.raises(OSError, match=rf"cannot write .*{name} \({reason}\): make room there, or make it writable"):
-            write_named(tmp_path / name, "content")
+    (tmp_path / "folder").mkdir()
+    for name, reason, advice in (
+        ("file/page", "Not a directory", "move the file away that has the name of its folder"),
+        ("x" * 300, "File name too long", "give it a shorter name"),
+        ("folder", "Is a directory", "move the folder of this name away"),
+    ):
+        for write in (write_named, write_whole):
+            with pytest.raises(OSError, match=rf"cannot write .*{name} \({reason}\): {advice}, then go on"):
+                write(tmp_path / name, "content")
 
     def refused(path: Path, *arguments: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

@@ -7,6 +7,7 @@ nodes, not the arrays. So each checkpoint carries a checksum of every array, and
 import datetime
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -220,10 +221,25 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].rsplit(": ", 1)[-1]
-            whole = [int(path.name) for path in self._manager.directory.iterdir() if path.name.isdigit()]
-            kept = f"the one of step {max(whole)} stays; make room and resume" if whole else "none was saved before"
-            raise OSError(f"cannot write a checkpoint to {self._manager.directory} ({reason}): {kept}") from error
+            where = self._manager.directory
+            raise OSError(f"cannot write a checkpoint to {where} ({_reason(error)}): {self._kept()}") from error
+
+    def _kept(self) -> str:
+        """What stays where a checkpoint cannot be written, and what to do."""
+        folder = self._manager.directory
+        if not folder.is_dir():
+            return "the folder is gone; put it back and resume"
+        whole = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        kept = f"the one of step {max(whole)} stays" if whole else "none was saved before"
+        return f"{kept}; make room and resume"
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where it can be told from what Orbax and tensorstore say around it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = re.findall(r"([^:]+?) \[os_error_code=", str(error))
+    return said[-1].strip() if said else " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Saved(NamedTuple):

@@ -4,6 +4,7 @@ Messages speak the names of Python (``batch_size must be at least 1; got 0``); t
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -39,6 +40,9 @@ Amount = Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
 Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 """A part of a whole, never none of it."""
 
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Surrogates, which JSON can spell and no name can have; the others are bytes of a name that is not in UTF-8."""
+
 T = TypeVar("T")
 InPython = Annotated[T, tyro.conf.Fixed, tyro.conf.Suppress]
 """A field without a flag, for the few who tune it: ``configure(order="label")``. `isgd_jax.app.gone` names them all."""
@@ -65,6 +69,7 @@ class Part:
                     f"{name} must be {_in_words(hint)}; got {value!r} of type {type(value).__name__}"
                 )
             must(self, name, not (isinstance(value, str) and "\0" in value), "a text without the character NUL")
+            must(self, name, not (isinstance(value, str) and _HALVES.search(value)), "a text without half a character")
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             each = value if isinstance(value, tuple) else (value,)

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and JSON that is read with care: a person may have changed it."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,6 +13,14 @@ from typing import Any
 from isgd_jax.errors import DamagedFileError
 
 __all__ = ["make_folder", "parsed", "read_json", "write_named", "write_whole", "writing"]
+
+
+_ADVICE = {
+    errno.ENOENT: "put its folder back",
+    errno.EISDIR: "move the folder of this name away",
+    errno.ENOTDIR: "move the file away that has the name of its folder",
+    errno.ENAMETOOLONG: "give it a shorter name",
+}
 
 
 def make_folder(path: Path) -> None:
@@ -51,7 +60,8 @@ def write_whole(target: Path, content: str | bytes) -> Path:
                 os.fsync(file.fileno())
             partial.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what kept it from being written is told, not that it is not there
+            partial.unlink()
     return target
 
 
@@ -61,11 +71,11 @@ def write_named(target: Path, content: str | bytes) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    if target.is_file() or not target.exists():
-        return write_whole(target, content)
     with writing(target):
-        target.write_bytes(_encoded(content))
-    return target
+        is_special = target.exists() and not target.is_file()  # of a name that is too long, this raises
+        if is_special:
+            target.write_bytes(_encoded(content))
+    return target if is_special else write_whole(target, content)
 
 
 @contextlib.contextmanager
@@ -78,8 +88,7 @@ def writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_gone = isinstance(error, FileNotFoundError)
-        advice = "put its folder back" if is_gone else "make room there, or make it writable"
+        advice = _ADVICE.get(error.errno or 0, "make room there, or make it writable")
         raise type(error)(f"cannot write {file} ({error.strerror or error}): {advice}, then go on") from error
 
 

@@ -335,6 +335,7 @@ class Recorder(Callback):
             notes: Record = {"engine": engine.state() if isinstance(engine, Resumable) else None}
             notes |= {"seconds": self._clock(), "spent": spent, "since_line": self._since_line.notes(infos)}
             notes["logged"] = self._logged
+            self._folder.check_held()  # where it was removed Orbax would make it anew
             self._checkpoints.save(self._step, {"state": run.state}, notes)
 
     def _newly_quarantined(self, run: Run) -> int:

@@ -29,7 +29,7 @@ def check_checkpoints_there(run: RunDir) -> None:
     if made == 0 or (records and records[-1]["event"] == "diverged"):  # of one that diverged they are discarded
         return
     has_saved = records[-1]["event"] in ("finished", "stopped")
-    if not folder.is_dir() or has_saved or made >= 2 * run.read_config().recording.checkpoint_every:
+    if not folder.is_dir() or has_saved or made > 2 * run.read_config().recording.checkpoint_every:
         raise ArgumentError(
             f"{folder} has no checkpoint, though {run.metrics.name} tells of {made:,} updates, which would be erased: "
             f"bring the checkpoints back, or begin a new run in another folder (or in this one, when "

@@ -41,7 +41,8 @@ class RunDir:
           the run is resumed, as are the lines after the checkpoint it resumes from.
         * A new run never writes into the folder of an earlier one; of two that begin at once in one folder one does,
           and the other is refused.
-        * Of several processes one at a time writes to the folder, within `alone`, where files can be locked.
+        * Of several processes one at a time writes to the folder, within `alone`, where files can be locked; one whose
+          folder is removed or replaced meanwhile writes no more.
         * The folder may be a stranger's: reading it follows no link that leads out of it, and a file that is written
           takes the place of a link.
 
@@ -53,6 +54,7 @@ class RunDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self._held: bytes | None = None  # what .holder.json says of us, within `alone`
 
     @classmethod
     def create(cls, config: Config) -> "RunDir":
@@ -118,10 +120,30 @@ class RunDir:
             since, pid = time.strftime("%Y-%m-%d %H:%M:%S %Z"), os.getpid()
             holder = {"host": socket.gethostname(), "pid": pid, "started": start_of(pid), "since": since}
             self.write(_HOLDER, _pretty(holder))
+            self._held = _pretty(holder).encode()
             try:
                 yield
             finally:
-                (self.path / _HOLDER).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # one that stays tells of a process that is dead
+                    self.check_held()
+                    (self.path / _HOLDER).unlink()
+                self._held = None
+
+    def check_held(self) -> None:
+        """Within `alone`, see that the folder is still the one that it was.
+
+        Raises:
+            FileNotFoundError: somebody has removed it, and may have begun another run in its place.
+        """
+        if self._held is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if (self.path / _HOLDER).read_bytes() == self._held:
+                return
+        raise FileNotFoundError(
+            f"cannot write to {self.path} (it was removed or replaced while this run wrote to it): put its folder "
+            "back, then go on"
+        )
 
     def _refuse_second(self) -> NoReturn:
         try:
@@ -241,6 +263,7 @@ class RunDir:
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file whole or not at all."""
+        self.check_held()
         return write_whole(self.path / name, content)
 
     def files(self) -> list[Path]:
@@ -285,6 +308,7 @@ class RunDir:
         Raises:
             OSError: it cannot be written, such as on a full disk; a line cut short is dropped when it is read.
         """
+        self.check_held()
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 

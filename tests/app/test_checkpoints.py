@@ -258,6 +258,33 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None
         Checkpoints(tmp_path.joinpath(*["b" * 200] * 19), identity=IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ((), "none was saved before; make room and resume"),
+        (("5",), "the one of step 5 stays; make room and resume"),
+        (None, "the folder is gone; put it back and resume"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_says_what_stays_and_what_to_do(
+    left: tuple[str, ...] | None, told: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, identity=IDENTITY)
+    for name in left or ():
+        (folder / name).mkdir()
+    if left is None:
+        folder.rmdir()
+    for raised, reason in (
+        (ValueError("NOT_FOUND: Error in a: The disk is full [os_error_code='28']"), "The disk is full"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "No such file or directory"),
+        (RuntimeError("No metadata: <object at 0x7>."), "No metadata: <object at 0x7>."),
+        (RuntimeError(), "RuntimeError"),
+    ):
+        with pytest.raises(OSError, match=rf"cannot write a .* \({reason}\): {told}$"), checkpoints._writing():
+            raise raised
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_names_in_an_encoding_that_is_not_orbaxs_are_not_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str

@@ -39,6 +39,7 @@ from isgd_jax.app.run_dir import RunDir
         ("mode", "static", "static_scores must be a file with mode=static, and left out otherwise"),
         ("static_scores", "scores.npy", "static_scores must be a file with mode=static, and left out otherwise"),
         ("weight_decay", 0.1, "weight_decay must be 0 unless optimizer=adamw"),
+        ("data_dir", "a\ud800", "data_dir must be a text without half a character"),
         (
             "sampler",
             "shuffled",

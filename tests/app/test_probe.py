@@ -11,7 +11,8 @@ import optax
 import pytest
 from problems import blobs, linear_loss, linear_problem, small_config
 
-from isgd_jax.app import checkpoints, optimizers, task
+from isgd_jax.app import checkpoints, data, optimizers, task
+from isgd_jax.app.commands import probe as command
 from isgd_jax.app.html import probe_page
 from isgd_jax.app.probe import Period, Trial, findings, measure, periods, probe, trial, verdict
 from isgd_jax.app.run import fit
@@ -261,3 +262,20 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     config, made = work(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         probe(probed_of(config, made), run=tmp_path / "nothing")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda *args, **options: blobs())
+    monkeypatch.setattr("isgd_jax.app.probe.probe", lambda *args, **options: pytest.fail("it measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"cannot make the folder .*file: .*file is none; name another"):
+        command.run(command.Probe(out=str(tmp_path / "file")))
+
+
+def test_a_probe_that_is_refused_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", lambda *args, **options: blobs())
+    with pytest.raises(ValueError, match="after must be 0 or more; got -1"):
+        command.run(command.Probe(out=str(tmp_path / "out"), after=-1))
+    assert not list(tmp_path.iterdir())

@@ -110,6 +110,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_anew(tmp_pat
     run.checkpoints.mkdir()
     run.append({"event": "progress", "step": 20})
     check_checkpoints_there(run)  # the one of step 12 may have been on its way
+    run.append({"event": "progress", "step": 24})
+    check_checkpoints_there(run)  # that of step 24 is saved after its line, and waits for the one before
     run.append({"event": "progress", "step": 30})
     with pytest.raises(ValueError, match="tells of 30 updates"):
         check_checkpoints_there(run)

@@ -1,7 +1,10 @@
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from problems import small_config
 
 from isgd_jax.app import files
 from isgd_jax.app.config import configure
-from isgd_jax.app.files import write_named
+from isgd_jax.app.files import write_named, write_whole
 from isgd_jax.app.run_dir import RunDir
 from isgd_jax.errors import ArgumentError, RunInUseError
 
@@ -233,6 +236,52 @@ def test_what_a_person_named_is_written_whole_and_a_pipe_stays_one(tmp_path: Pat
     os.close(reader)
     with pytest.raises(OSError, match=r"cannot write .*\(Is a directory\)"):
         write_named(tmp_path, "content")
+
+
+def test_what_keeps_a_file_from_being_written_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk refuses to remove what was never made, as one that can only be read does."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, reason, advice in (
+        ("file/page", "Not a directory", "move the file away that has the name of its folder"),
+        ("x" * 300, "File name too long", "give it a shorter name"),
+        ("folder", "Is a directory", "move the folder of this name away"),
+    ):
+        for write in (write_named, write_whole):
+            with pytest.raises(OSError, match=rf"cannot write .*{name} \({reason}\): {advice}, then go on"):
+                write(tmp_path / name, "content")
+
+    def refused(path: Path, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OSError, match=r"cannot write .*page \(Read-only file system\): make room there, or make it"):
+        write_named(tmp_path / "page", "content")
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_whose_folder_is_removed_writes_no_more_into_what_stands_there(tmp_path: Path, is_replaced: bool) -> None:
+    config = configure(run_dir=str(tmp_path / "run"))
+    run, other = RunDir.create(config), RunDir(tmp_path / "run")
+    with contextlib.ExitStack() as stack:
+        with run.alone():
+            run.append({"event": "progress", "step": 1})
+            shutil.rmtree(run.path)
+            run.path.mkdir()
+            if is_replaced:
+                stack.enter_context(RunDir.create(config).alone())
+                (run.path / ".holder.json").write_text("of another process")
+            before = {path.name: path.read_bytes() for path in run.path.iterdir()}
+            for write in (lambda: run.append({"event": "progress", "step": 2}), lambda: run.write("x", "y")):
+                with pytest.raises(
+                    FileNotFoundError, match=r"run \(it was removed or replaced while this run wrote to it"
+                ):
+                    write()
+        assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+        assert list(other.records()) == []
 
 
 def test_one_function_writes_the_files_of_the_command() -> None:

@@ -1,16 +1,19 @@
 """`isgd probe`: can importance sampling pay for this model, on this data, on this machine?"""
 
+import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isgd_jax.app.config import DataConfig, ModelConfig, ScoringConfig, TrainingConfig
 from isgd_jax.app.fields import must
-from isgd_jax.app.files import make_folder, write_whole
+from isgd_jax.app.files import make_folder, write_whole, writing
 from isgd_jax.app.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -80,12 +83,13 @@ def run(command: Probe) -> int:
     """Run `isgd probe`: measure, print the tables and the verdict, write figures and page; returns the exit code.
 
     Into the folder go ``norms.png``, ``ageing.png``, ``periods.png``, ``probe.json`` and ``probe.html``. They are
-    written when all is measured; in the folder of a run, below ``probe/``.
+    written when all is measured, into a folder that is made before; in the folder of a run, below ``probe/``.
 
     Raises:
         ValueError: an argument is out of range, the data are not held on the device, the run has example weights or
             augmented examples, or the checkpoint is of another model or data set.
         FileNotFoundError: the run has no checkpoint.
+        OSError: the folder cannot be written to.
         FloatingPointError: the gradients are not finite.
     """
     from isgd_jax.app import data, task
@@ -97,22 +101,37 @@ def run(command: Probe) -> int:
     if command.run is not None:
         check_probeable(RunDir(Path(command.run)).read_config(), Path(command.run))
     dataset = data.load(named.dataset, data_dir=named.data_dir, raw_dir=named.raw_dir)
-    work = task.make(command.model, dataset)
-    found = probe(
-        probed_of(command.training, command.scoring, work, mixture=command.mixture),
-        run=None if command.run is None else Path(command.run),
-        after=command.after,
-        ages=sorted(set(command.ages)),
-        num_examples=command.examples,
-        trial_steps=command.trial,
-    )
+    work, out = task.make(command.model, dataset), folder(command)
+    with _writable(out):
+        found = probe(
+            probed_of(command.training, command.scoring, work, mixture=command.mixture),
+            run=None if command.run is None else Path(command.run),
+            after=command.after,
+            ages=sorted(set(command.ages)),
+            num_examples=command.examples,
+            trial_steps=command.trial,
+        )
     for remark in found.remarks:
         print(f"isgd: {remark}", file=sys.stderr, flush=True)
     for part in (*tables(found), "\n".join(found.words)):
         console.print(part, "", sep="\n", soft_wrap=True, highlight=False)
-    for path in write(found, folder(command), f"{named.dataset}, {command.model.model}"):
+    for path in write(found, out, f"{named.dataset}, {command.model.model}"):
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """The folder is made before minutes are spent on measuring, and an empty one is gone again where that fails."""
+    make_folder(out)
+    try:
+        with writing(out):
+            tempfile.TemporaryFile(dir=out).close()
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise
 
 
 def folder(command: Probe) -> Path:

@@ -194,7 +194,8 @@ def _temporary(folder: Path, name: str) -> Iterator[io.BufferedWriter]:
         with path.open("xb") as file:
             yield file
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what kept it from being written is told, not that it is not there
+            path.unlink()
 
 
 def _sync(file: io.BufferedWriter) -> None:

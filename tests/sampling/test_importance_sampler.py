@@ -165,7 +165,7 @@ def test_sample_changes_nothing_and_ahead_is_the_draw_that_would_be_made_then() 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_key_serves_a_run(name: Any) -> None:
     """It is never consumed, and no step repeats the one before; even draws give each example its turn."""
-    sampler, steps = _made(sampler=name, monitor=False), 40
+    sampler, steps = _made(batch_size=2 * M if name == "poisson" else M, sampler=name, monitor=False), 40
     state = _at(sampler.init(), step=0, is_open=False)
     with jax.debug_key_reuse(True):
         key, made = jax.random.key(1), []
@@ -598,7 +598,7 @@ def test_the_monitor_of_poisson_tells_what_its_draws_are_worth(given: Any) -> No
 
 @pytest.mark.slow
 def test_poisson_learns_from_the_draws_that_are_there_alone() -> None:
-    sampler = _made(sampler="poisson")
+    sampler = _made(batch_size=N, sampler="poisson")
     state = _at(_scored(sampler), step=1, is_open=True)
     sample = sampler.sample
     draw = next(d for d in (sample(jax.random.key(at), state) for at in range(50)) if not bool(jnp.all(d.mask)))

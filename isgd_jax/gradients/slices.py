@@ -36,7 +36,8 @@ def by_slices(function: Callable[[Any], Any], batch: Any, size: int | None) -> A
 
 
 class Slices(NamedTuple):
-    """How a batch is cut. All slices are of one size: some have examples of others too, which count nothing there."""
+    """How a batch is cut. All slices are of one size: some have examples of others of their part too, which count
+    nothing there."""
 
     starts: np.ndarray
     parts: np.ndarray
@@ -58,16 +59,17 @@ def slices_of(b: int, size: int, cuts: Sequence[int] = ()) -> Slices:
     """
     ends = [*cuts, b]
     begins = [0, *cuts]
-    largest = max(end - begin for begin, end in zip(begins, ends, strict=True))
-    size = -(-largest // -(-largest // size))
+    lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    most = min(size, *lengths)  # none has an example of another part: 0 times NaN is NaN
+    size = -(-max(lengths) // -(-max(lengths) // most))
     starts, parts, counts = [], [], []
     for part, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         for first in range(begin, end, size):
-            start = min(max(end - size, begin), first, b - size)
+            start = min(end - size, first)
             places = np.arange(start, start + size)
             starts.append(start)
             parts.append(part)
-            counts.append((places >= first) & (places < end))
+            counts.append(places >= first)
     return Slices(np.asarray(starts, np.int32), np.asarray(parts, np.int32), np.asarray(counts))
 
 

@@ -154,12 +154,17 @@ def single_row_squares(rows: Squares, slopes: Squares) -> Squares:
 
 
 def unit_factors(term: Outer) -> tuple[Array, Array, Array]:
-    """The scale of each example, and factors whose largest entries are about 1: their product is that over the scale.
+    """The scale of each example, and factors of a single row, whose product over the scale is theirs.
 
-    For a left factor that is an array.
+    Their largest entries are about 1, so that squares stay in their type. The left factor is an array.
     """
-    (rows,), _, scale, (right,) = _scaled([term])
-    return scale, over(term.left.astype(wide(term.left.dtype)), rows[..., None]), right.astype(wide(right.dtype))
+    left, right = term.left.astype(wide(term.left.dtype)), term.right.astype(wide(term.right.dtype))
+    rows, slopes = (power_of_two(largest(x, (3,))) for x in (left, right))
+    with jax.numpy_dtype_promotion("standard"):
+        scales = rows * slopes
+    scale = power_of_two(jnp.max(scales, axis=(1, 2)))
+    shares = over(scales, scale[:, None, None])[..., None]
+    return scale, over(left, rows[..., None]), over(right, slopes[..., None]) * shares.astype(right.dtype)
 
 
 def _scaled(terms: Sequence[Outer]) -> tuple[list[Array], list[Array], Array, list[Array]]:

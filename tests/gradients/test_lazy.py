@@ -38,3 +38,23 @@ def test_weights_of_the_wrong_shape_are_refused():
 def test_a_tree_without_leaves_is_refused():
     with pytest.raises(ValueError, match="no leaves"):
         isgd.norms({})
+
+
+@pytest.mark.parametrize(("x", "slope", "scale"), [(1e-35, 1.0, 1.0), (1e-35, 1.0, 1e34), (1e35, 1e-30, 1.0)])
+def test_scaled_norms_of_one_row_are_right_near_the_ends_of_float32(x, slope, scale):
+    grads = isgd.per_example_grads(lambda p, e: slope * jnp.sum(e @ p))(jnp.zeros((3, 2)), jnp.full((2, 3), x))
+    found = jax.jit(isgd.gradients.lazy.scaled_norms)(grads, jnp.full((3, 2), scale))
+    np.testing.assert_allclose(found, [np.sqrt(6.0) * x * slope * scale] * 2, rtol=1e-6)
+
+
+def test_scaled_norms_weigh_groups_of_one_row_by_their_sizes(key):
+    """Two matrices side by side, of which one example sees the second 1e-5 times as large."""
+    x = jax.random.normal(key, (3, 2, 4)) * jnp.array([1.0, 1e-5])[None, :, None]
+    scale = jax.random.uniform(jax.random.fold_in(key, 1), (2, 4, 5))
+    grads = isgd.per_example_grads(lambda p, e: jnp.sum(jnp.sin(jnp.einsum("ki,kio->ko", e, p))))(
+        jnp.zeros_like(scale), x
+    )
+    formed = np.asarray(isgd.stack(grads) * scale[None], np.float64)
+    np.testing.assert_allclose(
+        isgd.gradients.lazy.scaled_norms(grads, scale), np.sqrt(np.sum(formed**2, axis=(1, 2, 3))), rtol=1e-6
+    )

@@ -55,6 +55,20 @@ def test_the_average_of_both_halves_is_the_mean_and_each_is_made_of_its_own(
     np.testing.assert_allclose(losses, plain, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("b", "size"), [(7, 4), (7, 2), (3, 2), (9, 8)])
+def test_an_example_without_a_gradient_leaves_the_other_half_as_it_is(b: int, size: int) -> None:
+    def loss_fn(w: Any, x: Any) -> Any:
+        return jnp.sum(w * x)
+
+    asked = jax.jit(value_norms_and_mean(loss_fn, halves=True, microbatch_size=size))
+    for at in range(b):
+        batch = jnp.arange(1.0, b + 1)[:, None].at[at].set(jnp.nan)
+        _, norms, halves = asked(jnp.ones(1), batch, jnp.ones(b))
+        parts = np.split(np.asarray(batch), [b // 2])
+        np.testing.assert_allclose(halves, [np.sum(part, 0) * 2 / b for part in parts], rtol=1e-6)
+        np.testing.assert_array_equal(norms, batch[:, 0])
+
+
 def test_slices_are_summed_in_float32() -> None:
     asked = value_norms_and_mean(lambda w, x: w * x, microbatch_size=1)
     _, norms, mean = jax.jit(asked)(jnp.bfloat16(1.0), jnp.ones(3000, jnp.bfloat16), jnp.ones(3000))

@@ -277,5 +277,5 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
 def test_a_probe_that_is_refused_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load", lambda *args, **options: blobs())
     with pytest.raises(ValueError, match="after must be 0 or more; got -1"):
-        command.run(command.Probe(out=str(tmp_path / "out"), after=-1))
+        command.run(command.Probe(out=str(tmp_path / "probes" / "out"), after=-1))
     assert not list(tmp_path.iterdir())

@@ -122,15 +122,17 @@ def run(command: Probe) -> int:
 
 @contextlib.contextmanager
 def _writable(out: Path) -> Iterator[None]:
-    """The folder is made before minutes are spent on measuring, and an empty one is gone again where that fails."""
-    make_folder(out)
+    """The folder is made before minutes are spent on measuring; where that fails what was made is gone again."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
+        make_folder(out)
         with writing(out):
             tempfile.TemporaryFile(dir=out).close()
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            out.rmdir()
+            for path in made:
+                path.rmdir()
         raise
 
 

@@ -53,7 +53,7 @@ from matplotlib import pyplot as plt
 PROBLEMS = tuple(f"{kind}/{name}" for kind in ("siren", "fourier") for name in ("china", "flower"))
 ARMS = ("uniform", "sobol", "edges", "soft_mining", "ours_norms", "ours")
 FULL = race.Grid((3e-4, 1e-3, 3e-3), (1,), (20.0, 60.0))
-QUICK = race.Grid((1e-3, 3e-3), (1,), (10.0,))
+QUICK = race.Grid((1e-3, 3e-3), (1,), (6.0,))
 
 
 def picture(file: Path, problem: str) -> None:

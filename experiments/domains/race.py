@@ -390,15 +390,17 @@ def captured(
 def _arguments(doc: str | None, names: Sequence[str], rivals: Sequence[str], seeds: int) -> argparse.Namespace:
     """The options that both experiments have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--problems", nargs="+", choices=names, help="all by default, and the first with --quick")
     parser.add_argument("--arms", nargs="+", choices=rivals, default=list(rivals))
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--seconds", nargs="+", type=float, help="budgets that every arm tries")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: three arms, three seeds, one short budget")
+    parser.add_argument("--quick", action="store_true", help="minutes: a few arms, three seeds, one short budget")
     parser.add_argument("--x64", action="store_true", help="in float64")
     parser.add_argument("--folder", type=Path, help="of the cells")
     parser.add_argument("--picture", type=Path, help="draw the picture of the first problem there, and stop")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.problems = options.problems or list(names[:1] if options.quick else names)
+    return options
 
 
 def main(

@@ -27,7 +27,7 @@ from isgd_jax.gradients.placement import laid_as
 
 __all__ = ["MOST_BOXES", "POINTS_PER_BOX", "Boxes", "densities", "fitted", "moved", "uniform_boxes"]
 
-POINTS_PER_BOX = 4
+POINTS_PER_BOX = 8
 """Points that a box's score is the root mean square of."""
 
 MOST_BOXES = 2**15

@@ -156,7 +156,7 @@ def domain_sampler(
         dims: of the cube. Boxes must be small along each axis: with three dimensions take more of them, and beyond
             about five they save little.
         batch_size: draws in a step, m. A loss of several terms has a sampler for each, and this is its share.
-        num_boxes: of the density, a power of two, at most 2^15. A refresh scores four new points for each.
+        num_boxes: of the density, a power of two, at most 2^15. A refresh scores eight new points for each.
         uniform_fraction: share of the draws that is spread uniformly, above 0: no weight is above one over it, and
             nothing that arises where scores were small goes unseen for long. Uniform places have 24 bits along each
             axis, so what has less than some 2^-20 of the mass comes as a multiple of 2^-24 of it, or never: keep it

@@ -59,17 +59,17 @@ def test_the_estimate_is_unbiased_for_the_integral_with_scores_that_are_noisy_ol
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_uniform_point_moved_lies_anywhere_with_the_density_that_is_told(dims: int) -> None:
-    """Counts of 2¹⁶ spread points by box beside the boxes' mass, and their places beside `densities`."""
-    points = isgd.quasi_random(KEY, 128, dims)
+    """Counts of 2¹⁸ spread points by box beside the boxes' mass, and their places beside `densities`."""
+    points = isgd.quasi_random(KEY, 256, dims)
     scores = jnp.exp(-3.0 * jnp.sum(points, axis=1)) * jnp.where(points[:, 0] > 0.5, 0.0, 1.0)
-    made = jax.jit(boxes.fitted)(points, scores, jnp.ones(128), uniform_fraction=0.1)
+    made = jax.jit(boxes.fitted)(points, scores, jnp.ones(256), uniform_fraction=0.1)
     assert float(jnp.sum(made.volume)) == pytest.approx(1.0, abs=1e-5)
     assert float(jnp.sum(made.mass)) == pytest.approx(1.0, abs=1e-5)
     assert float(jnp.min(made.mass / made.volume)) > 0.0999
-    at, box = boxes.moved(made, isgd.quasi_random(jax.random.key(1), 1 << 16, dims))
+    at, box = boxes.moved(made, isgd.quasi_random(jax.random.key(1), 1 << 18, dims))
     assert bool(jnp.all((at >= 0.0) & (at <= 1.0)))
     counts = np.bincount(np.asarray(box), minlength=32)
-    np.testing.assert_allclose(counts / (1 << 16), made.mass, atol=2e-3)
+    np.testing.assert_allclose(counts / (1 << 18), made.mass, atol=2e-3)
     assert bool(jnp.all((at >= made.low[box]) & (at <= made.high[box])))
     inside = np.asarray(jnp.all((at > made.low[box]) & (at < made.high[box]), axis=1))
     told = np.asarray(boxes.densities(made, at))
@@ -141,7 +141,7 @@ def test_no_weight_is_above_one_over_the_uniform_fraction_and_points_are_always_
 
 @pytest.mark.parametrize(
     ("scores", "unusable"),
-    [(lambda x: jnp.zeros(len(x)), 0), (lambda x: jnp.full(len(x), jnp.nan), 64), (lambda x: x[:, 0] * 0 - 1, 64)],
+    [(lambda x: jnp.zeros(len(x)), 0), (lambda x: jnp.full(len(x), jnp.nan), 128), (lambda x: x[:, 0] * 0 - 1, 128)],
     ids=["zeros", "nan", "negative"],
 )
 def test_where_nothing_is_learnt_the_density_is_uniform_and_what_is_no_score_is_counted(
@@ -255,7 +255,7 @@ def test_mistakes_are_told_at_once(change: dict[str, Any], words: str) -> None:
 
 def test_functions_that_give_something_else_are_told() -> None:
     domain = make()
-    with pytest.raises(ValueError, match=r"score\(points\) must be one number a point, \[64\], got \(64, 1\)"):
+    with pytest.raises(ValueError, match=r"score\(points\) must be one number a point, \[128\], got \(128, 1\)"):
         domain.refresh(KEY, domain.init(), lambda x: x)
     with unchecked(), pytest.raises(TypeError, match="score must be a function of new points, got a ndarray"):
         domain.refresh(KEY, domain.init(), np.ones(64))
@@ -333,7 +333,7 @@ def test_a_refresh_inside_what_is_differentiated_has_no_gradient_of_its_own() ->
 @pytest.mark.parametrize("num_boxes", [2**13, 2**15])
 def test_no_box_is_without_volume_where_scores_pile_up(num_boxes: int) -> None:
     """All points within 2^-20 of 0.9, the narrowest that float32 tells apart: sides came to 0, and densities to NaN."""
-    offsets = isgd.quasi_random(KEY, 4 * num_boxes, 1) * 2.0**-20
+    offsets = isgd.quasi_random(KEY, boxes.POINTS_PER_BOX * num_boxes, 1) * 2.0**-20
     made = jax.jit(boxes.fitted)(0.9 + offsets, jnp.ones(len(offsets)), jnp.ones(len(offsets)), uniform_fraction=0.25)
     assert float(jnp.min(made.volume)) > 0.0
     assert bool(jnp.all(jnp.isfinite(boxes.densities(made, 0.9 + offsets))))

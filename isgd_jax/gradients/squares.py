@@ -58,8 +58,11 @@ class Squares(NamedTuple):
 def abs_square(x: Array) -> Array:
     """``|x|²``, entry by entry, real: the square of a real number, re² + im² of a complex one."""
     if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
+        return abs_square(x.real) + abs_square(x.imag)
+    # Of (c/s)(c/s), of which it knows c, XLA makes c²/s²: 0/0, where both squares are too small. Not through a choice
+    # (below the least number there is -∞ alone, whose square is the same).
+    least = jnp.finfo(x.dtype).min
+    return jnp.square(jnp.where(x < least, least, x))
 
 
 def largest(x: Array, axes: Sequence[int]) -> Array:
@@ -176,7 +179,7 @@ def together(parts: Sequence[Squares]) -> Squares:
     scales = _stacked([part.scale for part in parts])
     scale = jnp.max(scales, axis=0)
     # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
-    shares = jnp.square(scales / scale[None])
+    shares = abs_square(scales / scale[None])
     values = jnp.sum(_stacked([part.values for part in parts]) * shares, axis=0)
     if all(part.sizes is None for part in parts):
         return Squares(scale, values)

@@ -22,10 +22,10 @@ from isgd_jax.gradients.slices import by_slices
 from isgd_jax.gradients.squares import (
     Rows,
     Squares,
-    abs_square,
     largest,
     over,
     power_of_two,
+    square_of_scaled,
     sum_squares,
     sums_of_squares,
 )
@@ -235,8 +235,8 @@ def _with_shared(leaf: Factored, squares: Squares, precision: Any) -> Squares:
     scale = jnp.maximum(squares.scale, own.scale)
     mine, yours = squares.scale / scale, own.scale / scale
     cross = 2 * inner_of(replace(leaf, terms=terms, shared=None), unit, precision) * mine * yours
-    values, common = squares.values * abs_square(mine), own.values * abs_square(yours)
-    sizes = values if squares.sizes is None else squares.sizes * abs_square(mine)
+    values, common = squares.values * square_of_scaled(mine), own.values * square_of_scaled(yours)
+    sizes = values if squares.sizes is None else squares.sizes * square_of_scaled(mine)
     return Squares(scale, values + cross + common, sizes + jnp.abs(cross) + common)
 
 
@@ -259,8 +259,8 @@ def _scaled_outer(leaf: Factored, term: Outer, scale: Array, precision: Any) -> 
     scale = scale.astype(wide(scale.dtype))
     unit = power_of_two(largest(scale, range(scale.ndim)))
     each, left, right = unit_factors(term)
-    square = Outer(abs_square(left), abs_square(right), term.axes)
-    values = inner_of(replace(leaf, terms=(square,)), abs_square(over(scale, unit)), precision)
+    square = Outer(square_of_scaled(left), square_of_scaled(right), term.axes)
+    values = inner_of(replace(leaf, terms=(square,)), square_of_scaled(over(scale, unit)), precision)
     return Squares(each * unit, values)
 
 

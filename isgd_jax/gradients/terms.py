@@ -27,7 +27,16 @@ from isgd_jax.gradients.factors import (
     total,
     wide,
 )
-from isgd_jax.gradients.squares import Rows, Squares, abs_square, largest, over, power_of_two, sums_of_squares
+from isgd_jax.gradients.squares import (
+    Rows,
+    Squares,
+    abs_square,
+    largest,
+    over,
+    power_of_two,
+    square_of_scaled,
+    sums_of_squares,
+)
 
 __all__ = [
     "Axes",
@@ -151,7 +160,7 @@ def single_row_squares(rows: Squares, slopes: Squares) -> Squares:
     with jax.numpy_dtype_promotion("standard"):
         scales, values = rows.scale * slopes.scale, rows.values * slopes.values  # 0 or infinite where the norm is
     scale = power_of_two(jnp.max(scales, axis=(1, 2)))
-    return Squares(scale, jnp.sum(values * abs_square(over(scales, scale[:, None, None])), axis=(1, 2)))
+    return Squares(scale, jnp.sum(values * square_of_scaled(over(scales, scale[:, None, None])), axis=(1, 2)))
 
 
 def unit_factors(term: Outer) -> tuple[Array, Array, Array]:

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import isgd_jax as isgd
+from isgd_jax.gradients import costs
 from isgd_jax.gradients.leaf import is_factored, is_plain, leaves_of
 
 pytestmark = pytest.mark.devices(8)
@@ -203,6 +204,29 @@ def test_losses_may_have_loops_where_an_explicit_mesh_splits_the_batch(layout: A
     found = jax.jit(lambda layers, x: norms(layers, x, scanned))(*placed)
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     assert jax.typeof(found).sharding.spec == P("data")
+
+
+@pytest.mark.parametrize("on", [costs.CPU, costs.ACCELERATOR], ids=["cpu", "accelerator"])
+def test_kernels_split_along_their_channels_have_their_gradients_where_they_are_formed(
+    on: costs.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `vmap(grad)` is wrong: XLA cuts a convolution of one kernel an example at other places."""
+
+    def turned(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        layout = ("NWC", "WIO", "NWC")
+        y = jax.lax.conv_general_dilated(x[None], kernel[::-1], (1,), "SAME", dimension_numbers=layout)
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    monkeypatch.setattr(costs, "machine", lambda: on)
+    kernel, x = normal(0, 3, 4, 8), normal(1, 8, 9, 4)
+    expected = oracle.norms(turned, kernel, x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    there = jax.device_put(kernel, NamedSharding(mesh, P(None, None, "data")))
+    examples = jax.device_put(x, NamedSharding(mesh, P("data")))
+    asked = jax.jit(lambda kernel, x: isgd.value_norms_and_mean(turned)(kernel, x, jnp.ones(8))[1:])
+    found, mean = asked(there, examples)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert_close(mean, ordinary(kernel, x, turned))
 
 
 def of_every_kind(params: Any, x: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ def in_fast_layout(
     right: Array,
     numbers: lax.ConvDimensionNumbers,
 ) -> Array:
-    """What ``convolve(left, right, numbers)`` gives, in the fast layout where the machine has one, or on several devices.
+    """What ``convolve(left, right, numbers)`` gives, in the fast layout where the machine has one, or on a mesh.
 
     Args:
         convolve: a convolution of two arrays in the layout that it is told.

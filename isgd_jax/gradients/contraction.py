@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
+from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, reshaped, wide, written_out
 from isgd_jax.gradients.jaxpr import Node, emit
 
 __all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged", "signature"]
@@ -76,11 +76,12 @@ def _unroll(x: Array, side: Side, dtype: Any) -> Array:
     sizes = [axis.size for axis in side.axes]
     if isinstance(side.view, Window):
         lead = math.prod(axis.size for axis in side.plain)
-        image = x.reshape(1, 1, lead, *x.shape[len(side.plain) :], 1)
+        image = reshaped(x, (1, 1, lead, *x.shape[len(side.plain) :], 1))
         places = len(side.view.kernel)
-        unrolled = written_out(Windows(image, side.view))[0, 0].reshape(lead, *side.view.positions, *side.view.kernel)
+        windows = written_out(Windows(image, side.view))[0, 0]
+        unrolled = reshaped(windows, (lead, *side.view.positions, *side.view.kernel))
         swapped = (0, *range(1 + places, 1 + 2 * places), *range(1, 1 + places))
-        return unrolled.transpose(swapped).reshape(sizes)
+        return reshaped(unrolled.transpose(swapped), sizes)
     return written_out(OneHot(x, sizes[-1]), dtype)
 
 
@@ -204,7 +205,8 @@ class Contraction:
                 side = side.unrolled(self.dtype)
             plain = [a.size for a in _swap(side.plain, axis, pair)]
             return replace(
-                side.mapped(lambda x: x.reshape(*plain, *x.shape[len(side.plain) :])), axes=_swap(side.axes, axis, pair)
+                side.mapped(lambda x: reshaped(x, (*plain, *x.shape[len(side.plain) :]))),
+                axes=_swap(side.axes, axis, pair),
             )
 
         return replace(self, left=split(self.left), right=split(self.right), out=_swap(self.out, axis, pair))
@@ -382,4 +384,4 @@ class _Layout:
     sizes: tuple[int, ...]
 
     def __call__(self, x: Array) -> Array:
-        return lax.transpose(x, self.order).reshape(self.sizes)
+        return reshaped(lax.transpose(x, self.order), self.sizes)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of, signature
-from isgd_jax.gradients.jaxpr import Constant, Node, Op, Program, Value, program, run, scan_sizes, sources
+from isgd_jax.gradients.jaxpr import Constant, Node, Op, Program, Value, made_varying, program, run, scan_sizes, sources
 
 __all__ = ["cut_cond", "cut_scan"]
 
@@ -155,7 +155,9 @@ class _Branches:
             taken = self.branches[number]
             found = run(taken.inputs, operands, list(mine.values()), taken.effects)
             values = dict(zip(mine, found, strict=True))
-            return [values.get(place, self._zeros(place)) for place in wanted]
+            results = {place: values.get(place, self._zeros(place)) for place in wanted}
+            # What the cond did not put out itself is each device's own in all branches, where any operand is.
+            return [made_varying(x, operands) if place >= len(taken.outputs) else x for place, x in results.items()]
 
         return branch
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, axes_of
-from isgd_jax.gradients.factors import OneHot, Window
+from isgd_jax.gradients.factors import OneHot, Window, reshaped
 from isgd_jax.gradients.jaxpr import Node, Op, Value, emit
 
 __all__ = ["BITS", "convolution", "dot_general", "is_coarse", "outer_or_none", "scatter_add"]
@@ -109,7 +109,7 @@ def convolution(node: Value, op: Op) -> Parts | None:
     sizes = (batch_groups, rows.size, groups, over.size, *spatial)
 
     def image(x: Any) -> Any:
-        x = lax.transpose(x, numbers.lhs_spec).reshape(sizes)
+        x = reshaped(lax.transpose(x, numbers.lhs_spec), sizes)
         return x[:, :, 0] if groups == 1 else x[0].swapaxes(0, 1) if batch_groups == 1 else x
 
     window = Window(
@@ -120,9 +120,8 @@ def convolution(node: Value, op: Op) -> Parts | None:
         tuple((lo, hi, d - 1) for (lo, hi), d in zip(params["padding"], params["lhs_dilation"], strict=True)),
     )
     windows = Side(emit("image", image, left), (group, rows, over, *at, *inside), window)
-    slopes = emit(
-        "slopes", lambda x: lax.transpose(x, numbers.rhs_spec).reshape(g, outs.size, over.size, *positions), right
-    )
+    laid = (g, outs.size, over.size, *positions)
+    slopes = emit("slopes", lambda x: reshaped(lax.transpose(x, numbers.rhs_spec), laid), right)
     term = Contraction(
         windows, Side(slopes, (group, outs, over, *inside)), (rows, group, outs, *at), (), node.dtype, origin=node
     )

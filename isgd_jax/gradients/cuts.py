@@ -45,8 +45,8 @@ RULES: dict[str, Rule] = {}
 """How the output of each primitive is cut, by the primitive's name."""
 
 _IN_INTEGERS = frozenset({
-    "copy", "copy_p", "optimization_barrier", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose",
-    "pad", "slice", "split", "stack", "unstack", "concatenate", "dot_general", "conv_general_dilated",
+    "copy", "copy_p", "optimization_barrier", "pvary", "reshape", "squeeze", "expand_dims", "broadcast_in_dim",
+    "transpose", "pad", "slice", "split", "stack", "unstack", "concatenate", "dot_general", "conv_general_dilated",
 })  # fmt: skip
 """Rules that hold where numbers wrap: they only rearrange, or look after the sum themselves."""
 
@@ -203,7 +203,7 @@ def _neg(node: Value, op: Op) -> Parts | None:
     return _each(node, op, lambda term: term.scaled(jnp.negative))
 
 
-@rule("copy", "copy_p", "optimization_barrier")
+@rule("copy", "copy_p", "optimization_barrier", "pvary")
 def _same(node: Value, op: Op) -> Parts | None:
     if len(op.outputs) > 1:
         return cut(op.inputs[node.index])
@@ -289,8 +289,7 @@ def _scaled_type(factor: Any, result: Any) -> Any:
 def _broadcast(node: Value, op: Op) -> Parts | None:
     """Of zero, or a reshape in disguise."""
     same_size = np.prod(node.shape, dtype=int) == np.prod(op.inputs[0].shape, dtype=int)
-    parts = cut(op.inputs[0]) if not op.inputs[0].shape and isinstance(op.inputs[0], Constant) else None
-    return [] if parts == [] else _reshape(node, op) if same_size else None
+    return [] if is_zero(op.inputs[0]) else _reshape(node, op) if same_size else None
 
 
 @rule("reshape", "squeeze", "expand_dims")

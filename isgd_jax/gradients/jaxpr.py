@@ -88,6 +88,8 @@ Node = Value | Constant
 
 def is_zero(node: Node) -> bool:
     """Whether a value is known to be zeros alone; of what is traced outside, nothing is known."""
+    while node.op is not None and node.op.name == "pvary":  # a zero that counts as each device's own
+        node = node.op.inputs[node.index]
     return isinstance(node, Constant) and not isinstance(node.value, jax.core.Tracer) and not np.any(node.value)
 
 

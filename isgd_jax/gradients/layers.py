@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of, signature
+from isgd_jax.gradients.factors import replicated, split_as
 from isgd_jax.gradients.jaxpr import emit
 
 __all__ = ["side_by_side"]
@@ -71,5 +72,13 @@ class _Stack:
     length: int
 
     def __call__(self, *arrays: Array) -> Array:
-        known = dict(zip(self.places, arrays, strict=True))
-        return jnp.stack([known.get(place, jnp.zeros_like(arrays[0])) for place in range(self.length)])
+        if len(set(map(split_as, arrays))) > 1:
+            arrays = tuple(map(replicated, arrays))
+        ordered = sorted(zip(self.places, arrays, strict=True), key=lambda known: known[0])
+        ends = [place for place, _ in ordered[1:]] + [self.length]
+        first = ordered[0][0]
+        rows = []
+        for (place, x), end in zip(ordered, ends, strict=True):
+            around = (first if place == first else 0, end - place - 1, 0)  # an array of zeros would lie anywhere
+            rows.append(lax.pad(x[None], jnp.zeros((), x.dtype), [around, *[(0, 0, 0)] * x.ndim]))
+        return lax.concatenate(rows, 0)

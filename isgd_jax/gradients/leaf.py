@@ -22,10 +22,10 @@ from isgd_jax.gradients.slices import by_slices
 from isgd_jax.gradients.squares import (
     Rows,
     Squares,
-    abs_square,
     largest,
     over,
     power_of_two,
+    square_of_scaled,
     sum_squares,
     sums_of_squares,
 )
@@ -44,9 +44,9 @@ from isgd_jax.gradients.terms import (
 )
 
 __all__ = [
-    "ANYWHERE", "Factored", "Grads", "formed_if_cheaper", "formed_squares", "gram_of", "guard_of", "how_squared",
-    "inner_of", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes", "squares_of_each",
-    "stacked", "total_of", "weighted_sum",
+    "ANYWHERE", "Factored", "Grads", "formed", "formed_squares", "gram_of", "guard_of", "how_squared", "inner_of",
+    "is_cheaper_formed", "is_factored", "is_plain", "leaves_of", "map_leaves", "scaled_squares", "shapes",
+    "squares_of_each", "stacked", "total_of", "weighted_sum",
 ]  # fmt: skip
 
 ANYWHERE = PartitionSpec()
@@ -165,10 +165,13 @@ def how_squared(leaf: Factored) -> str:
     return "norms" if all(term.right.shape[2] == 1 for term in leaf.terms) else "Gram"
 
 
-def formed_if_cheaper(leaf: Factored) -> Any:
-    """The leaf, formed if norms and a mean together are then cheaper than each asked of the factors."""
-    if not is_plain(leaf) or not costs.prefers_formed(shapes(leaf)):
-        return leaf
+def is_cheaper_formed(leaf: Factored) -> bool:
+    """Whether norms and a mean together are cheaper of the leaf formed than each asked of the factors."""
+    return is_plain(leaf) and costs.prefers_formed(shapes(leaf))
+
+
+def formed(leaf: Factored) -> Array:
+    """The leaf formed, [b, *shape] in its dtype, by slices where windows are to be written out."""
     if not any(isinstance(term.left, Windows) for term in leaf.terms):
         return stacked(leaf, None).astype(leaf.dtype)  # all are kept, and there are no windows to write out: no slices
     return _in_slices(lambda part: stacked(part, None), leaf).astype(leaf.dtype)
@@ -232,8 +235,8 @@ def _with_shared(leaf: Factored, squares: Squares, precision: Any) -> Squares:
     scale = jnp.maximum(squares.scale, own.scale)
     mine, yours = squares.scale / scale, own.scale / scale
     cross = 2 * inner_of(replace(leaf, terms=terms, shared=None), unit, precision) * mine * yours
-    values, common = squares.values * jnp.square(mine), own.values * jnp.square(yours)
-    sizes = values if squares.sizes is None else squares.sizes * jnp.square(mine)
+    values, common = squares.values * square_of_scaled(mine), own.values * square_of_scaled(yours)
+    sizes = values if squares.sizes is None else squares.sizes * square_of_scaled(mine)
     return Squares(scale, values + cross + common, sizes + jnp.abs(cross) + common)
 
 
@@ -256,8 +259,8 @@ def _scaled_outer(leaf: Factored, term: Outer, scale: Array, precision: Any) -> 
     scale = scale.astype(wide(scale.dtype))
     unit = power_of_two(largest(scale, range(scale.ndim)))
     each, left, right = unit_factors(term)
-    square = Outer(abs_square(left), abs_square(right), term.axes)
-    values = inner_of(replace(leaf, terms=(square,)), abs_square(over(scale, unit)), precision)
+    square = Outer(square_of_scaled(left), square_of_scaled(right), term.axes)
+    values = inner_of(replace(leaf, terms=(square,)), square_of_scaled(over(scale, unit)), precision)
     return Squares(each * unit, values)
 
 

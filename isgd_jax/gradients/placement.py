@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from isgd_jax.gradients.factors import replicated
 from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map_leaves
 
 __all__ = [
@@ -58,23 +59,6 @@ def _meshes(tree: Any) -> list[Any]:
     """Those that arrays lie on; an empty one where JAX names none."""
     shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
     return [sharding.mesh for sharding in shardings if sharding is not None]
-
-
-def replicated(x: Array) -> Array:
-    """``x`` with no axis split, where a mesh with explicit axes says that one is; else ``x`` itself.
-
-    Running sums and look-ups by index need all of an array, and JAX refuses both along an axis that is split. With
-    Auto axes the compiler sees to it.
-
-    Args:
-        x: an array of any shape, or a tracer of one.
-
-    Returns:
-        The same values, of the same shape: one all-gather where an axis was split. Source: ours.
-    """
-    if all(axis is None for axis in spec_of(x)):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
 def rows_of(x: Any, indices: Array) -> Array:

@@ -18,8 +18,8 @@ from isgd_jax.gradients.contraction import Canonical, Contraction, Whole, canoni
 from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
-from isgd_jax.gradients.leaf import Factored, formed_if_cheaper, guard_of
-from isgd_jax.gradients.placement import lies_on_a_mesh, spec_of
+from isgd_jax.gradients.leaf import Factored, formed, guard_of, is_cheaper_formed
+from isgd_jax.gradients.placement import lies_on_a_mesh, placed, spec_of, stacked_split
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
 __all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]
@@ -62,13 +62,13 @@ class LeafPlan:
         terms = stacked_terms(
             [Outer(term.factor(next(each)), next(each), term.roles, term.is_rounded) for term in self.terms]
         )
-        formed, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
-        if formed is not None and shared is None and not terms:
-            return formed
-        if formed is None and not terms:
+        whole, shared = _sum_of(each, len(self.formed)), _sum_of(once, len(self.shared))
+        if whole is not None and shared is None and not terms:
+            return whole
+        if whole is None and not terms:
             terms = (_nothing(b, self.param),)
-        leaf = Factored(terms, self.param.shape, self.param.dtype, formed, shared, self.spec, guard_of(b))
-        return formed_if_cheaper(leaf) if joint else leaf
+        leaf = Factored(terms, self.param.shape, self.param.dtype, whole, shared, self.spec, guard_of(b))
+        return placed(formed, out=stacked_split)(leaf) if joint and is_cheaper_formed(leaf) else leaf
 
 
 def _sum_of(arrays: Iterator[Any], count: int) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "over",
     "power_of_two",
     "root",
+    "square_of_scaled",
     "sum_squares",
     "sums_of_squares",
     "together",
@@ -60,6 +61,18 @@ def abs_square(x: Array) -> Array:
     if jnp.iscomplexobj(x):
         return jnp.square(x.real) + jnp.square(x.imag)
     return jnp.square(x)
+
+
+def square_of_scaled(x: Array) -> Array:
+    """The same of what was divided by a scale, also where the compiler knows what was.
+
+    Of (c / s)², with c a constant, XLA makes c² / s²: 0/0, where both squares are too small. Not through a choice
+    (below the least number there is -∞ alone, whose square is the same).
+    """
+    if jnp.iscomplexobj(x):
+        return square_of_scaled(x.real) + square_of_scaled(x.imag)
+    least = jnp.finfo(x.dtype).min
+    return jnp.square(jnp.where(x < least, least, x))
 
 
 def largest(x: Array, axes: Sequence[int]) -> Array:
@@ -161,7 +174,7 @@ def _by_a_guess(asked: Sequence[tuple[Array, tuple[int, ...], bool]]) -> list[tu
 
 def _by_their_own_scale(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
     scale = power_of_two(largest(x, axes))
-    return scale, jnp.sum(abs_square(over(x, lax.expand_dims(scale, axes))), axes)
+    return scale, jnp.sum(square_of_scaled(over(x, lax.expand_dims(scale, axes))), axes)
 
 
 def together(parts: Sequence[Squares]) -> Squares:
@@ -176,7 +189,7 @@ def together(parts: Sequence[Squares]) -> Squares:
     scales = _stacked([part.scale for part in parts])
     scale = jnp.max(scales, axis=0)
     # A ratio of powers of two below 2^-63 squares to 0: what it belongs to is too small to be seen beside the rest.
-    shares = jnp.square(scales / scale[None])
+    shares = square_of_scaled(scales / scale[None])
     values = jnp.sum(_stacked([part.values for part in parts]) * shares, axis=0)
     if all(part.sizes is None for part in parts):
         return Squares(scale, values)

@@ -23,10 +23,20 @@ from isgd_jax.gradients.factors import (
     likeness,
     pulled,
     row_sizes,
+    split_as,
     total,
     wide,
 )
-from isgd_jax.gradients.squares import Rows, Squares, abs_square, largest, over, power_of_two, sums_of_squares
+from isgd_jax.gradients.squares import (
+    Rows,
+    Squares,
+    abs_square,
+    largest,
+    over,
+    power_of_two,
+    square_of_scaled,
+    sums_of_squares,
+)
 
 __all__ = [
     "Axes",
@@ -150,7 +160,7 @@ def single_row_squares(rows: Squares, slopes: Squares) -> Squares:
     with jax.numpy_dtype_promotion("standard"):
         scales, values = rows.scale * slopes.scale, rows.values * slopes.values  # 0 or infinite where the norm is
     scale = power_of_two(jnp.max(scales, axis=(1, 2)))
-    return Squares(scale, jnp.sum(values * jnp.square(over(scales, scale[:, None, None])), axis=(1, 2)))
+    return Squares(scale, jnp.sum(values * square_of_scaled(over(scales, scale[:, None, None])), axis=(1, 2)))
 
 
 def unit_factors(term: Outer) -> tuple[Array, Array, Array]:
@@ -263,13 +273,13 @@ def stacked_terms(terms: Sequence[Outer]) -> tuple[Outer, ...]:
 
 
 def _layout(term: Outer) -> Any:
-    """Equal for terms that differ in their number of rows alone."""
+    """Equal for terms that differ in their number of rows alone, and are split alike over explicit axes of a mesh."""
     arrays = [*jax.tree.leaves(term.left), term.right]
     return (
         term.axes,
         term.is_rounded,
         jax.tree.structure(term.left),
-        tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:]) for x in arrays),
+        tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:], split_as(x)) for x in arrays),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
 from isgd_jax.gradients import costs, squares
+from isgd_jax.gradients.lazy import scaled_norms
 from isgd_jax.gradients.leaf import Factored, how_squared
 from isgd_jax.gradients.terms import Outer
 
@@ -112,6 +113,26 @@ def test_norms_of_gradients_that_vanish_are_zero_and_not_nan():
     leaf = outer(jnp.ones((2, 32, 64)), jnp.stack([jnp.ones((32, 96)), jnp.ones((32, 96))]).at[:, ::2].set(-1))
     np.testing.assert_array_equal(norms_of(leaf), [0, 0])
     assert np.all(np.isfinite(norms_of(outer(jnp.zeros((2, 32, 64)), jnp.zeros((2, 32, 96))))))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e25])
+def test_norms_of_gradients_that_the_compiler_knows_are_those_of_others(size):
+    """Constants over a power of two, squared: XLA squares constant and power apart, 0 times infinity."""
+
+    def known(params, x):
+        terms = size * jnp.sum(params["w"] @ jnp.ones((2, 3))), size * jnp.sum(params["v"] @ jnp.ones(2))
+        return sum(terms) + size * jnp.sum(jnp.sort(params["b"])) + 0 * jnp.sum(x)
+
+    params, x = {"w": jnp.ones((4, 2)), "v": jnp.ones((4, 2)), "b": jnp.ones(2)}, jnp.ones((3, 2))
+
+    def asked():
+        grads = isgd.per_example_grads(known)(params, x)
+        formed = jnp.full((3, 4, 2), size), jnp.full((3, 1), size)
+        scale = jax.tree.map(jnp.ones_like, params)
+        return isgd.norms(grads), scaled_norms(grads, scale), isgd.norms(formed), isgd.norms(formed[1] * 1j)
+
+    for found, square in zip(jax.jit(asked)(), (72 + 8 + 2, 72 + 8 + 2, 9, 1), strict=True):
+        np.testing.assert_allclose(found, np.full(3, size * np.sqrt(square)), rtol=1e-6)
 
 
 def test_nan_in_one_example_stays_there(key):

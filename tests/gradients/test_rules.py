@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, PartitionSpec
 
 import isgd_jax as isgd
 from isgd_jax.gradients.cuts import RULES
@@ -351,6 +352,14 @@ def primitives(jaxpr: Any) -> set[str]:
     return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
 
 
+def each_device_s_own(x: jax.Array) -> jax.Array:
+    one = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    mapped = jax.shard_map(
+        lambda x: x + jnp.ones(2), mesh=one, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")
+    )
+    return mapped(x)
+
+
 def test_no_rule_is_without_a_case():
     one = {name: jnp.asarray(x[0]) for name, x in factors(np.complex64).items()}
     real = jax.tree.map(jnp.real, one)
@@ -358,6 +367,7 @@ def test_no_rule_is_without_a_case():
     for programs, example in ((REAL, real), (WIDER, real), (EXACTLY, real), (COMPLEX, one)):
         for program in programs.values():
             used |= primitives(jax.make_jaxpr(program)(example["x"], example["y"]).jaxpr)
+    used |= primitives(jax.make_jaxpr(each_device_s_own)(jnp.zeros(2)).jaxpr)  # test_sharded_parameters.py holds it
     assert set(RULES) - used <= {"copy_p", "add_any", "expand_dims"}, "no case reaches these rules"
 
 

@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import isgd_jax as isgd
+from isgd_jax.gradients import costs
+from isgd_jax.gradients.leaf import is_factored, is_plain, leaves_of
 
 pytestmark = pytest.mark.devices(8)
 
@@ -202,3 +204,95 @@ def test_losses_may_have_loops_where_an_explicit_mesh_splits_the_batch(layout: A
     found = jax.jit(lambda layers, x: norms(layers, x, scanned))(*placed)
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     assert jax.typeof(found).sharding.spec == P("data")
+
+
+@pytest.mark.parametrize("on", [costs.CPU, costs.ACCELERATOR], ids=["cpu", "accelerator"])
+def test_kernels_split_along_their_channels_have_their_gradients_where_they_are_formed(
+    on: costs.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `vmap(grad)` is wrong: XLA cuts a convolution of one kernel an example at other places."""
+
+    def turned(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        layout = ("NWC", "WIO", "NWC")
+        y = jax.lax.conv_general_dilated(x[None], kernel[::-1], (1,), "SAME", dimension_numbers=layout)
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    monkeypatch.setattr(costs, "machine", lambda: on)
+    kernel, x = normal(0, 3, 4, 8), normal(1, 8, 9, 4)
+    expected = oracle.norms(turned, kernel, x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    there = jax.device_put(kernel, NamedSharding(mesh, P(None, None, "data")))
+    examples = jax.device_put(x, NamedSharding(mesh, P("data")))
+    asked = jax.jit(lambda kernel, x: isgd.value_norms_and_mean(turned)(kernel, x, jnp.ones(8))[1:])
+    found, mean = asked(there, examples)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert_close(mean, ordinary(kernel, x, turned))
+
+
+def of_every_kind(params: Any, x: jax.Array) -> jax.Array:
+    """A table, layers in one array, branches by a number that has no gradient, and what has none at all."""
+    x = jnp.tanh(x + params["table"][jnp.asarray([2, 0, 2])])
+    for place in (0, 2):
+        x = jnp.tanh(x @ params["layers"][place])
+    x = jax.lax.cond(params["branch"] > 0, lambda: jnp.sin(x @ params["dense"]), lambda: 2 * x)
+    return jnp.sum(x**2)
+
+
+def test_inside_shard_map_what_has_factors_keeps_them_and_zeros_are_seen() -> None:
+    """There a zero counts as each device's own before anything is added to it."""
+    params = {"table": normal(0, 5, 4), "layers": normal(1, 3, 4, 4), "dense": normal(2, 4, 4), "branch": jnp.ones(())}
+    params |= {"unused": jnp.ones(())}
+    x, seen = normal(3, 8, 3, 4), []
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def asked(params: Any, x: jax.Array) -> jax.Array:
+        grads = isgd.per_example_grads(of_every_kind, joint=False)(params, x)
+        seen.extend(leaves_of(grads))
+        return isgd.norms(grads)
+
+    mapped = jax.shard_map(asked, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(mapped)(params, x), oracle.norms(of_every_kind, params, x), rtol=2e-6)
+    assert all(is_factored(leaf) and is_plain(leaf) for leaf in seen)
+
+
+def heads_and_layers(params: Any, x: jax.Array) -> jax.Array:
+    """Heads, whose two axes are one of the output, and layers of an array that are not all used."""
+    slopes = jnp.einsum("td,hdk->thk", x, params["heads"])
+    x = jnp.einsum("thk,hkd->td", jnp.tanh(slopes), params["out"])
+    for place in (0, 2, 3):
+        x = jnp.tanh(x @ params["layers"][..., place])
+    return jnp.sum(x**2)
+
+
+def formed_products(params: Any, x: jax.Array) -> jax.Array:
+    """Weights that are used twice, in places that are split otherwise, and so often that products are formed."""
+    for layer in params["layers"]:
+        x = jnp.tanh(x @ layer)
+    for _ in range(2):
+        x = jnp.tanh(x @ params["out"])
+    return jnp.sum(x**2)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "layout", "rows"),
+    [
+        pytest.param(heads_and_layers, {}, 3, id="heads, and layers that are not used"),
+        pytest.param(formed_products, {"layers": P(None, None, "model"), "out": P(None, "model")}, 48, id="products"),
+    ],
+)
+def test_whatever_has_a_gradient_on_an_explicit_mesh_has_norms_and_means_there(
+    loss_fn: Any, layout: Any, rows: int
+) -> None:
+    params = {"heads": normal(0, 2, 4, 3), "out": normal(1, 2, 3, 4), "layers": normal(2, 4, 4, 4)}
+    if layout:
+        params = {"layers": normal(0, 2, 4, 4) / 2, "out": normal(1, 4, 4) / 2}
+    x = normal(3, 8, rows, 4)
+    stacked = oracle.stacked(loss_fn, params, x)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    placed = {name: jax.device_put(w, NamedSharding(mesh, layout.get(name, P()))) for name, w in params.items()}
+    there = jax.device_put(x, NamedSharding(mesh, P("data")))
+    asked = jax.jit(lambda params, x: isgd.value_norms_and_mean(loss_fn)(params, x, jnp.ones(8))[1:])
+    with jax.set_mesh(mesh):
+        found, mean = asked(placed, there)
+    np.testing.assert_allclose(found, oracle.norms_of(stacked), rtol=2e-6)
+    assert_close(mean, jax.tree.map(lambda g: np.mean(np.asarray(g, np.float64), axis=0), stacked))

@@ -22,6 +22,7 @@ from isgd_jax.gradients.slices import by_slices
 from isgd_jax.gradients.squares import (
     Rows,
     Squares,
+    has_lost,
     largest,
     over,
     power_of_two,
@@ -333,12 +334,24 @@ def _weighted_rows(weights: Float[Array, " b"], rows: Array, precision: Any) -> 
 
 
 def gram_of(leaf: Any, precision: Any) -> Float[Array, "b b"]:
-    """Inner products between the gradients of all pairs of examples, in this leaf."""
-    if is_factored(leaf) and costs.prefers_batch_gram(shapes(leaf)) and is_plain(leaf):
-        return total_of([gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms])
-    flat = stacked(leaf, precision)
-    flat = flat.reshape(flat.shape[0], math.prod(flat.shape[1:]))  # -1 cannot be told of an empty batch
-    return jnp.real(einsum("ap,bp->ab", flat, conjugate(flat), precision=precision))
+    """Inner products between the gradients of all pairs of examples, in this leaf.
+
+    By pairs of rows where that is cheaper, and by the products where any sum of pairs has cancelled beside the two
+    norms, as `norms` has it.
+    """
+
+    def formed() -> Array:
+        flat = stacked(leaf, precision)
+        flat = flat.reshape(flat.shape[0], math.prod(flat.shape[1:]))  # -1 cannot be told of an empty batch
+        return jnp.real(einsum("ap,bp->ab", flat, conjugate(flat), precision=precision))
+
+    if not (is_factored(leaf) and costs.prefers_batch_gram(shapes(leaf)) and is_plain(leaf)):
+        return formed()
+    pairs = [gram_pair(one, other, precision) for one in leaf.terms for other in leaf.terms]
+    products, sizes = (total_of(parts) for parts in zip(*pairs, strict=True))
+    if is_single_row(leaf.terms) or not leaf.batch_size:
+        return products
+    return lax.cond(jnp.any(has_lost(products, sizes)), formed, lambda: products.astype(jax.eval_shape(formed).dtype))
 
 
 def inner_of(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:

@@ -27,6 +27,7 @@ __all__ = [
     "Squares",
     "abs_square",
     "has_cancelled",
+    "has_lost",
     "largest",
     "over",
     "power_of_two",
@@ -201,6 +202,17 @@ def has_cancelled(squares: Squares) -> Bool[Array, " b"]:
     """For which examples too little is left of a sum that can cancel, or no number at all; ``sizes`` must be known."""
     assert squares.sizes is not None
     return ~(squares.values >= _RISK * squares.sizes)
+
+
+def has_lost(products: Float[Array, "b b"], sizes: Float[Array, "b b"]) -> Bool[Array, "b b"]:
+    """For which pairs too little is left of sums that can cancel, beside the norms of both, or no number at all.
+
+    Args:
+        products: inner products; on the diagonal squared norms.
+        sizes: sums of what was added, without signs.
+    """
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(products), 0))
+    return ~(norms[:, None] * norms[None] >= _RISK * sizes)
 
 
 def root(squares: Squares) -> Float[Array, " b"]:

@@ -231,7 +231,7 @@ def weighted_term(term: Outer, shape: tuple[int, ...], weights: Float[Array, " b
     return fold(total(term.left, right, precision), term.axes, shape)
 
 
-def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
+def gram_pair(one: Outer, other: Outer, precision: Any) -> tuple[Float[Array, "b b"], Float[Array, "b b"]]:
     """Real inner products of the one term's products with the other's, between all pairs of examples: [b, b].
 
     b²·k·t·s·(i + o) multiplications: the rows of all examples are taken for those of one.
@@ -240,13 +240,17 @@ def gram_pair(one: Outer, other: Outer, precision: Any) -> Float[Array, "b b"]:
         one: of a parameter.
         other: of the same parameter, laid out alike.
         precision: of the matrix products.
+
+    Returns:
+        The inner products, and the sums of what was added to each without its signs.
     """
     b = one.right.shape[0]
     others = conjugate(as_one_example(other.right))
     rights = einsum("zkto,zkso->zkts", as_one_example(one.right), others, precision=precision)
     lefts = likeness(as_one_example(one.left), conjugate(as_one_example(other.left)), precision)
     pairs = _real_product(rights, lefts.astype(wide(lefts.dtype)))
-    return jnp.sum(pairs.reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2]), axis=(0, 2, 4))
+    pairs = pairs.reshape(rights.shape[1], b, one.right.shape[2], b, other.right.shape[2])
+    return jnp.sum(pairs, axis=(0, 2, 4)), jnp.sum(jnp.abs(pairs), axis=(0, 2, 4))
 
 
 def inner_term(term: Outer, other: Array, precision: Any) -> Float[Array, " b"]:

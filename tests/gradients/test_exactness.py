@@ -8,7 +8,7 @@ import pytest
 
 import isgd_jax as isgd
 from isgd_jax.engines import scorers
-from isgd_jax.gradients import costs, squares
+from isgd_jax.gradients import costs, lazy, squares
 from isgd_jax.gradients.lazy import scaled_norms
 from isgd_jax.gradients.leaf import Factored, how_squared
 from isgd_jax.gradients.terms import Outer
@@ -70,6 +70,26 @@ def test_norms_are_exact_where_the_gram_sum_cancels(key, monkeypatch):
     np.testing.assert_allclose(norms_of(leaf), expected, rtol=2e-5)
     monkeypatch.setattr(squares, "_RISK", 0.0)  # without the guard the trap is real
     assert np.max(np.abs(norms_of(leaf) / expected - 1)) > 1e-3
+
+
+def test_inner_products_of_all_pairs_are_exact_where_sums_over_rows_cancel(key, monkeypatch):
+    """To 2e-5 of the two norms, and so are those of the means of the halves of a batch."""
+    monkeypatch.setattr(costs, "prefers_batch_gram", lambda terms: True)
+    monkeypatch.setattr(costs, "prefers_gram_of_means", lambda terms: True)
+    left, right = cancelling(key)
+    leaf = outer(left, right)
+    each = np.einsum("bti,bto->bio", np.asarray(left, np.float64), np.asarray(right, np.float64)).reshape(4, -1)
+    lengths = np.linalg.norm(each, axis=1)
+
+    def errors():
+        pairs, (between, whole) = jax.jit(lambda leaf: (isgd.gram(leaf), lazy.halves(leaf, jnp.ones(4))))(leaf)
+        first, second, mean = each[:2].mean(0), each[2:].mean(0), each.mean(0)
+        near = np.array([between - first @ second, whole - mean @ mean]) / lengths.mean() ** 2
+        return np.max(np.abs((pairs - each @ each.T) / np.outer(lengths, lengths))), np.max(np.abs(near))
+
+    assert max(errors()) < 2e-5
+    monkeypatch.setattr(squares, "_RISK", 0.0)  # without the guard the trap is real
+    assert min(errors()) > 2e-4
 
 
 @pytest.mark.parametrize(("left", "right"), [(-30, -7), (-7, -30), (25, 12), (-37, 37), (0, -30)])

@@ -47,7 +47,7 @@ class Train:
 
     The run leaves a folder with config.json, metrics.jsonl, figures and checkpoints.
 
-    Ctrl-C and SIGTERM save and stop.
+    Ctrl-C, SIGTERM and a closed terminal save and stop.
 
     Attributes:
         resume: Folder of a run to go on with, from its newest checkpoint. Its configuration is taken from there.

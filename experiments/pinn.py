@@ -42,8 +42,8 @@ Result     Ten seeds, one core of a machine whose other core was in use, trials 
 
            Burgers' equation, budgets of 30 s: **the claim is refuted**. Ours ends nearest to the truth, and in the
            median comes to 0.01 before all but L-BFGS, which is ahead, 1.38 [1.13, inf]; to 0.1 it ties with Sobol
-           points, 1.20 [0.74, 1.95]. Tuning gave it the largest rate that it bears, by 14.2 s on three seeds where 0.003
-           took 16.0: at that rate three runs of ten do not arrive. Nobody comes to 0.001:
+           points, 1.20 [0.74, 1.95]. Tuning gave it the largest rate that it bears, by 14.2 s on three seeds where
+           0.003 took 16.0: at that rate three runs of ten do not arrive. Nobody comes to 0.001:
 
                                     ms a error 0.1                      error 0.01                       after 30 s
            arm      rate  batch     step arrived  secs over uniform's   arrived  secs over uniform's     of the clock

@@ -53,9 +53,9 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`).
             in one pass 0.59 (0.58 to 0.60). Its ordinary gradient adds up arrays of all layers, which ours does not.
             While such gradients were formed: 0.56, 0.74 and 0.60 (one process), in half as much memory again.
 
-            LoRA on a frozen transformer, an LSTM, and a GPT with a vocabulary of 32,768, pinned to one core, the other in
-            use, three processes (--models lora lstm gpt32k --batches 32 --ways norms "both in one pass" "vmap(grad)" "in
-            slices of 8"):
+            LoRA on a frozen transformer, an LSTM, and a GPT with a vocabulary of 32,768, pinned to one core, the other
+            in use, three processes (--models lora lstm gpt32k --batches 32 --ways norms "both in one pass" "vmap(grad)"
+            "in slices of 8"):
 
                                             LoRA                   LSTM                   GPT, 32,768
             norms                           0.82 (0.81 to 0.82)    1.09 (1.07 to 1.11)    0.55 (0.54 to 0.55)

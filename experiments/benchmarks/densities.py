@@ -3,14 +3,16 @@
 A training with uniform points is stopped at five moments. Each density is fitted to scores of 25 steps before, three
 refreshes in a row as in a run. Told is the second moment of the gradient of a weighted draw, over that of a uniform
 one, by the norms at 32,768 new points. ``ideal`` is a draw in exact proportion to fresh norms; ``norms`` and
-``residual`` are exact, fresh proportions too, a quarter spread uniformly; then come so many boxes, by residuals (``resi``) and by norms (``norm``).
+``residual`` are exact, fresh proportions too, a quarter spread uniformly; then come so many boxes, by residuals
+(``resi``) and by norms (``norm``).
 
 Command    python experiments/benchmarks/densities.py [--problems poisson burgers siren/china] [--boxes 128 512 2048]
 Time       a quarter of an hour on a core in use
 
 Result     With four points a box; they have eight since. Where a shock or a source is sharp, exact norms would save a
-           factor of 50 to 100 in the second moment. Boxes by norms come to 20 to 35, with 512 of them; by residuals, which are cheaper, to 2 to 20, and it matters less
-           how many there are. On a photograph, rough everywhere, even ideal draws save 2.5, and boxes next to nothing:
+           factor of 50 to 100 in the second moment. Boxes by norms come to 20 to 35, with 512 of them; by residuals,
+           which are cheaper, to 2 to 20, and it matters less how many there are. On a photograph, rough everywhere,
+           even ideal draws save 2.5, and boxes next to nothing:
 
            poisson         error    ideal    norms residual  resi/128  resi/512 resi/2048  norm/128  norm/512 norm/2048
               10 %         0.190    0.012    0.015    0.060     0.159     0.075     0.076     0.303     0.063     0.069

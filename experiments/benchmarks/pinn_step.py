@@ -13,8 +13,8 @@ Time       three minutes
 Result     JAX 0.10.2, two cores, nothing else running, three processes, median (range). By two nested `jvp` ours takes
            1.07 (1.06 to 1.09) plain steps, by norms 1.17 (1.16 to 1.17); by nested reverse 1.10 (1.09 to 1.10) and 1.18
            (1.18 to 1.20); by nested forward 1.01 (1.00 to 1.02) and 1.09 (1.09 to 1.10). **Met** by residuals, which
-           the races go by. (With four points a box, by two nested `jvp`, 1.07 and 1.11.) Draws from pools of points, all new and scored each 100 steps, took 1.33, 1.33 and 1.21 by norms, 1.13, 1.20 and 1.12 by
-           residuals.
+           the races go by. (With four points a box, by two nested `jvp`, 1.07 and 1.11.) Draws from pools of points,
+           all new and scored each 100 steps, took 1.33, 1.33 and 1.21 by norms, 1.13, 1.20 and 1.12 by residuals.
 """
 
 import argparse

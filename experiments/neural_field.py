@@ -36,8 +36,8 @@ Result     The second command: China, budgets of 20 s, five seeds, one core, the
            uniform and ours alone, gave the SIREN 0.96 [0.92, 0.99] to 25 dB. With pools of pixels that served 100 steps
            it was a loss, 0.0520 to 0.0398: draws from a pool, by whatever score, go the same wrong way until it is
            drawn anew. (Boxes were fitted to four points each; to eight since.) What bounds it: a photograph is rough
-           everywhere, so that even ideal draws have 0.40 to 0.43 of uniform's second moment, and those from 128 boxes
-           0.88 to 1.00 (`benchmarks/densities.py`). The other picture was not run.
+           everywhere, so that even ideal draws have 0.38 to 0.43 of uniform's second moment, and those from 128 boxes
+           0.79 to 0.89 (`benchmarks/densities.py`). The other picture was not run.
 """
 
 from pathlib import Path

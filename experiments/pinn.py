@@ -58,7 +58,7 @@ Result     Ten seeds, one core of a machine whose other core was in use, trials 
            to 0.01 (eight of ten), where L-BFGS arrived in five. Before that, with uniform points and RAD alone, all
            three chose x1: ours 0.87 [0.80, 0.94] to 0.01, and all its runs arrived; RAD 0.99 [0.93, inf]. What was
            drawn from pools of points that served 100 steps came last there, with 4.8 times uniform's error. What bounds
-           it: 128 boxes by residual save a factor of 2.5 in the second moment where exact norms would save 50
+           it: 128 boxes by residual save a factor of 2 to 7 in the second moment where exact norms save 50 to 110
            (`benchmarks/densities.py`); though of Poisson's equation, where boxes by norms have less variance at the end
            than those by residual, the race by norms was no shorter.
 

@@ -9,22 +9,22 @@ one, by the norms at 32,768 new points. ``ideal`` is a draw in exact proportion 
 Command    python experiments/benchmarks/densities.py [--problems poisson burgers siren/china] [--boxes 128 512 2048]
 Time       a quarter of an hour on a core in use
 
-Result     With four points a box; they have eight since. Where a shock or a source is sharp, exact norms would save a
-           factor of 50 to 100 in the second moment. Boxes by norms come to 20 to 35, with 512 of them; by residuals,
-           which are cheaper, to 2 to 20, and it matters less how many there are. On a photograph, rough everywhere,
-           even ideal draws save 2.5, and boxes next to nothing:
+Result     Where a shock or a source is sharp, exact norms save a factor of 50 to 110 in the second moment, most of the
+           way. Boxes by norms come to 26 to 34, with 512 of them; by residuals, which are cheaper, to 2 to 18, and it
+           matters less how many there are. On a photograph, rough everywhere, even ideal draws save 2.5, and boxes 1.1
+           to 1.4:
 
            poisson         error    ideal    norms residual  resi/128  resi/512 resi/2048  norm/128  norm/512 norm/2048
-              10 %         0.190    0.012    0.015    0.060     0.159     0.075     0.076     0.303     0.063     0.069
-              30 %         0.334    0.009    0.011    0.030     0.082     0.057     0.055     0.044     0.057     0.046
-             100 %         0.006    0.014    0.017    0.084     0.164     0.140     0.114     0.082     0.039     0.045
+               10 %        0.190    0.012    0.015    0.060     0.070     0.096     0.096     0.042     0.038     0.034
+               30 %        0.334    0.009    0.011    0.030     0.056     0.055     0.052     0.060     0.029     0.037
+              100 %        0.006    0.014    0.017    0.084     0.137     0.114     0.104     0.041     0.036     0.031
            burgers         error    ideal    norms residual  resi/128  resi/512 resi/2048  norm/128  norm/512 norm/2048
-              10 %         0.333    0.235    0.267    0.370     0.453     0.480     0.493     0.505     0.337     0.340
-              30 %         0.282    0.007    0.009    0.043     0.386     0.212     0.220     0.229     0.086     0.023
-             100 %         0.015    0.017    0.020    0.103     0.399     0.210     0.152     0.042     0.034     0.032
+               10 %        0.333    0.235    0.267    0.370     0.438     0.487     0.493     0.341     0.355     0.341
+               30 %        0.282    0.007    0.009    0.043     0.242     0.192     0.210     0.046     0.031     0.024
+              100 %        0.015    0.017    0.020    0.103     0.506     0.193     0.136     0.215     0.031     0.026
            siren/china     error    ideal    norms residual  resi/128  resi/512 resi/2048  norm/128  norm/512 norm/2048
-               2 %         0.099    0.428    0.454    0.494     0.995     0.832     0.786     0.948     0.865     0.789
-             100 %         0.051    0.397    0.426    0.464     0.875     0.802     0.737     0.887     0.820     0.729
+                2 %        0.099    0.428    0.454    0.494     0.886     0.782     0.756     0.823     0.807     0.751
+              100 %        0.051    0.399    0.428    0.465     0.794     0.746     0.699     0.828     0.758     0.697
 """
 
 import argparse

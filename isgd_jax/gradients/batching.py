@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from isgd_jax.errors import ArgumentError
 from isgd_jax.gradients import costs
-from isgd_jax.gradients.placement import spec_of
+from isgd_jax.gradients.meshes import spec_of
 
 __all__ = ["Scoring", "at_a_time", "check_microbatch_size", "in_microbatches"]
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, reshaped, wide, written_out
+from isgd_jax.gradients.factors import Factor, OneHot, Window, Windows, wide, written_out
 from isgd_jax.gradients.jaxpr import Node, emit
+from isgd_jax.gradients.meshes import reshaped
 
 __all__ = ["Axis", "Canonical", "Contraction", "Parts", "Side", "Whole", "axes_of", "canonical", "merged", "signature"]
 

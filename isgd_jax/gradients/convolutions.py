@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax
 from jax import Array, lax
-from jax.sharding import AxisType
 
 from isgd_jax.gradients import costs
+from isgd_jax.gradients.meshes import may_be_split
 
 __all__ = ["in_fast_layout"]
 
@@ -40,7 +39,9 @@ def in_fast_layout(
     fast = lax.ConvDimensionNumbers(
         (first, last, *axes), (last, last - 1, *(axis - 1 for axis in axes)), (first, last, *axes)
     )
-    if numbers == fast or not (costs.machine().one_layout or _over_devices(left) or _over_devices(right)):
+    # Of kernels that are split along their channels XLA (of JAX 0.10.2) makes wrong gradients of single examples in
+    # other layouts, as those of `vmap(grad)` are.
+    if numbers == fast or not (costs.machine().one_layout or may_be_split((left, right))):
         return convolve(left, right, numbers)
     found = convolve(
         _moved(left, (images[0], *images[2:], images[1])),
@@ -49,16 +50,6 @@ def in_fast_layout(
     )
     order = (results[0], *results[2:], results[1])
     return _moved(found, [order.index(axis) for axis in range(found.ndim)])
-
-
-def _over_devices(array: Array) -> bool:
-    """Whether an array lies on a mesh of several devices whose parts the compiler cuts out.
-
-    Of kernels that are split along their channels it makes wrong gradients of single examples in other layouts, as
-    those of `vmap(grad)` are (XLA of JAX 0.10.2).
-    """
-    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
-    return mesh is not None and mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
 
 
 def _moved(array: Array, order: Sequence[int]) -> Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, axes_of
-from isgd_jax.gradients.factors import OneHot, Window, reshaped
+from isgd_jax.gradients.factors import OneHot, Window
 from isgd_jax.gradients.jaxpr import Node, Op, Value, emit
+from isgd_jax.gradients.meshes import reshaped
 
 __all__ = ["BITS", "convolution", "dot_general", "is_coarse", "outer_or_none", "scatter_add"]
 

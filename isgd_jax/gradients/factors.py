@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from isgd_jax.gradients import costs
 from isgd_jax.gradients.convolutions import in_fast_layout
+from isgd_jax.gradients.meshes import reshaped
 from isgd_jax.gradients.squares import largest
 
 __all__ = [
@@ -33,10 +32,7 @@ __all__ = [
     "pieces",
     "products",
     "pulled",
-    "replicated",
-    "reshaped",
     "row_sizes",
-    "split_as",
     "total",
     "wide",
     "written_out",
@@ -155,55 +151,6 @@ def pieces(windows: Windows) -> list[Array]:
 
 _WIDE = 64
 """Columns from which on a matrix product is fast on a CPU."""
-
-
-def split_as(x: Any) -> tuple[Any, ...]:
-    """How each axis of an array is split, as far as a mesh says so explicitly: None where it is not."""
-    known = getattr(jax.typeof(x), "sharding", None)
-    return () if known is None else tuple(known.spec)
-
-
-def replicated(x: Array) -> Array:
-    """``x`` with no axis split, where a mesh with explicit axes says that one is; else ``x`` itself.
-
-    Running sums and look-ups by index need all of an array, and JAX refuses both along an axis that is split. With
-    Auto axes the compiler sees to it.
-
-    Args:
-        x: an array of any shape, or a tracer of one.
-
-    Returns:
-        The same values, of the same shape: one all-gather where an axis was split. Source: ours.
-    """
-    if all(axis is None for axis in split_as(x)):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
-
-
-def reshaped(x: Array, sizes: Sequence[int]) -> Array:
-    """``x.reshape(sizes)``, on a mesh with explicit axes in steps of one axis each: JAX knows where these lie.
-
-    Args:
-        x: an array of one example; the axis of the batch is not seen, and may be split.
-        sizes: of the result, as many entries as ``x`` has.
-    """
-    known = getattr(jax.typeof(x), "sharding", None)
-    if known is None or AxisType.Explicit not in known.mesh.axis_types or not x.size:
-        return x.reshape(sizes)
-    dims, wanted = ([size for size in shape if size != 1] for shape in (x.shape, sizes))
-    x, done = x.reshape(dims), 0
-    while done < len(wanted):
-        merged, split = 1, 1
-        while x.shape[done : done + merged] != tuple(wanted[done : done + split]):
-            have, want = math.prod(x.shape[done : done + merged]), math.prod(wanted[done : done + split])
-            if have == want:  # the axes of both are of one size together
-                x = replicated(x)
-                x = x.reshape(*x.shape[:done], have, *x.shape[done + merged :])
-                x = x.reshape(*x.shape[:done], *wanted[done : done + split], *x.shape[done + 1 :])
-                break
-            merged, split = merged + (have < want), split + (have > want)
-        done += split
-    return x.reshape(sizes)
 
 
 def einsum(spec: str, *arrays: Array, precision: Any) -> Array:

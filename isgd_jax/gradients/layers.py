@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from isgd_jax.gradients.contraction import Contraction, Parts, Side, Whole, axes_of, signature
-from isgd_jax.gradients.factors import replicated, split_as
 from isgd_jax.gradients.jaxpr import emit
+from isgd_jax.gradients.meshes import replicated, spec_of
 
 __all__ = ["side_by_side"]
 
@@ -72,7 +72,7 @@ class _Stack:
     length: int
 
     def __call__(self, *arrays: Array) -> Array:
-        if len(set(map(split_as, arrays))) > 1:
+        if len(set(map(spec_of, arrays))) > 1:
             arrays = tuple(map(replicated, arrays))
         ordered = sorted(zip(self.places, arrays, strict=True), key=lambda known: known[0])
         ends = [place for place, _ in ordered[1:]] + [self.length]

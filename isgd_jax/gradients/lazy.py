@@ -37,7 +37,8 @@ from isgd_jax.gradients.leaf import (
     total_of,
     weighted_sum,
 )
-from isgd_jax.gradients.placement import as_parameters, may_be_split, placed, stacked_split
+from isgd_jax.gradients.meshes import may_be_split
+from isgd_jax.gradients.placement import as_parameters, placed, stacked_split
 from isgd_jax.gradients.squares import MANY, Squares, has_cancelled, root, together
 
 __all__ = [

@@ -351,7 +351,8 @@ def gram_of(leaf: Any, precision: Any) -> Float[Array, "b b"]:
     products, sizes = (total_of(parts) for parts in zip(*pairs, strict=True))
     if is_single_row(leaf.terms) or not leaf.batch_size:
         return products
-    return lax.cond(jnp.any(has_lost(products, sizes)), formed, lambda: products.astype(jax.eval_shape(formed).dtype))
+    lost = jnp.any(has_lost(products, sizes))
+    return lax.cond(lost, lambda: formed().astype(products.dtype), lambda: products)
 
 
 def inner_of(leaf: Any, other: Array, precision: Any) -> Float[Array, " b"]:

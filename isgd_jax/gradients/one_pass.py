@@ -20,7 +20,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients import costs, lazy, placement
+from isgd_jax.gradients import costs, lazy, meshes, placement
 from isgd_jax.gradients.batching import check_microbatch_size
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import made_varying, relaid
@@ -94,7 +94,7 @@ def _computed(
     how: Callable[..., Any], plan: Plan, size: int | Literal["auto"] | None, *args: Any
 ) -> tuple[Any, Any, Any]:
     b, whole = args[-1].shape[0], partial(how, None)
-    if size not in (None, "auto") and placement.lies_on_a_mesh(args):
+    if size not in (None, "auto") and meshes.lies_on_a_mesh(args):
         raise ArgumentError(
             f'microbatch_size must be "auto" or None where arrays lie on a mesh of several devices, got {size}: there '
             "each device has its examples at once"

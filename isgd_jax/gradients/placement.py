@@ -9,56 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from isgd_jax.gradients.factors import replicated
-from isgd_jax.gradients.leaf import ANYWHERE, Grads, is_factored, leaves_of, map_leaves
+from isgd_jax.gradients.leaf import Grads, is_factored, leaves_of, map_leaves
+from isgd_jax.gradients.meshes import explicit_mesh, is_split, spec_of
 
 __all__ = [
     "as_parameters",
-    "is_split",
     "laid_as",
     "laid_like",
-    "lies_on_a_mesh",
-    "may_be_split",
     "placed",
-    "replicated",
     "rows_of",
-    "spec_of",
     "split_axis",
     "stacked_split",
 ]
-
-
-def spec_of(x: Any) -> PartitionSpec:
-    """How the axes of an array are split, as far as a mesh says so explicitly; on meshes left to the compiler, not."""
-    return getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ANYWHERE
-
-
-def is_split(x: Any) -> bool:
-    """Whether a mesh says explicitly that any axis of an array is split."""
-    return any(axis is not None for axis in spec_of(x))
-
-
-def lies_on_a_mesh(tree: Any) -> bool:
-    """Whether any array lies on a mesh of several devices, or is one device's part of such an array."""
-    return any(mesh.size > 1 for mesh in _meshes(tree))
-
-
-def may_be_split(tree: Any) -> bool:
-    """Whether any array lies on a mesh of several devices and is more than one device's part."""
-    axes = [
-        (mesh.shape[name], kind)
-        for mesh in _meshes(tree)
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    ]
-    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
-
-
-def _meshes(tree: Any) -> list[Any]:
-    """Those that arrays lie on; an empty one where JAX names none."""
-    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree)]
-    return [sharding.mesh for sharding in shardings if sharding is not None]
 
 
 def rows_of(x: Any, indices: Array) -> Array:
@@ -82,7 +46,7 @@ def laid_as(tree: Any, other: Any) -> Any:
     Arrays that are made inside a program, such as the first of a loop, lie there only where ``jax.set_mesh`` says so,
     and JAX lets the two kinds not take each other's place.
     """
-    mesh = next((mesh for mesh in _meshes(other) if AxisType.Explicit in mesh.axis_types), None)
+    mesh = explicit_mesh(other)
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())), tree)
@@ -140,7 +104,7 @@ def _on_their_mesh(specs: Any, grads: Grads) -> Any:
     """The specs with the mesh that the gradients lie on, where no ``jax.set_mesh`` says which: JAX would leave nothing
     to the compiler.
     """
-    mesh = next((mesh for mesh in _meshes(grads) if AxisType.Explicit in mesh.axis_types), None)
+    mesh = explicit_mesh(grads)
     if mesh is None or not jax.sharding.get_abstract_mesh().empty:
         return specs
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))

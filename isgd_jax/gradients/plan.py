@@ -19,7 +19,8 @@ from isgd_jax.gradients.cuts import cut
 from isgd_jax.gradients.factors import wide
 from isgd_jax.gradients.jaxpr import Node, Program, Value, dependent, one_example, operations, program, run
 from isgd_jax.gradients.leaf import Factored, formed, guard_of, is_cheaper_formed
-from isgd_jax.gradients.placement import lies_on_a_mesh, placed, spec_of, stacked_split
+from isgd_jax.gradients.meshes import lies_on_a_mesh, spec_of
+from isgd_jax.gradients.placement import placed, stacked_split
 from isgd_jax.gradients.terms import Outer, stacked_terms
 
 __all__ = ["LeafPlan", "Plan", "check_no_keys", "make_plan"]

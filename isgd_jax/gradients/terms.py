@@ -23,10 +23,10 @@ from isgd_jax.gradients.factors import (
     likeness,
     pulled,
     row_sizes,
-    split_as,
     total,
     wide,
 )
+from isgd_jax.gradients.meshes import spec_of
 from isgd_jax.gradients.squares import (
     Rows,
     Squares,
@@ -283,7 +283,7 @@ def _layout(term: Outer) -> Any:
         term.axes,
         term.is_rounded,
         jax.tree.structure(term.left),
-        tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:], split_as(x)) for x in arrays),
+        tuple((x.dtype, x.ndim, x.shape[1:2], x.shape[3:], spec_of(x)) for x in arrays),
     )
 
 

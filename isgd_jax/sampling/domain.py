@@ -37,7 +37,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_array, check_whole
-from isgd_jax.gradients.placement import laid_like, replicated
+from isgd_jax.gradients.meshes import replicated
+from isgd_jax.gradients.placement import laid_like
 from isgd_jax.sampling.boxes import MOST_BOXES, POINTS_PER_BOX, Boxes, densities, fitted, moved, uniform_boxes
 from isgd_jax.sampling.places import quasi_random, wrapped
 from isgd_jax.types import Key

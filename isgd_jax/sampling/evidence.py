@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients import lazy, placement
 from isgd_jax.gradients.factors import wide
-from isgd_jax.gradients.placement import replicated
+from isgd_jax.gradients.meshes import replicated
 from isgd_jax.gradients.weights import draw_weights
 from isgd_jax.sampling import allocation, calibration, fractions, samplers, score_table
 from isgd_jax.sampling import costs as cost

@@ -27,7 +27,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, check_array, first_wrong
-from isgd_jax.gradients.placement import replicated
+from isgd_jax.gradients.meshes import replicated
 from isgd_jax.sampling import double_float
 from isgd_jax.sampling.double_float import Pair
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.placement import replicated
+from isgd_jax.gradients.meshes import replicated
 from isgd_jax.sampling import clusters
 from isgd_jax.sampling.law import order_by
 from isgd_jax.sampling.options import GradientSketch

@@ -8,7 +8,8 @@ import jax
 from jax import Array, lax
 
 from isgd_jax.errors import ArgumentError
-from isgd_jax.gradients.placement import is_split, laid_like, replicated
+from isgd_jax.gradients.meshes import is_split, replicated
+from isgd_jax.gradients.placement import laid_like
 from isgd_jax.sampling.domain import DomainDraw
 from isgd_jax.sampling.state import SamplerState
 from isgd_jax.types import Draw

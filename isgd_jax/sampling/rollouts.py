@@ -46,7 +46,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from isgd_jax.errors import ArgumentError, check_array, check_whole, first_wrong, seen
-from isgd_jax.gradients.placement import laid_like, replicated
+from isgd_jax.gradients.meshes import replicated
+from isgd_jax.gradients.placement import laid_like
 from isgd_jax.sampling import calibration, samplers
 from isgd_jax.sampling.calibration import Calibration
 from isgd_jax.types import Draw, Key

@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from isgd_jax.errors import ArgumentError, ArgumentTypeError, check_whole
-from isgd_jax.gradients.placement import replicated
+from isgd_jax.gradients.meshes import replicated
 
 __all__ = ["NEVER", "ScoreTable", "ages", "as_ids", "create", "record"]
 

@@ -15,7 +15,7 @@ from isgd_jax.engines.chunks import check_held
 from isgd_jax.errors import ArgumentError, ArgumentTypeError
 from isgd_jax.gradients.captured import CapturingJit
 from isgd_jax.gradients.jaxpr import relaid
-from isgd_jax.gradients.placement import lies_on_a_mesh
+from isgd_jax.gradients.meshes import lies_on_a_mesh
 from isgd_jax.gradients.plan import check_no_keys
 from isgd_jax.types import Batch, Example, Key, Params
 

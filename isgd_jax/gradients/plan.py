@@ -129,12 +129,14 @@ class Plan:
             return None
         b = jax.tree.leaves(batch)[0].shape[0]
         nodes = [node for leaf in self.leaves for node in leaf.nodes]
-        written = sum(
-            _bytes(op.outputs) // op.params.get("length", 1)  # of a loop, what one turn writes
-            for op in operations(nodes)
-            if op.name in _WRITTEN
+        written = [(_bytes(op.outputs), op.params.get("length", 1)) for op in operations(nodes) if op.name in _WRITTEN]
+        return costs.examples_at_a_time(
+            b,
+            sum(count for count, _ in written),
+            _bytes(leaf.param for leaf in self.leaves),
+            most,
+            turn=sum(count // turns for count, turns in written) if any(turns > 1 for _, turns in written) else None,
         )
-        return costs.examples_at_a_time(b, written, _bytes(leaf.param for leaf in self.leaves), most)
 
 
 def _bytes(arrays: Iterable[Any]) -> int:

@@ -262,7 +262,5 @@ def test_fields_free_on_resume_exist() -> None:
 def test_cells_need_scores_that_an_engine_brings() -> None:
     with pytest.raises(ValueError, match="order must be another than cells except with mode=exact and mode=relaxed"):
         configure(mode="uniform", order="cells")
-    assert configure(mode="relaxed").order_in_use == "cells"
-    assert configure(mode="exact", engine="local").order_in_use == "cells"
-    assert configure(mode="relaxed", engine="local").order_in_use == "label-score"
-    assert configure(mode="presample").order_in_use == "label-score"
+    assert configure(mode="exact", order="cells").order_in_use == "cells"
+    assert configure(mode="exact").order_in_use == configure(mode="presample").order_in_use == "label-score"

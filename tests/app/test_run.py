@@ -45,7 +45,7 @@ MODES = [
     pytest.param({"mode": "uniform", "sampler": "uniform"}, marks=pytest.mark.soak),
     {"mode": "exact"},
     pytest.param({"mode": "exact", "sampler": "independent"}, marks=pytest.mark.soak),
-    {"mode": "relaxed", "refresh_share": 0.3},
+    {"mode": "relaxed", "refresh_share": 0.3, "order": "cells"},
     {"mode": "presample", "scorer": "loss"},
 ]
 
@@ -384,7 +384,7 @@ def test_a_relaxed_run_with_workers_is_replayed_bit_for_bit(tmp_path: Path) -> N
     """Also one that was stopped in the middle and resumed, with other workers in flight, and distrust by the clock."""
     changes: dict[str, Any] = {
         "mode": "relaxed", "engine": "local", "chunk_size": 10, "publish_every": 3, "refetch_every": 2,
-        "max_age_seconds": 0.2, "min_trusted": 0.5,
+        "max_age_seconds": 0.2, "min_trusted": 0.5, "order": "cells",
     }  # fmt: skip
     fit(small_config(tmp_path / "run", **changes | {"steps": 23}), dataset=blobs())
 

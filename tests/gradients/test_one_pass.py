@@ -101,11 +101,15 @@ def test_by_default_slices_on_a_cpu_alone_and_where_they_pay(monkeypatch: pytest
 
 
 def test_how_many_at_a_time() -> None:
-    """Of 16 MiB, or twice the parameters; eight at least; a number that divides the batch, where one is near."""
+    """Of 16 MiB, or twice the parameters; eight at least; a number that divides the batch, where one is near. In loops
+    as many as write, at a turn, what the parameters hold."""
     asked = [(128, 1, 8), (97, 1, 8), (128, 6, 33), (16, 50, 1), (1, 100, 1), (32, 0, 1)]
     found = [costs.examples_at_a_time(b, written << 20, params << 20) for b, written, params in asked]
     assert found == [16, 16, 8, 8, None, None]
     assert costs.examples_at_a_time(512, 1 << 20, 300 << 20, most=64 << 20) == 64  # parameters are large
+    looped = [(128, 1 << 20, 1 << 10), (128, 1 << 20, 330 << 10), (128, 4 << 20, 4 << 20), (128, 32 << 20, 5 << 20)]
+    found = [costs.examples_at_a_time(b, written, params, turn=written // 64) for b, written, params in looped]
+    assert found == [16, 16, 64, 8]
 
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])

@@ -84,6 +84,7 @@ processes, the median of their ratios, because XLA's CPU convolutions differ fro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -98,6 +99,7 @@ TORCH_MODELS = MODELS[:5]
 CONVOLVED = ("cnn", "resnet")
 SLICES = (8, 16, 32)
 OURS = ("norms", "update and norms", "both in one pass")
+TICKS = (0.5, 1, 2, 5, 10, 20, 50)
 LEAST_SECONDS = 2.0
 """How long a pair is timed at least."""
 MEMORY_LIMIT = 3 << 30
@@ -392,23 +394,28 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """A line a model and batch, a mark a way, times from left to right."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     labels = list(dict.fromkeys(label for result in results for label in result["ways"] if label != "ordinary"))
-    figure, axis = pyplot.subplots(figsize=(1.6 * len(results) + 3, 4))
-    for place, label in enumerate(labels):
-        have = [(x, r["ways"][label]["ratio"]) for x, r in enumerate(results) if label in r["ways"]]
-        offset = (place - (len(labels) - 1) / 2) * 0.8 / len(labels)
-        axis.bar([x + offset for x, _ in have], [y for _, y in have], 0.8 / len(labels), label=label)
-    axis.plot(range(len(results)), [r["floor"] for r in results], "k_", markersize=20, label="floor")
-    axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set_xticks(range(len(results)), [f"{r['model']}\n{r['batch']}" for r in results])
-    axis.set(yscale="log", ylabel="time, in ordinary gradients")
-    axis.legend(fontsize="small", ncols=2)
+    figure, axis = pyplot.subplots(figsize=(9, 0.3 * len(results) + 1.6))
+    for label, mark in zip(labels, itertools.cycle("osD^vPX<>*"), strict=False):
+        have = [(r["ways"][label]["ratio"], y) for y, r in enumerate(results) if label in r["ways"]]
+        axis.plot(*zip(*have, strict=True), mark, markersize=6, alpha=0.8, label=label)
+    axis.plot([r["floor"] for r in results], range(len(results)), "k|", markersize=11, label="floor")
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(results)), [f"{r['model']}, {r['batch']:,}" for r in results])
+    axis.grid(axis="y", alpha=0.3)
+    axis.set(xscale="log", xlabel="time, in ordinary gradients of the same batch")
+    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axis.minorticks_off()
+    axis.invert_yaxis()
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Finished runs of an experiment, a file each: written whole, and not made again."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from isgd_jax.app.files import write_whole
 
 __all__ = ["cell"]
 
@@ -21,7 +22,5 @@ def cell(folder: Path, name: str, make: Callable[[], Any]) -> Any:
     if not file.exists():
         record = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(record))
-        part.replace(file)
+        write_whole(file, json.dumps(record))
     return json.loads(file.read_text())

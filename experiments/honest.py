@@ -129,9 +129,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from selection import contest, problems, race, rivals
-from selection.bench import Bench, Record, Results, aligned, column
+from selection.bench import Bench, Record, Results, column
 
-from isgd_jax.app.compare import Interval, mean, paired_ratio
+from isgd_jax.app.compare import Interval, aligned, mean, paired_ratio
 
 RATES = (0.01, 0.03, 0.1, 0.2)
 TUNING_SEEDS = (1000, 1001)

@@ -53,8 +53,8 @@ Result      a table on the screen; norms.json and norms.png beside it (`--out`),
             gradients of the whole batch 0.6 to 1.7.
 
             Pinned to one core, the other in use, at 32: norms of the ViT 0.69, one pass 0.78; CNN 0.66, 0.72; GPT with
-            32,768 words 0.55, 0.76; LoRA 0.82, 0.82. The LSTM's whole batch of 128, which was taken at once until loops
-            were counted turn by turn, took 1.12 and 1.20 on two cores.
+            32,768 words 0.55, 0.76; LoRA 0.82, 0.82. The LSTM's batch of 128, while it was taken whole (of its loop one
+            turn alone was counted), took 1.12 and 1.20 on two cores; its rows above were measured again, by themselves.
 
             Peers, two processes of version 0.1 (the ratios of Opacus and BackPACK are to their own gradient):
 
@@ -92,6 +92,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from isgd_jax.app.compare import aligned
+from isgd_jax.app.files import write_whole
 
 MODELS = ("mlp", "cnn", "resnet", "vit", "gpt", "layers", "gpt32k", "lora", "lstm", "pinn-reverse", "pinn-forward",
           "siren")  # fmt: skip
@@ -344,9 +347,7 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(table(result), flush=True)
             results = merged(results, result)
             args.out.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(results, indent=1))
-            part.replace(path)
+            write_whole(path, json.dumps(results, indent=1))
     return results
 
 
@@ -365,7 +366,7 @@ def merged(results: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str,
 
 def summary(results: list[dict[str, Any]]) -> str:
     """One table of all: a row a model and batch, a column a way; medians, those of ours with their range."""
-    labels = list(dict.fromkeys(label for result in results for label in result["ways"] if label != "ordinary"))
+    labels = labels_of(results)
     rows = [["", "floor", *labels]]
     for result in results:
         ways = result["ways"]
@@ -375,11 +376,13 @@ def summary(results: list[dict[str, Any]]) -> str:
             spread = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if label in OURS and len(ratios) > 1 else ""
             row.append(f"{ways[label]['ratio']:.2f}{spread}" if label in ways else "-")
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(
-        ["", "Time, in ordinary gradients of the same batch; - is a refusal, too much memory or not asked:", *lines]
-    )
+    head = "Time, in ordinary gradients of the same batch; - is a refusal, too much memory or not asked:"
+    return f"\n{head}\n{aligned(rows)}"
+
+
+def labels_of(results: list[dict[str, Any]]) -> list[str]:
+    """Ways that are compared to the ordinary gradient."""
+    return list(dict.fromkeys(label for result in results for label in result["ways"] if label != "ordinary"))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -400,7 +403,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = list(dict.fromkeys(label for result in results for label in result["ways"] if label != "ordinary"))
+    labels = labels_of(results)
     figure, axis = pyplot.subplots(figsize=(9, 0.3 * len(results) + 1.6))
     for label, mark in zip(labels, itertools.cycle("osD^vPX<>*"), strict=False):
         have = [(r["ways"][label]["ratio"], y) for y, r in enumerate(results) if label in r["ways"]]

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from cells import cell
 
-from isgd_jax.app.compare import Interval, mean
+from isgd_jax.app.compare import Interval, aligned, mean
 
 __all__ = ["Bench", "Cells", "Grid", "Measure", "Meter", "Plan", "Race", "Trial", "arguments", "plan", "run"]
 
@@ -348,10 +348,8 @@ def table(way: str, found: dict[str, list[Record]], measures: Sequence[Measure],
         rest = [f"{np.median(column(records, m)):.{m.digits}f}" for m in measures[1:]]
         steps, seconds, core = (np.median([r[name] for r in records]) for name in ("steps", "seconds", "core_seconds"))
         lines.append([arm, f"{steps:,.0f}", f"{seconds:.1f}", f"{core:.1f}", spread, gap, *rest])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     head = f"equal seconds by the clock, {seeds} seeds" if way == "clock" else f"equal seconds by price, {seeds} seeds"
-    body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [head, *body, *verdicts(found, first, ours)]
+    return [head, *aligned(lines).splitlines(), *verdicts(found, first, ours)]
 
 
 def verdicts(found: dict[str, list[Record]], measure: Measure, ours: Sequence[str]) -> list[str]:

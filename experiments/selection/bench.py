@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from selection import contest, rivals
 from selection.contest import Problem
 
-__all__ = ["Bench", "Key", "Record", "Results", "aligned", "column"]
+__all__ = ["Bench", "Key", "Record", "Results", "column"]
 
 Record = dict[str, Any]
 
@@ -86,9 +86,3 @@ class Bench:
 def column(runs: Iterable[Record], name: str) -> np.ndarray:
     """A measurement of every run; infinite where the run diverged."""
     return np.array([math.inf if run[name] is None else run[name] for run in runs], np.float64)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns two blanks apart."""
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from isgd_jax.app.compare import Interval, median, paired_ratio
-from selection.bench import Record, aligned, column
+from isgd_jax.app.compare import Interval, aligned, median, paired_ratio
+from selection.bench import Record, column
 from selection.contest import Problem
 from selection.problems import Scale
 

@@ -257,14 +257,11 @@ def examples_at_a_time(
         written: bytes of what one example's contractions give.
         params: bytes of the parameters that are differentiated.
         most: bytes to write at most, however large the parameters are; None: no bound.
-        turn: of ``written``, what one turn of the loops gives; None: there is no loop.
+        turn: of ``written``, what one turn of the loops gives; None: all, there is no loop.
     """
     favored = machine().written
-    bounds = []
-    if favored is not None:
-        looped = 0 if turn is None else params * written // max(turn, 1)
-        bounds.append(max(favored, 2 * params, looped))
-    bounds += [] if most is None else [most]
+    looped = params * written // max(written if turn is None else turn, 1)
+    bounds = ([] if favored is None else [max(favored, 2 * params, looped)]) + ([] if most is None else [most])
     size = max(FEWEST, min(bounds) // max(written, 1)) if bounds else b
     if size >= b:
         return None

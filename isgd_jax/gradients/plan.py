@@ -135,7 +135,7 @@ class Plan:
             sum(count for count, _ in written),
             _bytes(leaf.param for leaf in self.leaves),
             most,
-            turn=sum(count // turns for count, turns in written) if any(turns > 1 for _, turns in written) else None,
+            turn=sum(count // turns for count, turns in written),
         )
 
 

@@ -18,7 +18,7 @@ from isgd_jax.app.compare.intervals import Interval, geometric_mean, mean, media
 from isgd_jax.app.compare.levels import Level, first_seen, levels
 from isgd_jax.app.compare.plots import draw, quartiles
 from isgd_jax.app.compare.study import Arm, Curve, Say, Study, group, read, train
-from isgd_jax.app.compare.tables import Row, common_levels, left_out, markdown, rows, text
+from isgd_jax.app.compare.tables import Row, aligned, common_levels, left_out, markdown, rows, text
 
 __all__ = [
     "Arm",
@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "Say",
     "Study",
+    "aligned",
     "common_levels",
     "draw",
     "first_seen",

@@ -8,7 +8,7 @@ from isgd_jax.app.compare.intervals import Interval, median, paired_ratio
 from isgd_jax.app.compare.levels import Level, common, first_seen
 from isgd_jax.app.compare.study import Study
 
-__all__ = ["HEADS", "Row", "cells", "common_levels", "left_out", "markdown", "rows", "text"]
+__all__ = ["HEADS", "Row", "aligned", "cells", "common_levels", "left_out", "markdown", "rows", "text"]
 
 UNITS = {"step": "updates", "train_seconds": "seconds"}
 
@@ -60,7 +60,15 @@ def left_out(study: Study) -> list[str]:
 
 def text(rows: Sequence[Row]) -> str:
     """The rows as aligned lines."""
-    lines = [HEADS, *map(cells, rows)]
+    return aligned([HEADS, *map(cells, rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns two blanks apart.
+
+    Args:
+        lines: of as many texts each.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
